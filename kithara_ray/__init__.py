@@ -1,0 +1,44 @@
+"""LoRA fine-tuning of open LLMs on Cloud TPU pods with Ray, KerasHub and JAX.
+
+The names below are loaded when they are first used: importing this package imports no jax, keras, ray or torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kithara_ray.orchestration.data import Dataloader, SFTDataset, TextCompletionDataset
+    from kithara_ray.orchestration.model import KerasHubModel
+    from kithara_ray.orchestration.trainer import Trainer, TrainResult
+    from kithara_ray.sharding.shape import MeshShape
+
+_HOMES = {
+    "Dataloader": "kithara_ray.orchestration.data",
+    "KerasHubModel": "kithara_ray.orchestration.model",
+    "MeshShape": "kithara_ray.sharding.shape",
+    "SFTDataset": "kithara_ray.orchestration.data",
+    "TextCompletionDataset": "kithara_ray.orchestration.data",
+    "TrainResult": "kithara_ray.orchestration.trainer",
+    "Trainer": "kithara_ray.orchestration.trainer",
+}
+
+__all__ = [
+    "Dataloader",
+    "KerasHubModel",
+    "MeshShape",
+    "SFTDataset",
+    "TextCompletionDataset",
+    "TrainResult",
+    "Trainer",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kithara_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,160 @@
+"""LoRA as PEFT defines it, on built Keras layers.
+
+    I  in     width of what the layer contracts, its input dims flattened
+    O  out    width of what it gives, its output dims flattened
+    R  rank
+
+    y = layer(x) + scale * (x_I @ A_RI.T) @ B_OR.T        Hu et al. 2021, arXiv:2106.09685
+
+The factors are stored in PEFT's orientation, A (R, I) and B (O, R), float32, so what is trained is what is saved.
+A layer is adapted by giving the *built* layer the class of a LoRA subclass: every reference to it, in the functional
+graph and in its block, stays valid.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import keras
+from keras import ops
+
+from kithara_ray.errors import UnsupportedError
+from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model.targets import check_targets
+from kithara_ray.model.weights import Port
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted layer.
+
+    Attributes:
+        module: the HF module, e.g. `model.layers.0.self_attn.q_proj`.
+        layer: the Keras layer.
+        rank, scale: of this module, patterns applied.
+        in_dim, out_dim: I and O.
+        lora_A, lora_B: the layer's `keras.Variable`s.
+    """
+
+    module: str
+    layer: keras.layers.Layer
+    rank: int
+    scale: float
+    in_dim: int
+    out_dim: int
+    lora_A: keras.Variable
+    lora_B: keras.Variable
+
+    @property
+    def variables(self) -> dict[str, keras.Variable]:
+        """By the names that an adapter file gives them."""
+        return {f"{self.module}.lora_A.weight": self.lora_A, f"{self.module}.lora_B.weight": self.lora_B}
+
+
+def _contracted_dims(layer) -> int:
+    """How many trailing dims of its input a layer contracts."""
+    if isinstance(layer, keras.layers.Dense):
+        return 1
+    inputs, rest = layer.equation.split(",")
+    kernel, output = rest.split("->")
+    contracted = "".join(label for label in inputs if label in kernel and label not in output)
+    produced = "".join(label for label in output if label in kernel and label not in inputs)
+    batch = inputs.removesuffix(contracted)
+    if batch + contracted != inputs or batch + produced != output:
+        raise UnsupportedError(f"layer {layer.path}: equation {layer.equation!r} is not a linear map of trailing dims")
+    return len(contracted)
+
+
+class _SidePath:
+    """Mixed into Dense and EinsumDense; `call` keeps the signature that Keras has cached for the layer."""
+
+    def call(self, inputs, training=None):
+        y = super().call(inputs, training=training)
+        contracted = self._lora_contracted_dims
+        batch_shape = ops.shape(inputs)[: len(inputs.shape) - contracted]
+        x_I = ops.reshape(inputs, (*batch_shape, self._lora_in_dim))
+        x_I = ops.cast(x_I, self.compute_dtype)
+        x_R = ops.matmul(x_I, ops.transpose(self.lora_A))
+        delta_O = ops.matmul(x_R, ops.transpose(self.lora_B)) * self._lora_scale
+        return ops.add(y, ops.reshape(delta_O, ops.shape(y)))
+
+
+class _LoraDense(_SidePath, keras.layers.Dense):
+    pass
+
+
+class _LoraEinsumDense(_SidePath, keras.layers.EinsumDense):
+    pass
+
+
+_ADAPTED = {keras.layers.Dense: _LoraDense, keras.layers.EinsumDense: _LoraEinsumDense}
+
+
+def linear_modules(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.Layer]:
+    """HF module name -> Keras layer, for every linear layer of the backbone.
+
+    Layers are matched to names by the identity of their kernel: variable paths are not unique in every family.
+    """
+    name_of = {id(port.variable): port.hf_name for port in ports}
+    layers = [layer for layer in backbone._flatten_layers() if type(layer) in _ADAPTED]
+    named = {name_of[id(layer._kernel)]: layer for layer in layers if id(layer._kernel) in name_of}
+    return {name.removesuffix(_WEIGHT): named[name] for name in name_of.values() if name in named}
+
+
+def inject(backbone, ports: Sequence[Port], config: LoraConfig) -> list[Target]:
+    """Adapt every linear layer that `config` targets.
+
+    Raises:
+        ConfigError: a target module matches nothing.
+        UnsupportedError: a matched layer has an activation or is not a linear map.
+    """
+    linear = linear_modules(backbone, ports)
+    check_targets(config, list(linear))
+    return [_adapt(module, layer, config) for module, layer in linear.items() if config.matches(module)]
+
+
+def _adapt(module: str, layer, config: LoraConfig) -> Target:
+    if keras.activations.serialize(layer.activation) not in ("linear", None):
+        raise UnsupportedError(f"{module}: its layer applies an activation, LoRA beside it would not be PEFT's")
+    contracted = _contracted_dims(layer)
+    kernel_size = math.prod(layer._kernel.shape)
+    if isinstance(layer, keras.layers.Dense):
+        in_dim = layer._kernel.shape[0]
+    else:
+        kernel_labels = layer.equation.split(",")[1].split("->")[0]
+        output = layer.equation.split("->")[1]
+        in_dim = math.prod(
+            size for label, size in zip(kernel_labels, layer._kernel.shape, strict=True) if label not in output
+        )
+    out_dim = kernel_size // in_dim
+    rank = config.rank_of(module)
+    layer.__class__ = _ADAPTED[type(layer)]
+    layer._tracker.unlock()
+    layer.lora_A = layer.add_weight(name="lora_A", shape=(rank, in_dim), dtype="float32", initializer="zeros")
+    layer.lora_B = layer.add_weight(name="lora_B", shape=(out_dim, rank), dtype="float32", initializer="zeros")
+    layer._tracker.lock()
+    layer._lora_contracted_dims, layer._lora_in_dim = contracted, in_dim
+    layer._lora_scale = config.scale_of(module)
+    layer._kernel.trainable = False
+    return Target(module, layer, rank, layer._lora_scale, in_dim, out_dim, layer.lora_A, layer.lora_B)
+
+
+def initial_factors(targets: Sequence[Target], seed: int) -> dict[str, jax.Array]:
+    """PEFT's initial factors: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5), B zero.
+
+    A factor depends on the seed and its module's name alone, not on the mesh, the order or the other targets.
+    """
+    factors = {}
+    key = jax.random.key(seed)
+    for target in targets:
+        bound = 1 / math.sqrt(target.in_dim)
+        name = f"{target.module}.lora_A.weight"
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        factors[name] = jax.random.uniform(own, (target.rank, target.in_dim), jnp.float32, -bound, bound)
+        factors[f"{target.module}.lora_B.weight"] = jnp.zeros((target.out_dim, target.rank), jnp.float32)
+    return factors

@@ -1,0 +1,31 @@
+"""Process start-up for a process that will run KerasHub on JAX.
+
+Only entry points and worker start-up call this: it changes the environment and `sys.modules`.
+"""
+
+import os
+import sys
+
+from kithara_ray.errors import ConfigError
+
+# KerasHub imports TensorFlow for its preprocessors, which are not used here: 3 s and 0.6 GB a process.
+_UNUSED = ("tensorflow", "tensorflow_text")
+
+
+def prepare() -> None:
+    """Select Keras' JAX backend and keep TensorFlow out of this process.
+
+    Raises:
+        ConfigError: Keras was imported before with another backend.
+    """
+    os.environ["KERAS_BACKEND"] = "jax"
+    for name in _UNUSED:
+        if name not in sys.modules:
+            sys.modules[name] = None
+    import keras
+
+    if keras.backend.backend() != "jax":
+        raise ConfigError(
+            f"keras was imported with the {keras.backend.backend()!r} backend before the worker started; "
+            "set KERAS_BACKEND=jax in the environment of the cluster's nodes"
+        )

@@ -1,0 +1,81 @@
+"""The actor on the head node: gathers what the ranks send, checks that it is complete, writes it out.
+
+It needs no accelerator, no JAX and no model: shards are numpy arrays, and an export is a file operation.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kithara_ray.hf import storage
+from kithara_ray.hf.adapter import Adapter, LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.export import Layout, export
+from kithara_ray.sharding.gather import Shard, assemble
+
+logger = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """State of one model's life on the cluster: progress of the run, the gathered adapter, exports."""
+
+    def __init__(self):
+        self._events: list[dict[str, Any]] = []
+        self._shards: dict[int, list[Shard]] = {}
+
+    def start_run(self) -> None:
+        """Forget what an earlier attempt or run has sent."""
+        self._events, self._shards = [], {}
+
+    def record(self, event: dict[str, Any]) -> None:
+        """One event of rank 0: a logged step, a phase of start-up."""
+        self._events.append(event)
+
+    def events(self, start: int) -> list[dict[str, Any]]:
+        """The events from number `start` on."""
+        return self._events[start:]
+
+    def put_shards(self, rank: int, shards: list[Shard]) -> None:
+        """What one rank held of the adapter."""
+        self._shards[rank] = shards
+
+    def adapter(self, shapes: dict[str, tuple[int, ...]], num_ranks: int) -> dict[str, np.ndarray]:
+        """The whole adapter, its shards checked to tile every tensor exactly once.
+
+        Raises:
+            AdapterError: names the tensor, the slice and the rank.
+        """
+        return assemble(shapes, (shard for shards in self._shards.values() for shard in shards), num_ranks)
+
+    def export(
+        self,
+        base: str,
+        config: LoraConfig,
+        tensors: dict[str, np.ndarray],
+        destination: str,
+        layout: Layout,
+        dtype: str,
+        base_name: str,
+    ) -> str:
+        """Write one of the three layouts; see `kithara_ray.hf.export`."""
+        checkpoint = BaseCheckpoint.open(storage.fetch(base))
+        return export(checkpoint, Adapter(config, tensors), destination, layout, dtype=dtype, base_name=base_name)
+
+    def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base_name: str) -> None:
+        """The trained adapter into the run's directory."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        Adapter(config, tensors).write(path, base_name)
+
+
+def start_coordinator() -> ray.actor.ActorHandle:
+    """A coordinator on the head node, which holds no CPU: it must start beside a full cluster."""
+    head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    options = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}, "max_concurrency": 2}
+    if head is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=False)
+    return ray.remote(Coordinator).options(**options).remote()

@@ -1,0 +1,231 @@
+"""The model handle of the public API. It holds where the base is and what was trained, never the base's weights."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from kithara_ray.errors import ConfigError, KitharaRayError, UnsupportedError
+from kithara_ray.hf import storage
+from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.export import Layout
+from kithara_ray.model.families import PRECISIONS, family_of
+from kithara_ray.model.targets import check_targets, linear_modules_of
+from kithara_ray.orchestration.coordinator import start_coordinator
+
+# Kithara's arguments that mean nothing here, and what to do instead.
+_ELSEWHERE = {
+    "sharding_strategy": "give Trainer(mesh=MeshShape(data=..., fsdp=..., tensor=...))",
+    "scan_layers": "leave it out",
+    "dtype": "give precision=",
+    "preprocessor": "leave it out; rows are tokenised by the dataset",
+}
+
+
+def remote_get(reference: Any) -> Any:
+    """`ray.get`, with an error of our own raised as itself and not as Ray's wrapper of it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, KitharaRayError):
+            raise error.cause from None
+        raise
+
+
+def absolute(path: str) -> str:
+    """Workers and the coordinator run in other directories: local paths are made absolute where they are written."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+class KerasHubModel:
+    """A KerasHub causal LM to be fine-tuned. Made by `from_preset`.
+
+    Attributes:
+        preset_handle: where the base is.
+        lora: what is adapted.
+        precision: Keras dtype policy of the computation.
+        adapter: the trained tensors by name, float32, A (r, in) and B (out, r); None before training.
+    """
+
+    def __init__(self, preset_handle: str, lora: LoraConfig, precision: str):
+        self.preset_handle = preset_handle
+        self.lora = lora
+        self.precision = precision
+        self.adapter: dict[str, np.ndarray] | None = None
+        self._coordinator = None
+        self._generator = None
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset_handle: str,
+        lora_rank: int | None = None,
+        precision: str = "mixed_bfloat16",
+        *,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] = ("q_proj", "v_proj"),
+        use_rslora: bool = False,
+        **unknown: Any,
+    ) -> "KerasHubModel":
+        """A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
+
+        Args:
+            preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.
+            lora_rank: rank of the factors.
+            precision: "mixed_bfloat16" (activations bfloat16), "bfloat16" or "float32". The frozen base keeps its
+                checkpoint's dtype in memory; factors and optimizer state are float32.
+            lora_alpha: the update is scaled by alpha / rank; the default is alpha = rank, as in Kithara.
+            target_modules: PEFT's names of the layers to adapt.
+            use_rslora: scale by alpha / sqrt(rank).
+
+        Raises:
+            ConfigError: an argument is wrong; a target matches nothing.
+            UnsupportedError: the family, or a field of its config, cannot be honoured.
+            CheckpointError: there is no base at the handle.
+        """
+        for name in unknown:
+            raise ConfigError(
+                f"KerasHubModel.from_preset takes no argument {name!r}"
+                + (f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else "")
+            )
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if lora_rank is None:
+            raise UnsupportedError("lora_rank=None (training all weights) is not available yet; give lora_rank=16")
+        if isinstance(target_modules, str):
+            target_modules = (target_modules,)
+        lora = LoraConfig(
+            r=lora_rank, lora_alpha=lora_alpha, target_modules=tuple(target_modules), use_rslora=use_rslora
+        )
+        handle = absolute(preset_handle)
+        base = BaseCheckpoint.open(storage.fetch(handle))
+        family_of(base.config)
+        check_targets(lora, linear_modules_of(base))
+        return cls(handle, lora, precision)
+
+    def save_in_hf_format(
+        self,
+        output_dir: str,
+        dtype: str = "auto",
+        only_save_adapters: bool = False,
+        save_adapters_separately: bool = False,
+        parallel_threads: int | None = None,
+    ) -> str:
+        """Write the trained model for transformers, PEFT and vLLM; the coordinator on the head node does it.
+
+            only_save_adapters=True          a PEFT adapter
+            save_adapters_separately=True    the base, and the adapter in `<output_dir>/adapter`
+            neither                          base and adapter merged into one model
+
+        Args:
+            output_dir: a new or empty directory, local to the head node, or `gs://...`, `s3://...`.
+            dtype: of the written base; "auto" keeps the base's.
+            parallel_threads: accepted for Kithara's scripts; files are copied, not converted.
+
+        Returns: where it was written.
+
+        Raises:
+            ConfigError: nothing has been trained.
+            DestinationError: `output_dir` exists and is not empty, or cannot be written.
+            ExportError: what was written did not prove itself; nothing is left behind.
+        """
+        if self.adapter is None:
+            raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
+        if only_save_adapters:
+            layout = Layout.ADAPTER
+        else:
+            layout = Layout.SEPARATE if save_adapters_separately else Layout.MERGED
+        return remote_get(
+            self.coordinator().export.remote(
+                self.preset_handle,
+                self.lora,
+                self.adapter,
+                absolute(str(output_dir)),
+                layout,
+                dtype,
+                self.base_name,
+            )
+        )
+
+    @property
+    def base_name(self) -> str:
+        """What PEFT is told the base is: the Hub's name, or the directory."""
+        return self.preset_handle.removeprefix("hf://")
+
+    def coordinator(self) -> ray.actor.ActorHandle:
+        """This model's coordinator, started when first asked for or when Ray was restarted."""
+        start_ray()
+        if self._coordinator is not None:
+            try:
+                ray.get(self._coordinator.__ray_ready__.remote(), timeout=30)
+            except (ray.exceptions.RayError, ValueError):
+                self._coordinator = None
+        if self._coordinator is None:
+            self._coordinator = start_coordinator()
+        return self._coordinator
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int = 100,
+        stop_token_ids: str | Sequence[int] = "auto",
+        strip_prompt: bool = False,
+        tokenizer: Any = None,
+        tokenizer_handle: str | None = None,
+        return_decoded: bool = True,
+        skip_special_tokens: bool = True,
+    ) -> list[str] | list[list[int]]:
+        """Greedy continuation of prompts by the base with what has been trained so far.
+
+        Runs in one actor, on the CPU of one node, which keeps the model until training changes it or `release()` is
+        called: for looking at small models. Large ones are served from an export.
+
+        Args:
+            inputs: a text, a list of texts, token ids, or a list of these.
+            max_length: prompt and continuation together, in tokens.
+            stop_token_ids: where to stop; "auto" takes the tokenizer's EOS and those of generation_config.json.
+            strip_prompt: give the continuation alone.
+            tokenizer, tokenizer_handle: the base's own by default.
+            return_decoded: texts; False gives token ids.
+
+        Returns: one text, or list of token ids, a prompt.
+        """
+        start_ray()
+        if tokenizer is not None and tokenizer_handle is not None:
+            raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
+        if self._generator is None:
+            from kithara_ray.orchestration.generator import start_generator
+
+            self._generator = start_generator(self.preset_handle, self.lora, self.precision, self.adapter)
+        chosen = tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle)
+        return remote_get(
+            self._generator.generate.remote(
+                inputs,
+                chosen,
+                max_length=max_length,
+                stop_token_ids=stop_token_ids,
+                strip_prompt=strip_prompt,
+                return_decoded=return_decoded,
+                skip_special_tokens=skip_special_tokens,
+            )
+        )
+
+    def release(self) -> None:
+        """Give back the memory of `generate`'s actor."""
+        if self._generator is not None:
+            ray.kill(self._generator)
+            self._generator = None
+
+    def set_adapter(self, tensors: dict[str, np.ndarray]) -> None:
+        """What training ended with."""
+        self.release()
+        self.adapter = tensors
+
+
+def start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="WARNING")

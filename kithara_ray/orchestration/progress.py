@@ -1,0 +1,100 @@
+"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+
+import threading
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_POLL_S = 0.5
+_PHASES = {
+    "tokenize": "tokenising the dataset",
+    "schedule": "waiting for the workers",
+    "fetch": "reading the base checkpoint",
+    "build": "building the model",
+    "load": "loading the sharded weights",
+    "compile": "compiling the step",
+}
+
+
+class Progress:
+    """Follows the coordinator's events in a thread, from `with` to its end."""
+
+    def __init__(self, coordinator: ray.actor.ActorHandle, enabled: bool = True):
+        self._coordinator = coordinator
+        self._console = Console(stderr=True, quiet=not enabled, highlight=False)
+        self._seen = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("starting", total=None, figures="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stop.set()
+        self._thread.join()
+        if exc[0] is None:
+            self._drain()
+        self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        self._show({"kind": "phase", "name": name})
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self._drain()
+
+    def _drain(self) -> None:
+        try:
+            events = ray.get(self._coordinator.events.remote(self._seen), timeout=10)
+        except ray.exceptions.RayError:
+            return
+        self._seen += len(events)
+        for event in events:
+            self._show(event)
+
+    def _show(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "phase":
+            self._say(_PHASES[event["name"]])
+            self._bar.update(self._task, description=_PHASES[event["name"]])
+        elif kind == "started":
+            share = event["trainable"] / event["parameters"]
+            self._note(
+                f"training {event['trainable']:,} of {event['parameters']:,} parameters ({share:.2%}) "
+                f"for {event['total_steps']} steps"
+            )
+            self._bar.update(self._task, total=event["total_steps"], description="training")
+        elif kind == "step":
+            figures = f"loss={event['loss']:.4f} tokens_per_s={event['tokens_per_s']:.0f}"
+            self._say(f"step={event['step']} {figures}")
+            self._bar.update(self._task, completed=event["step"], figures=figures)
+        elif kind == "eval":
+            self._note(
+                f"step={event['step']} eval_loss={event['eval_loss']:.4f} "
+                f"eval_perplexity={event['eval_perplexity']:.3f}"
+            )
+
+    def _say(self, line: str) -> None:
+        """Where there is no bar."""
+        if self._bar.disable:
+            self._console.print(line)
+
+    def _note(self, line: str) -> None:
+        """Above the bar, or as a line."""
+        (self._bar.console if not self._bar.disable else self._console).print(line)

@@ -1,0 +1,275 @@
+"""The Trainer of the public API: handles in, a trained adapter out.
+
+The driver tokenises, starts the coordinator and one Ray Train actor per host, shows progress, and takes the gathered
+adapter. It needs no accelerator.
+"""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.jax import JaxConfig, JaxTrainer
+
+from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration.data import Dataloader
+from kithara_ray.orchestration.model import KerasHubModel, absolute, remote_get, start_ray
+from kithara_ray.orchestration.progress import Progress
+from kithara_ray.orchestration.stream import tokenize
+from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
+from kithara_ray.sharding.shape import MeshShape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with.
+
+    Attributes:
+        metrics: the last logged step's, with the last evaluation's.
+        history: a dict a logged step: step, loss, learning_rate, grad_norm, tokens_per_s (real tokens, no padding),
+            step_time_s, input_wait_s (a step), epoch.
+        eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
+        phases: seconds of each phase of start-up on rank 0.
+        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
+    """
+
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    path: str
+    eval_history: list[dict[str, float]] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains a model on a Ray cluster.
+
+    Args:
+        model: what to train; it holds the trained adapter afterwards.
+        optimizer: a `keras.optimizers.Optimizer` or an `optax.GradientTransformation`.
+        train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices.
+        eval_dataloader: evaluated every `eval_steps_interval` steps or `eval_epochs_interval` epochs (each epoch by
+            default), and at the end.
+        steps, epochs: how long; one epoch by default.
+        log_steps_interval: steps between two rows of the history.
+        max_eval_samples: evaluate on the first so many rows only.
+        scaling_config: Ray's; one worker per host. None is one local worker.
+        run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
+        cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
+        mesh: axes of the device mesh; all devices on `fsdp` by default.
+        seed: of the initial factors.
+        cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
+        progress: show a progress bar, or lines where the output is not a terminal.
+    """
+
+    def __init__(
+        self,
+        model: KerasHubModel,
+        optimizer: Any,
+        train_dataloader: Dataloader,
+        eval_dataloader: Dataloader | None = None,
+        steps: int | None = None,
+        epochs: int | None = None,
+        log_steps_interval: int = 1,
+        eval_steps_interval: int | None = None,
+        eval_epochs_interval: int | None = None,
+        max_eval_samples: int | None = None,
+        tensorboard_dir: str | None = None,
+        profiler: Any = None,
+        checkpointer: Any = None,
+        *,
+        scaling_config: ScalingConfig | None = None,
+        run_config: RunConfig | None = None,
+        cpu_devices_per_worker: int = 1,
+        mesh: MeshShape | None = None,
+        seed: int = 0,
+        cluster_timeout_s: float = 300.0,
+        progress: bool = True,
+    ):
+        unavailable = {"tensorboard_dir": tensorboard_dir, "profiler": profiler, "checkpointer": checkpointer}
+        for name, value in unavailable.items():
+            if value is not None:
+                raise UnsupportedError(f"Trainer: {name}= is not available yet; leave it out")
+        if steps is not None and epochs is not None:
+            raise ConfigError(f"Trainer takes one of steps and epochs, got steps={steps} and epochs={epochs}")
+        if eval_steps_interval is not None and eval_epochs_interval is not None:
+            raise ConfigError("Trainer takes one of eval_steps_interval and eval_epochs_interval")
+        counts = {
+            "steps": steps,
+            "epochs": epochs,
+            "log_steps_interval": log_steps_interval,
+            "eval_steps_interval": eval_steps_interval,
+            "eval_epochs_interval": eval_epochs_interval,
+            "max_eval_samples": max_eval_samples,
+            "cpu_devices_per_worker": cpu_devices_per_worker,
+        }
+        for name, value in counts.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
+        if steps is None and epochs is None:
+            epochs = 1
+        if eval_dataloader is not None and eval_steps_interval is None and eval_epochs_interval is None:
+            eval_epochs_interval = 1
+        self.model = model
+        self.optimizer = _portable(optimizer)
+        self.train_dataloader = train_dataloader
+        self.eval_dataloader = eval_dataloader
+        self.steps, self.epochs = steps, epochs
+        self.log_steps_interval = log_steps_interval
+        self.eval_steps_interval, self.eval_epochs_interval = eval_steps_interval, eval_epochs_interval
+        self.max_eval_samples = max_eval_samples
+        self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
+        if not isinstance(self.scaling_config.num_workers, int) or self.scaling_config.num_workers < 1:
+            raise UnsupportedError(
+                f"ScalingConfig(num_workers={self.scaling_config.num_workers!r}): a fixed number of workers >= 1 is "
+                "needed; the group's size decides the global batch"
+            )
+        self.run_config = run_config or RunConfig()
+        self.cpu_devices_per_worker = cpu_devices_per_worker
+        self.mesh = mesh or MeshShape()
+        self.seed = seed
+        self.cluster_timeout_s = cluster_timeout_s
+        self.progress = progress
+
+    def train(self) -> TrainResult:
+        """Run to the end; `model` holds the trained adapter afterwards.
+
+        Raises:
+            DataError: a bad row, or nothing to train on.
+            ClusterError: the cluster lacks what `scaling_config` asks for.
+            TrainingError: a worker failed; names its cause.
+        """
+        start_ray()
+        self.model.release()
+        coordinator = self.model.coordinator()
+        ray.get(coordinator.start_run.remote())
+        with Progress(coordinator, enabled=self.progress) as progress:
+            progress.phase("tokenize")
+            spec = self._spec(coordinator)
+            progress.phase("schedule")
+            self._check_cluster()
+            result = self._fit(spec)
+        events = remote_get(coordinator.events.remote(0))
+        tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
+        self.model.set_adapter(tensors)
+        path = os.path.join(result.path, "adapter")
+        if "://" not in path:
+            remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.base_name))
+        return _result(events, result.path)
+
+    def _spec(self, coordinator) -> RunSpec:
+        return RunSpec(
+            base=self.model.preset_handle,
+            lora=self.model.lora,
+            precision=self.model.precision,
+            adapter=self.model.adapter,
+            optimizer=self.optimizer,
+            train=_data_spec(self.train_dataloader),
+            eval=_data_spec(self.eval_dataloader) if self.eval_dataloader else None,
+            steps=self.steps,
+            epochs=self.epochs,
+            log_steps_interval=self.log_steps_interval,
+            eval_steps_interval=self.eval_steps_interval,
+            eval_epochs_interval=self.eval_epochs_interval,
+            max_eval_samples=self.max_eval_samples,
+            mesh=self.mesh,
+            seed=self.seed,
+            platform=self._platform(),
+            num_workers=self.scaling_config.num_workers,
+            coordinator=coordinator,
+        )
+
+    def _worker_env(self) -> dict[str, str]:
+        """The workers' environment: the run's own, over what no accelerator needs."""
+        env = {"KERAS_BACKEND": "jax"}
+        if not self.scaling_config.use_tpu:
+            env["JAX_PLATFORMS"] = "cpu"
+            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
+        runtime_env = self.run_config.worker_runtime_env or {}
+        return env | dict(runtime_env.get("env_vars", {}))
+
+    def _platform(self) -> str:
+        """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
+        platform = self._worker_env().get("JAX_PLATFORMS", "tpu").split(",")[0]
+        return {"cuda": "gpu"}.get(platform, platform)
+
+    def _check_cluster(self) -> None:
+        scaling = self.scaling_config
+        preflight.wait_for_cluster(
+            scaling.num_workers,
+            scaling._resources_per_worker_not_none,
+            self.cluster_timeout_s,
+            preflight.slice_heads(scaling),
+        )
+
+    def _fit(self, spec: RunSpec):
+        runtime_env = dict(self.run_config.worker_runtime_env or {})
+        runtime_env["env_vars"] = self._worker_env()
+        run_config = RunConfig(
+            name=self.run_config.name,
+            storage_path=absolute(str(self.run_config.storage_path)),
+            storage_filesystem=self.run_config.storage_filesystem,
+            failure_config=self.run_config.failure_config,
+            checkpoint_config=self.run_config.checkpoint_config,
+            callbacks=self.run_config.callbacks,
+            worker_runtime_env=runtime_env,
+            logging_config=self.run_config.logging_config,
+        )
+        trainer = JaxTrainer(
+            train_loop,
+            train_loop_config={"spec": spec},
+            # use_tpu is Ray's switch for jax.distributed; without it N workers are N independent runs.
+            jax_config=JaxConfig(use_tpu=True),
+            scaling_config=self.scaling_config,
+            run_config=run_config,
+        )
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise _named(error) from error
+
+
+def _portable(optimizer: Any) -> tuple[str, Any]:
+    """An optimizer as it is carried to the workers."""
+    if hasattr(optimizer, "stateless_apply") and hasattr(optimizer, "get_config"):
+        import keras
+
+        return "keras", keras.optimizers.serialize(optimizer)
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return "optax", optimizer
+    raise ConfigError(
+        f"optimizer must be a keras.optimizers.Optimizer or an optax.GradientTransformation, "
+        f"got {type(optimizer).__name__}"
+    )
+
+
+def _data_spec(loader: Dataloader) -> DataSpec:
+    return DataSpec(tokenize(loader.dataset), loader.per_device_batch_size, loader.shuffle, loader.seed)
+
+
+def _named(error: TrainingFailedError) -> KitharaRayError:
+    """The failure of the first rank that has one of our own errors, or of the first rank."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, KitharaRayError):
+            return cause
+    if failures:
+        rank, failure = sorted(failures.items())[0]
+        cause = getattr(failure, "_base_exc", failure)
+        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
+    return TrainingError(f"the run failed: {error}")
+
+
+def _result(events: list[dict[str, Any]], path: str) -> TrainResult:
+    def rows(kind: str) -> list[dict[str, Any]]:
+        return [{k: v for k, v in event.items() if k != "kind"} for event in events if event["kind"] == kind]
+
+    history, evals, started = rows("step"), rows("eval"), rows("started")
+    metrics = (history[-1] if history else {}) | (evals[-1] if evals else {})
+    return TrainResult(metrics, history, path, evals, started[-1]["phases"] if started else {})

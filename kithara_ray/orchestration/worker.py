@@ -1,0 +1,227 @@
+"""The loop that runs in each Ray Train actor, one per host; all ranks run the same program in step."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.orchestration.stream import HostStream, TokenStore
+from kithara_ray.sft.order import BatchOrder
+from kithara_ray.sharding.shape import MeshShape
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """One tokenised dataset and how it is cut into batches."""
+
+    store: TokenStore
+    per_device_batch_size: int
+    shuffle: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything a worker needs, as the driver decided it.
+
+    Attributes:
+        base: handle or directory of the base checkpoint.
+        lora: what is adapted.
+        adapter: tensors to go on from; None starts from PEFT's initial factors.
+        optimizer: ("keras", config) or ("optax", transformation).
+        steps, epochs: one of them is None.
+        platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
+        num_workers: processes that must have met.
+    """
+
+    base: str
+    lora: LoraConfig
+    precision: str
+    adapter: Mapping[str, np.ndarray] | None
+    optimizer: tuple[str, Any]
+    train: DataSpec
+    eval: DataSpec | None
+    steps: int | None
+    epochs: int | None
+    log_steps_interval: int
+    eval_steps_interval: int | None
+    eval_epochs_interval: int | None
+    max_eval_samples: int | None
+    mesh: MeshShape
+    seed: int
+    platform: str
+    num_workers: int
+    coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
+
+
+def train_loop(config: dict[str, RunSpec]) -> dict[str, Any]:
+    """Ray Train's `train_loop_per_worker`. What rank 0 returns is the run's summary."""
+    spec = config["spec"]
+    from kithara_ray.model import runtime
+
+    started = time.monotonic()
+    runtime.prepare()
+    run = _Run(spec, started)
+    run.build()
+    run.train()
+    return run.finish()
+
+
+class _Run:
+    """One rank's run, from an empty process to the adapter sent to the coordinator."""
+
+    def __init__(self, spec: RunSpec, started: float):
+        import jax
+
+        from kithara_ray.orchestration import preflight
+
+        self.spec = spec
+        self.rank = jax.process_index()
+        self.phases: dict[str, float] = {"import": time.monotonic() - started}
+        preflight.check_process_group(spec.num_workers, spec.platform)
+        self._input_wait_s = 0.0
+
+    def build(self) -> None:
+        """Model, arrays, data and compiled steps."""
+        import jax.numpy as jnp
+
+        from kithara_ray.hf import storage
+        from kithara_ray.hf.checkpoint import BaseCheckpoint
+        from kithara_ray.model.causal_lm import build
+        from kithara_ray.sharding.mesh import make_mesh
+        from kithara_ray.train import step
+
+        spec = self.spec
+        with self._phase("fetch"):
+            base = BaseCheckpoint.open(storage.fetch(spec.base))
+        with self._phase("build"):
+            self.mesh = make_mesh(spec.mesh)
+            self.model = build(base.config, spec.lora, spec.precision)
+            self.optimizer = self._make_optimizer()
+        with self._phase("load"):
+            self.frozen = self.model.load(base, self.mesh)
+            if spec.adapter is None:
+                params = self.model.initial_factors(spec.seed, self.mesh)
+            else:
+                params = self.model.place_factors(spec.adapter, self.mesh)
+            self.state = step.initial_state(self.mesh, self.optimizer, params)
+        self.data = self._stream(spec.train)
+        self.eval_data = self._stream(spec.eval) if spec.eval else None
+        batch, self._next_tokens = self.data.batch(0)
+        self._next_batch = batch
+        with self._phase("compile"):
+            self.step = step.compile_step(self.model, self.optimizer, self.mesh, self.state, self.frozen, batch)
+            if self.eval_data:
+                eval_batch, _ = self.eval_data.batch(0)
+                self.evaluate_step = step.compile_eval(
+                    self.model, self.mesh, self.state["params"], self.frozen, eval_batch
+                )
+        per_epoch = self.data.order.steps_per_epoch
+        self.total_steps = spec.steps if spec.steps is not None else spec.epochs * per_epoch
+        self.eval_every = spec.eval_steps_interval or (spec.eval_epochs_interval or 0) * per_epoch
+        trainable = sum(int(np.prod(v.shape)) for v in self.model.factor_variables.values())
+        total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
+
+    def train(self) -> None:
+        """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
+        last_logged, window_tokens, mark = 0, 0, time.monotonic()
+        pending = None
+        for number in range(1, self.total_steps + 1):
+            batch, tokens = self._next_batch, self._next_tokens
+            self.state, metrics = self.step(self.state, self.frozen, batch)
+            window_tokens += tokens
+            if number < self.total_steps:
+                waited = time.monotonic()
+                self._next_batch, self._next_tokens = self.data.batch(number)
+                self._input_wait_s += time.monotonic() - waited
+            due = number % self.spec.log_steps_interval == 0 or number == self.total_steps
+            evaluate = self.eval_data and (
+                number == self.total_steps or (self.eval_every and number % self.eval_every == 0)
+            )
+            if due:
+                pending = (number, metrics)
+            if pending and (due or evaluate):
+                step, values = pending[0], {name: float(value) for name, value in pending[1].items()}
+                now = time.monotonic()
+                self._log(step, values, window_tokens, now - mark, step - last_logged)
+                last_logged, window_tokens, mark, pending = step, 0, now, None
+            if evaluate:
+                self._record("eval", step=number, **self.evaluate())
+                mark = time.monotonic()
+
+    def evaluate(self) -> dict[str, float]:
+        """Token-weighted loss and perplexity over the whole evaluation set, or its first `max_eval_samples` rows."""
+        order = self.eval_data.order
+        total = weight = 0.0
+        for step in range(order.steps_per_epoch):
+            batch, _ = self.eval_data.batch(step)
+            loss, tokens = self.evaluate_step(self.state["params"], self.frozen, batch)
+            total, weight = total + float(loss), weight + float(tokens)
+        loss = total / max(weight, 1.0)
+        return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss)), "eval_tokens": weight}
+
+    def finish(self) -> dict[str, Any]:
+        """Send this rank's part of the adapter."""
+        from kithara_ray.sharding.gather import local_shards
+
+        shards = local_shards(self.state["params"], self.rank)
+        ray.get(self.spec.coordinator.put_shards.remote(self.rank, shards))
+        self._record("finished")
+        return {"shapes": {name: tuple(v.shape) for name, v in self.model.factor_variables.items()}}
+
+    def _make_optimizer(self):
+        from kithara_ray.train.optimizer import KerasOptimizer, OptaxOptimizer
+
+        kind, value = self.spec.optimizer
+        return KerasOptimizer(value, self.model.factor_variables) if kind == "keras" else OptaxOptimizer(value)
+
+    def _stream(self, data: DataSpec) -> HostStream:
+        from kithara_ray.sharding.mesh import batch_sharding
+
+        limit = self.spec.max_eval_samples if data is self.spec.eval else None
+        num_rows = min(data.store.num_rows, limit or data.store.num_rows)
+        order = BatchOrder(num_rows, data.per_device_batch_size * self.mesh.size, data.seed, data.shuffle)
+        return HostStream(data.store, order, batch_sharding(self.mesh), data.store.seq_len)
+
+    def _log(self, step: int, values: dict[str, float], tokens: int, seconds: float, steps: int) -> None:
+        row = {
+            "step": step,
+            **values,
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds / steps,
+            "input_wait_s": self._input_wait_s / steps,
+            "epoch": step / self.data.order.steps_per_epoch,
+        }
+        self._input_wait_s = 0.0
+        self._record("step", **row)
+        if self.rank == 0:
+            logger.info("step=%d loss=%.4f tokens_per_s=%.0f", step, values["loss"], row["tokens_per_s"])
+
+    def _record(self, kind: str, **values: Any) -> None:
+        if self.rank == 0:
+            self.spec.coordinator.record.remote({"kind": kind, **values})
+
+    def _phase(self, name: str):
+        return _Phase(self, name)
+
+
+class _Phase:
+    """Times one phase of start-up and tells the driver that it has begun."""
+
+    def __init__(self, run: _Run, name: str):
+        self.run, self.name = run, name
+
+    def __enter__(self):
+        self.run._record("phase", name=self.name)
+        self.started = time.monotonic()
+
+    def __exit__(self, *exc):
+        self.run.phases[self.name] = round(time.monotonic() - self.started, 2)

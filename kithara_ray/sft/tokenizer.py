@@ -1,0 +1,81 @@
+"""A tokenizer and what it does by itself: which tokens begin, end and pad a sequence.
+
+`transformers` is imported inside the functions, so importing this module costs nothing. It is never asked for a model, but where
+torch is installed beside it, its tokenizer module imports torch.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from kithara_ray.errors import DataError, KitharaRayError
+
+_PROBE = "a"
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(handle: str) -> Any:
+    """The tokenizer of `hf://org/name`, a local directory or `gs://...`; loaded once a process, so treat it as read-only.
+
+    Raises DataError, naming the handle and the cause, if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    from kithara_ray.hf.storage import fetch
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(fetch(handle)), trust_remote_code=False)
+    except (KitharaRayError, OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise DataError(_unloadable(handle, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library raises bare Exception for a malformed tokenizer.json
+            raise
+        raise DataError(_unloadable(handle, error)) from error
+    if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
+        # AutoTokenizer invents an empty vocabulary for some directories that hold a config.json and no tokenizer.
+        raise DataError(f"the tokenizer at {handle!r} encodes {_PROBE!r} as nothing; are its tokenizer files there?")
+    return tokenizer
+
+
+def _unloadable(handle: str, error: Exception) -> str:
+    cause = " ".join(str(error).split())
+    cause = cause if len(cause) <= 300 else f"{cause[:300]}..."
+    return (
+        f"no tokenizer at {handle!r}: {type(error).__name__}: {cause}; "
+        f"pass tokenizer_handle= of a directory with tokenizer.json, or tokenizer="
+    )
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What begins, ends and pads a sequence of this tokenizer.
+
+    bos_id: the token the tokenizer itself puts first, or None if it puts none. Many tokenizers name a BOS token without ever
+        adding it (SmolLM2's is the chat marker `<|im_start|>`); such a model was not trained with one.
+    eos_id: the token that ends an answer.
+    pad_id: what fills a row up; `eos_id` where the tokenizer names none. Padding is known by its mask, never by this id, which
+        may well be that of a token to be learned.
+    """
+
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "SpecialTokens":
+        eos_id = tokenizer.eos_token_id
+        if eos_id is None:
+            name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+            raise DataError(
+                f"tokenizer {name!r} names no EOS token, so no answer could end; set tokenizer.eos_token to the token that "
+                f"ends an answer"
+            )
+        # Encoded, not inferred from a family's name: this is what the model's own pipeline feeds it.
+        probe_ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
+        adds_bos = tokenizer.bos_token_id is not None and bool(probe_ids) and probe_ids[0] == tokenizer.bos_token_id
+        pad_id = tokenizer.pad_token_id
+        return cls(
+            bos_id=tokenizer.bos_token_id if adds_bos else None,
+            eos_id=eos_id,
+            pad_id=eos_id if pad_id is None else pad_id,
+        )

@@ -1,0 +1,77 @@
+"""The device mesh and how every array is split over it.
+
+Axes (`axis` is a mesh axis, `dim` a tensor dimension):
+
+    data    across slices: weights replicated, batch split
+    fsdp    within a slice: weights, factors, optimizer state and batch split
+    tensor  within a slice: weights split, batch not
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kithara_ray.errors import ConfigError
+from kithara_ray.sharding.shape import MeshShape
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+# Below this many elements the latency of a gather costs more than the memory of a copy.
+_REPLICATE_BELOW = 2048
+
+
+def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence | None = None) -> Mesh:
+    """A mesh over all devices of all processes, in the order in which JAX lays out the topology."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = shape.resolve(len(devices))
+    if devices[0].platform == "tpu":
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    else:
+        grid = np.array(devices).reshape(sizes)
+    return Mesh(grid, AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; positions whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a global batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
+    """The layout of one weight: `fsdp` (with `tensor`) splits its largest dim that divides evenly.
+
+    Args:
+        shape: the weight's shape.
+        whole_dims: so many leading dims stay whole (the dim of stacked blocks).
+
+    A weight under 2048 elements is replicated.
+    """
+    axes = tuple(axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    body = shape[whole_dims:]
+    if not axes or math.prod(body) < _REPLICATE_BELOW:
+        return replicated(mesh)
+    candidates = [dim for dim, size in enumerate(body) if size % ways == 0]
+    if not candidates:
+        raise ConfigError(
+            f"a weight of shape {tuple(shape)} cannot be split evenly {ways} ways "
+            f"(fsdp={mesh.shape['fsdp']} x tensor={mesh.shape['tensor']}): no dim is a multiple of {ways}; "
+            "choose another mesh or number of devices"
+        )
+    dim = max(candidates, key=lambda dim: body[dim])
+    spec = [None] * len(shape)
+    spec[whole_dims + dim] = axes
+    return NamedSharding(mesh, PartitionSpec(*spec))

@@ -1,0 +1,82 @@
+"""Keras and optax optimizers behind one small interface of pure functions.
+
+A Keras optimizer is carried from the driver to the workers as its configuration; an optax transformation as itself.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import keras
+import numpy as np
+
+Params = dict[str, jax.Array]
+
+
+class Optimizer(Protocol):
+    """What the step needs of an optimizer; every method is pure and may be traced."""
+
+    def init(self, params: Params) -> Any: ...
+
+    def update(self, grads: Params, state: Any, params: Params) -> tuple[Params, Any]: ...
+
+    def learning_rate(self, state: Any) -> jax.Array:
+        """float32 scalar, NaN where the optimizer does not tell."""
+        ...
+
+
+@dataclass
+class KerasOptimizer:
+    """A Keras optimizer over named arrays, through its `stateless_apply`.
+
+    Attributes:
+        config: what `keras.optimizers.serialize` gave.
+        names: the parameters' order.
+    """
+
+    config: Mapping[str, Any]
+    variables: Mapping[str, keras.Variable]
+
+    def __post_init__(self):
+        self._optimizer = keras.optimizers.deserialize(dict(self.config))
+        self._built = False
+
+    def init(self, params: Params) -> list[jax.Array]:
+        if not self._built:
+            self._optimizer.build(list(self.variables.values()))
+            self._built = True
+        return [variable.value for variable in self._optimizer.variables]
+
+    def update(self, grads: Params, state, params: Params):
+        order = list(self.variables)
+        new_params, new_state = self._optimizer.stateless_apply(
+            state, [grads[name] for name in order], [params[name] for name in order]
+        )
+        return dict(zip(order, new_params, strict=True)), new_state
+
+    def learning_rate(self, state):
+        pairs = list(zip(self._optimizer.variables, state, strict=True))
+        with keras.StatelessScope(state_mapping=pairs):
+            return jax.numpy.asarray(self._optimizer.learning_rate, "float32")
+
+
+@dataclass
+class OptaxOptimizer:
+    """An optax gradient transformation."""
+
+    transformation: Any
+
+    def init(self, params: Params):
+        return self.transformation.init(params)
+
+    def update(self, grads: Params, state, params: Params):
+        import optax
+
+        updates, state = self.transformation.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def learning_rate(self, state):
+        """Known only of `optax.inject_hyperparams`; an optax schedule is a closed function."""
+        hyperparams = getattr(state, "hyperparams", None) or {}
+        return jax.numpy.asarray(hyperparams.get("learning_rate", np.nan), "float32")

@@ -1,0 +1,102 @@
+"""The training step: one jitted function with explicit shardings, pure in its arrays.
+
+    state  = {"params": adapter factors by name, "opt": optimizer state, "step": int32}     donated
+    frozen = the base's arrays                                                              never donated or updated
+    batch  = {"token_ids" (B, T) int32, "segment_ids" (B, T) int32, "loss_weights" (B, T) float32}
+
+The loss is the mean over the unmasked tokens of the *global* batch: rows that a host holds weigh by their tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen, factor_sharding
+from kithara_ray.sharding.mesh import batch_sharding, replicated
+from kithara_ray.train.loss import summed_cross_entropy
+from kithara_ray.train.optimizer import Optimizer
+
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+def summed_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(sum of weighted cross-entropy, sum of weights), both float32 scalars over the global batch."""
+    hidden_BTD = model.hidden_BTD(factors, frozen, batch["token_ids"], batch["segment_ids"])
+    targets_BT = jnp.roll(batch["token_ids"], -1, axis=1)
+    weights_BT = batch["loss_weights"]
+    vocabulary = model.model.backbone.vocabulary_size
+    total = summed_cross_entropy(
+        lambda hidden: model.head_V(factors, frozen, hidden), hidden_BTD, targets_BT, weights_BT, vocabulary
+    )
+    return total, jnp.sum(weights_BT)
+
+
+def mean_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch) -> jax.Array:
+    total, weight = summed_loss(model, factors, frozen, batch)
+    return total / jnp.maximum(weight, 1.0)
+
+
+def train_step(model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch):
+    """(new state, {"loss", "learning_rate", "grad_norm"}): scalars, float32."""
+    loss, grads = jax.value_and_grad(lambda params: mean_loss(model, params, frozen, batch))(state["params"])
+    params, opt = optimizer.update(grads, state["opt"], state["params"])
+    squares = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
+    metrics = {
+        "loss": loss,
+        "learning_rate": optimizer.learning_rate(state["opt"]),
+        "grad_norm": jnp.sqrt(squares),
+    }
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+
+
+def state_shardings(mesh: Mesh, state: State) -> State:
+    """Factors split as weights are; an optimizer array with a factor's shape goes where that factor is."""
+    return jax.tree.map(lambda leaf: factor_sharding(mesh, leaf.shape), state)
+
+
+def initial_state(mesh: Mesh, optimizer: Optimizer, params: Factors) -> State:
+    """Step 0: the given factors and the optimizer's first state, made where it lives."""
+
+    def make():
+        return {"opt": optimizer.init(params), "step": jnp.int32(0)}
+
+    shardings = state_shardings(mesh, jax.eval_shape(make))
+    return {"params": params} | jax.jit(make, out_shardings=shardings)()
+
+
+def compile_step(
+    model: CausalLM, optimizer: Optimizer, mesh: Mesh, state: State, frozen: Frozen, batch: Batch
+) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
+    """The step compiled for these arrays' shapes and shardings. Its state argument is donated."""
+
+    def step(state, frozen, batch):
+        return train_step(model, optimizer, state, frozen, batch)
+
+    state_in = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(
+        step,
+        in_shardings=(state_in, [array.sharding for array in frozen], batch_sharding(mesh)),
+        out_shardings=(state_in, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return jitted.lower(state, frozen, batch).compile()
+
+
+def compile_eval(
+    model: CausalLM, mesh: Mesh, params: Factors, frozen: Frozen, batch: Batch
+) -> Callable[[Factors, Frozen, Batch], tuple[jax.Array, jax.Array]]:
+    """The evaluation step compiled: (summed loss, summed weight) of one batch."""
+
+    def evaluate(params, frozen, batch):
+        return summed_loss(model, params, frozen, batch)
+
+    return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(params, frozen, batch).compile()
+
+
+def global_array(sharding: NamedSharding, shape: tuple[int, ...], read: Callable) -> jax.Array:
+    """A global array of which this process provides only what its devices own."""
+    return jax.make_array_from_callback(shape, sharding, read)
