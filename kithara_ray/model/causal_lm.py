@@ -6,10 +6,11 @@
 arrays, each process reading only what its devices own. What is computed is a function of (factors, frozen, batch).
 """
 
+import contextlib
 import importlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import Mesh
+from keras.src.backend.common import global_state
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import LoraConfig
@@ -138,19 +140,26 @@ def build(config: Mapping, lora_config: LoraConfig | None, precision: str = "mix
     converter = importlib.import_module(f"keras_hub.src.utils.transformers.{family.converter}")
     kwargs = converter.convert_backbone_config(dict(config))
     family.correct(config, kwargs)
-    made = {}
-
-    def construct():
+    with _without_values():
         backbone = converter.backbone_cls(**kwargs, dtype=keras.DTypePolicy(precision))
         family.finish(config, backbone)
-        made["model"] = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
-        made["ports"] = weights.record_ports(family.converter, backbone, config)
-        made["targets"] = lora.inject(backbone, made["ports"], lora_config) if lora_config else []
+    model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
+    ports = weights.record_ports(family.converter, model, config)
+    with _without_values():
+        targets = lora.inject(backbone, ports, lora_config) if lora_config else []
+    return CausalLM(model, ports, targets, precision, [v for v in model.variables if weights.is_seed(v)])
 
-    # Under eval_shape the initialisers give shapes only: no weight memory, no random numbers.
-    jax.eval_shape(construct)
-    model = made["model"]
-    known = {id(port.variable) for port in made["ports"]}
-    known |= {id(v) for target in made["targets"] for v in (target.lora_A, target.lora_B)}
-    seeds = [variable for variable in model.variables if id(variable) not in known]
-    return CausalLM(model, made["ports"], made["targets"], precision, seeds)
+
+@contextlib.contextmanager
+def _without_values() -> Iterator[None]:
+    """Variables created here have a shape and an initialiser that is never run: no weight memory, no random numbers.
+
+    Keras runs the initialisers of such variables when it next leaves a stateless scope, so its list of them is taken
+    away. A variable that nothing binds would then silently get random values: `bind` binds every one.
+    """
+    before = global_state.get_global_attribute("uninitialized_variables", [])
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute("uninitialized_variables", list(before))

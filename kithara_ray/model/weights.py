@@ -64,23 +64,23 @@ class _Recorder:
         raise UnsupportedError(f"KerasHub's converter reads {hf_weight_key} by itself; its weights cannot be recorded")
 
 
-def record_ports(converter: str, backbone, config: Mapping) -> list[Port]:
-    """The map of one built backbone, a Port for each of its variables that hold weights.
+def record_ports(converter: str, model, config: Mapping) -> list[Port]:
+    """The map of one built causal LM, a Port for each of its variables that hold weights.
 
     Raises:
         UnsupportedError: a variable is not fed by the converter, or twice.
     """
     module = importlib.import_module(f"keras_hub.src.utils.transformers.{converter}")
     recorder = _Recorder()
-    module.convert_weights(backbone, recorder, dict(config))
+    module.convert_weights(model.backbone, recorder, dict(config))
     fed = [id(port.variable) for port in recorder.ports]
-    unfed = [v.path for v in backbone.variables if id(v) not in fed and not _is_seed(v)]
+    unfed = [v.path for v in model.variables if id(v) not in fed and not is_seed(v)]
     if unfed or len(set(fed)) != len(fed):
         raise UnsupportedError(f"KerasHub's {converter} leaves {unfed[:3]} unloaded or loads a variable twice")
     return recorder.ports
 
 
-def _is_seed(variable) -> bool:
+def is_seed(variable) -> bool:
     """Dropout layers own a seed state; it holds no weight and the rate is 0."""
     return "seed_generator" in variable.path
 

@@ -7,6 +7,7 @@ from typing import Any
 import ray.data
 
 from kithara_ray.errors import ConfigError, DataError, UnsupportedError
+from kithara_ray.hf.storage import absolute
 from kithara_ray.sft.formats import PromptAnswer, Text
 from kithara_ray.sft.tokenize import RowTokenizer
 
@@ -61,10 +62,9 @@ class _Dataset:
             raise ConfigError(f"{type(self).__name__} takes no argument {name!r}{why}")
         if (tokenizer is None) == (tokenizer_handle is None):
             raise ConfigError(f"{type(self).__name__} needs one of tokenizer and tokenizer_handle")
-        if max_seq_len < 2:
-            raise ConfigError(f"max_seq_len must be >= 2, got {max_seq_len}")
         self.source = source
-        self.tokenizer = tokenizer if tokenizer is not None else tokenizer_handle
+        self.tokenizer = tokenizer
+        self.tokenizer_handle = absolute(tokenizer_handle) if tokenizer_handle is not None else None
         self.max_seq_len = max_seq_len
         self.on_bad_row = on_bad_row
 
@@ -73,7 +73,13 @@ class _Dataset:
 
     def row_tokenizer(self) -> RowTokenizer:
         """What turns this dataset's rows into tokens; picklable."""
-        return RowTokenizer(self.tokenizer, self._format(), self.max_seq_len, self.on_bad_row)
+        return RowTokenizer(
+            format=self._format(),
+            max_seq_len=self.max_seq_len,
+            tokenizer_handle=self.tokenizer_handle,
+            tokenizer=self.tokenizer,
+            on_bad_row=self.on_bad_row,
+        )
 
     def rows(self) -> ray.data.Dataset:
         """The source as a Ray Dataset."""
@@ -112,7 +118,7 @@ class SFTDataset(_Dataset):
         super().__init__(source, tokenizer, tokenizer_handle, max_seq_len, on_bad_row, **unknown)
         self.column_mapping = dict(column_mapping or {})
         self.custom_formatting_fn = custom_formatting_fn
-        self._format()
+        self.row_tokenizer()
 
     def _format(self) -> PromptAnswer:
         return PromptAnswer(column_mapping=self.column_mapping, custom_formatting_fn=self.custom_formatting_fn)
@@ -138,7 +144,7 @@ class TextCompletionDataset(_Dataset):
         super().__init__(source, tokenizer, tokenizer_handle, max_seq_len, on_bad_row, **unknown)
         self.column_mapping = dict(column_mapping or {})
         self.custom_formatting_fn = custom_formatting_fn
-        self._format()
+        self.row_tokenizer()
 
     def _format(self) -> Text:
         return Text(column_mapping=self.column_mapping, custom_formatting_fn=self.custom_formatting_fn)

@@ -1,6 +1,5 @@
 """The model handle of the public API. It holds where the base is and what was trained, never the base's weights."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,11 +32,6 @@ def remote_get(reference: Any) -> Any:
         if isinstance(error.cause, KitharaRayError):
             raise error.cause from None
         raise
-
-
-def absolute(path: str) -> str:
-    """Workers and the coordinator run in other directories: local paths are made absolute where they are written."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 class KerasHubModel:
@@ -100,7 +94,7 @@ class KerasHubModel:
         lora = LoraConfig(
             r=lora_rank, lora_alpha=lora_alpha, target_modules=tuple(target_modules), use_rslora=use_rslora
         )
-        handle = absolute(preset_handle)
+        handle = storage.absolute(preset_handle)
         base = BaseCheckpoint.open(storage.fetch(handle))
         family_of(base.config)
         check_targets(lora, linear_modules_of(base))
@@ -143,7 +137,7 @@ class KerasHubModel:
                 self.preset_handle,
                 self.lora,
                 self.adapter,
-                absolute(str(output_dir)),
+                storage.absolute(str(output_dir)),
                 layout,
                 dtype,
                 self.base_name,

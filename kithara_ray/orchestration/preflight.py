@@ -111,4 +111,5 @@ def slice_heads(scaling: Any) -> dict[str, float]:
         num_workers=scaling.num_workers,
         resources_per_worker=scaling.resources_per_worker,
     )
-    return {f"TPU-{pod_type}-head": slices}
+    # Ray's accelerator type says V5E where the node's resource says v5litepod.
+    return {f"TPU-{pod_type.replace('v5e', 'v5litepod')}-head": slices}

@@ -11,11 +11,11 @@ def collate(rows: Sequence[TokenizedRow | None], seq_len: int, pad_id: int) -> d
     """
     token_ids     int32   (B, T)  padded on the right with `pad_id`
     segment_ids   int32   (B, T)  1 for real tokens, 0 for padding
-    loss_weights  float32 (B, T)  weight at position t of predicting token t+1: a row's loss mask shifted left by one, so the
-                                  last column is 0
+    loss_weights  float32 (B, T)  weight at position t of predicting token t+1: a row's loss mask shifted left by one,
+                                  so the last column is 0
 
-    `None` is a padding row, which fills up the tail of an epoch. It weighs 0 and holds one token, of segment 1: every row then
-    has an attended position, so no softmax or mean runs over nothing; a NaN there times weight 0 would still be NaN.
+    `None` is a padding row, which fills up the tail of an epoch. It weighs 0 and holds one token, of segment 1: every
+    row then has an attended position, so no softmax or mean runs over nothing; NaN times weight 0 would still be NaN.
     """
     shape = (len(rows), seq_len)
     token_ids = np.full(shape, pad_id, np.int32)

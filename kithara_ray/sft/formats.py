@@ -1,7 +1,7 @@
 """Source rows to checked text: which columns hold it, how it is formatted first, and what makes a row bad.
 
-A row is a dict of column name to value. A format reads it into `{expected column: text}` or raises a DataError that names the
-row, the column, what was found and what to do. `row_index` is the row's place in the source, counted from 0.
+A row is a dict of column name to value. A format reads it into `{expected column: text}` or raises a DataError that
+names the row, the column, what was found and what to do. `row_index` is the row's place in the source, from 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,18 +17,19 @@ FORMATTING_STYLES = ("auto", "row", "batch")
 class _Format:
     """Text columns of a source.
 
-    column_mapping: expected column name -> the source's column name, e.g. `{"prompt": "question"}`. Columns left out keep
-        their expected name. It is applied to what `custom_formatting_fn` returns.
+    column_mapping: expected column name -> the source's column name, e.g. `{"prompt": "question"}`. Columns left out
+        keep their expected name. It is applied to what `custom_formatting_fn` returns.
     custom_formatting_fn: called on every source row before anything else. It is written in one of two styles:
-        "row", a dict of values to a dict of values, or "batch", a dict of lists to a dict of lists. A batch function is always
-        given batches of one row, so its result does not depend on how the source is divided, and it must return one row.
+        "row", a dict of values to a dict of values, or "batch", a dict of lists to a dict of lists. A batch function is
+        always given batches of one row, so its result does not depend on how the source is divided, and it must return
+        one row.
     formatting_style: "auto" decides between the two once, on the first row that tells, and keeps to it:
         1. the function is called with the row; if it returns a dict in which no wanted column is a list, it is "row";
         2. otherwise it is called with the row as a batch of one; if it returns a dict in which every wanted column is a
            list, it is "batch";
         3. otherwise this row is bad and the next one decides.
-        A function that fits both, such as one that only renames columns, is "row". One that indexes `[0]` and returns plain
-        values cannot be told from a row function: pass "batch" and return lists.
+        A function that fits both, such as one that only renames columns, is "row". One that indexes `[0]` and returns
+        plain values cannot be told from a row function: return lists.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
@@ -43,8 +44,8 @@ class _Format:
         for expected in self.column_mapping:
             if expected not in self.columns:
                 raise ConfigError(
-                    f"column_mapping maps {expected!r}, but the expected columns are {_names(self.columns)}; it goes from "
-                    f'expected name to source column, e.g. {{"{self.columns[0]}": "{self.column_mapping[expected]}"}}'
+                    f"column_mapping maps {expected!r}, but the expected columns are {_names(self.columns)}; it goes "
+                    f'from expected name to source column, e.g. {{"{self.columns[0]}": "<the column that holds it>"}}'
                 )
         if self.custom_formatting_fn is not None and not callable(self.custom_formatting_fn):
             raise ConfigError(f"custom_formatting_fn must be callable, got {type(self.custom_formatting_fn).__name__}")
@@ -69,7 +70,7 @@ class _Format:
         if source not in row:
             raise DataError(
                 f"row {row_index}: no column {source!r}, found {_names(row)}; "
-                f'pass column_mapping={{"{column}": <the column that holds it>}}'
+                f'pass column_mapping={{"{column}": "<the column that holds it>"}}'
             )
         value = row[source]
         if value is None or (isinstance(value, float) and value != value):  # a null of Arrow, or of pandas
@@ -120,8 +121,8 @@ class _Format:
             if not _is_list(result[column]) or len(result[column]) != 1:
                 found = f"{len(result[column])} values" if _is_list(result[column]) else type(result[column]).__name__
                 raise DataError(
-                    f"row {row_index}: custom_formatting_fn, given a batch of one, returned {found} for column {column!r}; "
-                    f"return a list of one value a row"
+                    f"row {row_index}: custom_formatting_fn, given a batch of one, returned {found} for column "
+                    f"{column!r}; return a list of one value a row"
                 )
             one[column] = result[column][0]
         return one or dict(result)

@@ -1,7 +1,7 @@
 """Text to token ids and the mask of what is learned. No padding, no shifting, no batching.
 
-T is a row's length in tokens, N the number of rows of a block. `loss_mask[t] == 1` if and only if token t is to be predicted, from
-position t-1; so `loss_mask[0]` is always 0.
+T is a row's length in tokens, N the number of rows of a block. `loss_mask[t] == 1` if and only if token t is to be
+predicted, which is done from position t-1; so `loss_mask[0]` is always 0.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from kithara_ray.errors import ConfigError, DataError
 from kithara_ray.sft.formats import PromptAnswer, Text
 from kithara_ray.sft.tokenizer import SpecialTokens, load_tokenizer
 
-MAX_SAMPLE_MESSAGES = 3
+MAX_SAMPLES = 3
 ON_BAD_ROW = ("error", "skip")
 
 
@@ -40,7 +40,7 @@ class TokenizedBlock:
     dropped_untrained: int = 0  # rows of which truncation left no trained token
     skipped_bad: int = 0  # bad rows, under on_bad_row="skip"
     truncated: int = 0  # rows kept, but cut at max_seq_len
-    messages: tuple[str, ...] = ()  # about the first of the rows dropped or skipped
+    samples: tuple[str, ...] = ()  # messages about the first of the rows dropped or skipped
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -52,7 +52,7 @@ class TokenizedBlock:
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:
-    """The ids of exactly this text. Special tokens written in it (chat markers) become special tokens; none is added."""
+    """The ids of exactly this text. Special tokens written in it (chat markers) become special tokens."""
     # verbose=False: rows longer than the tokenizer's model_max_length are cut here, not by the model.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -67,12 +67,13 @@ def tokenize_prompt_answer(
 ) -> TokenizedRow:
     """BOS, prompt, answer, EOS; the answer and EOS are learned.
 
-    - The row begins with the prompt's own ids, as inference sees them, even where prompt + answer would merge across the
-      boundary.
-    - BOS stands first exactly once if the tokenizer puts one, whether or not the text begins with it (rendered chat templates
-      do). EOS stands last exactly once, whether or not the answer ends with it (and with the white space that chat templates
-      put behind it).
-    - Cut at `max_seq_len` from the right. If nothing of the answer is left, `loss_mask` is all zero: the caller drops the row.
+    - The row begins with the prompt's own ids, as inference sees them, even where prompt + answer would merge across
+      the boundary.
+    - BOS stands first exactly once if the tokenizer puts one, whether or not the text begins with it (rendered chat
+      templates do). EOS stands last exactly once, whether or not the answer ends with it (and with the white space that
+      chat templates put behind it).
+    - Cut at `max_seq_len` from the right. If nothing of the answer is left, `loss_mask` is all zero: the caller drops
+      the row.
     """
     prompt_ids = encode(prompt, tokenizer)
     answer_ids = _answer_ids(prompt, prompt_ids, _without_space_after_eos(answer, tokenizer, special), tokenizer)
@@ -96,8 +97,8 @@ def tokenize_text(text: str, tokenizer: Any, special: SpecialTokens, max_seq_len
 def _answer_ids(prompt: str, prompt_ids: list[int], answer: str, tokenizer: Any) -> list[int]:
     """The answer's ids behind `prompt_ids`, such that both together decode to prompt + answer.
 
-    Where a merge crosses the boundary the answer is encoded by itself. SentencePiece-like tokenizers then put a space before
-    it that the text has not; encoded behind a newline, which is dropped again, it has none.
+    Where a merge crosses the boundary the answer is encoded by itself. SentencePiece-like tokenizers then put a space
+    before it that the text has not; encoded behind a newline, which is dropped again, it has none.
     """
     full_ids = encode(prompt + answer, tokenizer)
     if full_ids[: len(prompt_ids)] == prompt_ids:
@@ -140,26 +141,30 @@ def _row(ids: list[int], first_trained: int, max_seq_len: int) -> TokenizedRow:
 
 @dataclass
 class RowTokenizer:
-    """Source rows to a TokenizedBlock; picklable. Either a tokenizer or its handle, which each process loads once.
+    """Source rows to a TokenizedBlock; picklable.
 
+    tokenizer: a transformers tokenizer, or the handle of one, which each process loads once, when first needed.
+    max_seq_len: tokens of a row, special ones included, beyond which it is cut.
     on_bad_row: "error" raises the DataError of the first bad row; "skip" counts bad rows and keeps the first messages.
     """
 
+    tokenizer: Any
     format: PromptAnswer | Text
     max_seq_len: int
-    tokenizer_handle: str | None = None
-    tokenizer: Any = None
     on_bad_row: str = "error"
     _special: SpecialTokens | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        if (self.tokenizer_handle is None) == (self.tokenizer is None):
-            given = "neither" if self.tokenizer is None else "both"
-            raise ConfigError(f"pass either tokenizer_handle= or tokenizer=, got {given}")
+        if not isinstance(self.tokenizer, str) and not callable(self.tokenizer):
+            raise ConfigError(f"tokenizer must be a handle or a tokenizer, got {type(self.tokenizer).__name__}")
         if isinstance(self.max_seq_len, bool) or not isinstance(self.max_seq_len, int) or self.max_seq_len < 2:
             raise ConfigError(f"max_seq_len must be an integer >= 2, got {self.max_seq_len!r}")
         if self.on_bad_row not in ON_BAD_ROW:
             raise ConfigError(f"on_bad_row must be one of {ON_BAD_ROW}, got {self.on_bad_row!r}")
+
+    @property
+    def pad_id(self) -> int:
+        return self.special.pad_id
 
     @property
     def special(self) -> SpecialTokens:
@@ -184,8 +189,8 @@ class RowTokenizer:
             if not tokenized.is_trained:
                 dropped_untrained += 1
                 messages.append(
-                    f"row {row_index}: the prompt fills all {self.max_seq_len} tokens of max_seq_len, so there is no answer to "
-                    f"train on; raise max_seq_len or shorten it"
+                    f"row {row_index}: nothing to train on within max_seq_len {self.max_seq_len}, the prompt "
+                    f"alone fills it; raise max_seq_len or shorten the prompt"
                 )
                 continue
             row_ids.append(row_index)
@@ -198,7 +203,7 @@ class RowTokenizer:
             dropped_untrained=dropped_untrained,
             skipped_bad=skipped_bad,
             truncated=sum(row.truncated for row in kept),
-            messages=tuple(messages[:MAX_SAMPLE_MESSAGES]),
+            samples=tuple(messages[:MAX_SAMPLES]),
         )
 
     def _tokenize(self, texts: dict[str, str]) -> TokenizedRow:
@@ -208,4 +213,4 @@ class RowTokenizer:
         return tokenize_text(texts["text"], *how)
 
     def _loaded(self) -> Any:
-        return load_tokenizer(self.tokenizer_handle) if self.tokenizer is None else self.tokenizer
+        return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer

@@ -1,7 +1,7 @@
 """A tokenizer and what it does by itself: which tokens begin, end and pad a sequence.
 
-`transformers` is imported inside the functions, so importing this module costs nothing. It is never asked for a model, but where
-torch is installed beside it, its tokenizer module imports torch.
+`transformers` is imported inside the functions, so importing this module costs nothing. It is never asked for a model,
+but where torch is installed beside it, its tokenizer module imports torch.
 """
 
 import functools
@@ -15,7 +15,7 @@ _PROBE = "a"
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(handle: str) -> Any:
-    """The tokenizer of `hf://org/name`, a local directory or `gs://...`; loaded once a process, so treat it as read-only.
+    """The tokenizer of `hf://org/name`, a local directory or `gs://...`; loaded once a process: do not change it.
 
     Raises DataError, naming the handle and the cause, if there is none.
     """
@@ -50,11 +50,11 @@ def _unloadable(handle: str, error: Exception) -> str:
 class SpecialTokens:
     """What begins, ends and pads a sequence of this tokenizer.
 
-    bos_id: the token the tokenizer itself puts first, or None if it puts none. Many tokenizers name a BOS token without ever
-        adding it (SmolLM2's is the chat marker `<|im_start|>`); such a model was not trained with one.
+    bos_id: the token the tokenizer itself puts first, or None if it puts none. Many tokenizers name a BOS token without
+        ever adding it (SmolLM2's is the chat marker `<|im_start|>`); such a model was not trained with one.
     eos_id: the token that ends an answer.
-    pad_id: what fills a row up; `eos_id` where the tokenizer names none. Padding is known by its mask, never by this id, which
-        may well be that of a token to be learned.
+    pad_id: what fills a row up; `eos_id` where the tokenizer names none. Padding is known by its mask, never by this
+        id, which may well be that of a token to be learned.
     """
 
     bos_id: int | None
@@ -67,8 +67,8 @@ class SpecialTokens:
         if eos_id is None:
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise DataError(
-                f"tokenizer {name!r} names no EOS token, so no answer could end; set tokenizer.eos_token to the token that "
-                f"ends an answer"
+                f"tokenizer {name!r} names no EOS token, so no answer could end; set tokenizer.eos_token to the token "
+                f"that ends an answer"
             )
         # Encoded, not inferred from a family's name: this is what the model's own pipeline feeds it.
         probe_ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]

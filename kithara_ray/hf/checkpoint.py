@@ -1,0 +1,196 @@
+"""A base checkpoint: config.json and the tensors of one or many safetensors files, validated, read lazily."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from kithara_ray.errors import CheckpointError
+from kithara_ray.hf.safetensors_file import TensorInfo, read_header
+
+__all__ = ["CONFIG", "INDEX", "SINGLE", "BaseCheckpoint", "TensorInfo", "read_json"]
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
+
+# Fields of config.json that no logit depends on. The tensors' own dtypes are hashed, the config's claim is not.
+NOT_MATHEMATICS = frozenset(
+    {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+    | {"output_attentions", "output_hidden_states", "return_dict", "bos_token_id", "eos_token_id", "pad_token_id"}
+)
+EDGE_BYTES = 64 * 1024
+SAMPLE_BYTES = 4 * 1024
+SAMPLES = 64
+
+
+def read_json(path: Path, error: type[Exception] = CheckpointError) -> dict:
+    """One JSON object; raises `error` with the path when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as cause:
+        raise error(f"{path}: not JSON ({cause}); fetch the file again") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected an object, found {type(value).__name__}; fetch the file again")
+    return value
+
+
+class BaseCheckpoint:
+    """Read-only view of a Hugging Face model directory.
+
+    directory: Path. config: config.json. tensors: name -> TensorInfo (empty when opened with weights=False).
+    files: the safetensors files, sorted. names: sorted tensor names. has_weights: whether tensors were opened.
+    Pickles as paths and offsets; maps are opened again where they are used.
+    """
+
+    def __init__(self, directory: Path, config: dict, tensors: Mapping[str, TensorInfo], files: tuple[Path, ...]):
+        self.directory = directory
+        self.config = config
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.files = files
+        self._maps: dict[Path, np.ndarray] = {}
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def open(cls, directory: str | Path, weights: bool = True) -> "BaseCheckpoint":
+        """Open and validate headers, offsets and index; no tensor byte is read. Raises CheckpointError."""
+        directory = Path(directory).expanduser().absolute()
+        if not directory.is_dir():
+            raise CheckpointError(f"no checkpoint directory at {directory}; give a directory with {CONFIG}")
+        if not (directory / CONFIG).is_file():
+            raise CheckpointError(f"{directory}: {CONFIG} is missing; give a Hugging Face model directory")
+        config = read_json(directory / CONFIG)
+        if not weights:
+            return cls(directory, config, {}, ())
+        tensors = _open_tensors(directory)
+        log.debug("opened %s: tensors=%d", directory, len(tensors))
+        return cls(directory, config, tensors, tuple(sorted({info.file for info in tensors.values()})))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.tensors))
+
+    @property
+    def has_weights(self) -> bool:
+        return bool(self.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Raises CheckpointError when the checkpoint has no such tensor."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory}: no tensor {name!r} among {len(self.tensors)} tensors") from None
+
+    def view(self, name: str) -> np.ndarray:
+        """Read-only zero-copy array over the memory-mapped file: slicing it touches only the pages it needs."""
+        info = self.info(name)
+        mapped = self._maps.get(info.file)
+        if mapped is None:
+            mapped = self._maps[info.file] = np.memmap(info.file, dtype=np.uint8, mode="r")
+        raw = mapped[info.offset : info.offset + info.nbytes]
+        return np.ndarray(info.shape, info.numpy_dtype, buffer=raw)
+
+    def fingerprint(self) -> str:
+        """`sha256:<hex>` of the mathematics: equal for a re-sharded copy, different for other weights.
+
+        Hashed: canonical JSON of config.json without the fields in NOT_MATHEMATICS (at every depth), then for each
+        tensor by name: name, dtype tag, shape, its first and last 64 KiB, and 64 evenly spaced pieces of 4 KiB between
+        them. A tensor of up to 384 KiB is hashed whole; a larger one changed only between the sampled pieces is
+        not noticed, as the price of reading at most 384 KiB a tensor.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(_mathematics(self.config), sort_keys=True).encode())
+            for name in self.names:
+                info = self.tensors[name]
+                digest.update(json.dumps([name, info.dtype, info.shape]).encode())
+                with info.file.open("rb") as stream:
+                    for begin, end in sample_ranges(info.nbytes):
+                        stream.seek(info.offset + begin)
+                        digest.update(stream.read(end - begin))
+            self._fingerprint = f"sha256:{digest.hexdigest()}"
+        return self._fingerprint
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}, "tensors": dict(self.tensors)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.tensors = MappingProxyType(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"BaseCheckpoint({str(self.directory)!r}, tensors={len(self.tensors)}, files={len(self.files)})"
+
+
+def sample_ranges(nbytes: int) -> list[tuple[int, int]]:
+    """Byte ranges within a tensor that its fingerprint reads."""
+    if nbytes <= 2 * EDGE_BYTES + SAMPLES * SAMPLE_BYTES:
+        return [(0, nbytes)]
+    first, last = EDGE_BYTES, nbytes - EDGE_BYTES
+    begins = [first + (last - SAMPLE_BYTES - first) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+    return [(0, first), *((begin, begin + SAMPLE_BYTES) for begin in begins), (last, nbytes)]
+
+
+def _mathematics(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: _mathematics(v) for k, v in value.items() if k not in NOT_MATHEMATICS}
+    return [_mathematics(v) for v in value] if isinstance(value, list) else value
+
+
+def _open_tensors(directory: Path) -> dict[str, TensorInfo]:
+    single, index = directory / SINGLE, directory / INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(f"{directory}: both {SINGLE} and {INDEX} are there; remove the stale one")
+    if single.exists():
+        tensors, _ = read_header(single)
+    elif index.exists():
+        tensors = _read_sharded(index)
+    else:
+        raise CheckpointError(_without_weights(directory))
+    if not tensors:
+        raise CheckpointError(f"{directory}: the checkpoint holds no tensor; fetch it again")
+    return tensors
+
+
+def _without_weights(directory: Path) -> str:
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickled:
+        return (
+            f"{directory}: only pickled weights ({pickled[0]}); pickle is not read. Convert once where you trust the "
+            "file: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir), which writes safetensors"
+        )
+    return f"{directory}: neither {SINGLE} nor {INDEX} is there; give a directory with safetensors weights"
+
+
+def _read_sharded(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names; fetch the file again")
+    tensors: dict[str, TensorInfo] = {}
+    for filename in sorted(set(weight_map.values())):
+        if "/" in filename or "\\" in filename or "\0" in filename or not filename.endswith(SUFFIX):
+            raise CheckpointError(
+                f"{index}: weight_map names {filename!r}, which is not a {SUFFIX} file in this directory; "
+                "do not use this checkpoint"
+            )
+        path = index.parent / filename
+        if not path.is_file():
+            raise CheckpointError(f"{index}: {filename} is missing; fetch the checkpoint again")
+        for name, info in read_header(path)[0].items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {name!r} is also in {tensors[name].file.name}; remove one")
+            tensors[name] = info
+    for name, filename in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{index}: tensor {name!r} is not in {filename}; fetch the checkpoint again")
+        if tensors[name].file.name != filename:
+            raise CheckpointError(f"{index}: tensor {name!r} is in {tensors[name].file.name}, not in {filename}")
+    for name in sorted(tensors.keys() - weight_map.keys()):
+        raise CheckpointError(f"{index}: tensor {name!r} of {tensors[name].file.name} is not named in weight_map")
+    return tensors

@@ -1,0 +1,127 @@
+"""W' = W + scale * (B @ A), bit for bit what torch and PEFT compute on a CPU, without torch.
+
+Legend: O out features, I in features, R rank, N single elements.
+
+PEFT (peft/tuners/lora/layer.py, Linear.get_delta_weight and merge; float32 factors, as PEFT loads them) computes
+`delta = (B @ A) * float32(scale)` in float32 and `W += delta`, which torch rounds once to W's dtype. All of that is
+elementwise except the sum over R. torch's sgemm (MKL, AVX2) was measured to be a chain of fused multiply-adds over R
+from 0 upwards; above R = 192 it sums chunks (see `k_chunks`) and adds their results. numpy's OpenBLAS sums in another
+order (2 % of elements differ in the last bit for R = 16), and changes it with the row block. So:
+
+* float32 results: the chain itself, emulated in float64. The product of two float32 is exact there, and so is the
+  sum up to one rounding; the double rounding is repaired where it can matter (`_fma`).
+* 16-bit results: BLAS gives the sum up to a known error; scaling, adding and rounding are monotone, so when both ends
+  of the error interval round to the same 16 bits these are the bits. The rest, about 1e-4, is computed by the chain.
+"""
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+MERGE_DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
+
+MKL_K_BLOCK = 192  # measured with torch 2.13 (MKL 2024.2, AVX2): R <= 192 is one chain
+CHAIN_ELEMENTS = 1 << 15  # float64 scratch of 256 KiB each: stays in the L2 cache
+UNIT_ROUNDOFF = 2.0**-24
+LOW_BITS = (1 << 29) - 1  # what float64 has below float32's last bit
+TIE = 1 << 28
+
+
+def k_chunks(r: int) -> list[tuple[int, int]]:
+    """The [begin, end) ranges of R that torch's sgemm sums apart. Measured bit-identical for R up to 1024."""
+    size = r if r <= MKL_K_BLOCK else r // 2 if r <= 2 * MKL_K_BLOCK else MKL_K_BLOCK
+    return [(begin, min(begin + size, r)) for begin in range(0, r, size)]
+
+
+def _fma(acc: np.ndarray, product: np.ndarray, total: np.ndarray) -> None:
+    """acc = float32(acc + product) rounded once, in place. acc float32, product and scratch total float64, one shape.
+
+    float64(acc + product) is rounded a second time on its way to float32. That is wrong only when the float64 sum
+    stands exactly between two float32 and was itself inexact; those elements are moved towards the true sum first.
+    """
+    np.add(product, acc, out=total)
+    ties = (total.view(np.int64) & LOW_BITS) == TIE
+    if not ties.any():
+        acc[...] = total
+        return
+    p_N, acc_N, total_N = product[ties], acc[ties].astype(np.float64), total[ties]
+    back_N = total_N - p_N  # TwoSum (Knuth): the exact error of the float64 sum
+    error_N = (p_N - (total_N - back_N)) + (acc_N - back_N)
+    moved_N = np.nextafter(total_N, np.copysign(np.inf, error_N))
+    total[ties] = np.where(error_N == 0, total_N, moved_N)
+    acc[...] = total
+
+
+def chain_product(b_OR: np.ndarray, a_RI: np.ndarray) -> np.ndarray:
+    """B @ A as float32 (O, I) with torch's rounding. b_OR (O, R), a_RI (R, I) of float32."""
+    n_out, r = b_OR.shape
+    n_in = a_RI.shape[1]
+    b64_OR, a64_RI = b_OR.astype(np.float64), a_RI.astype(np.float64)
+    product_OI = np.empty((n_out, n_in), np.float32)
+    rows = max(1, CHAIN_ELEMENTS // max(1, n_in))
+    term, total = np.empty((2, rows, n_in), np.float64)
+    for begin in range(0, n_out, rows):
+        out = product_OI[begin : begin + rows]
+        n = len(out)
+        for number, (k_begin, k_end) in enumerate(k_chunks(r)):
+            acc = np.zeros((n, n_in), np.float32)
+            for k in range(k_begin, k_end):
+                np.multiply(b64_OR[begin : begin + n, k, None], a64_RI[k], out=term[:n])
+                _fma(acc, term[:n], total[:n])
+            out[...] = acc if number == 0 else out + acc
+    return product_OI
+
+
+def _chain_elements(b_OR: np.ndarray, a_RI: np.ndarray, o_N: np.ndarray, i_N: np.ndarray) -> np.ndarray:
+    """The elements [o_N, i_N] of chain_product, float32 (N,)."""
+    product_N = np.zeros(len(o_N), np.float32)
+    total_N = np.empty(len(o_N), np.float64)
+    for number, (k_begin, k_end) in enumerate(k_chunks(b_OR.shape[1])):
+        acc_N = np.zeros(len(o_N), np.float32)
+        for k in range(k_begin, k_end):
+            _fma(acc_N, b_OR[o_N, k].astype(np.float64) * a_RI[k, i_N], total_N)
+        product_N = acc_N if number == 0 else product_N + acc_N
+    return product_N
+
+
+def merged_rows(
+    w_OI: np.ndarray, b_OR: np.ndarray, a_RI: np.ndarray, scale: float, out_dtype: np.dtype | None = None
+) -> np.ndarray:
+    """W + scale * (B @ A) for a block of rows, in `out_dtype` (None: W's), rounded once from float32.
+
+    w_OI (O, I) float32, bfloat16 or float16; b_OR (O, R) and a_RI (R, I) any float of 32 bits or fewer; scale > 0.
+    The result does not depend on how the rows are split into blocks. Rounding to float16 may overflow to infinity.
+    """
+    out_dtype = w_OI.dtype if out_dtype is None else np.dtype(out_dtype)
+    w_OI, b_OR, a_RI = (np.ascontiguousarray(x, np.float32) for x in (w_OI, b_OR, a_RI))
+    scale_32 = np.float32(scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if out_dtype == FLOAT32:
+            return w_OI + chain_product(b_OR, a_RI) * scale_32
+        return _merged_16(w_OI, b_OR, a_RI, scale_32, out_dtype)
+
+
+def _merged_16(
+    w_OI: np.ndarray, b_OR: np.ndarray, a_RI: np.ndarray, scale: np.float32, out_dtype: np.dtype
+) -> np.ndarray:
+    def rounded(product: np.ndarray, w: np.ndarray) -> np.ndarray:
+        product *= scale
+        product += w
+        return product.astype(out_dtype)
+
+    # Each of the two sums is within R u |B||A| of the true one, |B||A| <= norm * norm; 2 u more for rounding the ends.
+    r = a_RI.shape[0]
+    b_norm_O = np.sqrt(np.einsum("or,or->o", b_OR, b_OR, dtype=np.float64)) * 1.001
+    a_norm_I = np.sqrt(np.einsum("ri,ri->i", a_RI, a_RI, dtype=np.float64)) * 1.001
+    relative = (2.2 * r + 2) * UNIT_ROUNDOFF
+    error_OI = np.multiply.outer((b_norm_O * relative).astype(np.float32), a_norm_I.astype(np.float32))
+    error_OI += np.float32(1e-37)  # a BLAS may flush subnormals
+    product_OI = b_OR @ a_RI
+    low_OI = rounded(product_OI - error_OI, w_OI)
+    high_OI = rounded(np.add(product_OI, error_OI, out=error_OI), w_OI)
+    o_N, i_N = np.nonzero(low_OI.view(np.uint16) != high_OI.view(np.uint16))
+    if len(o_N):
+        low_OI[o_N, i_N] = rounded(_chain_elements(b_OR, a_RI, o_N, i_N), w_OI[o_N, i_N])
+    return low_OI
