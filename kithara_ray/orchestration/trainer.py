@@ -15,10 +15,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.jax import JaxConfig, JaxTrainer
 
 from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
-from kithara_ray.hf.storage import absolute
 from kithara_ray.orchestration import preflight
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
+from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop

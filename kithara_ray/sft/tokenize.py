@@ -105,13 +105,15 @@ def _answer_ids(prompt: str, prompt_ids: list[int], answer: str, tokenizer: Any)
         return full_ids[len(prompt_ids) :]
 
     alone_ids = encode(answer, tokenizer)
-    wanted_text = _decode(full_ids, tokenizer)
-    if _decode(prompt_ids + alone_ids, tokenizer) == wanted_text:
+    # Two ways to say the same: a normalising tokenizer does not decode to what was encoded, and the Metaspace decoder
+    # drops every space of a text's first token.
+    wanted_texts = (_decode(full_ids, tokenizer), _decode(prompt_ids, tokenizer) + answer)
+    if _decode(prompt_ids + alone_ids, tokenizer) in wanted_texts:
         return alone_ids
     newline_ids, anchored_ids = encode("\n", tokenizer), encode("\n" + answer, tokenizer)
     if anchored_ids[: len(newline_ids)] == newline_ids:
         anchored_ids = anchored_ids[len(newline_ids) :]
-        if _decode(prompt_ids + anchored_ids, tokenizer) == wanted_text:
+        if _decode(prompt_ids + anchored_ids, tokenizer) in wanted_texts:
             return anchored_ids
     return alone_ids
 
@@ -157,6 +159,8 @@ class RowTokenizer:
     def __post_init__(self):
         if not isinstance(self.tokenizer, str) and not callable(self.tokenizer):
             raise ConfigError(f"tokenizer must be a handle or a tokenizer, got {type(self.tokenizer).__name__}")
+        if not isinstance(self.format, (PromptAnswer, Text)):
+            raise ConfigError(f"format must be PromptAnswer or Text, got {type(self.format).__name__}")
         if isinstance(self.max_seq_len, bool) or not isinstance(self.max_seq_len, int) or self.max_seq_len < 2:
             raise ConfigError(f"max_seq_len must be an integer >= 2, got {self.max_seq_len!r}")
         if self.on_bad_row not in ON_BAD_ROW:

@@ -28,24 +28,20 @@ class Optimizer(Protocol):
 
 @dataclass
 class KerasOptimizer:
-    """A Keras optimizer over named arrays, through its `stateless_apply`.
+    """A Keras optimizer over named arrays, through its `stateless_apply`; `init` comes first.
 
     Attributes:
         config: what `keras.optimizers.serialize` gave.
-        names: the parameters' order.
+        variables: the Keras variables of the parameters, by name; of their shapes and order.
     """
 
     config: Mapping[str, Any]
     variables: Mapping[str, keras.Variable]
 
-    def __post_init__(self):
-        self._optimizer = keras.optimizers.deserialize(dict(self.config))
-        self._built = False
-
     def init(self, params: Params) -> list[jax.Array]:
-        if not self._built:
-            self._optimizer.build(list(self.variables.values()))
-            self._built = True
+        # A fresh one each time: under a trace its variables' first values belong to that trace.
+        self._optimizer = keras.optimizers.deserialize(dict(self.config))
+        self._optimizer.build(list(self.variables.values()))
         return [variable.value for variable in self._optimizer.variables]
 
     def update(self, grads: Params, state, params: Params):

@@ -1,0 +1,160 @@
+"""A PEFT LoRA adapter: factors A (r, in) and B (out, r) per module, read, checked and written as PEFT's files."""
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kithara_ray.errors import AdapterError, CheckpointError, UnsupportedError
+from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.safetensors_file import TAGS, read_array, read_header, write_arrays
+
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "LoraConfig", "target_modules_of"]
+
+log = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+A_SUFFIX = ".lora_A.weight"
+B_SUFFIX = ".lora_B.weight"
+WEIGHT_SUFFIX = ".weight"
+DTYPES = ("F32", "BF16", "F16")
+
+
+def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ...]:
+    """The modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets."""
+    modules = (n.removesuffix(WEIGHT_SUFFIX) for n in base.names if n.endswith(WEIGHT_SUFFIX))
+    return tuple(module for module in modules if config.matches(module))
+
+
+@dataclass
+class Adapter:
+    """`tensors` holds `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r), where `<module>.weight`
+    (out, in) is a tensor of the base, for example `model.layers.0.self_attn.q_proj`. float32, bfloat16 or float16."""
+
+    config: LoraConfig
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names that have an A or a B, sorted."""
+        return tuple(sorted({name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in self.tensors}))
+
+    @property
+    def parameters(self) -> int:
+        return sum(array.size for array in self.tensors.values())
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every B is zero, as before training: the adapter changes nothing."""
+        return not any(np.any(array) for name, array in self.tensors.items() if name.endswith(B_SUFFIX))
+
+    def a(self, module: str) -> np.ndarray:
+        """lora_A of a module, (r, in)."""
+        return self.tensors[module + A_SUFFIX]
+
+    def b(self, module: str) -> np.ndarray:
+        """lora_B of a module, (out, r)."""
+        return self.tensors[module + B_SUFFIX]
+
+    def cast(self, dtype: np.dtype) -> "Adapter":
+        return Adapter(self.config, {name: array.astype(dtype) for name, array in self.tensors.items()})
+
+    def validate(self, base: BaseCheckpoint) -> None:
+        """Raises AdapterError unless the adapter is complete, finite and fits the base tensor by tensor."""
+        if not base.has_weights:
+            raise CheckpointError(f"{base.directory}: opened without weights; an adapter is checked against tensors")
+        self.validate_alone()
+        for module in self.modules:
+            weight = module + WEIGHT_SUFFIX
+            if weight not in base.tensors:
+                raise AdapterError(f"{module}: the base at {base.directory} has no tensor {weight!r}; wrong base?")
+            shape = base.tensors[weight].shape
+            if len(shape) != 2:
+                raise AdapterError(f"{module}: base tensor {weight!r} has shape {shape}, expected (out, in)")
+            rank = self.config.rank_of(module)
+            self._expect_shape(module + A_SUFFIX, (rank, shape[1]), weight, shape)
+            self._expect_shape(module + B_SUFFIX, (shape[0], rank), weight, shape)
+        missing = sorted(set(target_modules_of(self.config, base)) - set(self.modules))
+        if missing:
+            raise AdapterError(
+                f"{len(missing)} modules of the base are targets but have no factors, first {missing[0]!r}; "
+                "the adapter is incomplete, or target_modules must be narrowed"
+            )
+
+    def validate_alone(self) -> None:
+        """The checks that need no base: pairs, ranks, dtypes, finiteness, targets. Raises AdapterError."""
+        if not self.tensors:
+            raise AdapterError("the adapter holds no tensor; train it or give another directory")
+        for name, array in self.tensors.items():
+            if not name.endswith((A_SUFFIX, B_SUFFIX)):
+                raise AdapterError(f"{name}: expected a name ending in {A_SUFFIX} or {B_SUFFIX}")
+            if TAGS.get(array.dtype) not in DTYPES:
+                raise AdapterError(f"{name}: expected dtype float32, bfloat16 or float16, found {array.dtype}")
+            if array.ndim != 2:
+                raise AdapterError(f"{name}: expected 2 dimensions, found shape {array.shape}")
+            bad = array.size - np.count_nonzero(np.isfinite(array.astype(np.float32)))
+            if bad:
+                raise AdapterError(f"{name}: {bad} of {array.size} values are not finite; lower the learning rate")
+        for module in self.modules:
+            for mine, other in ((A_SUFFIX, B_SUFFIX), (B_SUFFIX, A_SUFFIX)):
+                if module + mine not in self.tensors:
+                    raise AdapterError(f"{module}{mine} is missing although {module}{other} is there")
+            if not self.config.matches(module):
+                raise AdapterError(f"{module}: not a target of target_modules={self.config.target_modules}")
+            rank, rank_a, rank_b = self.config.rank_of(module), self.a(module).shape[0], self.b(module).shape[1]
+            if (rank_a, rank_b) != (rank, rank):
+                raise AdapterError(f"{module}: expected rank {rank}, found {rank_a} in lora_A and {rank_b} in lora_B")
+
+    def _expect_shape(self, name: str, expected: tuple[int, ...], weight: str, weight_shape: tuple[int, ...]) -> None:
+        found = self.tensors[name].shape
+        if found != expected:
+            raise AdapterError(f"{name}: expected shape {expected} for {weight} {weight_shape}, found {found}")
+
+    def write(self, directory: str | Path, base_model_name_or_path: str, revision: str | None = None) -> None:
+        """adapter_model.safetensors and adapter_config.json, as peft.PeftModel.save_pretrained writes them."""
+        self.validate_alone()
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        arrays = {PEFT_PREFIX + name: array for name, array in self.tensors.items()}
+        write_arrays(directory / ADAPTER_WEIGHTS, arrays, {"format": "pt"})
+        found = _used_targets(self.config, self.modules)
+        peft_config = self.config.to_peft(base_model_name_or_path, found, revision)
+        (directory / ADAPTER_CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
+        log.info("wrote adapter: modules=%d parameters=%d directory=%s", len(self.modules), self.parameters, directory)
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "Adapter":
+        """A directory written by `write` or by PEFT. Raises AdapterError, or UnsupportedError for a foreign field."""
+        directory = Path(directory).expanduser().absolute()
+        config_path, weights_path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+        if not config_path.is_file():
+            raise AdapterError(f"{directory}: {ADAPTER_CONFIG} is missing; give a PEFT adapter directory")
+        if not weights_path.is_file():
+            raise AdapterError(f"{directory}: {ADAPTER_WEIGHTS} is missing (pickled .bin adapters are not read)")
+        config = LoraConfig.from_peft(read_json(config_path, AdapterError))
+        try:
+            infos, _ = read_header(weights_path)
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from error
+        tensors = {}
+        for name, info in infos.items():
+            if not name.startswith(PEFT_PREFIX) or not name.endswith((A_SUFFIX, B_SUFFIX)):
+                raise UnsupportedError(
+                    f"{weights_path}: tensor {name!r} is not {PEFT_PREFIX}<module>{A_SUFFIX} or {B_SUFFIX}; "
+                    "embedding, bias and saved-module adapters are not supported"
+                )
+            tensors[name.removeprefix(PEFT_PREFIX)] = read_array(info)
+        adapter = cls(config, tensors)
+        adapter.validate_alone()
+        return adapter
+
+
+def _used_targets(config: LoraConfig, modules: Iterable[str]) -> tuple[str, ...]:
+    """The entries of target_modules that name at least one module: PEFT refuses none, but vLLM reads the list."""
+    return tuple(t for t in config.target_modules if any(m == t or m.endswith(f".{t}") for m in modules))

@@ -1,0 +1,195 @@
+"""LoRA settings with PEFT's meaning, and their adapter_config.json."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kithara_ray.errors import ConfigError, UnsupportedError
+
+# Initialisations that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA replace its weights by residuals.
+INITIALISATIONS = (True, False, "gaussian")
+
+# Fields of adapter_config.json that change what an adapter computes or where it sits, with the values that mean "off".
+# (peft.LoraConfig 0.21; a field unknown here is refused by the same rule unless it is empty.)
+_OFF: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+}
+# Fields without influence on the arithmetic.
+_NEUTRAL = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
+_HONOURED = frozenset(
+    {"alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern"}
+    | {"target_modules", "task_type", "use_rslora"}
+)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What PEFT's LoraConfig means by these names; `lora_alpha=None` means `r` (scale 1), as in Kithara.
+
+    r: rank of every module that rank_pattern does not name.
+    target_modules: a module is a target when its name equals an entry or ends with "." + entry.
+    rank_pattern, alpha_pattern: regular expression -> value, matched as PEFT does against the end of the module name.
+    """
+
+    r: int = 16
+    lora_alpha: float | None = None
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_lora_weights: str | bool = True
+
+    def __post_init__(self) -> None:
+        _check_rank("lora_rank", self.r)
+        if self.lora_alpha is not None:
+            _check_alpha("lora_alpha", self.lora_alpha)
+        if isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"target_modules must be a tuple of module names, got the string {self.target_modules!r}; "
+                'write ("q_proj", "v_proj"); regular expressions are not supported'
+            )
+        targets = tuple(self.target_modules or ())
+        if not targets or not all(isinstance(name, str) and name for name in targets):
+            raise ConfigError(f"target_modules must name at least one module, got {self.target_modules!r}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        for key, rank in _checked_patterns("rank_pattern", self.rank_pattern).items():
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in _checked_patterns("alpha_pattern", self.alpha_pattern).items():
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        if not any(self.init_lora_weights is value or self.init_lora_weights == value for value in INITIALISATIONS):
+            raise UnsupportedError(
+                f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}"
+            )
+        object.__setattr__(self, "target_modules", targets)
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
+        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha with its default applied."""
+        return self.r if self.lora_alpha is None else self.lora_alpha
+
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+
+    def alpha_of(self, module: str) -> float:
+        return self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+
+    def scale_of(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA: the factor before B @ A."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def matches(self, module: str) -> bool:
+        return any(module == target or module.endswith(f".{target}") for target in self.target_modules)
+
+    def to_peft(
+        self, base_model_name_or_path: str, target_modules: Iterable[str] | None = None, revision: str | None = None
+    ) -> dict[str, Any]:
+        """adapter_config.json. `target_modules` narrows the targets to those found in the model (None: as configured).
+
+        Fields that PEFT adds by default are spelled out where other readers (vLLM) look for them.
+        """
+        found = self.target_modules if target_modules is None else tuple(target_modules)
+        return {
+            "alpha_pattern": {key: _plain(alpha) for key, alpha in self.alpha_pattern.items()},
+            "auto_mapping": None,
+            "base_model_name_or_path": base_model_name_or_path,
+            "bias": "none",
+            "exclude_modules": None,
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": self.init_lora_weights,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "lora_alpha": _plain(self.alpha),
+            "lora_bias": False,
+            "lora_dropout": self.lora_dropout,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": self.r,
+            "rank_pattern": dict(self.rank_pattern),
+            "revision": revision,
+            "target_modules": sorted(set(found)),
+            "target_parameters": None,
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+            "use_rslora": self.use_rslora,
+        }
+
+    @classmethod
+    def from_peft(cls, peft_config: Mapping[str, Any]) -> "LoraConfig":
+        """Raises UnsupportedError for the first field whose value this library would not honour."""
+        if peft_config.get("peft_type") != "LORA":
+            raise UnsupportedError(f"peft_type={peft_config.get('peft_type')!r} is not supported; only LORA is")
+        if peft_config.get("task_type") not in (None, "CAUSAL_LM"):
+            raise UnsupportedError(f"task_type={peft_config['task_type']!r} is not supported; only CAUSAL_LM is")
+        for name in sorted(peft_config.keys() - _HONOURED - _NEUTRAL):
+            value = peft_config[name]
+            if not _is_off(name, value):
+                raise UnsupportedError(
+                    f"adapter_config.json: {name}={value!r} is not supported; "
+                    "merge such an adapter with PEFT, or train without it"
+                )
+        targets = peft_config.get("target_modules")
+        if not isinstance(targets, list | tuple | set | frozenset):
+            raise UnsupportedError(
+                f"adapter_config.json: target_modules={targets!r} is not supported; write the module names as a list"
+            )
+        return cls(
+            r=peft_config.get("r", 8),  # PEFT's own defaults for what the file leaves out
+            lora_alpha=peft_config.get("lora_alpha", 8),
+            target_modules=tuple(sorted(targets)),
+            lora_dropout=peft_config.get("lora_dropout", 0.0),
+            use_rslora=bool(peft_config.get("use_rslora", False)),
+            rank_pattern=peft_config.get("rank_pattern") or {},
+            alpha_pattern=peft_config.get("alpha_pattern") or {},
+            init_lora_weights=peft_config.get("init_lora_weights", True),
+        )
+
+
+def _is_off(name: str, value: object) -> bool:
+    """None, False and empty collections switch a PEFT field off; 0 does not (layers_to_transform=0 is a layer)."""
+    empty = isinstance(value, dict | list | tuple | set) and not value
+    return value is None or value is False or empty or value in _OFF.get(name, ())
+
+
+def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
+    """peft.utils.other.get_pattern_key: the first pattern that matches, else the name itself."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_rank(name: str, rank: object) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ConfigError(f"{name} must be >= 1, got {rank!r}")
+
+
+def _check_alpha(name: str, alpha: object) -> None:
+    if not _is_number(alpha) or alpha <= 0:
+        raise ConfigError(f"{name} must be finite and > 0, got {alpha!r}")
+
+
+def _checked_patterns(name: str, patterns: object) -> dict[str, Any]:
+    if not isinstance(patterns, Mapping):
+        raise ConfigError(f"{name} must map regular expressions to values, got {patterns!r}")
+    for key in patterns:
+        try:
+            re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            raise ConfigError(f"{name}: {key!r} is not a regular expression ({error})") from error
+    return dict(patterns)
+
+
+def _plain(alpha: float) -> int | float:
+    """16.0 -> 16: PEFT declares and vLLM reads lora_alpha as an integer."""
+    return int(alpha) if float(alpha).is_integer() else float(alpha)

@@ -1,0 +1,213 @@
+"""Base + scale * B @ A as a file operation: copy each weight file, patch the merged tensors' bytes in place.
+
+No tensor is held whole: memory is a few blocks of MERGE_ELEMENTS. A file is the unit of work (`merge_file`), so that
+files can be merged by different processes into one directory. The arithmetic, and its identity with PEFT: delta.py.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from kithara_ray.errors import AdapterError, ConfigError, ExportError, UnsupportedError
+from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
+from kithara_ray.hf.checkpoint import CONFIG, INDEX, BaseCheckpoint, TensorInfo, read_json
+from kithara_ray.hf.delta import merged_rows
+from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, read_header, write_blocks
+
+log = logging.getLogger(__name__)
+
+MERGE_ELEMENTS = 1 << 20  # a block and its float32 temporaries: about 32 MiB
+CAST_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOAT_TAGS = ("F64", "F32", "BF16", "F16")
+MERGE_TAGS = ("F32", "BF16", "F16")
+_COPY_BYTES = 1 << 30
+
+
+def check_dtype(dtype: str) -> str | None:
+    """The safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError."""
+    if dtype != "auto" and dtype not in CAST_TAGS:
+        raise ConfigError(f'dtype must be "auto", "float32", "bfloat16" or "float16", got {dtype!r}')
+    return CAST_TAGS.get(dtype)
+
+
+def check_mergeable(base: BaseCheckpoint, adapter: Adapter) -> None:
+    """Raises AdapterError or UnsupportedError when merging would be impossible or wrong. Reads no weights."""
+    refuse_quantized(base)
+    adapter.validate(base)
+    for module in adapter.modules:
+        info = base.tensors[module + WEIGHT_SUFFIX]
+        if info.dtype not in MERGE_TAGS:
+            raise UnsupportedError(
+                f"{info.name}: a {info.dtype} weight cannot be merged into; export the adapter alone, "
+                "or start from the float32, bfloat16 or float16 checkpoint"
+            )
+        _refuse_embedding(base, module)
+
+
+def refuse_quantized(base: BaseCheckpoint) -> None:
+    """Raises UnsupportedError for a base whose config.json declares quantised weights."""
+    configs = [base.config, *(value for value in base.config.values() if isinstance(value, dict))]
+    quantized = next((c["quantization_config"] for c in configs if c.get("quantization_config")), None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedError(
+            f"{base.directory}: quantization_config ({method}) in {CONFIG}: a quantised base is neither merged nor "
+            "cast; export the adapter alone, or start from the unquantised checkpoint"
+        )
+
+
+def _refuse_embedding(base: BaseCheckpoint, module: str) -> None:
+    leaf = module.rpartition(".")[2]
+    tied = base.config.get("tie_word_embeddings") or "lm_head.weight" not in base.tensors
+    if leaf in ("embed_tokens", "wte", "word_embeddings"):
+        raise UnsupportedError(f"{module}: adapters on the token embedding are not merged; leave it out of the targets")
+    if leaf == "lm_head" and tied:
+        raise UnsupportedError(
+            f"{module}: its weight is tied to the token embedding (tie_word_embeddings), so a merge would change the "
+            "embedding too; leave it out of target_modules"
+        )
+
+
+def merge(base: BaseCheckpoint, adapter: Adapter, directory: Path, dtype: str = "auto") -> tuple[Path, ...]:
+    """Write config.json, the index and all weight files of `base` with `adapter` merged in; returns what was written.
+
+    dtype "auto" keeps each tensor's dtype and is bit-identical to PEFT's merge_and_unload on a CPU. Any other casts all
+    floating tensors; merged ones are added in float32 and rounded once. `directory` must exist.
+    Raises AdapterError, UnsupportedError (check_mergeable), ExportError for values that overflow.
+    """
+    check_mergeable(base, adapter)
+    files = [merge_file(base, adapter, file, directory, dtype) for file in base.files]
+    return (*files, *write_config(base, directory, dtype))
+
+
+def write_config(base: BaseCheckpoint, directory: Path, dtype: str = "auto") -> tuple[Path, ...]:
+    """config.json and, for a sharded base, the index of the weight files; copies unless dtype casts."""
+    directory, tag = Path(directory), check_dtype(dtype)
+    written = [directory / CONFIG]
+    if tag is None:
+        shutil.copyfile(base.directory / CONFIG, directory / CONFIG)
+    else:
+        _write_json(directory / CONFIG, _with_dtype(base.config, dtype, top=True))
+    if (base.directory / INDEX).is_file():
+        written.append(directory / INDEX)
+        index = read_json(base.directory / INDEX)
+        if tag is None:
+            shutil.copyfile(base.directory / INDEX, directory / INDEX)
+        else:
+            infos = base.tensors.values()
+            total_bytes = sum(math.prod(i.shape) * NUMPY_DTYPES[_out_tag(i, tag)].itemsize for i in infos)
+            index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_bytes}
+            _write_json(directory / INDEX, index)
+    return tuple(written)
+
+
+def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, directory: Path, dtype: str = "auto") -> Path:
+    """One weight file of the base with the adapter's modules merged in (None: only copied or cast); same name.
+
+    The caller has called check_mergeable. Raises AdapterError, ExportError.
+    """
+    tag, target = check_dtype(dtype), Path(directory) / file.name
+    infos = [info for info in base.tensors.values() if info.file == file]
+    targets = {m + WEIGHT_SUFFIX: m for m in adapter.modules} if adapter else {}
+    for name in targets:
+        if name not in base.tensors:
+            raise AdapterError(f"{targets[name]}: the base at {base.directory} has no tensor {name!r}; wrong base?")
+    merged = [info for info in infos if info.name in targets]
+    if tag is None or all(_out_tag(info, tag) == info.dtype for info in infos):
+        copy_file(file, target)
+        with target.open("r+b") as stream:
+            for info in merged:
+                stream.seek(info.offset)
+                for block in _tensor_blocks(info, adapter, targets[info.name], info.dtype):
+                    stream.write(memoryview(block.reshape(-1).view(np.uint8)))
+    else:
+        entries = [(info.name, _out_tag(info, tag), info.shape) for info in infos]
+        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, targets.get(i.name), _out_tag(i, tag)))
+        write_blocks(target, entries, blocks, read_header(file)[1])
+    log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)
+    return target
+
+
+def _out_tag(info: TensorInfo, tag: str | None) -> str:
+    return tag if tag and info.dtype in FLOAT_TAGS else info.dtype
+
+
+def row_blocks(info: TensorInfo, elements: int = MERGE_ELEMENTS) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, private copy of a block of rows), in order; a tensor of fewer than two dimensions has one column."""
+    rows, columns = (info.shape[0] if info.shape else 1), math.prod(info.shape[1:])
+    step = max(1, elements // max(1, columns))
+    with info.file.open("rb") as stream:
+        stream.seek(info.offset)
+        for begin in range(0, rows, step):
+            n = min(step, rows - begin)
+            raw = bytearray(n * columns * info.numpy_dtype.itemsize)
+            if stream.readinto(raw) != len(raw):
+                raise ExportError(f"{info.file}: ended within {info.name!r}; the base changed under the export")
+            yield begin, np.frombuffer(raw, info.numpy_dtype).reshape(n, columns)
+
+
+def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None, out_tag: str) -> Iterator[np.ndarray]:
+    """The tensor's rows, merged when `module` is given, in the dtype of `out_tag`."""
+    out_dtype = NUMPY_DTYPES[out_tag]
+    for begin, w_OI in row_blocks(info):
+        if module is None:
+            out_OI = cast(w_OI, out_dtype)
+        else:
+            scale, b_OR = adapter.config.scale_of(module), adapter.b(module)[begin : begin + len(w_OI)]
+            out_OI = merged_rows(w_OI, b_OR, adapter.a(module), scale, out_dtype)
+        if (module is not None or out_dtype != w_OI.dtype) and info.dtype in FLOAT_TAGS:
+            _check_finite(info, w_OI, out_OI, out_tag)
+        yield out_OI
+
+
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Rounded to nearest even; the array itself when it has that dtype already."""
+    with np.errstate(over="ignore"):
+        return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _check_finite(info: TensorInfo, before: np.ndarray, after: np.ndarray, out_tag: str) -> None:
+    if not np.isfinite(after).all() and np.isfinite(before).all():
+        raise ExportError(
+            f'{info.name}: finite {info.dtype} values become infinite as {out_tag}; export with dtype="bfloat16" or '
+            '"float32"'
+        )
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Contents only; the kernel copies, or shares blocks where the filesystem can. Links are followed."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        remaining = os.fstat(reader.fileno()).st_size
+        try:
+            while remaining:
+                copied = os.copy_file_range(reader.fileno(), writer.fileno(), min(remaining, _COPY_BYTES))
+                if not copied:
+                    break
+                remaining -= copied
+        except (OSError, AttributeError):
+            pass
+        if remaining:  # another filesystem, or no such call
+            reader.seek(0)
+            writer.seek(0)
+            shutil.copyfileobj(reader, writer, 1 << 22)
+
+
+def _with_dtype(config: dict, dtype: str, top: bool) -> dict:
+    """config.json with its dtype fields (`torch_dtype` before transformers 5) set, in nested configs too."""
+    changed = {k: _with_dtype(v, dtype, False) if isinstance(v, dict) else v for k, v in config.items()}
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(changed.get(key), str):
+            changed[key] = dtype
+    if top and "torch_dtype" not in changed:
+        changed["dtype"] = dtype
+    return changed
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,297 @@
+import multiprocessing
+import os
+from pathlib import Path
+
+import fsspec
+import huggingface_hub
+import pytest
+
+from kithara_ray.errors import CheckpointError, DestinationError, UnsupportedError
+from kithara_ray.hf import storage
+
+
+@pytest.fixture
+def memory():
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _names(directory: Path) -> set[str]:
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+
+
+# --- fetch
+
+
+def test_fetch_local(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("org/name").mkdir(parents=True)
+    assert storage.fetch("org/name") == tmp_path / "org/name"
+    assert storage.fetch(str(tmp_path)) == tmp_path
+    assert storage.fetch(f"file://{tmp_path}") == tmp_path
+    Path("file").touch()
+    with pytest.raises(CheckpointError, match="is a file; give the model's directory"):
+        storage.fetch("file")
+
+
+@pytest.mark.parametrize(
+    ("handle", "error", "message"),
+    [
+        ("google/gemma", CheckpointError, r"no directory at /.*google/gemma .*write hf://google/gemma"),
+        ("/nowhere/at/all", CheckpointError, "no directory at /nowhere/at/all"),
+        (
+            "gemma2_2b_en",
+            CheckpointError,
+            "KerasHub preset name cannot be used, since exports are made from Hugging Face",
+        ),
+        ("kaggle://keras/gemma", UnsupportedError, "exports are made from Hugging Face files"),
+        ("hf://justname", CheckpointError, "expected hf://org/name"),
+        ("hf://org/name/sub", CheckpointError, "expected hf://org/name"),
+        ("nosuch://x/y", CheckpointError, "no filesystem for it"),
+    ],
+)
+def test_handles_that_cannot_be_fetched(handle, error, message):
+    with pytest.raises(error, match=message):
+        storage.fetch(handle)
+
+
+def test_fetch_hub(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kw: seen.update(kw, repo=repo) or tmp_path)
+    assert storage.fetch("hf://google/gemma-2-2b@v1.0") == tmp_path
+    assert (seen["repo"], seen["revision"]) == ("google/gemma-2-2b", "v1.0")
+    files = ["config.json", "model.safetensors", "tokenizer.model", "LICENSE", "a.py", "w.bin", "original/params.json"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        [*files, "tokenizer.py", "consolidated.safetensors"],
+        allow_patterns=seen["allow_patterns"],
+        ignore_patterns=seen["ignore_patterns"],
+    )
+    assert list(kept) == files[:4]
+
+    def offline(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"hf://a/b: could not be fetched .*no network.*HF_TOKEN"):
+        storage.fetch("hf://a/b")
+
+
+def test_fetch_remote_once(memory, cache, monkeypatch):
+    memory.pipe({
+        "/bucket/m/config.json": b"{}", "/bucket/m/model.safetensors": b"weights", "/bucket/m/code.py": b"",
+        "/bucket/m/old.bin": b"", "/bucket/m/adapter/adapter_config.json": b"{}",
+    })  # fmt: skip
+    fetched = []
+    original = type(memory).get_file
+    monkeypatch.setattr(type(memory), "get_file", lambda s, r, *a, **k: fetched.append(r) or original(s, r, *a, **k))
+    directory = storage.fetch("memory://bucket/m")
+    assert _names(directory) == {"config.json", "model.safetensors"}
+    assert (directory / "model.safetensors").read_bytes() == b"weights"
+    assert storage.fetch("memory://bucket/m/") == directory
+    assert len(fetched) == 2
+    memory.pipe("/bucket/m/model.safetensors", b"changed")  # the same size
+    newer = storage.fetch("memory://bucket/m")
+    assert newer != directory
+    assert (newer / "model.safetensors").read_bytes() == b"changed"
+    with pytest.raises(CheckpointError, match="no model files there"):
+        storage.fetch("memory://bucket/empty")
+
+
+def test_a_torn_download_is_not_kept(memory, cache, monkeypatch):
+    memory.pipe({"/b/config.json": b"{}", "/b/model.safetensors": b"weights"})
+    original = type(memory).get_file
+
+    def torn(self, remote, local, **kwargs):
+        original(self, remote, local, **kwargs)
+        if remote.endswith("safetensors"):
+            os.truncate(local, 3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "get_file", torn)
+        with pytest.raises(CheckpointError, match=r"model.safetensors: 3 of 7 bytes arrived"):
+            storage.fetch("memory://b")
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
+    assert (storage.fetch("memory://b") / "model.safetensors").read_bytes() == b"weights"
+
+
+def _fetch_slowly(url: str, counter: str) -> None:
+    fs = type(fsspec.filesystem("dir", path="/", fs=fsspec.filesystem("file")).fs)
+    original = fs.get_file
+
+    def counted(self, remote, local, **kwargs):
+        with open(counter, "a") as stream:
+            stream.write("x")
+        return original(self, remote, local, **kwargs)
+
+    fs.get_file = counted
+    storage.fetch(url)
+
+
+def test_two_processes_download_once(tmp_path, cache):
+    """local:// is fsspec's local files under a scheme that is not taken as a local path."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"x" * 1000)
+    counter = tmp_path / "count"
+    context = multiprocessing.get_context("fork")
+    arguments = (f"local://{tmp_path}/m", str(counter))
+    processes = [context.Process(target=_fetch_slowly, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert counter.read_text() == "xx"
+
+
+# --- destinations
+
+
+def test_join():
+    assert storage.join("gs://b/x/", "adapter", "f") == "gs://b/x/adapter/f"
+    assert storage.join("/a/b", "c") == "/a/b/c"
+
+
+def test_check_destination_local(tmp_path):
+    storage.check_destination(str(tmp_path / "a/b/c"))
+    storage.check_destination(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    with pytest.raises(DestinationError, match="full exists and is not empty"):
+        storage.check_destination(str(tmp_path / "full"))
+    with pytest.raises(DestinationError, match="x exists and is a file"):
+        storage.check_destination(str(tmp_path / "full/x"))
+    with pytest.raises(DestinationError, match="cannot be written"):
+        storage.check_destination(str(tmp_path / "full/x/below"))
+    with pytest.raises(DestinationError, match=r"/proc cannot be written"):
+        storage.check_destination("/proc/here")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(DestinationError, match="dangling link"):
+        storage.check_destination(str(tmp_path / "link"))
+
+
+def test_check_destination_remote(memory, monkeypatch):
+    storage.check_destination("memory://bucket/new")
+    assert memory.find("/") == []
+    memory.pipe("/bucket/full/x", b"1")
+    with pytest.raises(DestinationError, match=r"memory://bucket/full exists and is not empty \(/bucket/full/x\)"):
+        storage.check_destination("memory://bucket/full")
+    with pytest.raises(DestinationError, match="exists and is not empty"):
+        storage.check_destination("memory://bucket/full/x")
+    with pytest.raises(DestinationError, match="not written to the hub"):
+        storage.check_destination("hf://org/name")
+
+    def denied(*_, **__):
+        raise PermissionError("403")
+
+    monkeypatch.setattr(type(memory), "pipe_file", denied)
+    with pytest.raises(DestinationError, match=r"probe object could not be written and deleted .PermissionError: 403"):
+        storage.check_destination("memory://bucket/new")
+
+
+def test_staged_local(tmp_path):
+    target = tmp_path / "deep/er/out"
+    with storage.staged(str(target)) as directory:
+        assert directory.parent == target.parent  # the same filesystem
+        assert directory.name.startswith(".")
+        (directory / "adapter").mkdir()
+        (directory / "adapter/x").write_text("1")
+        assert not target.exists()
+    assert _names(target) == {"adapter/x"}
+    assert list(target.parent.iterdir()) == [target]
+    (tmp_path / "empty").mkdir()
+    with storage.staged(str(tmp_path / "empty")) as directory:
+        (directory / "y").touch()
+    assert _names(tmp_path / "empty") == {"y"}
+
+
+def test_staged_local_failure_leaves_nothing(tmp_path):
+    def fail():
+        with storage.staged(str(tmp_path / "deep/out")) as directory:
+            (directory / "x").touch()
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_staged_local_does_not_replace_what_appeared_meanwhile(tmp_path):
+    def race():
+        with storage.staged(str(tmp_path / "out")) as directory:
+            (directory / "x").touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/theirs").touch()
+
+    with pytest.raises(DestinationError, match="was it filled meanwhile"):
+        race()
+    assert _names(tmp_path) == {"out/theirs"}
+
+
+def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "rename", lambda a, b: calls.append("rename") or rename(a, b))
+    with storage.staged(str(tmp_path / "out")) as directory:
+        (directory / "x").touch()
+    assert calls == [f"{directory}/x", str(directory), "rename", str(tmp_path)]
+
+
+def test_staged_remote_puts_config_last(memory, monkeypatch):
+    order = []
+    original = type(memory).put_file
+    monkeypatch.setattr(type(memory), "put_file", lambda s, a, b, **k: order.append(b) or original(s, a, b, **k))
+    with storage.staged("memory://bucket/out") as directory:
+        for name in ("config.json", "adapter/adapter_config.json", "z.safetensors", "adapter/a.safetensors"):
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text(name)
+        assert memory.find("/") == []
+    assert [name.removeprefix("/bucket/out/") for name in order[-2:]] == ["adapter/adapter_config.json", "config.json"]
+    assert len(memory.find("/bucket/out")) == 4
+    assert memory.cat("/bucket/out/adapter/a.safetensors") == b"adapter/a.safetensors"
+    assert not directory.exists()
+
+
+def test_staged_remote_failures_publish_nothing(memory, monkeypatch):
+    def export(error: Exception | None = None):
+        with storage.staged("memory://bucket/out") as directory:
+            (directory / "a").write_text("a")
+            (directory / "config.json").write_text("{}")
+            if error:
+                raise error
+
+    with pytest.raises(RuntimeError, match="boom"):
+        export(RuntimeError("boom"))
+    assert memory.find("/") == []
+    original = type(memory).put_file
+
+    def half(self, local, remote, **kwargs):
+        if remote.endswith("config.json"):
+            raise OSError("connection reset")
+        return original(self, local, remote, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "put_file", half)
+        with pytest.raises(DestinationError, match=r"upload failed .OSError: connection reset.; nothing was published"):
+            export()
+    assert memory.find("/") == []
+
+    def short(self, local, remote, **kwargs):
+        self.pipe_file(remote, b"")
+
+    monkeypatch.setattr(type(memory), "put_file", short)
+    with pytest.raises(DestinationError, match=r"bucket/out/a holds 0 of 1 bytes"):
+        export()
+    assert memory.find("/") == []
