@@ -44,7 +44,7 @@ class Decoder:
         model.model.compile(sampler="greedy")
 
         def step(factors, frozen, token_ids_BT, padding_mask_BT, stop):
-            with model.bind(factors, frozen):
+            with model.bind(factors, frozen, unstack=True):
                 inputs = {"token_ids": token_ids_BT, "padding_mask": padding_mask_BT}
                 return model.model.generate_step(inputs, stop_token_ids=stop)
 

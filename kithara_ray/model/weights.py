@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.stack import Chain
 
 Transform = Callable[[np.ndarray, Sequence[int]], np.ndarray]
 
@@ -29,7 +30,7 @@ class Port:
     Attributes:
         variable: the `keras.Variable`.
         hf_name: the tensor's name in the checkpoint.
-        transform: HF layout to Keras layout; a transpose or a reshape, so a view of a memory-mapped tensor stays a view.
+        transform: HF layout to Keras layout; a transpose or a reshape, so a view of a mapped tensor stays a view.
     """
 
     variable: object
@@ -85,19 +86,73 @@ def is_seed(variable) -> bool:
     return "seed_generator" in variable.path
 
 
-def load_sharded(base: BaseCheckpoint, port: Port, sharding: NamedSharding, dtype: np.dtype | None) -> jax.Array:
-    """One frozen weight as a global array; this process reads only the slices its devices own.
+@dataclass(frozen=True)
+class Slot:
+    """One frozen array: a port, or the same variable of every step of the scan, stacked.
+
+    Attributes:
+        ports: one, or one for each step.
+        stacked: whether the array's first dim counts the steps.
+        split_first: the dim to split over the mesh before the largest one, if it divides; an embedding's vocabulary.
+    """
+
+    ports: tuple[Port, ...]
+    stacked: bool
+    split_first: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.ports), *self.ports[0].shape) if self.stacked else self.ports[0].shape
+
+    def split(self, array: jax.Array) -> list[tuple[Port, jax.Array]]:
+        """Each port with its own value."""
+        if not self.stacked:
+            return [(self.ports[0], array)]
+        return [(port, array[step]) for step, port in enumerate(self.ports)]
+
+
+def slots(ports: Sequence[Port], chain: Chain | None) -> list[Slot]:
+    """The frozen arrays of a model: its ports, those of the chain's scanned blocks stacked by step."""
+    by_variable = {id(port.variable): port for port in ports}
+    stacked: dict[int, tuple[Port, ...]] = {}
+    if chain is not None:
+        in_scan = chain.blocks[: chain.steps * chain.period]
+        for place in range(chain.period):
+            for peers in zip(*(block.variables for block in in_scan[place :: chain.period]), strict=True):
+                if id(peers[0]) in by_variable:
+                    group = tuple(by_variable[id(peer)] for peer in peers)
+                    stacked |= {id(peer): group for peer in peers}
+    made = []
+    for port in ports:
+        group = stacked.get(id(port.variable))
+        if group is None:
+            made.append(Slot((port,), stacked=False, split_first=_vocabulary_dim(port)))
+        elif group[0] is port:
+            made.append(Slot(group, stacked=True))
+    return made
+
+
+def _vocabulary_dim(port: Port) -> int | None:
+    """An embedding table (V, D) and a head (D, V) are split over the vocabulary."""
+    leaf = port.variable.path.rpartition("/")[2]
+    return {"embeddings": 0, "reverse_embeddings": 1}.get(leaf)
+
+
+def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtype: np.dtype | None) -> jax.Array:
+    """One frozen array as a global array; this process reads only the slices its devices own.
 
     Args:
         dtype: what the array is stored in; None keeps the checkpoint's.
     """
-    view = port.view(base)
-    dtype = view.dtype if dtype is None else dtype
+    views = [port.view(base) for port in slot.ports]
+    dtype = views[0].dtype if dtype is None else dtype
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        return np.ascontiguousarray(view[index], dtype=dtype)
+        if not slot.stacked:
+            return np.ascontiguousarray(views[0][index], dtype=dtype)
+        return np.stack([np.ascontiguousarray(view[index[1:]], dtype=dtype) for view in views[index[0]]])
 
-    return jax.make_array_from_callback(port.shape, sharding, read)
+    return jax.make_array_from_callback(slot.shape, sharding, read)
 
 
 def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:

@@ -23,11 +23,9 @@ class Generator:
         from kithara_ray.sharding.mesh import make_mesh
 
         checkpoint = BaseCheckpoint.open(storage.fetch(base))
-        self._model = build(checkpoint.config, lora if adapter is not None else None, precision)
-        mesh = make_mesh()
-        frozen = self._model.load(checkpoint, mesh)
-        factors = self._model.place_factors(adapter, mesh) if adapter is not None else {}
-        self._decoder = Decoder(self._model, factors, frozen)
+        model = build(checkpoint.config, lora if adapter is not None else None, make_mesh(), precision, scan=False)
+        factors = model.place_factors(adapter) if adapter is not None else {}
+        self._decoder = Decoder(model, factors, model.load(checkpoint))
         self._stop = _eos_of(checkpoint)
 
     def generate(

@@ -103,26 +103,24 @@ class _Run:
             base = BaseCheckpoint.open(storage.fetch(spec.base))
         with self._phase("build"):
             self.mesh = make_mesh(spec.mesh)
-            self.model = build(base.config, spec.lora, spec.precision)
+            self.model = build(base.config, spec.lora, self.mesh, spec.precision)
             self.optimizer = self._make_optimizer()
         with self._phase("load"):
-            self.frozen = self.model.load(base, self.mesh)
+            self.frozen = self.model.load(base)
             if spec.adapter is None:
-                params = self.model.initial_factors(spec.seed, self.mesh)
+                params = self.model.initial_factors(spec.seed)
             else:
-                params = self.model.place_factors(spec.adapter, self.mesh)
+                params = self.model.place_factors(spec.adapter)
             self.state = step.initial_state(self.mesh, self.optimizer, params)
         self.data = self._stream(spec.train)
         self.eval_data = self._stream(spec.eval) if spec.eval else None
         batch, self._next_tokens = self.data.batch(0)
         self._next_batch = batch
         with self._phase("compile"):
-            self.step = step.compile_step(self.model, self.optimizer, self.mesh, self.state, self.frozen, batch)
+            self.step = step.compile_step(self.model, self.optimizer, self.state, self.frozen, batch)
             if self.eval_data:
                 eval_batch, _ = self.eval_data.batch(0)
-                self.evaluate_step = step.compile_eval(
-                    self.model, self.mesh, self.state["params"], self.frozen, eval_batch
-                )
+                self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
         per_epoch = self.data.order.steps_per_epoch
         self.total_steps = spec.steps if spec.steps is not None else spec.epochs * per_epoch
         self.eval_every = spec.eval_steps_interval or (spec.eval_epochs_interval or 0) * per_epoch

@@ -23,10 +23,10 @@ BATCH_AXES = ("data", "fsdp")
 _REPLICATE_BELOW = 2048
 
 
-def make_mesh(shape: MeshShape = MeshShape(), devices: Sequence | None = None) -> Mesh:
+def make_mesh(shape: MeshShape | None = None, devices: Sequence | None = None) -> Mesh:
     """A mesh over all devices of all processes, in the order in which JAX lays out the topology."""
     devices = jax.devices() if devices is None else list(devices)
-    sizes = shape.resolve(len(devices))
+    sizes = (shape or MeshShape()).resolve(len(devices))
     if devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
@@ -50,28 +50,42 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
-    """The layout of one weight: `fsdp` (with `tensor`) splits its largest dim that divides evenly.
+def weight_sharding(
+    mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: int | None = None
+) -> NamedSharding:
+    """The layout of one weight: `fsdp` and `tensor` together split one of its dims that divides evenly.
 
     Args:
         shape: the weight's shape.
         whole_dims: so many leading dims stay whole (the dim of stacked blocks).
+        prefer: the dim to split if it divides; else the largest that does.
 
     A weight under 2048 elements is replicated.
+
+    Raises:
+        ConfigError: no dim of a larger weight divides evenly.
     """
     axes = tuple(axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
     ways = math.prod(mesh.shape[axis] for axis in axes)
-    body = shape[whole_dims:]
-    if not axes or math.prod(body) < _REPLICATE_BELOW:
+    dims = range(whole_dims, len(shape))
+    if not axes or math.prod(shape[dim] for dim in dims) < _REPLICATE_BELOW:
         return replicated(mesh)
-    candidates = [dim for dim, size in enumerate(body) if size % ways == 0]
+    candidates = [dim for dim in dims if shape[dim] % ways == 0]
     if not candidates:
         raise ConfigError(
             f"a weight of shape {tuple(shape)} cannot be split evenly {ways} ways "
             f"(fsdp={mesh.shape['fsdp']} x tensor={mesh.shape['tensor']}): no dim is a multiple of {ways}; "
             "choose another mesh or number of devices"
         )
-    dim = max(candidates, key=lambda dim: body[dim])
+    dim = prefer if prefer in candidates else max(candidates, key=lambda dim: shape[dim])
     spec = [None] * len(shape)
-    spec[whole_dims + dim] = axes
+    spec[dim] = axes
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def factor_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """A LoRA factor or an optimizer array is split like a weight where a dim divides evenly, and replicated where not."""
+    try:
+        return weight_sharding(mesh, shape)
+    except ConfigError:
+        return replicated(mesh)

@@ -47,7 +47,9 @@ def summed_cross_entropy(
         hidden_BCD, targets_BC, weights_BC = chunk
         logits_BCV = head(hidden_BCD).astype(jnp.float32)
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        # A masked sum and not a gather: the vocabulary may be split over devices.
+        is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
+        picked_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
         return total + jnp.sum(weights_BC * (log_z_BC - picked_BC)), None
 
     total, _ = jax.lax.scan(one, jnp.float32(0), (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT)))

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen, factor_sharding
-from kithara_ray.sharding.mesh import batch_sharding, replicated
+from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
+from kithara_ray.sharding.mesh import batch_sharding, factor_sharding, replicated
 from kithara_ray.train.loss import summed_cross_entropy
 from kithara_ray.train.optimizer import Optimizer
 
@@ -28,9 +28,8 @@ def summed_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch)
     hidden_BTD = model.hidden_BTD(factors, frozen, batch["token_ids"], batch["segment_ids"])
     targets_BT = jnp.roll(batch["token_ids"], -1, axis=1)
     weights_BT = batch["loss_weights"]
-    vocabulary = model.model.backbone.vocabulary_size
     total = summed_cross_entropy(
-        lambda hidden: model.head_V(factors, frozen, hidden), hidden_BTD, targets_BT, weights_BT, vocabulary
+        lambda hidden: model.head_V(factors, frozen, hidden), hidden_BTD, targets_BT, weights_BT, model.vocabulary
     )
     return total, jnp.sum(weights_BT)
 
@@ -69,7 +68,7 @@ def initial_state(mesh: Mesh, optimizer: Optimizer, params: Factors) -> State:
 
 
 def compile_step(
-    model: CausalLM, optimizer: Optimizer, mesh: Mesh, state: State, frozen: Frozen, batch: Batch
+    model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
     """The step compiled for these arrays' shapes and shardings. Its state argument is donated."""
 
@@ -79,24 +78,19 @@ def compile_step(
     state_in = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
         step,
-        in_shardings=(state_in, [array.sharding for array in frozen], batch_sharding(mesh)),
-        out_shardings=(state_in, replicated(mesh)),
+        in_shardings=(state_in, [array.sharding for array in frozen], batch_sharding(model.mesh)),
+        out_shardings=(state_in, replicated(model.mesh)),
         donate_argnums=0,
     )
     return jitted.lower(state, frozen, batch).compile()
 
 
 def compile_eval(
-    model: CausalLM, mesh: Mesh, params: Factors, frozen: Frozen, batch: Batch
+    model: CausalLM, params: Factors, frozen: Frozen, batch: Batch
 ) -> Callable[[Factors, Frozen, Batch], tuple[jax.Array, jax.Array]]:
     """The evaluation step compiled: (summed loss, summed weight) of one batch."""
 
     def evaluate(params, frozen, batch):
         return summed_loss(model, params, frozen, batch)
 
-    return jax.jit(evaluate, out_shardings=replicated(mesh)).lower(params, frozen, batch).compile()
-
-
-def global_array(sharding: NamedSharding, shape: tuple[int, ...], read: Callable) -> jax.Array:
-    """A global array of which this process provides only what its devices own."""
-    return jax.make_array_from_callback(shape, sharding, read)
+    return jax.jit(evaluate, out_shardings=replicated(model.mesh)).lower(params, frozen, batch).compile()

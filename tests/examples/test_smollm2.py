@@ -123,9 +123,9 @@ def test_round_trip_and_the_same_ids_as_transformers_own_gguf_reader(tokenizer, 
 
 
 def _llama_cpp_pieces(text):
-    """What "smollm" stands for in llama.cpp (src/llama-vocab.cpp): single digits first, then GPT-2's pattern on the rest.
+    """What "smollm" stands for in llama.cpp (src/llama-vocab.cpp): single digits first, then GPT-2's pattern.
 
-    transformers' GGUF reader leaves the first step out, which shows in the numbers that byte pairs can merge, such as ½.
+    transformers' GGUF reader leaves the first step out, which shows in numbers that byte pairs can merge, such as ½.
     """
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     return [piece for part in regex.split(r"(\p{N})", text) for piece in regex.findall(gpt2, part)]

@@ -1,0 +1,129 @@
+"""Equal decoder blocks as one scan over stacked weights, each block rematerialised.
+
+A KerasHub backbone is a functional graph: inputs, some layers, a chain of decoder blocks, some layers. The chain is
+found in the graph and run as `lax.scan`: one compiled body, whatever the depth. Blocks that differ in configuration
+(gemma's sliding and global pairs) make a period of more than one block; what is left over runs behind the scan.
+
+    N  blocks of the model    P  blocks of a period    S = N // P  steps of the scan
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import keras
+
+from kithara_ray.errors import UnsupportedError
+
+Gather = Callable[[jax.Array], jax.Array]
+
+# Attributes of a layer that differ between equal layers.
+_NAMES = {"name", "_name", "_path", "_parent_path", "auto_name"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The decoder blocks of a backbone.
+
+    Attributes:
+        blocks: in order, N of them.
+        period: P, the smallest for which block i equals block i - P.
+    """
+
+    blocks: tuple[keras.layers.Layer, ...]
+    period: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.blocks) // self.period
+
+    def position_of(self, block: int) -> tuple[int, int] | None:
+        """(step, place in the period) of a block in the scan; None for one that runs behind it."""
+        return divmod(block, self.period) if block < self.steps * self.period else None
+
+
+def find_chain(backbone: keras.Model) -> Chain:
+    """The backbone's decoder blocks and their period.
+
+    Raises:
+        UnsupportedError: the backbone has no `transformer_layers`.
+    """
+    blocks = tuple(getattr(backbone, "transformer_layers", ()))
+    if not blocks:
+        raise UnsupportedError(f"{type(backbone).__name__} keeps its decoder blocks in a place that is not known")
+    kinds = [_kind(block) for block in blocks]
+    period = next(p for p in range(1, len(blocks) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
+    return Chain(blocks, period)
+
+
+def _kind(block: keras.layers.Layer) -> str:
+    """What must be equal for two blocks to share one program: settings of all their layers, shapes of all variables.
+
+    Read from the layers themselves and not from `get_config`, which raises for some of KerasHub's blocks and does not
+    know what was changed after they were built.
+    """
+    layers = [_settings(layer) for layer in block._flatten_layers()]
+    return json.dumps([layers, [tuple(variable.shape) for variable in block.variables]], sort_keys=True)
+
+
+def _settings(layer: keras.layers.Layer) -> list:
+    plain = {name: v for name, v in vars(layer).items() if isinstance(v, (bool, int, float, str, type(None)))}
+    return [type(layer).__name__, {name: v for name, v in plain.items() if name not in _NAMES}]
+
+
+def run(
+    backbone: keras.Model,
+    chain: Chain,
+    inputs: Mapping[str, jax.Array],
+    values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]],
+    scanned: Sequence[Sequence[jax.Array]],
+    gather: Gather,
+    place: Callable[[jax.Array], jax.Array],
+    policy: Any = None,
+) -> jax.Array:
+    """The backbone's output for `inputs`, its chain scanned.
+
+    Args:
+        inputs: by the names of the backbone's inputs. Other variables than the chain's must be bound already.
+        values_of: the arrays of one block behind the scan, in the order of its `variables`.
+        scanned: for each place of the period, for each variable of its block, an array (S, ...) of all steps.
+        gather: makes one weight whole on every device, just before its block runs.
+        place: puts the activations between blocks where they belong.
+        policy: what the rematerialised blocks keep (`jax.checkpoint_policies`); None keeps a block's input alone.
+    """
+    first, last = chain.blocks[0], chain.blocks[-1]
+    known = {id(symbolic): inputs[symbolic.name] for symbolic in backbone.inputs}
+    for depth in sorted(backbone._nodes_by_depth, reverse=True):
+        for node in backbone._nodes_by_depth[depth]:
+            if node.is_input or (node.operation in chain.blocks and node.operation is not first):
+                continue
+            args, kwargs = node.arguments.fill_in(known)
+            outputs = node.outputs
+            if node.operation is first:
+                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, policy)
+                outputs = last._inbound_nodes[0].outputs
+            else:
+                result = node.operation(*args, **kwargs)
+            for symbolic, value in zip(outputs, keras.tree.flatten(result), strict=True):
+                known[id(symbolic)] = value
+    return known[id(backbone.outputs[0])]
+
+
+def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy):
+    def call(block, x, values):
+        pairs = [(variable, gather(value)) for variable, value in zip(block.variables, values, strict=True)]
+        with keras.StatelessScope(state_mapping=pairs):
+            return place(block(x, **kwargs))
+
+    def body(x, values):
+        for block, own in zip(chain.blocks[: chain.period], values, strict=True):
+            x = jax.checkpoint(lambda x, own, block=block: call(block, x, own), policy=policy)(x, own)
+        return x, None
+
+    x, _ = jax.lax.scan(body, place(x), scanned)
+    for block in chain.blocks[chain.steps * chain.period :]:
+        x = jax.checkpoint(lambda x, own, block=block: call(block, x, own), policy=policy)(x, values_of(block))
+    return x
+
