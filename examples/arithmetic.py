@@ -40,7 +40,7 @@ def make_rows(n_train: int, n_held_out: int, seed: int, tokenizer: Any) -> tuple
 
 def score(text: str, entry: dict) -> bool:
     """Whether the generated text (without prompt and special tokens) is the answer, by reasoning-gym's own scorer."""
-    return reasoning_gym.get_score_answer_fn("chain_sum")(text.strip(), entry) == 1.0
+    return reasoning_gym.get_score_answer_fn("chain_sum")(text, entry) == 1.0
 
 
 def end_of_turn(tokenizer: Any) -> str:

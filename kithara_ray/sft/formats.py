@@ -57,7 +57,7 @@ class _Format:
         if not isinstance(row, Mapping):
             raise DataError(f"row {row_index}: expected a dict of columns, got {type(row).__name__}")
         if self.custom_formatting_fn is not None:
-            row = self._formatted(dict(row), row_index)
+            row = self._formatted(row, row_index)
         return {column: self._text(row, column, row_index) for column in self.columns}
 
     def source_column(self, column: str) -> str:
@@ -87,7 +87,7 @@ class _Format:
             raise DataError(f"{where} is not valid Unicode at character {error.start}; {remedy}") from error
         return str(value)
 
-    def _formatted(self, row: dict, row_index: int) -> Mapping[str, Any]:
+    def _formatted(self, row: Mapping[str, Any], row_index: int) -> Mapping[str, Any]:
         if self.formatting_style == "row":
             return self._as_row(row, row_index)
         if self.formatting_style == "batch":
@@ -104,7 +104,7 @@ class _Format:
                 return result
         raise DataError(f"{failures[0]} (nor as a batch of one: {failures[1]})") from failures[0]
 
-    def _as_row(self, row: dict, row_index: int) -> Mapping[str, Any]:
+    def _as_row(self, row: Mapping[str, Any], row_index: int) -> Mapping[str, Any]:
         result = self._call(dict(row), "the row", row_index)
         for column in self._wanted(result):
             if _is_list(result[column]):
@@ -114,7 +114,7 @@ class _Format:
                 )
         return result
 
-    def _as_batch(self, row: dict, row_index: int) -> Mapping[str, Any]:
+    def _as_batch(self, row: Mapping[str, Any], row_index: int) -> Mapping[str, Any]:
         result = self._call({name: [value] for name, value in row.items()}, "a batch of one", row_index)
         one = {}
         for column in self._wanted(result):

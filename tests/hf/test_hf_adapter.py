@@ -45,6 +45,12 @@ def test_alpha_defaults_to_the_rank():
     assert LoraConfig(r=4, lora_alpha=10, use_rslora=True).scale_of(Q) == 5.0
 
 
+def test_targets_are_whole_names_between_dots():
+    config = LoraConfig(target_modules=("q_proj", "0.mlp.up_proj"))
+    names = ("q_proj", Q, "layers.0.mlp.up_proj", "xq_proj", "layers.10.mlp.up_proj", "q_proj.x", "a.qkv_q_proj")
+    assert [config.matches(name) for name in names] == [True, True, True, False, False, False, False]
+
+
 def test_patterns_mean_what_they_mean_in_peft(make_base):
     """The scales and ranks of every module, as peft sets them up."""
     fields = {"r": 4, "lora_alpha": 10, **PATTERNS}

@@ -201,3 +201,11 @@ def test_written_files_read_back_by_the_library(tmp_path):
         read = safetensors_file.read_array(infos[name])
         assert read.dtype == array.dtype
         assert np.array_equal(read, array)
+
+
+def test_tensors_start_aligned_whatever_the_header_length(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for length in range(1, 9):
+        safetensors_file.write_arrays(path, {"n" * length: np.ones(2, np.float32), "half": np.ones(3, np.float16)}, {})
+        infos = safetensors_file.read_header(path)[0].values()
+        assert [info.offset % 8 for info in infos] == [0, 0]

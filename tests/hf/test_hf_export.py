@@ -203,6 +203,19 @@ def test_a_wrong_merge_is_not_published(make_base, make_adapter, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_units_in_the_last_place_are_noticed(make_base, make_adapter, tmp_path):
+    base = BaseCheckpoint.open(make_base("llama", "bfloat16"))
+    adapter = make_adapter(base)
+    export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="n")
+    assert proof.prove_base(tmp_path / "out", base, adapter, None)["merged"] == 6
+    info = BaseCheckpoint.open(tmp_path / "out").tensors[Q]
+    raw = bytearray(info.file.read_bytes())
+    raw[info.offset] ^= 2  # two units in the last place of one bfloat16
+    info.file.write_bytes(raw)
+    with pytest.raises(ExportError, match=r"q_proj.weight\[0, 0\]: the written file holds .* 1 of \d+ sampled"):
+        proof.prove_base(tmp_path / "out", base, adapter, None)
+
+
 @pytest.mark.parametrize("layout", [Layout.ADAPTER, Layout.SEPARATE])
 @pytest.mark.parametrize(
     ("edit", "message"),
@@ -250,6 +263,10 @@ def test_refused_before_anything_is_written(base, make_base, make_adapter, tmp_p
     broken.tensors.pop(next(iter(broken.tensors)))
     for layout in Layout:
         with pytest.raises(AdapterError, match="is missing although"):
+            export(base, broken, out, layout, base_name="n")
+    broken.tensors = {name: array for name, array in adapter.tensors.items() if "layers.2." not in name}
+    for layout in Layout:
+        with pytest.raises(AdapterError, match="2 modules of the base are targets but have no factors"):
             export(base, broken, out, layout, base_name="n")
     quantized = tmp_path / "q"
     shutil.copytree(base.directory, quantized)

@@ -143,6 +143,18 @@ def test_zero_sized_and_integer_tensors_survive_a_cast(tmp_path):
     assert found["i"].tolist() == [0, 1, 2]
 
 
+def test_cast_sets_every_dtype_of_the_config(tmp_path):
+    """`torch_dtype` is what transformers 4 wrote; multimodal configs nest a second one."""
+    safetensors_file.write_arrays(tmp_path / "model.safetensors", {"x": np.ones(2, np.float32)}, {})
+    config = {"torch_dtype": "float32", "text_config": {"dtype": "float32", "hidden_size": 2}, "layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    merge_module.write_config(BaseCheckpoint.open(tmp_path), tmp_path / "out", "float16")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {
+        "torch_dtype": "float16", "text_config": {"dtype": "float16", "hidden_size": 2}, "layers": 1
+    }  # fmt: skip
+
+
 def _with(make_base, directory, **config) -> BaseCheckpoint:
     shutil.copytree(make_base(), directory)
     path = directory / "config.json"
