@@ -278,8 +278,8 @@ def staged(destination: str) -> Iterator[Path]:
     """Yields a local directory to write into; publishes it at `destination` when the block ends without exception.
 
     Local: the directory is a hidden sibling, fsynced, then renamed: readers see nothing or everything. Remote: every
-    file is uploaded, config.json last: readers cannot load half of it. On an exception the destination is untouched.
-    Raises DestinationError.
+    file is staged under $TMPDIR and uploaded, config.json last: readers cannot load half of it.
+    On an exception the destination is untouched. Raises DestinationError.
     """
     destination = str(destination)
     check_destination(destination)

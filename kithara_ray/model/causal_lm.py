@@ -20,12 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from keras.src.backend.common import global_state
 
-from kithara_ray.errors import ConfigError
+from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import lora, stack, weights
 from kithara_ray.model.families import PRECISIONS, family_of
-from kithara_ray.sharding.mesh import BATCH_AXES, factor_sharding, replicated, weight_sharding
+from kithara_ray.sharding.gather import Shard, local_shards
+from kithara_ray.sharding.mesh import BATCH_AXES, factor_sharding, weight_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -40,25 +41,31 @@ class CausalLM:
     Attributes:
         model: the `keras_hub.models.CausalLM`; its variables hold no values.
         slots: the frozen arrays in the order of `Frozen`: which ports each is made of.
-        targets: the adapted layers.
+        factor_slots: the trained arrays, by `key` in `Factors`: which factors each is made of.
         chain: the decoder blocks.
         precision: Keras dtype policy.
         mesh: the device mesh that the arrays live on.
         scan: whether equal blocks are stacked and scanned; else the blocks run one by one.
+        remat: what the blocks keep for the backward pass, a key of `stack.REMAT`.
     """
 
     model: keras.Model
     slots: list[weights.Slot]
-    targets: list[lora.Target]
+    factor_slots: list[lora.FactorSlot]
     chain: stack.Chain
     precision: str
     mesh: Mesh
     scan: bool
+    remat: str
 
     @property
-    def factor_variables(self) -> dict[str, keras.Variable]:
-        """Adapter tensor name -> variable, the order of the model's targets."""
-        return {name: variable for target in self.targets for name, variable in target.variables.items()}
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Adapter tensor name -> shape."""
+        return {
+            name: tuple(variable.shape)
+            for slot in self.factor_slots
+            for name, variable in zip(slot.names, slot.variables, strict=True)
+        }
 
     @property
     def vocabulary(self) -> int:
@@ -81,6 +88,7 @@ class CausalLM:
                 scanned=self._scanned(factors, frozen),
                 gather=self._whole,
                 place=self._rows_split,
+                remat=self.remat,
             )
 
     def head_V(self, factors: Factors, frozen: Frozen, hidden) -> jax.Array:
@@ -105,35 +113,39 @@ class CausalLM:
             if unstack or not slot.stacked
             for port, value in slot.split(array)
         ]
-        pairs += [(variable, factors[name]) for name, variable in self.factor_variables.items()]
+        pairs += list(self._each_factor(factors, unstack))
         seeds = (variable for variable in self.model.variables if weights.is_seed(variable))
         return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
 
+    def _each_factor(self, factors: Factors, unstack: bool) -> Iterator[tuple[keras.Variable, jax.Array]]:
+        for slot in self.factor_slots:
+            if not slot.stacked:
+                yield slot.variables[0], factors[slot.key]
+            elif unstack:
+                yield from zip(slot.variables, factors[slot.key], strict=True)
+
     def _values(self, factors: Factors, frozen: Frozen) -> dict[int, jax.Array]:
         """id(variable) -> value, of all that is not stacked."""
-        values = {id(variable): factors[name] for name, variable in self.factor_variables.items()}
         plain = ((slot, array) for slot, array in zip(self.slots, frozen, strict=True) if not slot.stacked)
-        return values | {id(slot.ports[0].variable): array for slot, array in plain}
+        values = {id(slot.ports[0].variable): array for slot, array in plain}
+        return values | {id(variable): value for variable, value in self._each_factor(factors, unstack=False)}
 
     def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[jax.Array]]:
         """For each place of the period, for each variable of its block, the values of all steps."""
-        stacked = {id(slot.ports[0].variable): array for slot, array in zip(self.slots, frozen, strict=True)}
-        name_of = {id(variable): name for name, variable in self.factor_variables.items()}
-        blocks, period = self.chain.blocks, self.chain.period
+        arrays = {id(slot.ports[0].variable): array for slot, array in zip(self.slots, frozen, strict=True)}
+        # Factors are small: one gather of all steps costs less than one in each.
+        arrays |= {id(s.variables[0]): self._whole(factors[s.key]) for s in self.factor_slots if s.stacked}
+        peers = self.chain.peers()
+        single = {id(variable): value for variable, value in self._each_factor(factors, unstack=False)}
 
-        def all_steps(place: int, number: int) -> jax.Array:
-            variable = blocks[place].variables[number]
-            if id(variable) in stacked:
-                return stacked[id(variable)]
-            peers = (blocks[step * period + place].variables[number] for step in range(self.chain.steps))
+        def all_steps(variable: keras.Variable) -> jax.Array:
+            if id(variable) in arrays:
+                return arrays[id(variable)]
             if weights.is_seed(variable):
                 return jnp.zeros((self.chain.steps, *variable.shape), variable.dtype)
-            # Factors are small: one gather of all steps costs less than one in each.
-            return self._whole(jnp.stack([factors[name_of[id(peer)]] for peer in peers]))
+            return self._whole(jnp.stack([single[id(peer)] for peer in peers[id(variable)]]))
 
-        return [
-            [all_steps(place, number) for number in range(len(blocks[place].variables))] for place in range(period)
-        ]
+        return [[all_steps(v) for v in block.variables] for block in self.chain.blocks[: self.chain.period]]
 
     def _constrain(self, array: jax.Array, *spec) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*spec)))
@@ -168,20 +180,44 @@ class CausalLM:
         return frozen
 
     def place_factors(self, arrays: Mapping[str, np.ndarray]) -> Factors:
-        """Adapter arrays (host) as global arrays split over the mesh."""
+        """Adapter arrays (host, by tensor name) as global arrays split over the mesh.
+
+        Raises:
+            AdapterError: a tensor is missing or has another shape than the model's.
+        """
+        for name, shape in self.adapter_shapes.items():
+            found = arrays[name].shape if name in arrays else None
+            if found != shape:
+                raise AdapterError(f"adapter tensor {name}: the model has shape {shape}, found {found or 'none'}")
         placed = {}
-        for name, variable in self.factor_variables.items():
-            array = np.asarray(arrays[name], dtype=np.float32)
-            if array.shape != tuple(variable.shape):
-                raise ConfigError(f"adapter tensor {name}: shape {array.shape}, the model has {tuple(variable.shape)}")
-            sharding = factor_sharding(self.mesh, array.shape)
-            placed[name] = jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
+        for slot in self.factor_slots:
+            own = [np.asarray(arrays[name], np.float32) for name in slot.names]
+            whole = np.stack(own) if slot.stacked else own[0]
+            sharding = self.factor_sharding(slot)
+            placed[slot.key] = jax.make_array_from_callback(slot.shape, sharding, lambda index, whole=whole: whole[index])
         return placed
 
     def initial_factors(self, seed: int) -> Factors:
         """PEFT's initial factors, made where they live."""
-        shardings = {name: factor_sharding(self.mesh, v.shape) for name, v in self.factor_variables.items()}
-        return jax.jit(lambda: lora.initial_factors(self.targets, seed), out_shardings=shardings)()
+        shardings = {slot.key: self.factor_sharding(slot) for slot in self.factor_slots}
+        key = jax.random.key(seed)
+        return jax.jit(lambda: {s.key: s.initial(key) for s in self.factor_slots}, out_shardings=shardings)()
+
+    def factor_sharding(self, slot: lora.FactorSlot) -> NamedSharding:
+        return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))
+
+    def adapter_shards(self, factors: Factors, rank: int) -> list[Shard]:
+        """What this process holds of the adapter, by tensor name: stacked arrays taken apart."""
+        slots = {slot.key: slot for slot in self.factor_slots}
+        shards = []
+        for shard in local_shards(factors, rank):
+            slot = slots[shard.name]
+            if slot.stacked:
+                steps = zip(slot.names, shard.data, strict=True)
+                shards += [Shard(name, shard.bounds[1:], data, rank) for name, data in steps]
+            else:
+                shards.append(shard)
+        return shards
 
 
 def build(
@@ -190,6 +226,8 @@ def build(
     mesh: Mesh,
     precision: str = "mixed_bfloat16",
     scan: bool = True,
+    remat: str = "block",
+    stack_factors: bool = True,
 ) -> CausalLM:
     """Build the model that a Hugging Face config.json describes, without weights.
 
@@ -199,6 +237,10 @@ def build(
         mesh: where its arrays will live.
         precision: "float32", "bfloat16" or "mixed_bfloat16" (activations in bfloat16).
         scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
+        remat: what the scanned blocks keep for the backward pass: "block", their input alone; "none", everything but
+            gathered weights.
+        stack_factors: train the factors of the scanned blocks as stacked arrays; for optimizers that treat every element
+            by itself.
 
     Raises:
         UnsupportedError: the family or a field that changes the mathematics cannot be honoured.
@@ -206,6 +248,8 @@ def build(
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if remat not in stack.REMAT:
+        raise ConfigError(f"remat must be one of {', '.join(stack.REMAT)}, got {remat!r}")
     family = family_of(config)
     import keras_hub
 
@@ -220,7 +264,9 @@ def build(
     with _without_values():
         targets = lora.inject(backbone, ports, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
-    return CausalLM(model, weights.slots(ports, chain if scan else None), targets, chain, precision, mesh, scan)
+    slots = weights.slots(ports, chain if scan else None)
+    factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
+    return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from keras import ops
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model.stack import Chain
 from kithara_ray.model.targets import check_targets
 from kithara_ray.model.weights import Port
 
@@ -144,17 +145,63 @@ def _adapt(module: str, layer, config: LoraConfig) -> Target:
     return Target(module, layer, rank, layer._lora_scale, in_dim, out_dim, layer.lora_A, layer.lora_B)
 
 
-def initial_factors(targets: Sequence[Target], seed: int) -> dict[str, jax.Array]:
-    """PEFT's initial factors: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5), B zero.
+@dataclass(frozen=True)
+class FactorSlot:
+    """One trained array: a factor, or the same factor of every step of the scan, stacked.
 
-    A factor depends on the seed and its module's name alone, not on the mesh, the order or the other targets.
+    Attributes:
+        names: adapter tensor names, one or one for each step.
+        variables: theirs, in the same order.
+        bound: half-width of the uniform initial values, 0 for zeros.
+        stacked: whether the array's first dim counts the steps.
     """
-    factors = {}
-    key = jax.random.key(seed)
-    for target in targets:
-        bound = 1 / math.sqrt(target.in_dim)
-        name = f"{target.module}.lora_A.weight"
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        factors[name] = jax.random.uniform(own, (target.rank, target.in_dim), jnp.float32, -bound, bound)
-        factors[f"{target.module}.lora_B.weight"] = jnp.zeros((target.out_dim, target.rank), jnp.float32)
-    return factors
+
+    names: tuple[str, ...]
+    variables: tuple[keras.Variable, ...]
+    bound: float
+    stacked: bool
+
+    @property
+    def key(self) -> str:
+        """What the array is called in a state: the name of its first factor."""
+        return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one = tuple(self.variables[0].shape)
+        return (len(self.names), *one) if self.stacked else one
+
+    def initial(self, key: jax.Array) -> jax.Array:
+        """PEFT's initial values: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5), B zero.
+
+        A factor's depend on the seed and its name alone, not on the mesh, the stacking or the other targets.
+        """
+
+        def one(name: str) -> jax.Array:
+            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            return jax.random.uniform(own, self.shape[self.stacked :], jnp.float32, -self.bound, self.bound)
+
+        if self.bound == 0:
+            return jnp.zeros(self.shape, jnp.float32)
+        return jnp.stack([one(name) for name in self.names]) if self.stacked else one(self.names[0])
+
+
+def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorSlot]:
+    """The trained arrays: factors of the chain's scanned blocks stacked by step, the others by themselves.
+
+    Args:
+        chain: None stacks nothing.
+    """
+    factors = {
+        id(variable): (name, variable, 1 / math.sqrt(target.in_dim) if variable is target.lora_A else 0.0)
+        for target in targets
+        for name, variable in target.variables.items()
+    }
+    peers = chain.peers() if chain is not None else {}
+    made = []
+    for number in factors:
+        group = [factors[id(variable)] for variable in peers.get(number, ())] or [factors[number]]
+        names, variables, bounds = zip(*group, strict=True)
+        if variables[0] is factors[number][1]:
+            made.append(FactorSlot(names, variables, bounds[0], stacked=number in peers))
+    return made

@@ -10,14 +10,22 @@ found in the graph and run as `lax.scan`: one compiled body, whatever the depth.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import keras
+from jax.ad_checkpoint import checkpoint_name
 
 from kithara_ray.errors import UnsupportedError
 
 Gather = Callable[[jax.Array], jax.Array]
+
+# What a block keeps for its backward pass. "block": its input alone, the rest is computed again. "none": everything but
+# the gathered weights, which are gathered again; a copy of them a device would be the whole model on each.
+_GATHERED = "gathered_weight"
+REMAT = {
+    "block": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names(_GATHERED),
+}
 
 # Attributes of a layer that differ between equal layers.
 _NAMES = {"name", "_name", "_path", "_parent_path", "auto_name"}
@@ -39,9 +47,15 @@ class Chain:
     def steps(self) -> int:
         return len(self.blocks) // self.period
 
-    def position_of(self, block: int) -> tuple[int, int] | None:
-        """(step, place in the period) of a block in the scan; None for one that runs behind it."""
-        return divmod(block, self.period) if block < self.steps * self.period else None
+    def peers(self) -> dict[int, tuple[keras.Variable, ...]]:
+        """id(variable) -> the same variable of every step, for every variable of the scanned blocks."""
+        scanned = self.blocks[: self.steps * self.period]
+        groups = (
+            group
+            for place in range(self.period)
+            for group in zip(*(block.variables for block in scanned[place :: self.period]), strict=True)
+        )
+        return {id(variable): group for group in groups for variable in group}
 
 
 def find_chain(backbone: keras.Model) -> Chain:
@@ -81,7 +95,7 @@ def run(
     scanned: Sequence[Sequence[jax.Array]],
     gather: Gather,
     place: Callable[[jax.Array], jax.Array],
-    policy: Any = None,
+    remat: str,
 ) -> jax.Array:
     """The backbone's output for `inputs`, its chain scanned.
 
@@ -91,7 +105,7 @@ def run(
         scanned: for each place of the period, for each variable of its block, an array (S, ...) of all steps.
         gather: makes one weight whole on every device, just before its block runs.
         place: puts the activations between blocks where they belong.
-        policy: what the rematerialised blocks keep (`jax.checkpoint_policies`); None keeps a block's input alone.
+        remat: a key of REMAT.
     """
     first, last = chain.blocks[0], chain.blocks[-1]
     known = {id(symbolic): inputs[symbolic.name] for symbolic in backbone.inputs}
@@ -102,7 +116,7 @@ def run(
             args, kwargs = node.arguments.fill_in(known)
             outputs = node.outputs
             if node.operation is first:
-                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, policy)
+                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, REMAT[remat])
                 outputs = last._inbound_nodes[0].outputs
             else:
                 result = node.operation(*args, **kwargs)
@@ -113,7 +127,8 @@ def run(
 
 def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy):
     def call(block, x, values):
-        pairs = [(variable, gather(value)) for variable, value in zip(block.variables, values, strict=True)]
+        whole = (checkpoint_name(gather(value), _GATHERED) for value in values)
+        pairs = list(zip(block.variables, whole, strict=True))
         with keras.StatelessScope(state_mapping=pairs):
             return place(block(x, **kwargs))
 

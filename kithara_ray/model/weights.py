@@ -114,18 +114,11 @@ class Slot:
 def slots(ports: Sequence[Port], chain: Chain | None) -> list[Slot]:
     """The frozen arrays of a model: its ports, those of the chain's scanned blocks stacked by step."""
     by_variable = {id(port.variable): port for port in ports}
-    stacked: dict[int, tuple[Port, ...]] = {}
-    if chain is not None:
-        in_scan = chain.blocks[: chain.steps * chain.period]
-        for place in range(chain.period):
-            for peers in zip(*(block.variables for block in in_scan[place :: chain.period]), strict=True):
-                if id(peers[0]) in by_variable:
-                    group = tuple(by_variable[id(peer)] for peer in peers)
-                    stacked |= {id(peer): group for peer in peers}
+    peers = chain.peers() if chain is not None else {}
     made = []
     for port in ports:
-        group = stacked.get(id(port.variable))
-        if group is None:
+        group = tuple(by_variable[id(variable)] for variable in peers.get(id(port.variable), ()))
+        if not group:
             made.append(Slot((port,), stacked=False, split_first=_vocabulary_dim(port)))
         elif group[0] is port:
             made.append(Slot(group, stacked=True))

@@ -1,6 +1,6 @@
 """Ray Data to the global batch sequence, and of that to what this host's devices own.
 
-    B  rows of the global batch    T  positions
+    B  rows of the global batch    T  positions    K  predictions of a row
 
 The driver streams the source's blocks through tokenising tasks and keeps references to the tokenised blocks; they stay
 in the object store, which spills to disk by itself. A worker fetches only the rows that its own devices hold.
@@ -26,8 +26,14 @@ logger = logging.getLogger(__name__)
 
 # Tokenising tasks in flight beyond which the source is not read further.
 _MAX_TASKS = 16
-# Sequence lengths are multiples of this, so that few programs are compiled and lanes of a TPU register are full.
-LENGTH_MULTIPLE = 32
+# Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU padding is only work.
+LENGTH_MULTIPLE = {"tpu": 128}
+_CPU_LENGTH_MULTIPLE = 8
+_COUNTS = {
+    "dropped_untrained": "were dropped because truncation left nothing to train",
+    "skipped_bad": "were skipped as bad",
+    "truncated": "were truncated",
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,14 @@ class TokenStore:
     Attributes:
         blocks: references to `TokenizedBlock`s, in the dataset's order.
         lengths: tokens of every row, int32 (N,), over all blocks; row numbers are positions in it.
+        trained: trained tokens of every row, int32 (N,).
         starts: the number of the first row of each block, and the total, int64 (len(blocks) + 1,).
         pad_id: the tokenizer's.
     """
 
     blocks: tuple[ray.ObjectRef, ...]
     lengths: np.ndarray
+    trained: np.ndarray
     starts: np.ndarray
     pad_id: int
 
@@ -50,10 +58,10 @@ class TokenStore:
     def num_rows(self) -> int:
         return len(self.lengths)
 
-    @property
-    def seq_len(self) -> int:
-        """One length for every batch: the longest row, rounded up."""
-        return -(-int(self.lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    def batch_shape(self, platform: str) -> tuple[int, int]:
+        """(T, K) of every batch: the longest row and the most trained tokens of a row, rounded up for the platform."""
+        multiple = LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
+        return tuple(-(-int(count.max()) // multiple) * multiple for count in (self.lengths, self.trained))
 
 
 @ray.remote(num_returns=2, num_cpus=1)
@@ -63,8 +71,9 @@ def _tokenize_block(tokenize: RowTokenizer, block, first_row: int):
 
     rows = block.to_pylist() if isinstance(block, pa.Table) else block.to_dict(orient="records")
     tokenized = tokenize(rows, first_row)
-    counts = {name: getattr(tokenized, name) for name in ("dropped_untrained", "skipped_bad", "truncated")}
-    return tokenized, (np.asarray(tokenized.lengths), counts, list(tokenized.samples))
+    counts = {name: getattr(tokenized, name) for name in _COUNTS}
+    trained = np.asarray([row.loss_mask.sum() for row in tokenized.rows()], np.int32)
+    return tokenized, (tokenized.lengths, trained, counts, list(tokenized.samples))
 
 
 def _source_blocks(dataset: _Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
@@ -102,25 +111,20 @@ def tokenize(dataset: _Dataset) -> TokenStore:
         results = ray.get(summaries)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, DataError) else error from None
-    counts = {name: sum(result[1][name] for result in results) for name in ("dropped_untrained", "skipped_bad", "truncated")}
-    samples = [sample for result in results for sample in result[2]][:3]
-    lengths = np.concatenate([result[0] for result in results]) if results else np.zeros(0, np.int32)
+    counts = {name: sum(result[2][name] for result in results) for name in _COUNTS}
+    samples = [sample for result in results for sample in result[3]][:3]
+    lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
     if any(counts.values()):
         logger.warning("of %d rows %s; for example: %s", total, _describe(counts), "; ".join(samples) or "-")
     if not len(lengths):
         what = f"of {total} rows {_describe(counts)}" if total else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     starts = np.cumsum([0] + [len(result[0]) for result in results])
-    return TokenStore(tuple(blocks), lengths, starts, row_tokenizer.pad_id)
+    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id)
 
 
 def _describe(counts: dict[str, int]) -> str:
-    words = {
-        "dropped_untrained": "were dropped because truncation left nothing to train",
-        "skipped_bad": "were skipped as bad",
-        "truncated": "were truncated",
-    }
-    return ", ".join(f"{count} {words[name]}" for name, count in counts.items() if count) or "none is usable"
+    return ", ".join(f"{count} {_COUNTS[name]}" for name, count in counts.items() if count) or "none is usable"
 
 
 class HostStream:
@@ -130,35 +134,34 @@ class HostStream:
         store: the tokenised dataset.
         order: which rows are in which batch.
         sharding: of the batch; rows are split, positions whole.
-        seq_len: T.
     """
 
-    def __init__(self, store: TokenStore, order: BatchOrder, sharding: NamedSharding, seq_len: int):
+    def __init__(self, store: TokenStore, order: BatchOrder, sharding: NamedSharding):
         self.store = store
         self.order = order
         self.sharding = sharding
-        self.seq_len = seq_len
+        self.seq_len, self.predictions = store.batch_shape(sharding.mesh.devices.flat[0].platform)
         self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
 
     def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
         """The arrays of one global batch, and how many real tokens it has over all hosts."""
         rows = self.order.batch(step)
         tokens = int(self.store.lengths[rows[rows != PADDING_ROW]].sum())
-        shape = (len(rows), self.seq_len)
-        parts: dict[tuple, dict[str, np.ndarray]] = {}
+        parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
         def part(index: tuple[slice, ...], name: str) -> np.ndarray:
             start, stop, _ = index[0].indices(len(rows))
             if (start, stop) not in parts:
                 own = [self._row(int(row)) for row in rows[start:stop]]
-                parts[start, stop] = collate(own, self.seq_len, self.store.pad_id)
+                parts[start, stop] = collate(own, self.seq_len, self.predictions, self.store.pad_id)
             return parts[start, stop][name]
 
-        arrays = {
-            name: jax.make_array_from_callback(shape, self.sharding, lambda index, name=name: part(index, name))
-            for name in ("token_ids", "segment_ids", "loss_weights")
-        }
-        return arrays, tokens
+        def array(name: str, width: int) -> jax.Array:
+            return jax.make_array_from_callback((len(rows), width), self.sharding, lambda index: part(index, name))
+
+        widths = dict.fromkeys(("token_ids", "segment_ids"), self.seq_len)
+        widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), self.predictions)
+        return {name: array(name, width) for name, width in widths.items()}, tokens
 
     def _row(self, row: int) -> TokenizedRow | None:
         if row == PADDING_ROW:

@@ -63,6 +63,8 @@ class Trainer:
         run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; all devices on `fsdp` by default.
+        remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again; "none",
+            all of it, faster where the memory is there.
         seed: of the initial factors.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
@@ -88,6 +90,7 @@ class Trainer:
         run_config: RunConfig | None = None,
         cpu_devices_per_worker: int = 1,
         mesh: MeshShape | None = None,
+        remat: str = "block",
         seed: int = 0,
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
@@ -130,9 +133,12 @@ class Trainer:
                 f"ScalingConfig(num_workers={self.scaling_config.num_workers!r}): a fixed number of workers >= 1 is "
                 "needed; the group's size decides the global batch"
             )
+        if self.scaling_config.use_gpu:
+            raise UnsupportedError("ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out")
         self.run_config = run_config or RunConfig()
         self.cpu_devices_per_worker = cpu_devices_per_worker
         self.mesh = mesh or MeshShape()
+        self.remat = remat
         self.seed = seed
         self.cluster_timeout_s = cluster_timeout_s
         self.progress = progress
@@ -179,6 +185,7 @@ class Trainer:
             eval_epochs_interval=self.eval_epochs_interval,
             max_eval_samples=self.max_eval_samples,
             mesh=self.mesh,
+            remat=self.remat,
             seed=self.seed,
             platform=self._platform(),
             num_workers=self.scaling_config.num_workers,
@@ -187,17 +194,16 @@ class Trainer:
 
     def _worker_env(self) -> dict[str, str]:
         """The workers' environment: the run's own, over what no accelerator needs."""
-        env = {"KERAS_BACKEND": "jax"}
+        # JAX_PLATFORMS is always given: workers of a local cluster inherit the driver's, which may keep off the TPU.
+        env = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu" if self.scaling_config.use_tpu else "cpu"}
         if not self.scaling_config.use_tpu:
-            env["JAX_PLATFORMS"] = "cpu"
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
         runtime_env = self.run_config.worker_runtime_env or {}
         return env | dict(runtime_env.get("env_vars", {}))
 
     def _platform(self) -> str:
         """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
-        platform = self._worker_env().get("JAX_PLATFORMS", "tpu").split(",")[0]
-        return {"cuda": "gpu"}.get(platform, platform)
+        return self._worker_env()["JAX_PLATFORMS"].split(",")[0]
 
     def _check_cluster(self) -> None:
         scaling = self.scaling_config

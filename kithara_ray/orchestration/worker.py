@@ -55,6 +55,7 @@ class RunSpec:
     eval_epochs_interval: int | None
     max_eval_samples: int | None
     mesh: MeshShape
+    remat: str
     seed: int
     platform: str
     num_workers: int
@@ -97,13 +98,21 @@ class _Run:
         from kithara_ray.model.causal_lm import build
         from kithara_ray.sharding.mesh import make_mesh
         from kithara_ray.train import step
+        from kithara_ray.train.optimizer import is_elementwise
 
         spec = self.spec
         with self._phase("fetch"):
             base = BaseCheckpoint.open(storage.fetch(spec.base))
         with self._phase("build"):
             self.mesh = make_mesh(spec.mesh)
-            self.model = build(base.config, spec.lora, self.mesh, spec.precision)
+            self.model = build(
+                base.config,
+                spec.lora,
+                self.mesh,
+                spec.precision,
+                remat=spec.remat,
+                stack_factors=is_elementwise(*spec.optimizer),
+            )
             self.optimizer = self._make_optimizer()
         with self._phase("load"):
             self.frozen = self.model.load(base)
@@ -111,7 +120,7 @@ class _Run:
                 params = self.model.initial_factors(spec.seed)
             else:
                 params = self.model.place_factors(spec.adapter)
-            self.state = step.initial_state(self.mesh, self.optimizer, params)
+            self.state = step.initial_state(self.model, self.optimizer, params)
         self.data = self._stream(spec.train)
         self.eval_data = self._stream(spec.eval) if spec.eval else None
         batch, self._next_tokens = self.data.batch(0)
@@ -124,7 +133,7 @@ class _Run:
         per_epoch = self.data.order.steps_per_epoch
         self.total_steps = spec.steps if spec.steps is not None else spec.epochs * per_epoch
         self.eval_every = spec.eval_steps_interval or (spec.eval_epochs_interval or 0) * per_epoch
-        trainable = sum(int(np.prod(v.shape)) for v in self.model.factor_variables.values())
+        trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
 
@@ -168,18 +177,16 @@ class _Run:
 
     def finish(self) -> dict[str, Any]:
         """Send this rank's part of the adapter."""
-        from kithara_ray.sharding.gather import local_shards
-
-        shards = local_shards(self.state["params"], self.rank)
+        shards = self.model.adapter_shards(self.state["params"], self.rank)
         ray.get(self.spec.coordinator.put_shards.remote(self.rank, shards))
         self._record("finished")
-        return {"shapes": {name: tuple(v.shape) for name, v in self.model.factor_variables.items()}}
+        return {"shapes": self.model.adapter_shapes}
 
     def _make_optimizer(self):
         from kithara_ray.train.optimizer import KerasOptimizer, OptaxOptimizer
 
         kind, value = self.spec.optimizer
-        return KerasOptimizer(value, self.model.factor_variables) if kind == "keras" else OptaxOptimizer(value)
+        return KerasOptimizer(value) if kind == "keras" else OptaxOptimizer(value)
 
     def _stream(self, data: DataSpec) -> HostStream:
         from kithara_ray.sharding.mesh import batch_sharding
@@ -187,7 +194,7 @@ class _Run:
         limit = self.spec.max_eval_samples if data is self.spec.eval else None
         num_rows = min(data.store.num_rows, limit or data.store.num_rows)
         order = BatchOrder(num_rows, data.per_device_batch_size * self.mesh.size, data.seed, data.shuffle)
-        return HostStream(data.store, order, batch_sharding(self.mesh), data.store.seq_len)
+        return HostStream(data.store, order, batch_sharding(self.mesh))
 
     def _log(self, step: int, values: dict[str, float], tokens: int, seconds: float, steps: int) -> None:
         row = {

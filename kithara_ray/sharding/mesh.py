@@ -83,9 +83,9 @@ def weight_sharding(
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def factor_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
     """A LoRA factor or an optimizer array is split like a weight where a dim divides evenly, and replicated where not."""
     try:
-        return weight_sharding(mesh, shape)
+        return weight_sharding(mesh, shape, whole_dims)
     except ConfigError:
         return replicated(mesh)

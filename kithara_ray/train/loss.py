@@ -1,9 +1,9 @@
 """Next-token cross-entropy whose logits never exist whole.
 
-    B  rows    T  positions    C  positions of one chunk    D  hidden width    V  vocabulary
+    B  rows    K  predictions of a row    C  predictions of one chunk    D  hidden width    V  vocabulary
 
-Position t predicts token t + 1. The head and the softmax run over chunks of positions, and the backward pass computes
-each chunk's logits again instead of keeping them.
+The head and the softmax run over chunks of predictions, and the backward pass computes each chunk's logits again instead
+of keeping them.
 """
 
 from collections.abc import Callable
@@ -15,32 +15,32 @@ import jax.numpy as jnp
 _CHUNK_LOGITS = 2**25
 
 
-def chunk_length(rows: int, positions: int, vocabulary: int) -> int:
-    """The largest divisor of `positions` whose chunk of logits stays within bounds, at least 1."""
+def chunk_length(rows: int, predictions: int, vocabulary: int) -> int:
+    """The largest divisor of `predictions` whose chunk of logits stays within bounds, at least 1."""
     bound = max(1, _CHUNK_LOGITS // (rows * vocabulary))
-    return max(c for c in range(1, positions + 1) if positions % c == 0 and c <= bound)
+    return max(c for c in range(1, predictions + 1) if predictions % c == 0 and c <= bound)
 
 
 def summed_cross_entropy(
     head: Callable[[jax.Array], jax.Array],
-    hidden_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
+    hidden_BKD: jax.Array,
+    targets_BK: jax.Array,
+    weights_BK: jax.Array,
     vocabulary: int,
 ) -> jax.Array:
-    """Sum over positions of weight * -log p(target), float32.
+    """Sum over predictions of weight * -log p(target), float32.
 
     Args:
         head: hidden states (..., D) to logits (..., V).
-        targets_BT: int, the token that each position predicts.
-        weights_BT: float32, 0 where nothing is trained.
+        targets_BK: int, the token to be predicted.
+        weights_BK: float32, 0 where there is none.
     """
-    rows, positions, _ = hidden_BTD.shape
-    c = chunk_length(rows, positions, vocabulary)
+    rows, predictions, _ = hidden_BKD.shape
+    c = chunk_length(rows, predictions, vocabulary)
 
     def chunks(array):
-        """(B, T, ...) to (T / C, B, C, ...)."""
-        return jnp.moveaxis(array.reshape(rows, positions // c, c, *array.shape[2:]), 1, 0)
+        """(B, K, ...) to (K / C, B, C, ...)."""
+        return jnp.moveaxis(array.reshape(rows, predictions // c, c, *array.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def one(total, chunk):
@@ -52,5 +52,5 @@ def summed_cross_entropy(
         picked_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
         return total + jnp.sum(weights_BC * (log_z_BC - picked_BC)), None
 
-    total, _ = jax.lax.scan(one, jnp.float32(0), (chunks(hidden_BTD), chunks(targets_BT), chunks(weights_BT)))
+    total, _ = jax.lax.scan(one, jnp.float32(0), (chunks(hidden_BKD), chunks(targets_BK), chunks(weights_BK)))
     return total

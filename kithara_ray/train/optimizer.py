@@ -26,26 +26,38 @@ class Optimizer(Protocol):
         ...
 
 
+# Keras optimizers that treat every element by itself, so that factors may be stacked; the others see whole tensors.
+_ELEMENTWISE = {"Adadelta", "Adagrad", "Adam", "AdamW", "Ftrl", "Lion", "Nadam", "RMSprop", "SGD"}
+
+
+def is_elementwise(kind: str, value: Any) -> bool:
+    """Whether an optimizer's update of an element depends on that element alone, or on the norm over all of them.
+
+    Args:
+        kind, value: ("keras", its serialised configuration) or ("optax", a transformation, which cannot be looked into).
+    """
+    return kind == "keras" and value["class_name"] in _ELEMENTWISE and value["config"].get("clipnorm") is None
+
+
 @dataclass
 class KerasOptimizer:
     """A Keras optimizer over named arrays, through its `stateless_apply`; `init` comes first.
 
     Attributes:
         config: what `keras.optimizers.serialize` gave.
-        variables: the Keras variables of the parameters, by name; of their shapes and order.
     """
 
     config: Mapping[str, Any]
-    variables: Mapping[str, keras.Variable]
 
     def init(self, params: Params) -> list[jax.Array]:
         # A fresh one each time: under a trace its variables' first values belong to that trace.
         self._optimizer = keras.optimizers.deserialize(dict(self.config))
-        self._optimizer.build(list(self.variables.values()))
+        self._order = list(params)
+        self._optimizer.build([keras.Variable(value, name=name.replace("/", "_")) for name, value in params.items()])
         return [variable.value for variable in self._optimizer.variables]
 
     def update(self, grads: Params, state, params: Params):
-        order = list(self.variables)
+        order = self._order
         new_params, new_state = self._optimizer.stateless_apply(
             state, [grads[name] for name in order], [params[name] for name in order]
         )

@@ -1,8 +1,9 @@
 """The training step: one jitted function with explicit shardings, pure in its arrays.
 
-    state  = {"params": adapter factors by name, "opt": optimizer state, "step": int32}     donated
+    state  = {"params": adapter factors, "opt": optimizer state, "step": int32}     donated
     frozen = the base's arrays                                                              never donated or updated
-    batch  = {"token_ids" (B, T) int32, "segment_ids" (B, T) int32, "loss_weights" (B, T) float32}
+    batch  = {"token_ids", "segment_ids" (B, T) int32, "target_positions", "target_ids" (B, K) int32,
+              "target_weights" (B, K) float32}                            see kithara_ray.sft.collate
 
 The loss is the mean over the unmasked tokens of the *global* batch: rows that a host holds weigh by their tokens.
 """
@@ -12,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
-from kithara_ray.sharding.mesh import batch_sharding, factor_sharding, replicated
+from kithara_ray.sharding.mesh import batch_sharding, replicated
 from kithara_ray.train.loss import summed_cross_entropy
 from kithara_ray.train.optimizer import Optimizer
 
@@ -26,12 +26,15 @@ Batch = dict[str, jax.Array]
 def summed_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(sum of weighted cross-entropy, sum of weights), both float32 scalars over the global batch."""
     hidden_BTD = model.hidden_BTD(factors, frozen, batch["token_ids"], batch["segment_ids"])
-    targets_BT = jnp.roll(batch["token_ids"], -1, axis=1)
-    weights_BT = batch["loss_weights"]
+    hidden_BKD = jnp.take_along_axis(hidden_BTD, batch["target_positions"][..., None], axis=1)
     total = summed_cross_entropy(
-        lambda hidden: model.head_V(factors, frozen, hidden), hidden_BTD, targets_BT, weights_BT, model.vocabulary
+        lambda hidden: model.head_V(factors, frozen, hidden),
+        hidden_BKD,
+        batch["target_ids"],
+        batch["target_weights"],
+        model.vocabulary,
     )
-    return total, jnp.sum(weights_BT)
+    return total, jnp.sum(batch["target_weights"])
 
 
 def mean_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch) -> jax.Array:
@@ -52,18 +55,17 @@ def train_step(model: CausalLM, optimizer: Optimizer, state: State, frozen: Froz
     return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
 
-def state_shardings(mesh: Mesh, state: State) -> State:
-    """Factors split as weights are; an optimizer array with a factor's shape goes where that factor is."""
-    return jax.tree.map(lambda leaf: factor_sharding(mesh, leaf.shape), state)
+def initial_state(model: CausalLM, optimizer: Optimizer, params: Factors) -> State:
+    """Step 0: the given factors and the optimizer's first state, made where it lives.
 
-
-def initial_state(mesh: Mesh, optimizer: Optimizer, params: Factors) -> State:
-    """Step 0: the given factors and the optimizer's first state, made where it lives."""
+    An optimizer array with a factor's shape is split as that factor is; any other is replicated.
+    """
+    split = {slot.shape: model.factor_sharding(slot) for slot in model.factor_slots}
 
     def make():
         return {"opt": optimizer.init(params), "step": jnp.int32(0)}
 
-    shardings = state_shardings(mesh, jax.eval_shape(make))
+    shardings = jax.tree.map(lambda leaf: split.get(leaf.shape, replicated(model.mesh)), jax.eval_shape(make))
     return {"params": params} | jax.jit(make, out_shardings=shardings)()
 
 

@@ -1,3 +1,4 @@
+import fcntl
 import multiprocessing
 import os
 from pathlib import Path
@@ -124,13 +125,16 @@ def test_a_torn_download_is_not_kept(memory, cache, monkeypatch):
     assert (storage.fetch("memory://b") / "model.safetensors").read_bytes() == b"weights"
 
 
-def _fetch_slowly(url: str, counter: str) -> None:
+def _fetch_counting(url: str, counter: str) -> None:
     fs = type(fsspec.filesystem("dir", path="/", fs=fsspec.filesystem("file")).fs)
     original = fs.get_file
 
     def counted(self, remote, local, **kwargs):
         with open(counter, "a") as stream:
             stream.write("x")
+        (lock,) = storage._cache_dir().glob("*.lock")
+        with lock.open() as stream, pytest.raises(BlockingIOError):  # nobody else downloads meanwhile
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return original(self, remote, local, **kwargs)
 
     fs.get_file = counted
@@ -145,7 +149,7 @@ def test_two_processes_download_once(tmp_path, cache):
     counter = tmp_path / "count"
     context = multiprocessing.get_context("fork")
     arguments = (f"local://{tmp_path}/m", str(counter))
-    processes = [context.Process(target=_fetch_slowly, args=arguments) for _ in range(3)]
+    processes = [context.Process(target=_fetch_counting, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
