@@ -69,13 +69,13 @@ def train_loop(config: dict[str, RunSpec]) -> dict[str, Any]:
 
     started = time.monotonic()
     runtime.prepare()
-    run = _Run(spec, started)
+    run = Run(spec, started)
     run.build()
     run.train()
     return run.finish()
 
 
-class _Run:
+class Run:
     """One rank's run, from an empty process to the adapter sent to the coordinator."""
 
     def __init__(self, spec: RunSpec, started: float):
@@ -221,7 +221,7 @@ class _Run:
 class _Phase:
     """Times one phase of start-up and tells the driver that it has begun."""
 
-    def __init__(self, run: _Run, name: str):
+    def __init__(self, run: Run, name: str):
         self.run, self.name = run, name
 
     def __enter__(self):

@@ -1,0 +1,29 @@
+"""The test process computes on four CPU devices, so that sharding is tested anywhere; set before anything imports jax."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["KERAS_BACKEND"] = "jax"
+# Ray's usage statistics would go out to the network.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import pytest
+from tiny import SIZES, write_model
+
+from kithara_ray.model import runtime
+
+runtime.prepare()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """family -> directory; tests must not write into it."""
+    return {family: write_model(tmp_path_factory.mktemp(family), family) for family in SIZES}
+
+
+@pytest.fixture(params=sorted(SIZES))
+def family(request):
+    return request.param

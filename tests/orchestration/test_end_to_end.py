@@ -1,0 +1,193 @@
+"""The main job on tiny models: two Ray Train workers share one sharded model; what is exported is what was trained."""
+
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import ray
+import tiny
+import torch
+from peft import PeftModel
+from ray.train import RunConfig, ScalingConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+TOKENS = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (4, 24)).astype(np.int32)
+LAYERS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def run(directory, tmp_path, workers, devices, rows_per_device, loop=None, targets=("q_proj", "v_proj"), **kwargs):
+    """Train on 22 rows: batches of 8, the last of each epoch not full."""
+    model = KerasHubModel.from_preset(
+        str(directory), lora_rank=4, lora_alpha=12, target_modules=targets, precision="float32"
+    )
+    data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
+    trainer = Trainer(
+        model=model,
+        optimizer=keras.optimizers.AdamW(1e-2, weight_decay=0.01),
+        train_dataloader=Dataloader(data, per_device_batch_size=rows_per_device, seed=1),
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(storage_path=str(tmp_path), name=f"{workers}x{devices}"),
+        cpu_devices_per_worker=devices,
+        progress=False,
+        **{"steps": 7, **kwargs},
+    )
+    return model, trainer.train()
+
+
+def train_then_write_logits(path):
+    """The workers' own loop, which then writes what the sharded model computes."""
+
+    def loop(config):
+        from kithara_ray.model import runtime
+        from kithara_ray.orchestration.worker import Run
+
+        runtime.prepare()
+        import jax
+
+        from kithara_ray.sharding.mesh import batch_sharding, replicated
+
+        run = Run(config["spec"], time.monotonic())
+        run.build()
+        assert any(not array.is_fully_addressable for array in run.frozen), "the weights must cross processes"
+        assert all(not p.is_fully_addressable for p in run.state["params"].values())
+        run.train()
+        place = lambda array: jax.make_array_from_callback(  # noqa: E731
+            array.shape, batch_sharding(run.mesh), lambda index: array[index]
+        )
+        logits = jax.jit(run.model.logits_BTV, out_shardings=replicated(run.mesh))(
+            run.state["params"], run.frozen, place(TOKENS), place(np.ones_like(TOKENS))
+        )
+        if run.rank == 0:
+            np.save(path, np.asarray(logits))
+        return run.finish()
+
+    return loop
+
+
+def logits_of(model) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def trained(request, cluster, tiny_models, tmp_path_factory):
+    """One run on two workers of two devices, and its three exports."""
+    directory = tiny_models[request.param]
+    out = tmp_path_factory.mktemp(f"trained-{request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kithara_ray.orchestration.trainer.train_loop", train_then_write_logits(out / "logits.npy"))
+        model, result = run(directory, out / "runs", workers=2, devices=2, rows_per_device=2, targets=LAYERS)
+    model.save_in_hf_format(out / "adapter", only_save_adapters=True)
+    model.save_in_hf_format(out / "both", only_save_adapters=False, save_adapters_separately=True)
+    model.save_in_hf_format(out / "merged", save_adapters_separately=False)
+    yield directory, out, model, result
+    model.release()
+
+
+def test_the_run_learned_and_trained_every_factor(trained):
+    _, _, model, result = trained
+    assert [row["step"] for row in result.history] == list(range(1, 8))
+    assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
+    assert all(np.abs(tensor).max() > 1e-3 for name, tensor in model.adapter.items())
+    assert {name.split(".")[-3] for name in model.adapter} == set(LAYERS)
+
+
+def test_sharded_logits_equal_peft_on_the_exported_adapter(trained):
+    directory, out, _, _ = trained
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    plain = logits_of(base)
+    reference = logits_of(PeftModel.from_pretrained(base, out / "adapter"))
+    ours = np.load(out / "logits.npy")
+    np.testing.assert_allclose(ours, reference, atol=1e-4, rtol=0)
+    assert np.abs(ours - plain).max() > 0.1
+
+
+def test_merged_export_is_bit_identical_to_merge_and_unload(trained):
+    directory, out, _, _ = trained
+    threads = torch.get_num_threads()
+    # torch's sgemm rounds differently with many threads where a width is not a multiple of 16.
+    torch.set_num_threads(1)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), out / "adapter")
+    reference = peft.merge_and_unload().state_dict()
+    torch.set_num_threads(threads)
+    merged, base = BaseCheckpoint.open(out / "merged"), BaseCheckpoint.open(directory)
+    assert merged.names == base.names
+    for name in merged.names:
+        assert merged.view(name).tobytes() == reference[name].numpy().tobytes(), name
+    changed = {name for name in base.names if merged.view(name).tobytes() != base.view(name).tobytes()}
+    assert {name.split(".")[-2] for name in changed} == set(LAYERS)
+
+
+def test_base_and_adapter_load_in_transformers(trained):
+    directory, out, _, _ = trained
+    model = AutoModelForCausalLM.from_pretrained(out / "both")
+    plain = logits_of(model)
+    np.testing.assert_array_equal(plain, logits_of(AutoModelForCausalLM.from_pretrained(directory)))
+    model.load_adapter(str(out / "both" / "adapter"))
+    np.testing.assert_allclose(logits_of(model), np.load(out / "logits.npy"), atol=1e-4, rtol=0)
+
+
+def test_the_run_directory_holds_the_adapter(trained):
+    _, out, model, result = trained
+    from kithara_ray.hf.adapter import Adapter
+
+    written = Adapter.read(f"{result.path}/adapter")
+    assert written.tensors.keys() == model.adapter.keys()
+    assert all((written.tensors[name] == model.adapter[name]).all() for name in model.adapter)
+
+
+def test_generate_is_transformers_greedy(trained):
+    directory, out, model, _ = trained
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    reference = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    prompts = ["what is 1 + 2 ?", "the sum of two and five", "0 1 2"]
+    ours = model.generate(prompts, max_length=30, return_decoded=False)
+    for prompt, ids in zip(prompts, ours, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        expected = reference.generate(**inputs, max_length=30, do_sample=False)[0].tolist()
+        assert ids == expected
+    texts = model.generate(prompts[0], max_length=30, strip_prompt=True)
+    assert texts == [tokenizer.decode(ours[0][len(tokenizer(prompts[0])["input_ids"]) :], skip_special_tokens=True)]
+
+
+def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny_models, tmp_path):
+    """Same data, seed and global batch of 8: one worker of four devices, two of two, one of one."""
+    losses = {}
+    for workers, devices in ((1, 4), (2, 2), (1, 1)):
+        rows_per_device = 8 // (workers * devices)
+        _, result = run(tiny_models["llama"], tmp_path, workers, devices, rows_per_device)
+        losses[workers, devices] = [row["loss"] for row in result.history]
+    np.testing.assert_allclose(losses[1, 4], losses[1, 1], rtol=1e-4)
+    np.testing.assert_allclose(losses[2, 2], losses[1, 1], rtol=1e-4)
+    assert len(set(losses[1, 1])) == 7
+
+
+def test_evaluation_counts_every_row_once(cluster, tiny_models, tmp_path):
+    """Loss over 5 rows in batches of 2, token-weighted, against transformers on the untrained model."""
+    directory = tiny_models["llama"]
+    held_out = tiny.rows(5)
+    loader = Dataloader(SFTDataset(held_out, tokenizer_handle=str(directory)), per_device_batch_size=1)
+    _, result = run(
+        directory, tmp_path, 1, 2, 4, steps=2, eval_dataloader=loader, eval_steps_interval=2, log_steps_interval=2
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), f"{result.path}/adapter")
+    total = count = 0
+    for row in held_out:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = adapted.eval()(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        count += len(answer)
+    (evaluation,) = result.eval_history
+    assert evaluation["eval_tokens"] == count
+    assert evaluation["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert evaluation["eval_perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)

@@ -1,0 +1,87 @@
+"""Tiny random models as a user's directory holds them: config, float32 weights, a tokenizer with a chat template."""
+
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY = 320
+TEXT = ["what is 1 + 2 ? three", "the sum of two and five is seven", "0 1 2 3 4 5 6 7 8 9"] * 4
+
+SIZES = {
+    # SmolLM2's shape: 3 query heads a key head, tied embeddings, epsilon 1e-5.
+    "llama": dict(
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    ),
+    # An odd number of blocks: the sliding/global pairs leave one over. Rows longer than the window.
+    "gemma2": dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+}
+
+
+def write_model(directory: Path, family: str, **fields) -> Path:
+    """A model of a family; weights large enough that a wrong mask, norm or scale shows."""
+    import torch
+    import transformers
+
+    classes = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    }
+    config_class, model_class = classes[family]
+    torch.manual_seed(0)
+    special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = config_class(vocab_size=VOCABULARY, **special, **{**SIZES[family], **fields})
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = 0.3 if "norm" in name else 2.5 / np.sqrt(parameter.shape[-1])
+            parameter.add_(torch.randn_like(parameter) * std)
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tokenizer():
+    """A byte-level BPE with chat markers that adds no BOS, as SmolLM2's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+
+
+def rows(count: int) -> list[dict]:
+    """Prompts and answers of different lengths."""
+    words = "zero one two three four five six seven eight nine ten".split()
+    return [
+        {"prompt": f"what is {i % 5} + {i % 4} ?", "answer": " " + " ".join([words[i % 5 + i % 4]] * (1 + i % 3))}
+        for i in range(count)
+    ]
