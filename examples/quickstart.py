@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the driver's own: it must not take the accelerator from the workers
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
@@ -20,7 +21,7 @@ from arithmetic import make_rows, score
 from ray.train import RunConfig, ScalingConfig
 from smollm2 import write_smollm2
 
-from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 
 WORKERS = 2
 DEVICES_PER_WORKER = 2
@@ -63,6 +64,8 @@ def train(model: KerasHubModel, dataset: SFTDataset, args: argparse.Namespace):
         scaling_config=ScalingConfig(num_workers=WORKERS),
         run_config=RunConfig(storage_path=str(args.out.absolute()), name="run"),
         cpu_devices_per_worker=DEVICES_PER_WORKER,
+        mesh=MeshShape(fsdp=1, tensor=-1),  # for batches this small, moving activations beats moving weights
+        remat="none",  # a small model: there is memory to keep what the backward pass needs
     )
     return trainer.train()
 

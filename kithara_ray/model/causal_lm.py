@@ -24,7 +24,8 @@ from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import lora, stack, weights
-from kithara_ray.model.families import PRECISIONS, family_of
+from kithara_ray.model.families import family_of
+from kithara_ray.model.options import PRECISIONS, REMAT
 from kithara_ray.sharding.gather import Shard, local_shards
 from kithara_ray.sharding.mesh import BATCH_AXES, factor_sharding, weight_sharding
 
@@ -46,7 +47,7 @@ class CausalLM:
         precision: Keras dtype policy.
         mesh: the device mesh that the arrays live on.
         scan: whether equal blocks are stacked and scanned; else the blocks run one by one.
-        remat: what the blocks keep for the backward pass, a key of `stack.REMAT`.
+        remat: what the blocks keep for the backward pass, one of `options.REMAT`.
     """
 
     model: keras.Model
@@ -86,7 +87,7 @@ class CausalLM:
                 inputs,
                 values_of=lambda block: [value_of[id(variable)] for variable in block.variables],
                 scanned=self._scanned(factors, frozen),
-                gather=self._whole,
+                gather=self._gathered(),
                 place=self._rows_split,
                 remat=self.remat,
             )
@@ -153,6 +154,15 @@ class CausalLM:
     def _whole(self, array: jax.Array) -> jax.Array:
         return self._constrain(array)
 
+    def _gathered(self) -> stack.Gather:
+        """A block's weight as it is computed with: whole over `fsdp`, still split over `tensor`."""
+        spec_of = {}
+        for slot in self.slots:
+            spec = self.weight_sharding(slot).spec[int(slot.stacked) :]
+            axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+            spec_of[id(slot.ports[0].variable)] = ["tensor" if "tensor" in names else None for names in axes]
+        return lambda variable, value: self._constrain(value, *spec_of.get(id(variable), ()))
+
     def _rows_split(self, array: jax.Array) -> jax.Array:
         return self._constrain(array, BATCH_AXES)
 
@@ -169,8 +179,7 @@ class CausalLM:
         started = time.monotonic()
         frozen = []
         for slot in self.slots:
-            sharding = weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
-            array = weights.load_sharded(base, slot, sharding, dtype)
+            array = weights.load_sharded(base, slot, self.weight_sharding(slot), dtype)
             for port in slot.ports:
                 # Keras casts a bound value to its variable's dtype; the variable follows what is stored.
                 port.variable._dtype = keras.backend.standardize_dtype(array.dtype)
@@ -194,7 +203,9 @@ class CausalLM:
             own = [np.asarray(arrays[name], np.float32) for name in slot.names]
             whole = np.stack(own) if slot.stacked else own[0]
             sharding = self.factor_sharding(slot)
-            placed[slot.key] = jax.make_array_from_callback(slot.shape, sharding, lambda index, whole=whole: whole[index])
+            placed[slot.key] = jax.make_array_from_callback(
+                slot.shape, sharding, lambda index, whole=whole: whole[index]
+            )
         return placed
 
     def initial_factors(self, seed: int) -> Factors:
@@ -202,6 +213,9 @@ class CausalLM:
         shardings = {slot.key: self.factor_sharding(slot) for slot in self.factor_slots}
         key = jax.random.key(seed)
         return jax.jit(lambda: {s.key: s.initial(key) for s in self.factor_slots}, out_shardings=shardings)()
+
+    def weight_sharding(self, slot: weights.Slot) -> NamedSharding:
+        return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
 
     def factor_sharding(self, slot: lora.FactorSlot) -> NamedSharding:
         return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))
@@ -248,8 +262,8 @@ def build(
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if remat not in stack.REMAT:
-        raise ConfigError(f"remat must be one of {', '.join(stack.REMAT)}, got {remat!r}")
+    if remat not in REMAT:
+        raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
     family = family_of(config)
     import keras_hub
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from kithara_ray.errors import UnsupportedError
 
-PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
-
 
 def _no_change(config: Mapping, kwargs: dict) -> None:
     """The converter's keyword arguments are right as they are."""

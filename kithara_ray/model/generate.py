@@ -1,6 +1,6 @@
 """Greedy decoding with KerasHub's own KV cache.
 
-    B  prompts    T  max_length
+B  prompts    T  max_length
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,9 @@ class Decoder:
 
         self._step = jax.jit(step, static_argnames="stop")
 
-    def greedy(self, prompts: Sequence[Sequence[int]], max_length: int, stop_token_ids: tuple[int, ...]) -> list[list[int]]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], max_length: int, stop_token_ids: tuple[int, ...]
+    ) -> list[list[int]]:
         """Prompt and continuation of every prompt, the stop token included, at most `max_length` tokens."""
         longest = max(len(prompt) for prompt in prompts)
         if longest >= max_length:
@@ -61,11 +63,12 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             token_ids[row, : len(prompt)] = prompt
             mask[row, : len(prompt)] = True
-        out = self._step(
-            self._factors, self._frozen, jnp.asarray(token_ids), jnp.asarray(mask), stop_token_ids or None
-        )
+        out = self._step(self._factors, self._frozen, jnp.asarray(token_ids), jnp.asarray(mask), stop_token_ids or None)
         ids, keep = np.asarray(out["token_ids"]), np.asarray(out["padding_mask"])
-        return [_cut(ids[row][keep[row]].tolist(), len(prompts[row]), max_length, stop_token_ids) for row in range(len(prompts))]
+        return [
+            _cut(ids[row][keep[row]].tolist(), len(prompts[row]), max_length, stop_token_ids)
+            for row in range(len(prompts))
+        ]
 
 
 def _cut(row: list[int], prompt: int, max_length: int, stop: tuple[int, ...]) -> list[int]:

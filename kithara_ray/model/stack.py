@@ -17,12 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kithara_ray.errors import UnsupportedError
 
-Gather = Callable[[jax.Array], jax.Array]
+Gather = Callable[[keras.Variable, jax.Array], jax.Array]
 
-# What a block keeps for its backward pass. "block": its input alone, the rest is computed again. "none": everything but
-# the gathered weights, which are gathered again; a copy of them a device would be the whole model on each.
 _GATHERED = "gathered_weight"
-REMAT = {
+_POLICIES = {
     "block": None,
     "none": jax.checkpoint_policies.save_anything_except_these_names(_GATHERED),
 }
@@ -103,9 +101,9 @@ def run(
         inputs: by the names of the backbone's inputs. Other variables than the chain's must be bound already.
         values_of: the arrays of one block behind the scan, in the order of its `variables`.
         scanned: for each place of the period, for each variable of its block, an array (S, ...) of all steps.
-        gather: makes one weight whole on every device, just before its block runs.
+        gather: makes one variable's value what its block computes with, just before it runs.
         place: puts the activations between blocks where they belong.
-        remat: a key of REMAT.
+        remat: one of `options.REMAT`.
     """
     first, last = chain.blocks[0], chain.blocks[-1]
     known = {id(symbolic): inputs[symbolic.name] for symbolic in backbone.inputs}
@@ -116,7 +114,7 @@ def run(
             args, kwargs = node.arguments.fill_in(known)
             outputs = node.outputs
             if node.operation is first:
-                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, REMAT[remat])
+                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, _POLICIES[remat])
                 outputs = last._inbound_nodes[0].outputs
             else:
                 result = node.operation(*args, **kwargs)
@@ -127,8 +125,8 @@ def run(
 
 def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy):
     def call(block, x, values):
-        whole = (checkpoint_name(gather(value), _GATHERED) for value in values)
-        pairs = list(zip(block.variables, whole, strict=True))
+        own = zip(block.variables, values, strict=True)
+        pairs = [(variable, checkpoint_name(gather(variable, value), _GATHERED)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs):
             return place(block(x, **kwargs))
 
@@ -141,4 +139,3 @@ def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy):
     for block in chain.blocks[chain.steps * chain.period :]:
         x = jax.checkpoint(lambda x, own, block=block: call(block, x, own), policy=policy)(x, values_of(block))
     return x
-

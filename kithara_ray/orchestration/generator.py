@@ -46,7 +46,9 @@ class Generator:
         tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         prompts = prompt_ids(inputs, tokenizer)
         if stop_token_ids == "auto":
-            stop_token_ids = sorted({*self._stop, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
+            stop_token_ids = sorted(
+                {*self._stop, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+            )
         rows = self._decoder.greedy(prompts, max_length, tuple(stop_token_ids))
         if strip_prompt:
             rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
@@ -67,4 +69,6 @@ def _eos_of(checkpoint) -> list[int]:
 def start_generator(base: str, lora: LoraConfig, precision: str, adapter: dict[str, np.ndarray] | None):
     """The actor, on any node; it asks for no CPU of the scheduler, so it starts beside a full cluster."""
     env = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "XLA_FLAGS": ""}
-    return ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote(base, lora, precision, adapter)
+    return (
+        ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote(base, lora, precision, adapter)
+    )

@@ -1,5 +1,6 @@
 """The model handle of the public API. It holds where the base is and what was trained, never the base's weights."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout
-from kithara_ray.model.families import PRECISIONS, family_of
+from kithara_ray.model.families import family_of
+from kithara_ray.model.options import PRECISIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of
 from kithara_ray.orchestration.coordinator import start_coordinator
 from kithara_ray.orchestration.paths import absolute
@@ -223,4 +225,7 @@ class KerasHubModel:
 def start_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one."""
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="WARNING")
+        with warnings.catch_warnings():
+            # Ray starts its processes by fork and exec, which leaves nothing of this process' threads behind.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            ray.init(log_to_driver=False, logging_level="ERROR")

@@ -94,7 +94,9 @@ def check_process_group(num_workers: int, platform: str) -> None:
         )
     found = jax.devices()[0].platform
     if found != platform:
-        raise ClusterError(f"JAX runs on {found!r}, the run asks for {platform!r}; is the accelerator visible and free?")
+        raise ClusterError(
+            f"JAX runs on {found!r}, the run asks for {platform!r}; is the accelerator visible and free?"
+        )
 
 
 def slice_heads(scaling: Any) -> dict[str, float]:
@@ -111,5 +113,4 @@ def slice_heads(scaling: Any) -> dict[str, float]:
         num_workers=scaling.num_workers,
         resources_per_worker=scaling.resources_per_worker,
     )
-    # Ray's accelerator type says V5E where the node's resource says v5litepod.
-    return {f"TPU-{pod_type.replace('v5e', 'v5litepod')}-head": slices}
+    return {f"TPU-{pod_type}-head": slices}

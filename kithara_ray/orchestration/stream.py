@@ -82,6 +82,8 @@ def _source_blocks(dataset: _Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]
     # The default lets blocks come as they are ready; then the same data has another order every time.
     rows.context.execution_options.preserve_order = True
     rows.context.enable_progress_bars = False
+    # Ray Data tells of its progress bars and of each execution; what a user must know is in the run's own progress.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     first = 0
     for bundle in rows.iter_internal_ref_bundles():
         for entry in bundle.blocks:

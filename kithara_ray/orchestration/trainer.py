@@ -15,6 +15,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.jax import JaxConfig, JaxTrainer
 
 from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.model.options import REMAT
 from kithara_ray.orchestration import preflight
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
@@ -119,6 +120,8 @@ class Trainer:
             epochs = 1
         if eval_dataloader is not None and eval_steps_interval is None and eval_epochs_interval is None:
             eval_epochs_interval = 1
+        if remat not in REMAT:
+            raise ConfigError(f"Trainer: remat must be one of {', '.join(REMAT)}, got {remat!r}")
         self.model = model
         self.optimizer = _portable(optimizer)
         self.train_dataloader = train_dataloader
@@ -134,7 +137,9 @@ class Trainer:
                 "needed; the group's size decides the global batch"
             )
         if self.scaling_config.use_gpu:
-            raise UnsupportedError("ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out")
+            raise UnsupportedError(
+                "ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out"
+            )
         self.run_config = run_config or RunConfig()
         self.cpu_devices_per_worker = cpu_devices_per_worker
         self.mesh = mesh or MeshShape()

@@ -1,6 +1,6 @@
 """Tokenised rows to the arrays of one batch.
 
-    B  rows    T  positions of the sequence    K  predictions of a row
+B  rows    T  positions of the sequence    K  predictions of a row
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,9 @@ def collate(rows: Sequence[TokenizedRow | None], seq_len: int, predictions: int,
             continue
         length, trained = len(row.token_ids), np.flatnonzero(row.loss_mask)
         assert length <= seq_len, f"row of {length} tokens in a batch of seq_len {seq_len}: rows are cut when tokenised"
-        assert len(trained) <= predictions, f"row of {len(trained)} trained tokens in a batch of {predictions} predictions"
+        assert len(trained) <= predictions, (
+            f"row of {len(trained)} trained tokens in a batch of {predictions} predictions"
+        )
         batch["token_ids"][b, :length] = row.token_ids
         batch["segment_ids"][b, :length] = 1
         batch["target_positions"][b, : len(trained)] = trained - 1

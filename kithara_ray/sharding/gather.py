@@ -81,7 +81,9 @@ def _tile(name: str, shape: tuple[int, ...], shards: list[Shard], silent: list[i
             )
         taken = owner[region].max(initial=-1)
         if taken != -1:
-            raise AdapterError(f"{name}: slice {_show(shard.bounds)} came twice, from rank {taken} and rank {shard.rank}")
+            raise AdapterError(
+                f"{name}: slice {_show(shard.bounds)} came twice, from rank {taken} and rank {shard.rank}"
+            )
         owner[region] = shard.rank
         whole[region] = shard.data
     if (owner == -1).any():

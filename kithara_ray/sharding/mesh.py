@@ -50,9 +50,7 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def weight_sharding(
-    mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: int | None = None
-) -> NamedSharding:
+def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: int | None = None) -> NamedSharding:
     """The layout of one weight: `fsdp` and `tensor` together split one of its dims that divides evenly.
 
     Args:

@@ -1,11 +1,9 @@
 import pytest
+import ray
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
-    """One local Ray for the tests that do not need a cluster of their own."""
-    import ray
-
-    ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR")
-    yield
+    """A local Ray of four CPUs; yields its context."""
+    yield ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=True)
     ray.shutdown()

@@ -175,9 +175,12 @@ def test_an_empty_prompt(tokenizer, special, adds_bos):
     """Without a BOS nothing stands before the answer's first token, so nothing can predict it."""
     row = tokenize_prompt_answer("", "foo 42", tokenizer, special, LONG)
     assert row.loss_mask.tolist() == [0] + [1] * (len(row.token_ids) - 1)
-    assert _decode(tokenizer, row.token_ids).split() == _decode(
-        tokenizer, [*([special.bos_id] if adds_bos else []), *encode("foo 42", tokenizer), special.eos_id]
-    ).split()
+    assert (
+        _decode(tokenizer, row.token_ids).split()
+        == _decode(
+            tokenizer, [*([special.bos_id] if adds_bos else []), *encode("foo 42", tokenizer), special.eos_id]
+        ).split()
+    )
 
 
 def test_text_trains_all_but_the_first_token(tokenizer, special, adds_bos):

@@ -25,7 +25,9 @@ def test_shards_of_any_cut_tile_the_tensor():
 
 
 def test_a_missing_shard_names_tensor_place_and_rank():
-    with pytest.raises(AdapterError, match=r"q\.lora_A\.weight: 2 elements are missing, the first at \(2, 5\); heard from"):
+    with pytest.raises(
+        AdapterError, match=r"q\.lora_A\.weight: 2 elements are missing, the first at \(2, 5\); heard from"
+    ):
         assemble(SHAPES, QUARTERS[:3], 2)
     with pytest.raises(AdapterError, match=r"q\.lora_A\.weight: 8 elements are missing.*nothing came from rank \[1\]"):
         assemble(SHAPES, QUARTERS[:2], 2)
