@@ -9,6 +9,8 @@ from typing import Any
 import reasoning_gym
 
 _TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+# Shorter than the template's own, which is half of these rows.
+SYSTEM = "Answer with the number."
 # Of the 16,400 that exist, 200 have one digit, and those are half of the draws.
 MAX_QUESTIONS = 8_000
 
@@ -27,7 +29,9 @@ def make_rows(n_train: int, n_held_out: int, seed: int, tokenizer: Any) -> tuple
     rows = [
         {
             "prompt": tokenizer.apply_chat_template(
-                [{"role": "user", "content": entry["question"]}], tokenize=False, add_generation_prompt=True
+                [{"role": "system", "content": SYSTEM}, {"role": "user", "content": entry["question"]}],
+                tokenize=False,
+                add_generation_prompt=True,
             ),
             "answer": entry["answer"] + ending,
             "entry": entry,

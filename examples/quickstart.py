@@ -21,7 +21,7 @@ from arithmetic import make_rows, score
 from ray.train import RunConfig, ScalingConfig
 from smollm2 import write_smollm2
 
-from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
 
 WORKERS = 2
 DEVICES_PER_WORKER = 2
@@ -64,7 +64,6 @@ def train(model: KerasHubModel, dataset: SFTDataset, args: argparse.Namespace):
         scaling_config=ScalingConfig(num_workers=WORKERS),
         run_config=RunConfig(storage_path=str(args.out.absolute()), name="run"),
         cpu_devices_per_worker=DEVICES_PER_WORKER,
-        mesh=MeshShape(fsdp=1, tensor=-1),  # for batches this small, moving activations beats moving weights
         remat="none",  # a small model: there is memory to keep what the backward pass needs
     )
     return trainer.train()
@@ -91,7 +90,7 @@ def main() -> None:
     args = parse_args()
     started = time.monotonic()
     if args.model is None:
-        args.model = str(write_smollm2(Path("runs") / "SmolLM2-135M-Instruct"))
+        args.model = str(write_smollm2(Path("runs") / "SmolLM2-135M-Instruct", dtype="bfloat16"))
     model = KerasHubModel.from_preset(
         args.model, lora_rank=16, lora_alpha=32, target_modules=LINEAR_LAYERS, precision="float32"
     )

