@@ -40,7 +40,7 @@ _IN_BLOCK = {
 def write_smollm2(directory: Path | str, dtype: str = "float32") -> Path:
     """Write the model to `directory` unless it is there already; returns it. The directory appears whole or not at all.
 
-    dtype: "float32" is exactly what the file stands for; "bfloat16" is half the size, and what the model was released in.
+    dtype: "float32" is exactly what the file stands for; "bfloat16", the released dtype, is half the size.
 
     Raises FileExistsError if the directory holds something else.
     """

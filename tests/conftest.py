@@ -1,4 +1,4 @@
-"""The test process computes on four CPU devices, so that sharding is tested anywhere; set before anything imports jax."""
+"""The test process computes on four CPU devices, so that sharding is tested anywhere; set before jax is imported."""
 
 import os
 

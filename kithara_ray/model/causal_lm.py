@@ -253,8 +253,8 @@ def build(
         scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
         remat: what the scanned blocks keep for the backward pass: "block", their input alone; "none", everything but
             gathered weights.
-        stack_factors: train the factors of the scanned blocks as stacked arrays; for optimizers that treat every element
-            by itself.
+        stack_factors: train the factors of the scanned blocks as stacked arrays; for optimizers that treat every
+            element by itself.
 
     Raises:
         UnsupportedError: the family or a field that changes the mathematics cannot be honoured.

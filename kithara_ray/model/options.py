@@ -4,5 +4,5 @@
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 
 # What a decoder block keeps for its backward pass. "block": its input alone, the rest is computed again. "none":
-# everything but the gathered weights, which are gathered again: a copy of them a device would be the whole model on each.
+# everything but the gathered weights, which are gathered again: kept, they would be the whole model on each device.
 REMAT = ("block", "none")

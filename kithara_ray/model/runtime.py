@@ -1,10 +1,12 @@
 """Process start-up for a process that will run KerasHub on JAX.
 
-Only entry points and worker start-up call this: it changes the environment and `sys.modules`.
+Only entry points and worker start-up call `prepare`: it changes the environment and `sys.modules`.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 from kithara_ray.errors import ConfigError
 
@@ -29,3 +31,22 @@ def prepare() -> None:
             f"keras was imported with the {keras.backend.backend()!r} backend before the worker started; "
             "set KERAS_BACKEND=jax in the environment of the cluster's nodes"
         )
+
+
+@contextlib.contextmanager
+def without_tensorflow() -> Iterator[None]:
+    """Keras asks for TensorFlow when it serialises, whatever its backend: 4 s and a page of messages for nothing.
+
+    Inside, it is not found, unless it is loaded already; afterwards nothing has changed.
+    """
+    from keras.src.utils.module_utils import tensorflow as lazy
+
+    hidden = [name for name in _UNUSED if name not in sys.modules]
+    found = lazy._available
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+        lazy._available = found

@@ -16,6 +16,7 @@ from ray.train.v2.jax import JaxConfig, JaxTrainer
 
 from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
 from kithara_ray.model.options import REMAT
+from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import preflight
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
@@ -64,8 +65,8 @@ class Trainer:
         run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; all devices on `fsdp` by default.
-        remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again; "none",
-            all of it, faster where the memory is there.
+        remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
+            "none", all of it, faster where the memory is there.
         seed: of the initial factors.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
@@ -251,7 +252,8 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
     if hasattr(optimizer, "stateless_apply") and hasattr(optimizer, "get_config"):
         import keras
 
-        return "keras", keras.optimizers.serialize(optimizer)
+        with without_tensorflow():
+            return "keras", keras.optimizers.serialize(optimizer)
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return "optax", optimizer
     raise ConfigError(

@@ -21,8 +21,7 @@ def collate(rows: Sequence[TokenizedRow | None], seq_len: int, predictions: int,
     Only trained tokens are predicted: a head of 256,000 rows is not multiplied with the positions of a prompt.
 
     `None` is a padding row, which fills up the tail of an epoch. It weighs 0 and holds one token, of segment 1: every
-    row then has an attended position, so no softmax or mean runs over nothing; a NaN there times weight 0 would still be
-    NaN.
+    row then has an attended position, so no softmax or mean runs over nothing; a NaN there times weight 0 would be NaN.
     """
     batch = {
         "token_ids": np.full((len(rows), seq_len), pad_id, np.int32),

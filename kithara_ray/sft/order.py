@@ -41,7 +41,7 @@ class BatchOrder:
         """All rows in the order of one epoch, int64 (num_rows,)."""
         if not self.shuffle:
             return np.arange(self.num_rows)
-        # Philox: a counter-based generator whose stream is specified, so the order holds across numpy versions' defaults.
+        # Philox is counter-based and its stream specified, so the order does not hang on numpy's default generator.
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_rows)
 
     def batch(self, step: int) -> np.ndarray:

@@ -82,7 +82,7 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
 
 
 def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
-    """A LoRA factor or an optimizer array is split like a weight where a dim divides evenly, and replicated where not."""
+    """A LoRA factor or an optimizer array is split like a weight where a dim divides evenly, else replicated."""
     try:
         return weight_sharding(mesh, shape, whole_dims)
     except ConfigError:

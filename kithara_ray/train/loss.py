@@ -2,8 +2,8 @@
 
     B  rows    K  predictions of a row    C  predictions of one chunk    D  hidden width    V  vocabulary
 
-The head and the softmax run over chunks of predictions, and the backward pass computes each chunk's logits again instead
-of keeping them.
+The head and the softmax run over chunks of predictions, and the backward pass computes each chunk's logits again
+instead of keeping them.
 """
 
 from collections.abc import Callable

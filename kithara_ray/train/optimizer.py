@@ -34,7 +34,7 @@ def is_elementwise(kind: str, value: Any) -> bool:
     """Whether an optimizer's update of an element depends on that element alone, or on the norm over all of them.
 
     Args:
-        kind, value: ("keras", its serialised configuration) or ("optax", a transformation, which cannot be looked into).
+        kind, value: ("keras", its serialised configuration) or ("optax", a transformation; it is a closed function).
     """
     return kind == "keras" and value["class_name"] in _ELEMENTWISE and value["config"].get("clipnorm") is None
 

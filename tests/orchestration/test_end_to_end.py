@@ -14,6 +14,7 @@ from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -135,9 +136,7 @@ def test_base_and_adapter_load_in_transformers(trained):
 
 
 def test_the_run_directory_holds_the_adapter(trained):
-    _, out, model, result = trained
-    from kithara_ray.hf.adapter import Adapter
-
+    _, _, model, result = trained
     written = Adapter.read(f"{result.path}/adapter")
     assert written.tensors.keys() == model.adapter.keys()
     assert all((written.tensors[name] == model.adapter[name]).all() for name in model.adapter)

@@ -40,7 +40,7 @@ def test_a_doubled_shard_names_both_ranks():
 
 
 def test_an_unknown_tensor_and_a_wrong_shape_are_errors():
-    with pytest.raises(AdapterError, match="rank 1 sent k.lora_A.weight, which is no tensor"):
+    with pytest.raises(AdapterError, match=r"rank 1 sent k\.lora_A\.weight, which is no tensor"):
         assemble(SHAPES, [*QUARTERS, shard((0, 4), (0, 6), 1, name="k.lora_A.weight")], 2)
     wrong = Shard("q.lora_A.weight", ((0, 4), (0, 6)), A[:2], 0)
     with pytest.raises(AdapterError, match=r"rank 0 sent a slice \[0:4, 0:6\] of shape \(2, 6\)"):
