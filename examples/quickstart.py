@@ -25,9 +25,9 @@ from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
 
 WORKERS = 2
 DEVICES_PER_WORKER = 2
-BATCH_ROWS = 8
+BATCH_ROWS = 16
 HELD_OUT = 50
-ANSWER_TOKENS = 12
+ANSWER_TOKENS = 8
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -35,16 +35,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hf://..., a local Hugging Face directory, gs://... (default: SmolLM2-135M)")
     parser.add_argument("--data", help="a jsonl, json, csv or parquet file with columns prompt and answer")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S"))
     return parser.parse_args()
 
 
 def schedule(steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """5 % warm-up to 1e-3, then down to 0."""
+    """5 % warm-up to 2e-3, then down to 0."""
     warmup = max(1, steps // 20)
-    return keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=1e-3, warmup_steps=warmup)
+    return keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=2e-3, warmup_steps=warmup)
 
 
 def accuracy(model: KerasHubModel, held_out: list[dict], tokenizer) -> tuple[int, list[str]]:
@@ -64,7 +64,7 @@ def train(model: KerasHubModel, dataset: SFTDataset, args: argparse.Namespace):
         scaling_config=ScalingConfig(num_workers=WORKERS),
         run_config=RunConfig(storage_path=str(args.out.absolute()), name="run"),
         cpu_devices_per_worker=DEVICES_PER_WORKER,
-        remat="none",  # a small model: there is memory to keep what the backward pass needs
+        remat="dots",  # a small model: there is memory to keep what the backward pass needs
     )
     return trainer.train()
 
@@ -90,7 +90,7 @@ def main() -> None:
     args = parse_args()
     started = time.monotonic()
     if args.model is None:
-        args.model = str(write_smollm2(Path("runs") / "SmolLM2-135M-Instruct", dtype="bfloat16"))
+        args.model = str(write_smollm2(Path("runs") / "SmolLM2-135M-Instruct"))
     model = KerasHubModel.from_preset(
         args.model, lora_rank=16, lora_alpha=32, target_modules=LINEAR_LAYERS, precision="float32"
     )

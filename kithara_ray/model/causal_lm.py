@@ -251,8 +251,8 @@ def build(
         mesh: where its arrays will live.
         precision: "float32", "bfloat16" or "mixed_bfloat16" (activations in bfloat16).
         scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
-        remat: what the scanned blocks keep for the backward pass: "block", their input alone; "none", everything but
-            gathered weights.
+        remat: what the scanned blocks keep for the backward pass: "block", their input alone; "dots", also
+            the results of products with weights.
         stack_factors: train the factors of the scanned blocks as stacked arrays; for optimizers that treat every
             element by itself.
 

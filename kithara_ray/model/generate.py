@@ -14,7 +14,7 @@ from kithara_ray.errors import ConfigError, DataError
 from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
 
 # Lengths are rounded up to this, so that prompts of similar length share a compiled program.
-_LENGTH_MULTIPLE = 32
+_LENGTH_MULTIPLE = 16
 
 
 def prompt_ids(inputs: Any, tokenizer: Any) -> list[list[int]]:

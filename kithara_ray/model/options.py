@@ -3,6 +3,7 @@
 # Keras dtype policies: of activations and of the matrix products.
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 
-# What a decoder block keeps for its backward pass. "block": its input alone, the rest is computed again. "none":
-# everything but the gathered weights, which are gathered again: kept, they would be the whole model on each device.
-REMAT = ("block", "none")
+# What a decoder block keeps for its backward pass. "block": its input alone, the rest is computed again. "dots": also
+# the results of products with weights, so that only norms, rope and attention are computed again. Gathered weights are
+# never kept, they would be the whole model on each device.
+REMAT = ("block", "dots")

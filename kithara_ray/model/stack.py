@@ -13,16 +13,14 @@ from dataclasses import dataclass
 
 import jax
 import keras
-from jax.ad_checkpoint import checkpoint_name
 
 from kithara_ray.errors import UnsupportedError
 
 Gather = Callable[[keras.Variable, jax.Array], jax.Array]
 
-_GATHERED = "gathered_weight"
 _POLICIES = {
     "block": None,
-    "none": jax.checkpoint_policies.save_anything_except_these_names(_GATHERED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 # Attributes of a layer that differ between equal layers.
@@ -126,7 +124,7 @@ def run(
 def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy):
     def call(block, x, values):
         own = zip(block.variables, values, strict=True)
-        pairs = [(variable, checkpoint_name(gather(variable, value), _GATHERED)) for variable, value in own]
+        pairs = [(variable, gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs):
             return place(block(x, **kwargs))
 

@@ -66,7 +66,7 @@ class Trainer:
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; all devices on `fsdp` by default.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
-            "none", all of it, faster where the memory is there.
+            "dots", also the results of products with weights, faster where the memory is there.
         seed: of the initial factors.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
