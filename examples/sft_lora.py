@@ -3,9 +3,8 @@
     python examples/sft_lora.py MODEL TRAIN OUTPUT
     ray job submit --address http://HEAD:8265 --working-dir . -- python examples/sft_lora.py MODEL TRAIN OUTPUT
 
-MODEL is `hf://org/name`, a Hugging Face directory or one in `gs://`; TRAIN is a jsonl file with a prompt and an answer a
-line; OUTPUT a directory. On a v5e-16 slice the scaling
-config is
+MODEL is `hf://org/name`, a Hugging Face directory or one in `gs://`; TRAIN is a jsonl file with a prompt and an answer
+a line; OUTPUT a directory. On a v5e-16 slice the scaling config is
 
     ScalingConfig(use_tpu=True, topology="4x4", accelerator_type="TPU-V5LITEPOD", num_workers=4)
 

@@ -1,0 +1,112 @@
+"""The step against plain references: an unchunked loss, torch's AdamW, unstacked factors."""
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+import torch
+
+from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.causal_lm import build
+from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.train import loss as loss_module
+from kithara_ray.train import step
+from kithara_ray.train.optimizer import KerasOptimizer, OptaxOptimizer, is_elementwise
+
+RNG = np.random.default_rng(3)
+B, T, K, V = 4, 16, 8, 320
+
+
+def batch(mesh):
+    rng = np.random.default_rng(3)
+    arrays = {
+        "token_ids": rng.integers(3, V, (B, T)).astype(np.int32),
+        "segment_ids": np.ones((B, T), np.int32),
+        "target_positions": np.tile(np.arange(T - K - 1, T - 1), (B, 1)).astype(np.int32),
+        "target_ids": rng.integers(3, V, (B, K)).astype(np.int32),
+        "target_weights": (rng.random((B, K)) < 0.6).astype(np.float32),
+    }
+    return {name: jax.device_put(array, batch_sharding(mesh)) for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 4 * 320 * 2, 2**25])
+def test_chunked_loss_is_the_plain_one_with_its_gradient(chunk_logits, monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", chunk_logits)
+    hidden = RNG.normal(size=(B, K, 12)).astype(np.float32)
+    head = RNG.normal(size=(12, V)).astype(np.float32)
+    targets = RNG.integers(0, V, (B, K))
+    weights = (RNG.random((B, K)) < 0.5).astype(np.float32)
+
+    def ours(hidden):
+        return loss_module.summed_cross_entropy(lambda h: h @ head, hidden, jnp.asarray(targets), weights, V)
+
+    value, grad = jax.value_and_grad(ours)(jnp.asarray(hidden))
+    torch_hidden = torch.tensor(hidden, requires_grad=True)
+    logits = (torch_hidden @ torch.tensor(head)).reshape(-1, V)
+    each = torch.nn.functional.cross_entropy(logits, torch.tensor(targets).reshape(-1), reduction="none")
+    expected = (each * torch.tensor(weights).reshape(-1)).sum()
+    expected.backward()
+    assert float(value) == pytest.approx(expected.item(), rel=1e-6)
+    np.testing.assert_allclose(grad, torch_hidden.grad.numpy(), atol=1e-5)
+
+
+def run(directory, optimizer, steps=3, stack_factors=True):
+    base, mesh = BaseCheckpoint.open(directory), make_mesh()
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=("q_proj", "down_proj"))
+    model = build(base.config, lora, mesh, "float32", stack_factors=stack_factors)
+    frozen = model.load(base)
+    state = step.initial_state(model, optimizer, model.initial_factors(0))
+    data = batch(mesh)
+    compiled = step.compile_step(model, optimizer, state, frozen, data)
+    before = [np.asarray(array) for array in frozen]
+    history = []
+    for _ in range(steps):
+        state, metrics = compiled(state, frozen, data)
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert all((np.asarray(array) == old).all() for array, old in zip(frozen, before, strict=True))
+    assert int(state["step"]) == steps
+    shards = model.adapter_shards(state["params"], 0)
+    tensors = {name: np.full(shape, np.nan, np.float32) for name, shape in model.adapter_shapes.items()}
+    for shard in shards:
+        tensors[shard.name][tuple(slice(*bounds) for bounds in shard.bounds)] = shard.data
+    return tensors, history
+
+
+def keras_adamw(**options):
+    return KerasOptimizer(keras.optimizers.serialize(keras.optimizers.AdamW(1e-2, weight_decay=0.1, **options)))
+
+
+def test_stacked_factors_train_as_unstacked_ones(family, tiny_models):
+    stacked, history = run(tiny_models[family], keras_adamw(global_clipnorm=0.1))
+    plain, plain_history = run(tiny_models[family], keras_adamw(global_clipnorm=0.1), stack_factors=False)
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in plain_history], rel=1e-5)
+    for name, tensor in plain.items():
+        np.testing.assert_allclose(stacked[name], tensor, atol=2e-4, err_msg=name)
+        assert name.endswith("lora_A.weight") or tensor.any()
+
+
+def test_keras_and_optax_agree(tiny_models):
+    ours, history = run(tiny_models["llama"], keras_adamw(epsilon=1e-3))
+    theirs, _ = run(tiny_models["llama"], OptaxOptimizer(optax.adamw(1e-2, weight_decay=0.1, eps=1e-3)))
+    assert [row["learning_rate"] for row in history] == pytest.approx([1e-2] * 3)
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, atol=1e-4, err_msg=name)
+
+
+def test_schedules_count_steps(tiny_models):
+    schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 4, 0.0)
+    config = keras.optimizers.serialize(keras.optimizers.SGD(schedule))
+    _, history = run(tiny_models["llama"], KerasOptimizer(config))
+    assert [row["learning_rate"] for row in history] == pytest.approx([1e-2, 7.5e-3, 5e-3])
+
+
+def test_optimizers_that_see_whole_tensors_are_known():
+    serialize = keras.optimizers.serialize
+    assert is_elementwise("keras", serialize(keras.optimizers.AdamW(1e-3, global_clipnorm=1.0)))
+    assert not is_elementwise("keras", serialize(keras.optimizers.AdamW(1e-3, clipnorm=1.0)))
+    assert not is_elementwise("keras", serialize(keras.optimizers.Lamb(1e-3)))
+    assert not is_elementwise("keras", serialize(keras.optimizers.Adafactor(1e-3)))
+    assert not is_elementwise("optax", optax.adamw(1e-3))
