@@ -77,18 +77,25 @@ def test_adapted_logits_on_every_mesh(family, mesh, tiny_models, random_adapter,
     assert np.abs(ours - plain)[SEGMENTS.astype(bool)].max() > 0.1
 
 
-@pytest.mark.parametrize("module", LINEAR)
-def test_every_target_is_alive(family, module, tiny_models, random_adapter):
+def test_every_target_is_alive(family, tiny_models, random_adapter):
     """A side path that is not computed would be trained, exported and do nothing here."""
-    factors = random_adapter[family]
-    only = {name: tensor * (f".{module}." in name) for name, tensor in factors.items()}
-    nothing = {name: tensor * 0 for name, tensor in factors.items()}
-    directory = tiny_models[family]
-    assert np.abs(logits(directory, only) - logits(directory, nothing)).max() > 0.01
+    base, factors = BaseCheckpoint.open(tiny_models[family]), random_adapter[family]
+    model = build(base.config, LORA, make_mesh(), "float32")
+    frozen, compute = model.load(base), jax.jit(model.logits_BTV)
+
+    def with_only(module):
+        placed = model.place_factors({name: tensor * (f".{module}." in name) for name, tensor in factors.items()})
+        return np.asarray(compute(placed, frozen, TOKENS, SEGMENTS))
+
+    nothing = with_only("none of them")
+    for module in LINEAR:
+        assert np.abs(with_only(module) - nothing).max() > 0.01, module
 
 
 def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny_models, random_adapter):
     base = BaseCheckpoint.open(tiny_models[family])
+    # Small enough that float32's own noise stays an order below what is asserted.
+    adapter = {name: tensor / 4 for name, tensor in random_adapter[family].items()}
     gradients, values = {}, {}
     for name, options in {
         "unrolled": dict(scan=False),
@@ -97,10 +104,11 @@ def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny
         "unstacked factors": dict(stack_factors=False),
     }.items():
         model = build(base.config, LORA, make_mesh(), "float32", **options)
-        factors, frozen = model.place_factors(random_adapter[family]), model.load(base)
+        factors, frozen = model.place_factors(adapter), model.load(base)
 
         def loss(factors, model=model, frozen=frozen):
-            return (model.logits_BTV(factors, frozen, TOKENS, SEGMENTS) ** 2).mean()
+            logits = model.logits_BTV(factors, frozen, TOKENS, SEGMENTS)
+            return -jax.nn.log_softmax(logits)[:, :-1][np.arange(4)[:, None], np.arange(23), TOKENS[:, 1:]].mean()
 
         values[name], grads = jax.jit(jax.value_and_grad(loss))(factors)
         gradients[name] = {shard.name: 0 for shard in model.adapter_shards(grads, 0)}
@@ -109,9 +117,11 @@ def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny
             gradients[name] |= dict(zip(slot.names, whole if slot.stacked else [whole], strict=True))
     for name in ("block", "dots", "unstacked factors"):
         assert float(values[name]) == pytest.approx(float(values["unrolled"]), rel=1e-5)
-        for tensor, expected in gradients["unrolled"].items():
-            scale = np.abs(expected).max()
-            np.testing.assert_allclose(gradients[name][tensor], expected, atol=2e-5 * scale, rtol=0, err_msg=tensor)
+        errors = {tensor: np.linalg.norm(gradients[name][tensor] - g) for tensor, g in gradients["unrolled"].items()}
+        norms = {tensor: np.linalg.norm(g) for tensor, g in gradients["unrolled"].items()}
+        assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values())), name
+        # One tensor's own gradient can be a small difference of large terms.
+        assert all(errors[tensor] < 1e-4 * norms[tensor] for tensor in norms), name
 
 
 def test_initial_factors_are_peft_s_and_depend_on_nothing_but_seed_and_name(tiny_models):

@@ -49,7 +49,11 @@ def trainer(model, rows=None, dataset=None, **kwargs):
 FROM_PRESET = {
     "no such directory": (dict(preset_handle="/nowhere/model"), CheckpointError, "/nowhere/model"),
     "a bare name": (dict(preset_handle="google/gemma-2-2b"), CheckpointError, "hf://"),
-    "a KerasHub preset": (dict(preset_handle="kaggle://keras/gemma2"), CheckpointError, "kaggle://keras/gemma2"),
+    "a KerasHub preset": (
+        dict(preset_handle="kaggle://keras/gemma2"),
+        UnsupportedError,
+        "kaggle://keras/gemma2: .* use hf://",
+    ),
     "rank 0": (dict(lora_rank=0), ConfigError, r"lora_rank must be >= 1, got 0"),
     "a negative rank": (dict(lora_rank=-3), ConfigError, r"lora_rank must be >= 1, got -3"),
     "a fractional rank": (dict(lora_rank=1.5), ConfigError, "lora_rank"),
