@@ -35,16 +35,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hf://..., a local Hugging Face directory, gs://... (default: SmolLM2-135M)")
     parser.add_argument("--data", help="a jsonl, json, csv or parquet file with columns prompt and answer")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S"))
     return parser.parse_args()
 
 
 def schedule(steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """5 % warm-up to 2e-3, then down to 0."""
+    """5 % warm-up to 1e-3, then down to 0."""
     warmup = max(1, steps // 20)
-    return keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=2e-3, warmup_steps=warmup)
+    return keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=1e-3, warmup_steps=warmup)
 
 
 def accuracy(model: KerasHubModel, held_out: list[dict], tokenizer) -> tuple[int, list[str]]:
