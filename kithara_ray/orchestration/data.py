@@ -95,6 +95,7 @@ class SFTDataset(_Dataset):
             counted.
         custom_formatting_fn: applied to the raw rows first; takes a row or a batch, as in Kithara.
         on_bad_row: "error" names the row and stops; "skip" counts it.
+        formatting_style: "row" or "batch", what custom_formatting_fn takes; "auto" finds out on the first row.
     """
 
     def __init__(
@@ -106,15 +107,17 @@ class SFTDataset(_Dataset):
         max_seq_len: int = 1024,
         custom_formatting_fn: Callable | None = None,
         on_bad_row: str = "error",
+        formatting_style: str = "auto",
         **unknown: Any,
     ):
         super().__init__(source, tokenizer, tokenizer_handle, max_seq_len, on_bad_row, **unknown)
         self.column_mapping = dict(column_mapping or {})
         self.custom_formatting_fn = custom_formatting_fn
+        self.formatting_style = formatting_style
         self.row_tokenizer()
 
     def _format(self) -> PromptAnswer:
-        return PromptAnswer(column_mapping=self.column_mapping, custom_formatting_fn=self.custom_formatting_fn)
+        return PromptAnswer(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
 
 
 class TextCompletionDataset(_Dataset):
@@ -132,15 +135,17 @@ class TextCompletionDataset(_Dataset):
         max_seq_len: int = 1024,
         custom_formatting_fn: Callable | None = None,
         on_bad_row: str = "error",
+        formatting_style: str = "auto",
         **unknown: Any,
     ):
         super().__init__(source, tokenizer, tokenizer_handle, max_seq_len, on_bad_row, **unknown)
         self.column_mapping = dict(column_mapping or {})
         self.custom_formatting_fn = custom_formatting_fn
+        self.formatting_style = formatting_style
         self.row_tokenizer()
 
     def _format(self) -> Text:
-        return Text(column_mapping=self.column_mapping, custom_formatting_fn=self.custom_formatting_fn)
+        return Text(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
 
 
 class Dataloader:
