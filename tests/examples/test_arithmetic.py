@@ -63,7 +63,9 @@ def test_what_a_row_holds(chatml):
     assert {tuple(row) for row in held_out} == {("prompt", "answer", "entry")}
     for row in train + held_out:
         left, operator, right = _question(row).split()
-        assert row["prompt"].startswith("<|im_start|>user\nState the final answer")
+        assert row["prompt"].startswith(
+            "<|im_start|>system\nAnswer with the number.<|im_end|>\n<|im_start|>user\nState the final answer"
+        )
         assert row["prompt"].endswith("=<|im_end|>\n<|im_start|>assistant\n")
         assert row["answer"] == str(int(left) + int(right) if operator == "+" else int(left) - int(right))
         assert max(len(left), len(right)) <= 2

@@ -155,13 +155,13 @@ def test_readable_by_others(smollm2_directory):
     assert {path.stat().st_mode & 0o777 for path in smollm2_directory.iterdir()} == {0o644}
 
 
-def _write_small_files(source, directory):
+def _write_small_files(source, directory, dtype="float32"):
     for name in smollm2.FILES:
         (directory / name).write_text("written")
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, gguf_path):
-    def interrupted(source, directory):
+    def interrupted(source, directory, dtype="float32"):
         (directory / "config.json").write_text("{")
         raise KeyboardInterrupt
 
@@ -187,7 +187,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 def test_two_writers(tmp_path, monkeypatch, gguf_path):
     """The other one finishes while this one writes."""
 
-    def write_and_be_overtaken(source, directory):
+    def write_and_be_overtaken(source, directory, dtype="float32"):
         _write_small_files(source, directory)
         other = tmp_path / "model"
         other.mkdir()
