@@ -46,15 +46,20 @@ def as_ray_dataset(source: Any) -> ray.data.Dataset:
 
 
 class _Dataset:
-    """What SFTDataset and TextCompletionDataset share."""
+    """What SFTDataset and TextCompletionDataset share: all but the format of a row."""
+
+    _format_class: type[PromptAnswer] | type[Text]
 
     def __init__(
         self,
         source: Any,
         tokenizer: Any = None,
         tokenizer_handle: str | None = None,
+        column_mapping: Mapping[str, str] | None = None,
         max_seq_len: int = 1024,
+        custom_formatting_fn: Callable | None = None,
         on_bad_row: str = "error",
+        formatting_style: str = "auto",
         **unknown: Any,
     ):
         for name in unknown:
@@ -66,13 +71,15 @@ class _Dataset:
         self.tokenizer = tokenizer if tokenizer is not None else absolute(tokenizer_handle)
         self.max_seq_len = max_seq_len
         self.on_bad_row = on_bad_row
-
-    def _format(self) -> PromptAnswer | Text:
-        raise NotImplementedError
+        self.column_mapping = dict(column_mapping or {})
+        self.custom_formatting_fn = custom_formatting_fn
+        self.formatting_style = formatting_style
+        self.row_tokenizer()
 
     def row_tokenizer(self) -> RowTokenizer:
         """What turns this dataset's rows into tokens; picklable."""
-        return RowTokenizer(self.tokenizer, self._format(), self.max_seq_len, self.on_bad_row)
+        text_format = self._format_class(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
+        return RowTokenizer(self.tokenizer, text_format, self.max_seq_len, self.on_bad_row)
 
     def rows(self) -> ray.data.Dataset:
         """The source as a Ray Dataset."""
@@ -98,26 +105,7 @@ class SFTDataset(_Dataset):
         formatting_style: "row" or "batch", what custom_formatting_fn takes; "auto" finds out on the first row.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        tokenizer: Any = None,
-        tokenizer_handle: str | None = None,
-        column_mapping: Mapping[str, str] | None = None,
-        max_seq_len: int = 1024,
-        custom_formatting_fn: Callable | None = None,
-        on_bad_row: str = "error",
-        formatting_style: str = "auto",
-        **unknown: Any,
-    ):
-        super().__init__(source, tokenizer, tokenizer_handle, max_seq_len, on_bad_row, **unknown)
-        self.column_mapping = dict(column_mapping or {})
-        self.custom_formatting_fn = custom_formatting_fn
-        self.formatting_style = formatting_style
-        self.row_tokenizer()
-
-    def _format(self) -> PromptAnswer:
-        return PromptAnswer(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
+    _format_class = PromptAnswer
 
 
 class TextCompletionDataset(_Dataset):
@@ -126,26 +114,7 @@ class TextCompletionDataset(_Dataset):
     Args: as SFTDataset, with `column_mapping={"text": <the source's column>}`.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        tokenizer: Any = None,
-        tokenizer_handle: str | None = None,
-        column_mapping: Mapping[str, str] | None = None,
-        max_seq_len: int = 1024,
-        custom_formatting_fn: Callable | None = None,
-        on_bad_row: str = "error",
-        formatting_style: str = "auto",
-        **unknown: Any,
-    ):
-        super().__init__(source, tokenizer, tokenizer_handle, max_seq_len, on_bad_row, **unknown)
-        self.column_mapping = dict(column_mapping or {})
-        self.custom_formatting_fn = custom_formatting_fn
-        self.formatting_style = formatting_style
-        self.row_tokenizer()
-
-    def _format(self) -> Text:
-        return Text(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
+    _format_class = Text
 
 
 class Dataloader:

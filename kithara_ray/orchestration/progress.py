@@ -97,4 +97,4 @@ class Progress:
 
     def _note(self, line: str) -> None:
         """Above the bar, or as a line."""
-        (self._bar.console if not self._bar.disable else self._console).print(line)
+        self._console.print(line)

@@ -140,7 +140,6 @@ class Run:
     def train(self) -> None:
         """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
         last_logged, window_tokens, mark = 0, 0, time.monotonic()
-        pending = None
         for number in range(1, self.total_steps + 1):
             batch, tokens = self._next_batch, self._next_tokens
             self.state, metrics = self.step(self.state, self.frozen, batch)
@@ -154,12 +153,10 @@ class Run:
                 number == self.total_steps or (self.eval_every and number % self.eval_every == 0)
             )
             if due:
-                pending = (number, metrics)
-            if pending and (due or evaluate):
-                step, values = pending[0], {name: float(value) for name, value in pending[1].items()}
+                values = {name: float(value) for name, value in metrics.items()}
                 now = time.monotonic()
-                self._log(step, values, window_tokens, now - mark, step - last_logged)
-                last_logged, window_tokens, mark, pending = step, 0, now, None
+                self._log(number, values, window_tokens, now - mark, number - last_logged)
+                last_logged, window_tokens, mark = number, 0, now
             if evaluate:
                 self._record("eval", step=number, **self.evaluate())
                 mark = time.monotonic()

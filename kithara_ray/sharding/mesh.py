@@ -45,11 +45,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a global batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: int | None = None) -> NamedSharding:
     """The layout of one weight: `fsdp` and `tensor` together split one of its dims that divides evenly.
 
