@@ -25,7 +25,7 @@ from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
 
 WORKERS = 2
 DEVICES_PER_WORKER = 2
-BATCH_ROWS = 16
+BATCH_ROWS = 8
 HELD_OUT = 50
 ANSWER_TOKENS = 8
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,15 +35,15 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hf://..., a local Hugging Face directory, gs://... (default: SmolLM2-135M)")
     parser.add_argument("--data", help="a jsonl, json, csv or parquet file with columns prompt and answer")
-    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S"))
     return parser.parse_args()
 
 
 def schedule(steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """5 % warm-up to 1e-3, then down to 0."""
-    warmup = max(1, steps // 20)
+    """6 % warm-up to 1e-3, then down to 0."""
+    warmup = max(1, steps // 16)
     return keras.optimizers.schedules.CosineDecay(0.0, steps - warmup, warmup_target=1e-3, warmup_steps=warmup)
 
 

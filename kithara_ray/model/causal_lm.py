@@ -23,7 +23,7 @@ from keras.src.backend.common import global_state
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model import lora, stack, weights
+from kithara_ray.model import attention, lora, stack, weights
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, REMAT
 from kithara_ray.sharding.gather import Shard, local_shards
@@ -75,7 +75,7 @@ class CausalLM:
     # --- the computation ---------------------------------------------------------------------------------------------
 
     def hidden_BTD(self, factors: Factors, frozen: Frozen, token_ids_BT, segment_ids_BT) -> jax.Array:
-        """The backbone's last hidden states. `segment_ids` is 0 on padding."""
+        """The backbone's last hidden states. Tokens see those of their own segment; `segment_ids` is 0 on padding."""
         inputs = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT}
         with self.bind(factors, frozen, unstack=not self.scan):
             if not self.scan:
@@ -278,6 +278,7 @@ def build(
     with _without_values():
         targets = lora.inject(backbone, ports, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
+    attention.install(chain.blocks, mesh)
     slots = weights.slots(ports, chain if scan else None)
     factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
     return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat)

@@ -1,0 +1,224 @@
+"""Segment-aware causal attention in the place of KerasHub's own.
+
+    B  rows    T  positions    N  query heads    K  key and value heads    G = N // K    H  head width
+
+A token attends to itself and to the tokens before it in its own segment: packed samples do not see each other, and no
+position is counted anew, since rotary attention depends on distances alone. On a TPU this is Pallas' splash kernel, and
+no T x T array exists; elsewhere XLA computes the same from a mask.
+
+KerasHub's decoder blocks build a T x T mask and hand it to `_compute_attention`. `install` makes them hand over the
+segment ids instead, as a (B, T, 1) column. Decoding with a KV cache stays KerasHub's own.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.sharding import Mesh, PartitionSpec
+
+from kithara_ray.errors import UnsupportedError
+from kithara_ray.sharding.mesh import BATCH_AXES
+
+# Splash computes in tiles of this many positions, or of the largest power of two below that divides the sequence.
+_MAX_TILE = 512
+_MIN_TILE = 128
+_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one layer's attention computes.
+
+    Attributes:
+        scale: of the logits.
+        window: how many tokens a token sees, itself included; None sees all before it.
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap).
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks_N=None) -> jax.Array:
+    """(B, T, N, H) from a mask of B x T x T; logits and softmax in float32.
+
+    Args:
+        segments_BT: int; tokens of different segments do not see each other.
+        sinks_N: a further logit of each head that takes probability and has no value.
+    """
+    b, t, n, h = q_BTNH.shape
+    kv = k_BTKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(b, t, kv, n // kv, h)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * settings.scale
+    if settings.soft_cap:
+        logits = settings.soft_cap * jnp.tanh(logits / settings.soft_cap)
+    distance = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
+    seen = distance >= 0 if settings.window is None else (distance >= 0) & (distance < settings.window)
+    seen_BTT = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    logits = jnp.where(seen_BTT[:, None, None], logits, _MASKED)
+    if sinks_N is None:
+        weights = jax.nn.softmax(logits, axis=-1)
+    else:
+        sinks = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1), (*logits.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
+    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BTKH.dtype), v_BTKH).reshape(b, t, n, h)
+
+
+def splash_attention(
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks_N=None, *, mesh: Mesh, interpret: bool = False
+) -> jax.Array:
+    """The same by Pallas' TPU kernel: rows split over the batch axes, heads over `tensor`.
+
+    Args:
+        interpret: run the kernel on any device, slowly; for tests.
+
+    Raises:
+        UnsupportedError: the sequence is no multiple of 128, or `tensor` does not divide the key and value heads.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    _, t, n, _ = q_BTNH.shape
+    tile = next((size for size in (_MAX_TILE, 256, _MIN_TILE) if t % size == 0), None)
+    tensor = mesh.shape["tensor"]
+    if tile is None:
+        raise UnsupportedError(f"attention on TPU needs a sequence that is a multiple of {_MIN_TILE}, got {t}")
+    if k_BTKH.shape[2] % tensor:
+        raise UnsupportedError(
+            f"mesh tensor={tensor} does not divide the model's {k_BTKH.shape[2]} key and value heads; "
+            "take a smaller tensor axis"
+        )
+    if settings.window is None:
+        mask = splash.CausalMask((t, t))
+    else:
+        mask = splash.LocalMask((t, t), (settings.window - 1, 0), 0)
+    sizes = splash.BlockSizes(
+        block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_kv_dkv_compute=tile,
+        block_q_dq=tile, block_kv_dq=tile,
+    )  # fmt: skip
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * (n // tensor)),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=settings.soft_cap,
+        block_sizes=sizes,
+        interpret=interpret,
+    )
+
+    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N):
+        def row(q_TNH, k_TKH, v_TKH, segments_T):
+            heads_first = [jnp.swapaxes(array, 0, 1) for array in (q_TNH * settings.scale, k_TKH, v_TKH)]
+            segments = splash.SegmentIds(segments_T, segments_T)
+            return jnp.swapaxes(kernel(*heads_first, segment_ids=segments, sinks=sinks_N), 0, 1)
+
+        return jax.vmap(row)(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+    heads = PartitionSpec(BATCH_AXES, None, "tensor")
+    specs = (heads, heads, heads, PartitionSpec(BATCH_AXES), None if sinks_N is None else PartitionSpec("tensor"))
+    # The kernel's output carries no record of the mesh axes it varies over.
+    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return split(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
+
+
+# --- in the place of KerasHub's own ----------------------------------------------------------------------------------
+
+
+def _gemma(block, layer) -> Settings:
+    width = layer.head_dim if layer.query_head_dim_normalize else layer.hidden_dim // layer.num_query_heads
+    window = layer.sliding_window_size if layer.use_sliding_window_attention else None
+    return Settings(width**-0.5, window, layer.logit_soft_cap)
+
+
+def _gemma4(block, layer) -> Settings:
+    local = block.use_sliding_window_attention and not block.is_global_attention
+    return Settings(1.0, layer.sliding_window_size if local else None, layer.logit_soft_cap)
+
+
+def _qwen2(block, layer) -> Settings:
+    return Settings(layer._inv_norm_factor, layer.sliding_window_size if layer.use_sliding_window_attention else None)
+
+
+# By the class of the attention layer. KerasHub has no common interface for these.
+_SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
+    "LlamaAttention": lambda block, layer: Settings(layer._inv_norm_factor),
+    "SmolLM3Attention": lambda block, layer: Settings(layer._inv_norm_factor),
+    "CachedGemmaAttention": _gemma,
+    "CachedGemma3Attention": _gemma,
+    "Gemma4TextAttention": _gemma4,
+    "CachedMistralAttention": lambda block, layer: Settings(layer._inv_norm_factor, block.sliding_window),
+    "CachedMixtralAttention": lambda block, layer: Settings(layer._inv_norm_factor, block.sliding_window),
+    "QwenAttention": _qwen2,
+    "Qwen3Attention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window_size),
+    "Qwen3MoeAttention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window_size),
+    "GptOssAttention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window or None),
+}
+
+# What the families call the mask's builder, its padding mask and its cache, and the factor by which they repeat keys
+# and values before `_compute_attention`.
+_MASK_BUILDERS = ("_compute_self_attention_mask", "_compute_attention_mask")
+_PADDING_MASKS = ("decoder_padding_mask", "padding_mask")
+_CACHES = ("self_attention_cache", "cache")
+_REPEATS = ("num_key_value_groups", "_num_key_value_groups")
+_REPEATED_BY_CALL = {
+    "LlamaAttention", "SmolLM3Attention", "CachedMistralAttention", "CachedMixtralAttention", "QwenAttention",
+    "Qwen3Attention", "Qwen3MoeAttention", "GptOssAttention",
+}  # fmt: skip
+
+
+def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
+    """Make these decoder blocks attend by segments wherever they run without a KV cache.
+
+    Raises:
+        UnsupportedError: a block whose attention is not known.
+    """
+    attend = xla_attention
+    if mesh.devices.flat[0].platform == "tpu":
+        attend = partial(splash_attention, mesh=mesh)
+    for block in blocks:
+        layer = next((layer for layer in block._flatten_layers() if type(layer).__name__ in _SETTINGS), None)
+        if layer is None:
+            raise UnsupportedError(f"the attention of {type(block).__name__} is not known")
+        _hand_over_segments(block)
+        _attend_by_segments(layer, _SETTINGS[type(layer).__name__](block, layer), attend)
+
+
+def _hand_over_segments(block: keras.layers.Layer) -> None:
+    """Make the block's mask the (B, T, 1) column of segment ids. Where none is attended to, as KerasHub asks of a mask,
+    is where the id is 0: on padding."""
+    name = next(name for name in _MASK_BUILDERS if hasattr(block, name))
+    original = getattr(block, name)
+    signature = inspect.signature(original)
+
+    def mask(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        cache, padding = (next((given[n] for n in names if n in given), None) for names in (_CACHES, _PADDING_MASKS))
+        if cache is not None or padding is None:
+            return original(*args, **kwargs)
+        return padding[:, :, None]
+
+    setattr(block, name, mask)
+
+
+def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: Callable) -> None:
+    original = layer._compute_attention
+    groups = 1
+    if type(layer).__name__ in _REPEATED_BY_CALL:
+        name = next(name for name in _REPEATS if hasattr(layer, name))
+        groups = getattr(layer, name)
+        setattr(layer, name, 1)
+
+    def compute(query, key, value, attention_mask=None, *args, **kwargs):
+        # A mask of one column is not KerasHub's: its keys are as many as the positions of a cache, or of the sequence.
+        if attention_mask is None or attention_mask.shape[-1] != 1:
+            key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
+            return original(query, key, value, attention_mask, *args, **kwargs)
+        sinks = getattr(layer, "sinks", None)
+        sinks = None if sinks is None else keras.ops.convert_to_tensor(sinks)
+        return attend(query, key, value, attention_mask[..., 0], settings, sinks)
+
+    layer._compute_attention = compute

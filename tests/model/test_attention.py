@@ -1,0 +1,91 @@
+"""Attention by segments: a packed row against its samples one by one in transformers, and the TPU kernel against XLA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tiny import VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from kithara_ray.errors import UnsupportedError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.attention import Settings, splash_attention, xla_attention
+from kithara_ray.model.causal_lm import build
+from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.sharding.shape import MeshShape
+
+# Lengths of the samples of each row; longer than gemma2's window, one row with padding behind.
+PACKS = [(13, 4, 10), (1, 26), (9, 9, 9), (12, 11)]
+T = 27
+
+
+def packed():
+    """token_ids, segment_ids (4, T) and the samples as (row, slice)."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(3, VOCABULARY, (len(PACKS), T)).astype(np.int32)
+    segments = np.zeros_like(tokens)
+    samples = []
+    for row, lengths in enumerate(PACKS):
+        start = 0
+        for number, length in enumerate(lengths, start=1):
+            segments[row, start : start + length] = number
+            samples.append((row, slice(start, start + length)))
+            start += length
+    return tokens, segments, samples
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_packed_row_computes_what_its_samples_do_alone(family, tiny_models, scan):
+    tokens, segments, samples = packed()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_models[family]).eval()
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh()
+    model = build(base.config, None, mesh, "float32", scan=scan)
+    placed = [jax.device_put(array, batch_sharding(mesh)) for array in (tokens, segments)]
+    logits = np.asarray(jax.jit(model.logits_BTV)({}, model.load(base), *placed))
+    for row, own in samples:
+        with torch.no_grad():
+            alone = reference(torch.tensor(tokens[None, row, own]).long()).logits[0].numpy()
+        np.testing.assert_allclose(logits[row, own], alone, atol=1e-4, rtol=0)
+
+
+SETTINGS = {
+    "causal": (Settings(0.125), False),
+    "window": (Settings(0.125, window=100), False),
+    "soft cap": (Settings(0.25, soft_cap=5.0), False),
+    "window, cap and sinks": (Settings(0.25, window=33, soft_cap=8.0), True),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_tpu_kernel_equals_xla_and_so_do_its_gradients(case):
+    """In Pallas' interpret mode, rows split over fsdp and heads over tensor."""
+    settings, with_sinks = SETTINGS[case]
+    b, t, n, kv, h = 2, 256, 4, 2, 64
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=2))
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, upstream = (jax.random.normal(key, (b, t, n, h)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (b, t, kv, h)) for key in keys[2:4])
+    sinks = jax.random.normal(keys[4], (n,)) if with_sinks else None
+    segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [60, 70, 80, 46], axis=1), jnp.int32)
+
+    def gradients(attend):
+        def loss(q, k, v):
+            out = attend(q, k, v, segments, settings, sinks)
+            return jnp.sum(out * upstream), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return out, *grads
+
+    kernel = gradients(lambda *args: splash_attention(*args, mesh=mesh, interpret=True))
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), kernel, gradients(xla_attention), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4, err_msg=name)
+
+
+def test_what_the_kernel_cannot_split_is_named():
+    mesh = make_mesh(MeshShape(fsdp=1, tensor=4))
+    q = jnp.zeros((1, 128, 4, 64))
+    with pytest.raises(UnsupportedError, match="mesh tensor=4 does not divide the model's 2 key and value heads"):
+        splash_attention(q, q[:, :, :2], q[:, :, :2], jnp.ones((1, 128), int), Settings(1.0), mesh=mesh)
+    with pytest.raises(UnsupportedError, match="a multiple of 128, got 100"):
+        splash_attention(*[jnp.zeros((1, 100, 4, 64))] * 3, jnp.ones((1, 100), int), Settings(1.0), mesh=mesh)
