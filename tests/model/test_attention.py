@@ -1,4 +1,4 @@
-"""Attention by segments: a packed row against its samples one by one in transformers, and the TPU kernel against XLA."""
+"""Attention by segments: packed rows against their samples alone in transformers; the TPU kernel against XLA."""
 
 import jax
 import jax.numpy as jnp
