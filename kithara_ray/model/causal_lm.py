@@ -7,10 +7,11 @@ process reading only what its devices own. What is computed is a function of (fa
 """
 
 import contextlib
+import functools
 import importlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -26,6 +27,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import attention, lora, stack, weights
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, REMAT
+from kithara_ray.sharding.agree import check_copies
 from kithara_ray.sharding.gather import Shard, local_shards
 from kithara_ray.sharding.mesh import BATCH_AXES, factor_sharding, weight_sharding
 
@@ -92,29 +94,33 @@ class CausalLM:
                 remat=self.remat,
             )
 
-    def head_V(self, factors: Factors, frozen: Frozen, hidden) -> jax.Array:
-        """Logits (..., V) of hidden states (..., D), soft-capped where the family does.
+    def head_V(self, frozen: Frozen, hidden) -> jax.Array:
+        """Logits (..., V) of hidden states (..., D), soft-capped where the family does. The head has no factors.
 
         The vocabulary is split, the rows are not: moving hidden states costs less than moving the head's weight.
         """
         hidden = self._constrain(hidden, "data")
-        with self.bind(factors, frozen, unstack=False):
+        with self.bind({}, frozen, unstack=False):
             logits = self.model.backbone.token_embedding(hidden, reverse=True)
         return self._constrain(logits, "data", *[None] * (logits.ndim - 2), ("fsdp", "tensor"))
 
     def logits_BTV(self, factors: Factors, frozen: Frozen, token_ids_BT, segment_ids_BT) -> jax.Array:
         hidden = self.hidden_BTD(factors, frozen, token_ids_BT, segment_ids_BT)
-        return self.head_V(factors, frozen, hidden)
+        return self.head_V(frozen, hidden)
 
     def bind(self, factors: Factors, frozen: Frozen, unstack: bool) -> keras.StatelessScope:
-        """A scope in which the model's variables have these values; without `unstack`, those outside the scan alone."""
+        """A scope in which the model's variables have these values; without `unstack`, those outside the scan alone.
+
+        Without `factors`, the adapted layers cannot be computed in it.
+        """
         pairs = [
             (port.variable, value)
             for slot, array in zip(self.slots, frozen, strict=True)
             if unstack or not slot.stacked
             for port, value in slot.split(array)
         ]
-        pairs += list(self._each_factor(factors, unstack))
+        if factors:
+            pairs += self._each_factor(factors, unstack)
         seeds = (variable for variable in self.model.variables if weights.is_seed(variable))
         return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
 
@@ -188,6 +194,11 @@ class CausalLM:
         logger.info("loaded %.0f MB on this host in %.1f s", local / 1e6, time.monotonic() - started)
         return frozen
 
+    def check_copies(self, frozen: Frozen) -> int:
+        """Compare what stands on more than one device; see `sharding.agree`."""
+        named = {slot.ports[0].hf_name: array for slot, array in zip(self.slots, frozen, strict=True)}
+        return check_copies(self.mesh, named)
+
     def place_factors(self, arrays: Mapping[str, np.ndarray]) -> Factors:
         """Adapter arrays (host, by tensor name) as global arrays split over the mesh.
 
@@ -198,21 +209,26 @@ class CausalLM:
             found = arrays[name].shape if name in arrays else None
             if found != shape:
                 raise AdapterError(f"adapter tensor {name}: the model has shape {shape}, found {found or 'none'}")
-        placed = {}
-        for slot in self.factor_slots:
-            own = [np.asarray(arrays[name], np.float32) for name in slot.names]
-            whole = np.stack(own) if slot.stacked else own[0]
-            sharding = self.factor_sharding(slot)
-            placed[slot.key] = jax.make_array_from_callback(
-                slot.shape, sharding, lambda index, whole=whole: whole[index]
-            )
-        return placed
+        return self._place(lambda name: np.asarray(arrays[name], np.float32))
 
     def initial_factors(self, seed: int) -> Factors:
-        """PEFT's initial factors, made where they live."""
-        shardings = {slot.key: self.factor_sharding(slot) for slot in self.factor_slots}
-        key = jax.random.key(seed)
-        return jax.jit(lambda: {s.key: s.initial(key) for s in self.factor_slots}, out_shardings=shardings)()
+        """PEFT's initial factors; every process draws those that its devices hold a part of."""
+        slot_of = {name: slot for slot in self.factor_slots for name in slot.names}
+        return self._place(lambda name: slot_of[name].initial(name, seed))
+
+    def _place(self, tensor_of: Callable[[str], np.ndarray]) -> Factors:
+        """Global arrays split over the mesh, of the adapter tensors by name."""
+        placed = {}
+        for slot in self.factor_slots:
+            tensors = functools.cache(tensor_of)
+
+            def part(index: tuple[slice, ...], slot=slot, tensors=tensors) -> np.ndarray:
+                if not slot.stacked:
+                    return tensors(slot.names[0])[index]
+                return np.stack([tensors(name)[index[1:]] for name in slot.names[index[0]]])
+
+            placed[slot.key] = jax.make_array_from_callback(slot.shape, self.factor_sharding(slot), part)
+        return placed
 
     def weight_sharding(self, slot: weights.Slot) -> NamedSharding:
         return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)

@@ -16,9 +16,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import keras
+import numpy as np
 from keras import ops
 
 from kithara_ray.errors import UnsupportedError
@@ -37,17 +36,13 @@ class Target:
     Attributes:
         module: the HF module, e.g. `model.layers.0.self_attn.q_proj`.
         layer: the Keras layer.
-        rank, scale: of this module, patterns applied.
-        in_dim, out_dim: I and O.
+        initialiser: of A's first values, "kaiming" or "gaussian"; B's are zeros.
         lora_A, lora_B: the layer's `keras.Variable`s.
     """
 
     module: str
     layer: keras.layers.Layer
-    rank: int
-    scale: float
-    in_dim: int
-    out_dim: int
+    initialiser: str
     lora_A: keras.Variable
     lora_B: keras.Variable
 
@@ -142,7 +137,8 @@ def _adapt(module: str, layer, config: LoraConfig) -> Target:
     layer._lora_contracted_dims, layer._lora_in_dim = contracted, in_dim
     layer._lora_scale = config.scale_of(module)
     layer._kernel.trainable = False
-    return Target(module, layer, rank, layer._lora_scale, in_dim, out_dim, layer.lora_A, layer.lora_B)
+    initialiser = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
+    return Target(module, layer, initialiser, layer.lora_A, layer.lora_B)
 
 
 @dataclass(frozen=True)
@@ -152,13 +148,13 @@ class FactorSlot:
     Attributes:
         names: adapter tensor names, one or one for each step.
         variables: theirs, in the same order.
-        bound: half-width of the uniform initial values, 0 for zeros.
+        initialiser: of their first values: "zeros", "kaiming" or "gaussian".
         stacked: whether the array's first dim counts the steps.
     """
 
     names: tuple[str, ...]
     variables: tuple[keras.Variable, ...]
-    bound: float
+    initialiser: str
     stacked: bool
 
     @property
@@ -171,19 +167,21 @@ class FactorSlot:
         one = tuple(self.variables[0].shape)
         return (len(self.names), *one) if self.stacked else one
 
-    def initial(self, key: jax.Array) -> jax.Array:
-        """PEFT's initial values: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5), B zero.
+    def initial(self, name: str, seed: int) -> np.ndarray:
+        """PEFT's initial values of one of its factors, float32: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5) or
+        normal with deviation 1/R, B zero.
 
         A factor's depend on the seed and its name alone, not on the mesh, the stacking or the other targets.
         """
-
-        def one(name: str) -> jax.Array:
-            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            return jax.random.uniform(own, self.shape[self.stacked :], jnp.float32, -self.bound, self.bound)
-
-        if self.bound == 0:
-            return jnp.zeros(self.shape, jnp.float32)
-        return jnp.stack([one(name) for name in self.names]) if self.stacked else one(self.names[0])
+        shape = self.shape[self.stacked :]
+        # Drawn on the host: XLA takes 20 s to compile the drawing of a few hundred factors by name.
+        draws = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
+        if self.initialiser == "zeros":
+            return np.zeros(shape, np.float32)
+        if self.initialiser == "gaussian":
+            return draws.standard_normal(shape, np.float32) / np.float32(shape[0])
+        unit = draws.random(shape, np.float32)
+        return (2 * unit - 1) / np.float32(math.sqrt(shape[1]))
 
 
 def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorSlot]:
@@ -193,7 +191,7 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
         chain: None stacks nothing.
     """
     factors = {
-        id(variable): (name, variable, 1 / math.sqrt(target.in_dim) if variable is target.lora_A else 0.0)
+        id(variable): (name, variable, target.initialiser if variable is target.lora_A else "zeros")
         for target in targets
         for name, variable in target.variables.items()
     }
@@ -201,7 +199,7 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
     made = []
     for number in factors:
         group = [factors[id(variable)] for variable in peers.get(number, ())] or [factors[number]]
-        names, variables, bounds = zip(*group, strict=True)
+        names, variables, initialisers = zip(*group, strict=True)
         if variables[0] is factors[number][1]:
-            made.append(FactorSlot(names, variables, bounds[0], stacked=number in peers))
+            made.append(FactorSlot(names, variables, initialisers[0], stacked=number in peers))
     return made

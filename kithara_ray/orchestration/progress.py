@@ -15,6 +15,7 @@ _PHASES = {
     "fetch": "reading the base checkpoint",
     "build": "building the model",
     "load": "loading the sharded weights",
+    "compare": "comparing the hosts' copies",
     "compile": "compiling the step",
 }
 
@@ -79,6 +80,8 @@ class Progress:
                 f"training {event['trainable']:,} of {event['parameters']:,} parameters ({share:.2%}) "
                 f"for {event['total_steps']} steps"
             )
+            phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in event["phases"].items() if seconds >= 0.5)
+            self._note(f"ready after {sum(event['phases'].values()):.0f} s: {phases}")
             self._bar.update(self._task, total=event["total_steps"], description="training")
         elif kind == "step":
             figures = f"loss={event['loss']:.4f} tokens_per_s={event['tokens_per_s']:.0f}"
@@ -89,6 +92,9 @@ class Progress:
                 f"step={event['step']} eval_loss={event['eval_loss']:.4f} "
                 f"eval_perplexity={event['eval_perplexity']:.3f}"
             )
+        elif kind == "finished":
+            share = event["input_wait_s"] / max(event["training_s"], 1e-9)
+            self._note(f"trained in {event['training_s']:.0f} s, of which {share:.1%} waited for input")
 
     def _say(self, line: str) -> None:
         """Where there is no bar."""

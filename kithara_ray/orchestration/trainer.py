@@ -6,6 +6,7 @@ adapter. It needs no accelerator.
 
 import logging
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,8 @@ class Trainer:
     Args:
         model: what to train; it holds the trained adapter afterwards.
         optimizer: a `keras.optimizers.Optimizer` or an `optax.GradientTransformation`.
-        train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices.
+        train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices
+            x `gradient_accumulation_steps`.
         eval_dataloader: evaluated every `eval_steps_interval` steps or `eval_epochs_interval` epochs (each epoch by
             default), and at the end.
         steps, epochs: how long; one epoch by default.
@@ -67,6 +69,8 @@ class Trainer:
         mesh: axes of the device mesh; all devices on `fsdp` by default.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
             "dots", also the results of products with weights, faster where the memory is there.
+        gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
+            all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
@@ -93,6 +97,7 @@ class Trainer:
         cpu_devices_per_worker: int = 1,
         mesh: MeshShape | None = None,
         remat: str = "block",
+        gradient_accumulation_steps: int = 1,
         seed: int = 0,
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
@@ -113,6 +118,7 @@ class Trainer:
             "eval_epochs_interval": eval_epochs_interval,
             "max_eval_samples": max_eval_samples,
             "cpu_devices_per_worker": cpu_devices_per_worker,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
         }
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -145,6 +151,7 @@ class Trainer:
         self.cpu_devices_per_worker = cpu_devices_per_worker
         self.mesh = mesh or MeshShape()
         self.remat = remat
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
         self.cluster_timeout_s = cluster_timeout_s
         self.progress = progress
@@ -163,7 +170,7 @@ class Trainer:
         ray.get(coordinator.start_run.remote())
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("tokenize")
-            spec = self._spec(coordinator)
+            spec = self._spec(coordinator, called=time.time())
             progress.phase("schedule")
             self._check_cluster()
             result = self._fit(spec)
@@ -175,14 +182,14 @@ class Trainer:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.base_name))
         return _result(events, result.path)
 
-    def _spec(self, coordinator) -> RunSpec:
+    def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
             base=self.model.preset_handle,
             lora=self.model.lora,
             precision=self.model.precision,
             adapter=self.model.adapter,
             optimizer=self.optimizer,
-            train=_data_spec(self.train_dataloader),
+            train=_data_spec(self.train_dataloader, self.gradient_accumulation_steps),
             eval=_data_spec(self.eval_dataloader) if self.eval_dataloader else None,
             steps=self.steps,
             epochs=self.epochs,
@@ -192,9 +199,12 @@ class Trainer:
             max_eval_samples=self.max_eval_samples,
             mesh=self.mesh,
             remat=self.remat,
+            micro_batches=self.gradient_accumulation_steps,
             seed=self.seed,
             platform=self._platform(),
             num_workers=self.scaling_config.num_workers,
+            called=called,
+            submitted=time.time(),
             coordinator=coordinator,
         )
 
@@ -262,8 +272,8 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
     )
 
 
-def _data_spec(loader: Dataloader) -> DataSpec:
-    return DataSpec(tokenize(loader.dataset), loader.per_device_batch_size, loader.shuffle, loader.seed)
+def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
+    return DataSpec(tokenize(loader.dataset), loader.per_device_batch_size * micro_batches, loader.shuffle, loader.seed)
 
 
 def _named(error: TrainingFailedError) -> KitharaRayError:

@@ -19,10 +19,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataSpec:
-    """One tokenised dataset and how it is cut into batches."""
+    """One tokenised dataset and how it is cut into batches.
+
+    Attributes:
+        rows_per_device: of one step, all its micro-batches together.
+    """
 
     store: TokenStore
-    per_device_batch_size: int
+    rows_per_device: int
     shuffle: bool
     seed: int
 
@@ -38,7 +42,9 @@ class RunSpec:
         optimizer: ("keras", config) or ("optax", transformation).
         steps, epochs: one of them is None.
         platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
+        micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
+        called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
     base: str
@@ -56,9 +62,12 @@ class RunSpec:
     max_eval_samples: int | None
     mesh: MeshShape
     remat: str
+    micro_batches: int
     seed: int
     platform: str
     num_workers: int
+    called: float
+    submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
 
 
@@ -85,9 +94,15 @@ class Run:
 
         self.spec = spec
         self.rank = jax.process_index()
-        self.phases: dict[str, float] = {"import": time.monotonic() - started}
+        importing = time.monotonic() - started
+        self.phases = {
+            "tokenize": round(spec.submitted - spec.called, 2),
+            # By two hosts' clocks.
+            "schedule": round(max(0.0, time.time() - importing - spec.submitted), 2),
+            "import": round(importing, 2),
+        }
         preflight.check_process_group(spec.num_workers, spec.platform)
-        self._input_wait_s = 0.0
+        self._input_wait_s = self._total_input_wait_s = 0.0
 
     def build(self) -> None:
         """Model, arrays, data and compiled steps."""
@@ -123,10 +138,14 @@ class Run:
             self.state = step.initial_state(self.model, self.optimizer, params)
         self.data = self._stream(spec.train)
         self.eval_data = self._stream(spec.eval) if spec.eval else None
+        with self._phase("compare"):
+            self.model.check_copies(self.frozen)
         batch, self._next_tokens = self.data.batch(0)
         self._next_batch = batch
         with self._phase("compile"):
-            self.step = step.compile_step(self.model, self.optimizer, self.state, self.frozen, batch)
+            self.step = step.compile_step(
+                self.model, self.optimizer, self.state, self.frozen, batch, spec.micro_batches
+            )
             if self.eval_data:
                 eval_batch, _ = self.eval_data.batch(0)
                 self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
@@ -140,6 +159,7 @@ class Run:
     def train(self) -> None:
         """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
         last_logged, window_tokens, mark = 0, 0, time.monotonic()
+        began = mark
         for number in range(1, self.total_steps + 1):
             batch, tokens = self._next_batch, self._next_tokens
             self.state, metrics = self.step(self.state, self.frozen, batch)
@@ -160,6 +180,7 @@ class Run:
             if evaluate:
                 self._record("eval", step=number, **self.evaluate())
                 mark = time.monotonic()
+        self._training_s = time.monotonic() - began
 
     def evaluate(self) -> dict[str, float]:
         """Token-weighted loss and perplexity over the whole evaluation set, or its first `max_eval_samples` rows."""
@@ -176,7 +197,7 @@ class Run:
         """Send this rank's part of the adapter."""
         shards = self.model.adapter_shards(self.state["params"], self.rank)
         ray.get(self.spec.coordinator.put_shards.remote(self.rank, shards))
-        self._record("finished")
+        self._record("finished", input_wait_s=self._total_input_wait_s, training_s=self._training_s)
         return {"shapes": self.model.adapter_shapes}
 
     def _make_optimizer(self):
@@ -190,7 +211,7 @@ class Run:
 
         limit = self.spec.max_eval_samples if data is self.spec.eval else None
         num_rows = min(data.store.num_rows, limit or data.store.num_rows)
-        order = BatchOrder(num_rows, data.per_device_batch_size * self.mesh.size, data.seed, data.shuffle)
+        order = BatchOrder(num_rows, data.rows_per_device * self.mesh.size, data.seed, data.shuffle)
         return HostStream(data.store, order, batch_sharding(self.mesh))
 
     def _log(self, step: int, values: dict[str, float], tokens: int, seconds: float, steps: int) -> None:
@@ -202,6 +223,7 @@ class Run:
             "input_wait_s": self._input_wait_s / steps,
             "epoch": step / self.data.order.steps_per_epoch,
         }
+        self._total_input_wait_s += self._input_wait_s
         self._input_wait_s = 0.0
         self._record("step", **row)
         if self.rank == 0:

@@ -2,17 +2,22 @@
 
     B  rows    K  predictions of a row    C  predictions of one chunk    D  hidden width    V  vocabulary
 
-The head and the softmax run over chunks of predictions, and the backward pass computes each chunk's logits again
-instead of keeping them.
+The head and the softmax run over chunks of predictions. A chunk's gradient, softmax minus target, is taken back through
+the head while its logits are there, so the logits are computed once and nothing of their size is kept for the backward
+pass; what is kept has the size of the hidden states.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 # Logits of one chunk, over all rows of the global batch: 2**25 float32 are 128 MiB, split over the batch's devices.
 _CHUNK_LOGITS = 2**25
+
+Head = Callable[[Any, jax.Array], jax.Array]
 
 
 def chunk_length(rows: int, predictions: int, vocabulary: int) -> int:
@@ -22,35 +27,78 @@ def chunk_length(rows: int, predictions: int, vocabulary: int) -> int:
 
 
 def summed_cross_entropy(
-    head: Callable[[jax.Array], jax.Array],
+    head: Head,
+    trained: Any,
     hidden_BKD: jax.Array,
     targets_BK: jax.Array,
     weights_BK: jax.Array,
     vocabulary: int,
 ) -> jax.Array:
-    """Sum over predictions of weight * -log p(target), float32.
+    """Sum over predictions of weight * -log p(target), float32; differentiable in `trained` and `hidden_BKD`.
 
     Args:
-        head: hidden states (..., D) to logits (..., V).
+        head: (trained, hidden (..., D)) to logits (..., V).
+        trained: a pytree of the arrays of the head that are trained; empty where the head is frozen.
         targets_BK: int, the token to be predicted.
         weights_BK: float32, 0 where there is none.
     """
     rows, predictions, _ = hidden_BKD.shape
-    c = chunk_length(rows, predictions, vocabulary)
+    chunk = chunk_length(rows, predictions, vocabulary)
+    return _summed(head, chunk, trained, hidden_BKD, targets_BK, weights_BK)
 
-    def chunks(array):
-        """(B, K, ...) to (K / C, B, C, ...)."""
-        return jnp.moveaxis(array.reshape(rows, predictions // c, c, *array.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def one(total, chunk):
-        hidden_BCD, targets_BC, weights_BC = chunk
-        logits_BCV = head(hidden_BCD).astype(jnp.float32)
-        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        # A masked sum and not a gather: the vocabulary may be split over devices.
-        is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
-        picked_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
-        return total + jnp.sum(weights_BC * (log_z_BC - picked_BC)), None
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(head: Head, chunk: int, trained, hidden_BKD, targets_BK, weights_BK) -> jax.Array:
+    def one(total, parts):
+        hidden_BCD, targets_BC, weights_BC = parts
+        return total + _chunk_loss(head(trained, hidden_BCD), targets_BC, weights_BC)[0], None
 
-    total, _ = jax.lax.scan(one, jnp.float32(0), (chunks(hidden_BKD), chunks(targets_BK), chunks(weights_BK)))
-    return total
+    return jax.lax.scan(one, jnp.float32(0), _chunks(chunk, hidden_BKD, targets_BK, weights_BK))[0]
+
+
+def _summed_forward(head: Head, chunk: int, trained, hidden_BKD, targets_BK, weights_BK):
+    """The sum, and its gradients as if its own were 1."""
+
+    def one(carry, parts):
+        total, d_trained = carry
+        hidden_BCD, targets_BC, weights_BC = parts
+        logits_BCV, head_backward = jax.vjp(head, trained, hidden_BCD)
+        loss, d_logits_BCV = _chunk_loss(logits_BCV, targets_BC, weights_BC)
+        d_chunk, d_hidden_BCD = head_backward(d_logits_BCV.astype(logits_BCV.dtype))
+        d_trained = jax.tree.map(lambda total, d: total + d.astype(jnp.float32), d_trained, d_chunk)
+        return (total + loss, d_trained), d_hidden_BCD
+
+    start = jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
+    parts = _chunks(chunk, hidden_BKD, targets_BK, weights_BK)
+    (total, d_trained), d_hidden = jax.lax.scan(one, start, parts)
+    d_trained = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), d_trained, trained)
+    return total, (d_trained, jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_BKD.shape))
+
+
+def _summed_backward(head: Head, chunk: int, kept, d_total):
+    d_trained, d_hidden_BKD = jax.tree.map(lambda d: (d_total * d).astype(d.dtype), kept)
+    return d_trained, d_hidden_BKD, None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _chunk_loss(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, jax.Array]:
+    """(sum of weight * -log p(target), its gradient for the logits), float32."""
+    logits_BCV = logits_BCV.astype(jnp.float32)
+    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    # A masked sum and not a gather: the vocabulary may be split over devices.
+    is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
+    picked_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
+    d_logits_BCV = weights_BC[..., None] * (jnp.exp(logits_BCV - log_z_BC[..., None]) - is_target_BCV)
+    return jnp.sum(weights_BC * (log_z_BC - picked_BC)), d_logits_BCV
+
+
+def _chunks(chunk: int, *arrays_BK: jax.Array) -> tuple[jax.Array, ...]:
+    """(B, K, ...) to (K / C, B, C, ...)."""
+
+    def split(array):
+        rows, predictions, *rest = array.shape
+        return jnp.moveaxis(array.reshape(rows, predictions // chunk, chunk, *rest), 1, 0)
+
+    return tuple(split(array) for array in arrays_BK)

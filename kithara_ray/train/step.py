@@ -9,13 +9,15 @@ The loss is the mean over the unmasked tokens of the *global* batch: rows that a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
-from kithara_ray.sharding.mesh import batch_sharding, replicated
+from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, replicated
 from kithara_ray.train.loss import summed_cross_entropy
 from kithara_ray.train.optimizer import Optimizer
 
@@ -28,7 +30,8 @@ def summed_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch)
     hidden_BTD = model.hidden_BTD(factors, frozen, batch["token_ids"], batch["segment_ids"])
     hidden_BKD = jnp.take_along_axis(hidden_BTD, batch["target_positions"][..., None], axis=1)
     total = summed_cross_entropy(
-        lambda hidden: model.head_V(factors, frozen, hidden),
+        lambda _, hidden: model.head_V(frozen, hidden),
+        {},
         hidden_BKD,
         batch["target_ids"],
         batch["target_weights"],
@@ -37,14 +40,41 @@ def summed_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch)
     return total, jnp.sum(batch["target_weights"])
 
 
-def mean_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch) -> jax.Array:
-    total, weight = summed_loss(model, factors, frozen, batch)
-    return total / jnp.maximum(weight, 1.0)
+def loss_and_gradients(
+    model: CausalLM, params: Factors, frozen: Frozen, batch: Batch, micro_batches: int = 1
+) -> tuple[jax.Array, Factors]:
+    """The mean loss over the batch's unmasked tokens and its gradients, float32.
+
+    With `micro_batches` the rows go through the model in so many parts, one after the other. Each part is divided by
+    the tokens of the whole batch, so the parts add up to what the batch gives at once, however their tokens are spread.
+    """
+    weight = jnp.maximum(jnp.sum(batch["target_weights"]), 1.0)
+
+    def of(part: Batch):
+        return jax.value_and_grad(lambda params: summed_loss(model, params, frozen, part)[0] / weight)(params)
+
+    if micro_batches == 1:
+        return of(batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of(part)), None
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zeros, jax.tree.map(partial(_micro_batches, model, micro_batches), batch))[0]
 
 
-def train_step(model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch):
+def _micro_batches(model: CausalLM, parts: int, array_BX: jax.Array) -> jax.Array:
+    """(parts, B / parts, ...): each part takes rows of every device, so no row moves."""
+    rows, *rest = array_BX.shape
+    split = jnp.swapaxes(array_BX.reshape(rows // parts, parts, *rest), 0, 1)
+    return jax.lax.with_sharding_constraint(split, NamedSharding(model.mesh, PartitionSpec(None, BATCH_AXES)))
+
+
+def train_step(
+    model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch, micro_batches: int = 1
+):
     """(new state, {"loss", "learning_rate", "grad_norm"}): scalars, float32."""
-    loss, grads = jax.value_and_grad(lambda params: mean_loss(model, params, frozen, batch))(state["params"])
+    loss, grads = loss_and_gradients(model, state["params"], frozen, batch, micro_batches)
     params, opt = optimizer.update(grads, state["opt"], state["params"])
     squares = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
     metrics = {
@@ -70,12 +100,12 @@ def initial_state(model: CausalLM, optimizer: Optimizer, params: Factors) -> Sta
 
 
 def compile_step(
-    model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch
+    model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch, micro_batches: int = 1
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
     """The step compiled for these arrays' shapes and shardings. Its state argument is donated."""
 
     def step(state, frozen, batch):
-        return train_step(model, optimizer, state, frozen, batch)
+        return train_step(model, optimizer, state, frozen, batch, micro_batches)
 
     state_in = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(

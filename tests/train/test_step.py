@@ -1,5 +1,7 @@
 """The step against plain references: an unchunked loss, torch's AdamW, unstacked factors."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -12,6 +14,7 @@ from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train import loss as loss_module
 from kithara_ray.train import step
 from kithara_ray.train.optimizer import KerasOptimizer, OptaxOptimizer, is_elementwise
@@ -20,14 +23,14 @@ RNG = np.random.default_rng(3)
 B, T, K, V = 4, 16, 8, 320
 
 
-def batch(mesh):
+def batch(mesh, rows=B):
     rng = np.random.default_rng(3)
     arrays = {
-        "token_ids": rng.integers(3, V, (B, T)).astype(np.int32),
-        "segment_ids": np.ones((B, T), np.int32),
-        "target_positions": np.tile(np.arange(T - K - 1, T - 1), (B, 1)).astype(np.int32),
-        "target_ids": rng.integers(3, V, (B, K)).astype(np.int32),
-        "target_weights": (rng.random((B, K)) < 0.6).astype(np.float32),
+        "token_ids": rng.integers(3, V, (rows, T)).astype(np.int32),
+        "segment_ids": np.ones((rows, T), np.int32),
+        "target_positions": np.tile(np.arange(T - K - 1, T - 1), (rows, 1)).astype(np.int32),
+        "target_ids": rng.integers(3, V, (rows, K)).astype(np.int32),
+        "target_weights": (rng.random((rows, K)) < 0.6).astype(np.float32),
     }
     return {name: jax.device_put(array, batch_sharding(mesh)) for name, array in arrays.items()}
 
@@ -40,17 +43,42 @@ def test_chunked_loss_is_the_plain_one_with_its_gradient(chunk_logits, monkeypat
     targets = RNG.integers(0, V, (B, K))
     weights = (RNG.random((B, K)) < 0.5).astype(np.float32)
 
-    def ours(hidden):
-        return loss_module.summed_cross_entropy(lambda h: h @ head, hidden, jnp.asarray(targets), weights, V)
+    def ours(head, hidden):
+        """Soft-capped, and scaled behind: its own gradient is not 1."""
+        return 2 * loss_module.summed_cross_entropy(
+            lambda w, h: 3 * jnp.tanh(h @ w / 3), head, hidden, jnp.asarray(targets), weights, V
+        )
 
-    value, grad = jax.value_and_grad(ours)(jnp.asarray(hidden))
-    torch_hidden = torch.tensor(hidden, requires_grad=True)
-    logits = (torch_hidden @ torch.tensor(head)).reshape(-1, V)
+    value, (grad_head, grad) = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(jnp.asarray(head), jnp.asarray(hidden))
+    torch_hidden, torch_head = torch.tensor(hidden, requires_grad=True), torch.tensor(head, requires_grad=True)
+    logits = 3 * torch.tanh((torch_hidden @ torch_head).reshape(-1, V) / 3)
     each = torch.nn.functional.cross_entropy(logits, torch.tensor(targets).reshape(-1), reduction="none")
-    expected = (each * torch.tensor(weights).reshape(-1)).sum()
+    expected = 2 * (each * torch.tensor(weights).reshape(-1)).sum()
     expected.backward()
     assert float(value) == pytest.approx(expected.item(), rel=1e-6)
-    np.testing.assert_allclose(grad, torch_hidden.grad.numpy(), atol=1e-5)
+    np.testing.assert_allclose(grad, torch_hidden.grad.numpy(), atol=2e-5)
+    np.testing.assert_allclose(grad_head, torch_head.grad.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(fsdp=2, tensor=2)])
+def test_micro_batches_add_up_to_the_batch(mesh, family, tiny_models):
+    """1 x 8 == 8 x 1, though the rows have different numbers of trained tokens."""
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(mesh)
+    model = build(base.config, LoraConfig(r=4, lora_alpha=12), mesh, "float32")
+    rng = np.random.default_rng(1)
+    factors = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in model.adapter_shapes.items()}
+    params, frozen, data = model.place_factors(factors), model.load(base), batch(mesh, rows=8)
+    compute = jax.jit(partial(step.loss_and_gradients, model), static_argnames="micro_batches")
+    loss, grads = compute(params, frozen, data)
+    for parts in (2, 8 // (mesh.shape["data"] * mesh.shape["fsdp"])):
+        part_loss, part_grads = compute(params, frozen, data, micro_batches=parts)
+        assert float(part_loss) == pytest.approx(float(loss), rel=1e-6)
+        norms = {name: float(jnp.linalg.norm(grad)) for name, grad in grads.items()}
+        errors = {name: float(jnp.linalg.norm(part_grads[name] - grad)) for name, grad in grads.items()}
+        assert all(norms.values())
+        assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values()))
+        # One tensor's own gradient can be a small difference of large terms.
+        assert all(errors[name] < 1e-4 * norms[name] for name in norms)
 
 
 def run(directory, optimizer, steps=3, stack_factors=True):

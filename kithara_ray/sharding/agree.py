@@ -1,0 +1,71 @@
+"""Whether the copies of one array on several devices, and so on several hosts, are the same bits.
+
+Every host reads the base by itself. Where an array, or a part of it, stands on more than one device, a host with
+another file or a damaged one would train another model than its peers, and nothing would say so.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from kithara_ray.errors import CheckpointError
+from kithara_ray.sharding.mesh import replicated
+
+
+def check_copies(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> int:
+    """Compare the checksums of all copies; every process calls this with its own part. Returns how many were compared.
+
+    Raises:
+        CheckpointError: names the array and two ranks whose copies differ.
+    """
+    # Device by device, in the mesh's order: which part of the array it holds.
+    parts = {name: _parts(mesh, array) for name, array in arrays.items()}
+    copied = [name for name in arrays if len(set(parts[name])) < mesh.size]
+    if not copied:
+        return 0
+    ranks = [device.process_index for device in mesh.devices.flat]
+    sums = np.asarray(_checksums(mesh, [arrays[name] for name in copied]))
+    for column, name in enumerate(copied):
+        _check(name, parts[name], sums[:, column], ranks)
+    return len(copied)
+
+
+def _check(name: str, parts: Sequence[Any], sums: Sequence[int], ranks: Sequence[int]) -> None:
+    """One array's checksums, a row a device; equal parts must have equal sums."""
+    first: dict[Any, int] = {}
+    for row, part in enumerate(parts):
+        other = first.setdefault(part, row)
+        if sums[row] != sums[other]:
+            raise CheckpointError(
+                f"{name}: rank {ranks[row]} holds other bits than rank {ranks[other]}; the hosts have read different "
+                "or damaged files: compare the base on the two, or delete its cached copy and let them fetch it again"
+            )
+
+
+def _parts(mesh: Mesh, array: jax.Array) -> list[tuple[tuple[int, int], ...]]:
+    indices = array.sharding.devices_indices_map(array.shape)
+    bounds = lambda index: tuple(s.indices(size)[:2] for s, size in zip(index, array.shape, strict=True))  # noqa: E731
+    return [bounds(indices[device]) for device in mesh.devices.flat]
+
+
+def _checksums(mesh: Mesh, arrays: list[jax.Array]) -> jax.Array:
+    """uint32 (devices, arrays): of each device's own part, computed where it is."""
+
+    def local(*blocks):
+        return jnp.stack([_checksum(block) for block in blocks])[None]
+
+    specs = tuple(array.sharding.spec for array in arrays)
+    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(mesh.axis_names), check_vma=False)
+    return jax.jit(split, out_shardings=replicated(mesh))(*arrays)
+
+
+def _checksum(block: jax.Array) -> jax.Array:
+    """Of the bits; an element's place counts, so that a permutation shows."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[block.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(block.reshape(-1), unsigned).astype(jnp.uint32)
+    # Odd factors, so no bit of any word is lost modulo 2**32.
+    return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
