@@ -25,6 +25,7 @@ from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import attention, lora, stack, weights
+from kithara_ray.model.dropout import dropping
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, REMAT
 from kithara_ray.sharding.agree import check_copies
@@ -50,6 +51,7 @@ class CausalLM:
         mesh: the device mesh that the arrays live on.
         scan: whether equal blocks are stacked and scanned; else the blocks run one by one.
         remat: what the blocks keep for the backward pass, one of `options.REMAT`.
+        dropout: share of what the side paths are given that is dropped in training.
     """
 
     model: keras.Model
@@ -60,6 +62,7 @@ class CausalLM:
     mesh: Mesh
     scan: bool
     remat: str
+    dropout: float
 
     @property
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,12 +79,16 @@ class CausalLM:
 
     # --- the computation ---------------------------------------------------------------------------------------------
 
-    def hidden_BTD(self, factors: Factors, frozen: Frozen, token_ids_BT, segment_ids_BT) -> jax.Array:
-        """The backbone's last hidden states. Tokens see those of their own segment; `segment_ids` is 0 on padding."""
+    def hidden_BTD(self, factors: Factors, frozen: Frozen, token_ids_BT, segment_ids_BT, dropout_key=None) -> jax.Array:
+        """The backbone's last hidden states. Tokens see those of their own segment; `segment_ids` is 0 on padding.
+
+        `dropout_key` drops what side paths are given, where the LoRA settings say so; None drops nothing.
+        """
         inputs = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT}
         with self.bind(factors, frozen, unstack=not self.scan):
             if not self.scan:
-                return self.model.backbone(inputs, training=False)
+                with dropping(dropout_key):
+                    return self.model.backbone(inputs, training=False)
             value_of = self._values(factors, frozen)
             return stack.run(
                 self.model.backbone,
@@ -92,6 +99,7 @@ class CausalLM:
                 gather=self._gathered(),
                 place=self._rows_split,
                 remat=self.remat,
+                dropout_key=dropout_key,
             )
 
     def head_V(self, frozen: Frozen, hidden) -> jax.Array:
@@ -297,7 +305,8 @@ def build(
     attention.install(chain.blocks, mesh)
     slots = weights.slots(ports, chain if scan else None)
     factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
-    return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat)
+    dropout = lora_config.lora_dropout if lora_config else 0.0
+    return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat, dropout)
 
 
 @contextlib.contextmanager

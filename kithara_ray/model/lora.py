@@ -4,7 +4,7 @@
     O  out    width of what it gives, its output dims flattened
     R  rank
 
-    y = layer(x) + scale * (x_I @ A_RI.T) @ B_OR.T        Hu et al. 2021, arXiv:2106.09685
+    y = layer(x) + scale * (dropout(x_I) @ A_RI.T) @ B_OR.T        Hu et al. 2021, arXiv:2106.09685
 
 The factors are stored in PEFT's orientation, A (R, I) and B (O, R), float32, so what is trained is what is saved.
 A layer is adapted by giving the *built* layer the class of a LoRA subclass: every reference to it, in the functional
@@ -22,6 +22,7 @@ from keras import ops
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model.dropout import dropped
 from kithara_ray.model.stack import Chain
 from kithara_ray.model.targets import check_targets
 from kithara_ray.model.weights import Port
@@ -74,7 +75,7 @@ class _SidePath:
         contracted = self._lora_contracted_dims
         batch_shape = ops.shape(inputs)[: len(inputs.shape) - contracted]
         x_I = ops.reshape(inputs, (*batch_shape, self._lora_in_dim))
-        x_I = ops.cast(x_I, self.compute_dtype)
+        x_I = dropped(ops.cast(x_I, self.compute_dtype), self._lora_dropout, self._lora_number)
         x_R = ops.matmul(x_I, ops.transpose(self.lora_A))
         delta_O = ops.matmul(x_R, ops.transpose(self.lora_B)) * self._lora_scale
         return ops.add(y, ops.reshape(delta_O, ops.shape(y)))
@@ -135,7 +136,8 @@ def _adapt(module: str, layer, config: LoraConfig) -> Target:
     layer.lora_B = layer.add_weight(name="lora_B", shape=(out_dim, rank), dtype="float32", initializer="zeros")
     layer._tracker.lock()
     layer._lora_contracted_dims, layer._lora_in_dim = contracted, in_dim
-    layer._lora_scale = config.scale_of(module)
+    layer._lora_scale, layer._lora_dropout = config.scale_of(module), config.lora_dropout
+    layer._lora_number = zlib.crc32(module.encode())
     layer._kernel.trainable = False
     initialiser = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
     return Target(module, layer, initialiser, layer.lora_A, layer.lora_B)

@@ -7,14 +7,17 @@ found in the graph and run as `lax.scan`: one compiled body, whatever the depth.
     N  blocks of the model    P  blocks of a period    S = N // P  steps of the scan
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import keras
 
 from kithara_ray.errors import UnsupportedError
+from kithara_ray.model.dropout import dropping
 
 Gather = Callable[[keras.Variable, jax.Array], jax.Array]
 
@@ -24,7 +27,7 @@ _POLICIES = {
 }
 
 # Attributes of a layer that differ between equal layers.
-_NAMES = {"name", "_name", "_path", "_parent_path", "auto_name"}
+_NAMES = {"name", "_name", "_path", "_parent_path", "auto_name", "_lora_number"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def run(
     gather: Gather,
     place: Callable[[jax.Array], jax.Array],
     remat: str,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """The backbone's output for `inputs`, its chain scanned.
 
@@ -102,6 +106,7 @@ def run(
         gather: makes one variable's value what its block computes with, just before it runs.
         place: puts the activations between blocks where they belong.
         remat: one of `options.REMAT`.
+        dropout_key: of this pass; None drops nothing. Every block has its own.
     """
     first, last = chain.blocks[0], chain.blocks[-1]
     known = {id(symbolic): inputs[symbolic.name] for symbolic in backbone.inputs}
@@ -112,7 +117,9 @@ def run(
             args, kwargs = node.arguments.fill_in(known)
             outputs = node.outputs
             if node.operation is first:
-                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, _POLICIES[remat])
+                result = _run_chain(
+                    chain, args[0], kwargs, values_of, scanned, gather, place, _POLICIES[remat], dropout_key
+                )
                 outputs = last._inbound_nodes[0].outputs
             else:
                 result = node.operation(*args, **kwargs)
@@ -121,19 +128,28 @@ def run(
     return known[id(backbone.outputs[0])]
 
 
-def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy):
-    def call(block, x, values):
+def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy, dropout_key):
+    def call(block, x, values, key):
         own = zip(block.variables, values, strict=True)
         pairs = [(variable, gather(variable, value)) for variable, value in own]
-        with keras.StatelessScope(state_mapping=pairs):
+        with keras.StatelessScope(state_mapping=pairs), dropping(key):
             return place(block(x, **kwargs))
 
-    def body(x, values):
+    def rematerialised(block, *operands):
+        return jax.checkpoint(functools.partial(call, block), policy=policy)(*operands)
+
+    def body(x, step):
+        values, key = step
         for block, own in zip(chain.blocks[: chain.period], values, strict=True):
-            x = jax.checkpoint(lambda x, own, block=block: call(block, x, own), policy=policy)(x, own)
+            x = rematerialised(block, x, own, key)
         return x, None
 
-    x, _ = jax.lax.scan(body, place(x), scanned)
-    for block in chain.blocks[chain.steps * chain.period :]:
-        x = jax.checkpoint(lambda x, own, block=block: call(block, x, own), policy=policy)(x, values_of(block))
+    behind = chain.blocks[chain.steps * chain.period :]
+    keys, last_key = None, None
+    if dropout_key is not None:
+        *keys, last_key = jax.random.split(dropout_key, chain.steps + 1)
+        keys = jnp.stack(keys)
+    x, _ = jax.lax.scan(body, place(x), (scanned, keys))
+    for block in behind:
+        x = rematerialised(block, x, values_of(block), last_key)
     return x

@@ -1,16 +1,17 @@
 """The model handle of the public API. It holds where the base is and what was trained, never the base's weights."""
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
 
-from kithara_ray.errors import ConfigError, KitharaRayError, UnsupportedError
+from kithara_ray.errors import AdapterError, ConfigError, KitharaRayError, UnsupportedError
 from kithara_ray.hf import storage
-from kithara_ray.hf.adapter import LoraConfig
-from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS
@@ -25,6 +26,29 @@ _ELSEWHERE = {
     "dtype": "give precision=",
     "preprocessor": "leave it out; rows are tokenised by the dataset",
 }
+
+
+def _lora_config(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig:
+    """LoRA's settings as the user gave them, "all-linear" spelled out."""
+    targets = settings.pop("target_modules")
+    if targets == "all-linear":
+        targets = sorted({module.rpartition(".")[2] for module in linear_modules_of(base)})
+    if settings["init_lora_weights"] is False:
+        raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
+    patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    return LoraConfig(
+        r=rank, target_modules=(targets,) if isinstance(targets, str) else tuple(targets), **patterns, **settings
+    )
+
+
+def _check_only_adapter(function: Callable, given: dict[str, Any]) -> None:
+    """An adapter brings its own settings; one of them given beside it is a contradiction or does nothing."""
+    defaults = inspect.signature(function).parameters
+    for name, value in given.items():
+        if value != defaults[name].default:
+            raise ConfigError(
+                f"from_preset: {name}={value!r} beside adapter=: the adapter brings its own; leave it out"
+            )
 
 
 def remote_get(reference: Any) -> Any:
@@ -63,8 +87,14 @@ class KerasHubModel:
         precision: str = "mixed_bfloat16",
         *,
         lora_alpha: float | None = None,
-        target_modules: Sequence[str] = ("q_proj", "v_proj"),
+        lora_dropout: float = 0.0,
+        target_modules: str | Sequence[str] = ("q_proj", "v_proj"),
         use_rslora: bool = False,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+        init_lora_weights: str | bool = True,
+        adapter: str | None = None,
+        allow_other_base: bool = False,
         **unknown: Any,
     ) -> "KerasHubModel":
         """A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
@@ -75,11 +105,19 @@ class KerasHubModel:
             precision: "mixed_bfloat16" (activations bfloat16), "bfloat16" or "float32". The frozen base keeps its
                 checkpoint's dtype in memory; factors and optimizer state are float32.
             lora_alpha: the update is scaled by alpha / rank; the default is alpha = rank, as in Kithara.
-            target_modules: PEFT's names of the layers to adapt.
+            lora_dropout: share of what the side paths are given that is dropped in training.
+            target_modules: PEFT's names of the layers to adapt: a name, a list of names or of dotted endings
+                ("layers.3.mlp.up_proj"), or "all-linear" for all but embeddings and head.
             use_rslora: scale by alpha / sqrt(rank).
+            rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
+            init_lora_weights: True draws A as PEFT does (kaiming), "gaussian" from a normal of deviation 1 / rank.
+            adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
+                LoRA settings; give none of them beside it.
+            allow_other_base: take an adapter whose adapter_config.json names another base.
 
         Raises:
             ConfigError: an argument is wrong; a target matches nothing.
+            AdapterError: `adapter` is not complete, does not fit this base or was trained on another.
             UnsupportedError: the family, or a field of its config, cannot be honoured.
             CheckpointError: there is no base at the handle.
         """
@@ -90,18 +128,45 @@ class KerasHubModel:
             )
         if precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        if lora_rank is None:
-            raise UnsupportedError("lora_rank=None (training all weights) is not available yet; give lora_rank=16")
-        if isinstance(target_modules, str):
-            target_modules = (target_modules,)
-        lora = LoraConfig(
-            r=lora_rank, lora_alpha=lora_alpha, target_modules=tuple(target_modules), use_rslora=use_rslora
-        )
+        settings = {
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "target_modules": target_modules,
+            "use_rslora": use_rslora,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "init_lora_weights": init_lora_weights,
+        }
         handle = absolute(preset_handle)
         base = BaseCheckpoint.open(storage.fetch(handle))
         family_of(base.config)
+        if adapter is not None:
+            _check_only_adapter(cls.from_preset, {"lora_rank": lora_rank, **settings})
+            return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base)
+        if lora_rank is None:
+            raise UnsupportedError("lora_rank=None (training all weights) is not available yet; give lora_rank=16")
+        lora = _lora_config(lora_rank, base, **settings)
         check_targets(lora, linear_modules_of(base))
         return cls(handle, lora, precision)
+
+    @classmethod
+    def _with_adapter(
+        cls, handle: str, base: BaseCheckpoint, adapter: str, precision: str, allow_other_base: bool
+    ) -> "KerasHubModel":
+        directory = storage.fetch(adapter)
+        loaded = Adapter.read(directory)
+        named = read_json(directory / ADAPTER_CONFIG, AdapterError).get("base_model_name_or_path") or ""
+        same = named.rstrip("/").rpartition("/")[2] == handle.rstrip("/").rpartition("/")[2]
+        if named and not same and not allow_other_base:
+            raise AdapterError(
+                f"{adapter} was trained on {named!r} and not on {handle!r}; if these are the same weights, "
+                "give allow_other_base=True"
+            )
+        loaded.validate(base)
+        check_targets(loaded.config, linear_modules_of(base))
+        model = cls(handle, loaded.config, precision)
+        model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
+        return model
 
     def save_in_hf_format(
         self,

@@ -71,7 +71,7 @@ class Trainer:
             "dots", also the results of products with weights, faster where the memory is there.
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
-        seed: of the initial factors.
+        seed: of the initial factors and of dropout.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
     """

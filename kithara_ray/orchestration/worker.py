@@ -144,7 +144,7 @@ class Run:
         self._next_batch = batch
         with self._phase("compile"):
             self.step = step.compile_step(
-                self.model, self.optimizer, self.state, self.frozen, batch, spec.micro_batches
+                self.model, self.optimizer, self.state, self.frozen, batch, spec.micro_batches, spec.seed
             )
             if self.eval_data:
                 eval_batch, _ = self.eval_data.batch(0)

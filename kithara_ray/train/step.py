@@ -25,9 +25,11 @@ State = dict[str, Any]
 Batch = dict[str, jax.Array]
 
 
-def summed_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def summed_loss(
+    model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """(sum of weighted cross-entropy, sum of weights), both float32 scalars over the global batch."""
-    hidden_BTD = model.hidden_BTD(factors, frozen, batch["token_ids"], batch["segment_ids"])
+    hidden_BTD = model.hidden_BTD(factors, frozen, batch["token_ids"], batch["segment_ids"], dropout_key)
     hidden_BKD = jnp.take_along_axis(hidden_BTD, batch["target_positions"][..., None], axis=1)
     total = summed_cross_entropy(
         lambda _, hidden: model.head_V(frozen, hidden),
@@ -41,7 +43,7 @@ def summed_loss(model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch)
 
 
 def loss_and_gradients(
-    model: CausalLM, params: Factors, frozen: Frozen, batch: Batch, micro_batches: int = 1
+    model: CausalLM, params: Factors, frozen: Frozen, batch: Batch, dropout_key=None, micro_batches: int = 1
 ) -> tuple[jax.Array, Factors]:
     """The mean loss over the batch's unmasked tokens and its gradients, float32.
 
@@ -50,17 +52,19 @@ def loss_and_gradients(
     """
     weight = jnp.maximum(jnp.sum(batch["target_weights"]), 1.0)
 
-    def of(part: Batch):
-        return jax.value_and_grad(lambda params: summed_loss(model, params, frozen, part)[0] / weight)(params)
+    def of(part: Batch, key):
+        return jax.value_and_grad(lambda params: summed_loss(model, params, frozen, part, key)[0] / weight)(params)
 
     if micro_batches == 1:
-        return of(batch)
+        return of(batch, dropout_key)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, of(part)), None
+        return jax.tree.map(jnp.add, total, of(*part)), None
 
     zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(add, zeros, jax.tree.map(partial(_micro_batches, model, micro_batches), batch))[0]
+    keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
+    parts = jax.tree.map(partial(_micro_batches, model, micro_batches), batch)
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def _micro_batches(model: CausalLM, parts: int, array_BX: jax.Array) -> jax.Array:
@@ -71,10 +75,20 @@ def _micro_batches(model: CausalLM, parts: int, array_BX: jax.Array) -> jax.Arra
 
 
 def train_step(
-    model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch, micro_batches: int = 1
+    model: CausalLM,
+    optimizer: Optimizer,
+    state: State,
+    frozen: Frozen,
+    batch: Batch,
+    micro_batches: int = 1,
+    seed: int = 0,
 ):
-    """(new state, {"loss", "learning_rate", "grad_norm"}): scalars, float32."""
-    loss, grads = loss_and_gradients(model, state["params"], frozen, batch, micro_batches)
+    """(new state, {"loss", "learning_rate", "grad_norm"}): scalars, float32.
+
+    What dropout drops is a function of `seed` and the step.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if model.dropout else None
+    loss, grads = loss_and_gradients(model, state["params"], frozen, batch, key, micro_batches)
     params, opt = optimizer.update(grads, state["opt"], state["params"])
     squares = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
     metrics = {
@@ -100,12 +114,18 @@ def initial_state(model: CausalLM, optimizer: Optimizer, params: Factors) -> Sta
 
 
 def compile_step(
-    model: CausalLM, optimizer: Optimizer, state: State, frozen: Frozen, batch: Batch, micro_batches: int = 1
+    model: CausalLM,
+    optimizer: Optimizer,
+    state: State,
+    frozen: Frozen,
+    batch: Batch,
+    micro_batches: int = 1,
+    seed: int = 0,
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
     """The step compiled for these arrays' shapes and shardings. Its state argument is donated."""
 
     def step(state, frozen, batch):
-        return train_step(model, optimizer, state, frozen, batch, micro_batches)
+        return train_step(model, optimizer, state, frozen, batch, micro_batches, seed)
 
     state_in = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(

@@ -1,0 +1,96 @@
+"""PEFT's options mean here what they mean in PEFT: the same logits from the same adapter file; and dropout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tiny import VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model.causal_lm import build
+from kithara_ray.model.dropout import dropped, dropping
+from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.sharding.shape import MeshShape
+
+TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 20)).astype(np.int32)
+OPTIONS = {
+    "rsLoRA": LoraConfig(r=4, lora_alpha=6, use_rslora=True),
+    "patterns": LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=("q_proj", "down_proj"),
+        rank_pattern={"layers.0.self_attn.q_proj": 2, r"layers\.[12]\..*down_proj": 8},
+        alpha_pattern={"down_proj": 3},
+    ),
+    "dotted endings": LoraConfig(r=2, lora_alpha=5, target_modules=("layers.1.self_attn.k_proj", "2.mlp.up_proj")),
+    "dropout, evaluated": LoraConfig(r=4, lora_alpha=12, lora_dropout=0.5),
+}
+
+
+def place(mesh):
+    return [jax.device_put(array, batch_sharding(mesh)) for array in (TOKENS, np.ones_like(TOKENS))]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_computes_what_peft_does(option, tiny_models, tmp_path):
+    config, mesh = OPTIONS[option], make_mesh()
+    base = BaseCheckpoint.open(tiny_models["llama"])
+    model = build(base.config, config, mesh, "float32")
+    rng = np.random.default_rng(1)
+    tensors = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in model.adapter_shapes.items()}
+    Adapter(config, tensors).write(tmp_path, str(base.directory))
+    plain = AutoModelForCausalLM.from_pretrained(base.directory).eval()
+    with torch.no_grad():
+        without = plain(torch.tensor(TOKENS).long()).logits.numpy()
+        theirs = PeftModel.from_pretrained(plain, tmp_path).eval()(torch.tensor(TOKENS).long()).logits.numpy()
+    ours = np.asarray(jax.jit(model.logits_BTV)(model.place_factors(tensors), model.load(base), *place(mesh)))
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    assert np.abs(ours - without).max() > 0.1
+
+
+def test_gaussian_factors_have_the_deviation_of_peft_s(tiny_models):
+    """1 / r, as peft.tuners.lora.layer.LoraLayer.reset_lora_parameters draws them."""
+    base, config = BaseCheckpoint.open(tiny_models["llama"]), LoraConfig(r=8, init_lora_weights="gaussian")
+    model = build(base.config, config, make_mesh(), "float32")
+    drawn = {key: np.asarray(array) for key, array in model.initial_factors(0).items()}
+    a = np.concatenate([array.ravel() for key, array in drawn.items() if "lora_A" in key])
+    # 4,608 draws: four deviations of their deviation are 4 %.
+    assert abs(a.std() * 8 - 1) < 0.04
+    assert abs(a.mean() * 8) < 0.06
+    assert not any(array.any() for key, array in drawn.items() if "lora_B" in key)
+
+
+def test_dropped_elements_are_zero_and_the_mean_stays():
+    x = jnp.full((200, 100), 2.0)
+    with dropping(jax.random.key(0)):
+        first, other = np.asarray(dropped(x, 0.25, 1)), np.asarray(dropped(x, 0.25, 2))
+    assert set(np.unique(first)) == {np.float32(0), np.float32(2 / 0.75)}
+    # 20,000 draws: four deviations of the share are 0.0123.
+    assert abs((first == 0).mean() - 0.25) < 0.0123
+    assert 0.1 < ((first == 0) & (other == 0)).mean() / 0.25 < 0.4
+    assert dropped(x, 0.25, 1) is x
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_dropout_touches_the_side_paths_alone_and_depends_on_the_key(scan, tiny_models):
+    base, lora = BaseCheckpoint.open(tiny_models["gemma2"]), LoraConfig(r=4, lora_alpha=12, lora_dropout=0.4)
+
+    def hidden(key, mesh=None, scale=1.0):
+        mesh = make_mesh(mesh)
+        model = build(base.config, lora, mesh, "float32", scan=scan)
+        rng = np.random.default_rng(1)
+        tensors = {n: scale * rng.normal(0, 0.2, s).astype(np.float32) for n, s in model.adapter_shapes.items()}
+        compute = jax.jit(model.hidden_BTD)
+        return np.asarray(compute(model.place_factors(tensors), model.load(base), *place(mesh), key))
+
+    first = hidden(jax.random.key(1))
+    assert np.abs(first - hidden(None)).max() > 0.01
+    assert np.abs(first - hidden(jax.random.key(2))).max() > 0.01
+    # The same elements are dropped however the rows are split over devices.
+    np.testing.assert_allclose(first, hidden(jax.random.key(1), MeshShape(fsdp=2, tensor=2)), atol=1e-4)
+    np.testing.assert_allclose(hidden(jax.random.key(1), scale=0.0), hidden(None, scale=0.0), atol=1e-5)

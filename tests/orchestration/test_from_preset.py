@@ -1,0 +1,91 @@
+"""What `from_preset` makes of PEFT's options, and an adapter that is gone on from; on the driver alone."""
+
+import json
+import shutil
+
+import pytest
+from tiny import write_model
+
+from kithara_ray import KerasHubModel
+from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
+from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.lora_config import LoraConfig
+
+LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
+@pytest.fixture
+def directory(tiny_models):
+    return str(tiny_models["llama"])
+
+
+@pytest.fixture
+def adapter(directory, tmp_path):
+    """An adapter of PEFT's own making, B not zero."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = PeftConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_options_reach_the_configuration(directory):
+    model = KerasHubModel.from_preset(
+        directory,
+        lora_rank=8,
+        lora_alpha=20,
+        lora_dropout=0.1,
+        target_modules="all-linear",
+        rank_pattern={"q_proj": 4},
+        alpha_pattern={"v_proj": 2},
+        init_lora_weights="gaussian",
+    )
+    assert model.lora == LoraConfig(
+        r=8,
+        lora_alpha=20,
+        lora_dropout=0.1,
+        target_modules=LINEAR,
+        rank_pattern={"q_proj": 4},
+        alpha_pattern={"v_proj": 2},
+        init_lora_weights="gaussian",
+    )
+
+
+def test_an_adapter_of_peft_brings_its_settings_and_tensors(directory, adapter):
+    model = KerasHubModel.from_preset(directory, adapter=str(adapter))
+    written = Adapter.read(adapter)
+    assert (model.lora.r, model.lora.alpha, model.lora.target_modules) == (4, 6, ("q_proj", "up_proj"))
+    assert model.adapter.keys() == written.tensors.keys()
+    assert all((model.adapter[name] == tensor).all() for name, tensor in written.tensors.items())
+    assert any(tensor.any() for name, tensor in model.adapter.items() if "lora_B" in name)
+
+
+def rewrite(adapter, **fields):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_adapter_of_another_base_is_refused(directory, adapter, tmp_path):
+    rewrite(adapter, base_model_name_or_path="org/another-model")
+    with pytest.raises(AdapterError, match=r"was trained on 'org/another-model' and not on .*allow_other_base=True"):
+        KerasHubModel.from_preset(directory, adapter=str(adapter))
+    assert KerasHubModel.from_preset(directory, adapter=str(adapter), allow_other_base=True).adapter
+    other = write_model(tmp_path / "other", "llama", num_hidden_layers=2)
+    with pytest.raises(AdapterError, match=r"model\.layers\.2\..*the base at .* has no tensor"):
+        KerasHubModel.from_preset(str(other), adapter=str(adapter), allow_other_base=True)
+
+
+def test_what_cannot_be_honoured_is_named(directory, adapter):
+    with pytest.raises(ConfigError, match="lora_rank=8 beside adapter=: the adapter brings its own"):
+        KerasHubModel.from_preset(directory, lora_rank=8, adapter=str(adapter))
+    with pytest.raises(UnsupportedError, match="init_lora_weights=False"):
+        KerasHubModel.from_preset(directory, lora_rank=8, init_lora_weights=False)
+    rewrite(adapter, use_dora=True)
+    with pytest.raises(UnsupportedError, match="use_dora=True is not supported"):
+        KerasHubModel.from_preset(directory, adapter=str(adapter))
+    shutil.rmtree(adapter)
+    with pytest.raises(Exception, match="adapter") as caught:
+        KerasHubModel.from_preset(directory, adapter=str(adapter))
+    assert type(caught.value).__module__ == "kithara_ray.errors"
