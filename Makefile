@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint clean bench-step bench-load
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -31,6 +31,16 @@ test: $(VENV)/.test lint  ## the whole test suite
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(BIN)/pip install -q -e ".[bench]"
+	@touch $@
+
+bench-step: $(VENV)/.bench  ## a training step beside torch + peft and beside KerasHub's own LoRA; 10 minutes
+	@$(BIN)/python benchmarks/step.py
+
+bench-load: $(VENV)/.bench  ## loading a base onto two hosts beside KerasHub's from_preset; 2 minutes
+	@$(BIN)/python benchmarks/load.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -96,6 +97,11 @@ class BaseCheckpoint:
             mapped = self._maps[info.file] = np.memmap(info.file, dtype=np.uint8, mode="r")
         raw = mapped[info.offset : info.offset + info.nbytes]
         return np.ndarray(info.shape, info.numpy_dtype, buffer=raw)
+
+    def forget_pages(self) -> None:
+        """Take what was read through `view` out of this process' memory; the views stay valid."""
+        for mapped in self._maps.values():
+            mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self) -> str:
         """`sha256:<hex>` of the mathematics: equal for a re-sharded copy, different for other weights.

@@ -303,7 +303,7 @@ def build(
         targets = lora.inject(backbone, ports, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
-    slots = weights.slots(ports, chain if scan else None)
+    slots = weights.slots(backbone, ports, chain if scan else None)
     factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
     dropout = lora_config.lora_dropout if lora_config else 0.0
     return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat, dropout)

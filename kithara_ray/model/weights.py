@@ -5,10 +5,12 @@ every call `port_weight(keras_variable, hf_weight_key, hook_fn)` is one line of 
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import keras
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -93,12 +95,13 @@ class Slot:
     Attributes:
         ports: one, or one for each step.
         stacked: whether the array's first dim counts the steps.
-        split_first: the dim to split over the mesh before the largest one, if it divides; an embedding's vocabulary.
+        split_first: dims to split over the mesh before the largest one, the first that divides: an embedding's
+            vocabulary, or those of a kernel that are the file's rows, so that a host reads whole stretches of it.
     """
 
     ports: tuple[Port, ...]
     stacked: bool
-    split_first: int | None = None
+    split_first: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,24 +114,37 @@ class Slot:
         return [(port, array[step]) for step, port in enumerate(self.ports)]
 
 
-def slots(ports: Sequence[Port], chain: Chain | None) -> list[Slot]:
+def slots(backbone: keras.Model, ports: Sequence[Port], chain: Chain | None) -> list[Slot]:
     """The frozen arrays of a model: its ports, those of the chain's scanned blocks stacked by step."""
     by_variable = {id(port.variable): port for port in ports}
+    rows = {id(layer._kernel): _produced_dims(layer) for layer in backbone._flatten_layers() if _is_linear(layer)}
     peers = chain.peers() if chain is not None else {}
     made = []
     for port in ports:
         group = tuple(by_variable[id(variable)] for variable in peers.get(id(port.variable), ()))
         if not group:
-            made.append(Slot((port,), stacked=False, split_first=_vocabulary_dim(port)))
+            made.append(Slot((port,), False, _vocabulary_dim(port) or rows.get(id(port.variable), ())))
         elif group[0] is port:
-            made.append(Slot(group, stacked=True))
+            made.append(Slot(group, True, tuple(dim + 1 for dim in rows.get(id(port.variable), ()))))
     return made
 
 
-def _vocabulary_dim(port: Port) -> int | None:
+def _vocabulary_dim(port: Port) -> tuple[int, ...]:
     """An embedding table (V, D) and a head (D, V) are split over the vocabulary."""
     leaf = port.variable.path.rpartition("/")[2]
-    return {"embeddings": 0, "reverse_embeddings": 1}.get(leaf)
+    return {"embeddings": (0,), "reverse_embeddings": (1,)}.get(leaf, ())
+
+
+def _is_linear(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+
+
+def _produced_dims(layer: keras.layers.Layer) -> tuple[int, ...]:
+    """The dims of a kernel that its layer's output has; Hugging Face stores them as rows."""
+    if isinstance(layer, keras.layers.Dense):
+        return (1,)
+    kernel, output = layer.equation.split(",")[1].split("->")
+    return tuple(dim for dim, label in enumerate(kernel) if label in output)
 
 
 def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtype: np.dtype | None) -> jax.Array:
@@ -141,11 +157,23 @@ def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtyp
     dtype = views[0].dtype if dtype is None else dtype
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not slot.stacked:
-            return np.ascontiguousarray(views[0][index], dtype=dtype)
-        return np.stack([np.ascontiguousarray(view[index[1:]], dtype=dtype) for view in views[index[0]]])
+        parts = [view[index[1:]] for view in views[index[0]]] if slot.stacked else [views[0][index]]
+        own = _aligned(((len(parts),) if slot.stacked else ()) + parts[0].shape, dtype)
+        for target, part in zip(own if slot.stacked else [own], parts, strict=True):
+            target[...] = part
+        return own
 
-    return jax.make_array_from_callback(slot.shape, sharding, read)
+    array = jax.make_array_from_callback(slot.shape, sharding, read)
+    base.forget_pages()
+    return array
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which JAX on CPU takes as it is; any other it would copy."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:

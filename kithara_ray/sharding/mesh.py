@@ -45,13 +45,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: int | None = None) -> NamedSharding:
+def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: Sequence[int] = ()) -> NamedSharding:
     """The layout of one weight: `fsdp` and `tensor` together split one of its dims that divides evenly.
 
     Args:
         shape: the weight's shape.
         whole_dims: so many leading dims stay whole (the dim of stacked blocks).
-        prefer: the dim to split if it divides; else the largest that does.
+        prefer: dims to split, the first of them that divides; else the largest that does.
 
     A weight under 2048 elements is replicated.
 
@@ -70,7 +70,8 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
             f"(fsdp={mesh.shape['fsdp']} x tensor={mesh.shape['tensor']}): no dim is a multiple of {ways}; "
             "choose another mesh or number of devices"
         )
-    dim = prefer if prefer in candidates else max(candidates, key=lambda dim: shape[dim])
+    largest = max(candidates, key=lambda dim: shape[dim])
+    dim = next((dim for dim in prefer if dim in candidates), largest)
     spec = [None] * len(shape)
     spec[dim] = axes
     return NamedSharding(mesh, PartitionSpec(*spec))
