@@ -20,10 +20,10 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run(script: str, *args: str, env: dict[str, str] | None = None) -> dict:
+def run(script: str, *args: str) -> dict:
     """One contender in a fresh process; what it reports as JSON on its last line of output."""
     command = [sys.executable, script, *args]
-    done = subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(args)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

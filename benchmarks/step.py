@@ -133,16 +133,17 @@ def kerashub() -> None:
 
 def compile_at(layers: int) -> None:
     """Seconds from the built model to the compiled step, without weights."""
-    import jax
-
     _, model = ours_model(layers)
     from kithara_ray.train import step
 
     optimizer = keras_adamw()
-    frozen = [jax.ShapeDtypeStruct(s.shape, np.float32, sharding=model.weight_sharding(s)) for s in model.slots]
-    state = step.initial_state(model, optimizer, model.initial_factors(0))
+    shapes = (
+        step.abstract_state(model, optimizer),
+        model.abstract_frozen(np.dtype(np.float32)),
+        step.abstract_batch(model, ROWS, LENGTH, LENGTH),
+    )
     mark = time.perf_counter()
-    compiled = step.compile_step(model, optimizer, state, frozen, ours_batch(model))
+    compiled = step.compile_step(model, optimizer, *shapes)
     seconds = time.perf_counter() - mark
     print(json.dumps({"compile_s": seconds, "program_kb": len(compiled.as_text()) / 1024}))
 

@@ -182,6 +182,24 @@ class CausalLM:
 
     # --- the arrays --------------------------------------------------------------------------------------------------
 
+    def abstract_frozen(self, dtype: np.dtype) -> list[jax.ShapeDtypeStruct]:
+        """What `load` gives for a base of this dtype, without its bytes: for compiling ahead of time."""
+        for slot in self.slots:
+            self._stored_as(slot, dtype)
+        return [jax.ShapeDtypeStruct(slot.shape, dtype, sharding=self.weight_sharding(slot)) for slot in self.slots]
+
+    def abstract_factors(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `initial_factors` gives, without values."""
+        return {
+            slot.key: jax.ShapeDtypeStruct(slot.shape, jnp.float32, sharding=self.factor_sharding(slot))
+            for slot in self.factor_slots
+        }
+
+    def _stored_as(self, slot: weights.Slot, dtype: np.dtype) -> None:
+        """Keras casts a bound value to its variable's dtype; the variable follows what is stored."""
+        for port in slot.ports:
+            port.variable._dtype = keras.backend.standardize_dtype(dtype)
+
     def load(self, base: BaseCheckpoint) -> Frozen:
         """The frozen arrays, split over the mesh; each process reads only the slices its devices own.
 
@@ -194,9 +212,7 @@ class CausalLM:
         frozen = []
         for slot in self.slots:
             array = weights.load_sharded(base, slot, self.weight_sharding(slot), dtype)
-            for port in slot.ports:
-                # Keras casts a bound value to its variable's dtype; the variable follows what is stored.
-                port.variable._dtype = keras.backend.standardize_dtype(array.dtype)
+            self._stored_as(slot, array.dtype)
             frozen.append(array)
         local = sum(shard.data.nbytes for array in frozen for shard in array.addressable_shards)
         logger.info("loaded %.0f MB on this host in %.1f s", local / 1e6, time.monotonic() - started)

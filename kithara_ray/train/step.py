@@ -104,13 +104,46 @@ def initial_state(model: CausalLM, optimizer: Optimizer, params: Factors) -> Sta
 
     An optimizer array with a factor's shape is split as that factor is; any other is replicated.
     """
-    split = {slot.shape: model.factor_sharding(slot) for slot in model.factor_slots}
 
     def make():
         return {"opt": optimizer.init(params), "step": jnp.int32(0)}
 
-    shardings = jax.tree.map(lambda leaf: split.get(leaf.shape, replicated(model.mesh)), jax.eval_shape(make))
+    shardings = _state_shardings(model, jax.eval_shape(make))
     return {"params": params} | jax.jit(make, out_shardings=shardings)()
+
+
+def abstract_state(model: CausalLM, optimizer: Optimizer) -> State:
+    """What `initial_state` gives, without values: for compiling ahead of time."""
+    params = model.abstract_factors()
+
+    def make():
+        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in params.items()}
+        return {"opt": optimizer.init(zeros), "step": jnp.int32(0)}
+
+    shapes = jax.eval_shape(make)
+    with_shardings = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        _state_shardings(model, shapes),
+    )
+    return {"params": params} | with_shardings
+
+
+def abstract_batch(model: CausalLM, rows: int, seq_len: int, predictions: int) -> Batch:
+    """The shapes of a batch of so many rows over all devices."""
+    widths = {"token_ids": seq_len, "segment_ids": seq_len}
+    widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), predictions)
+    return {
+        name: jax.ShapeDtypeStruct(
+            (rows, width), jnp.float32 if name == "target_weights" else jnp.int32, sharding=batch_sharding(model.mesh)
+        )
+        for name, width in widths.items()
+    }
+
+
+def _state_shardings(model: CausalLM, shapes: State) -> State:
+    split = {slot.shape: model.factor_sharding(slot) for slot in model.factor_slots}
+    return jax.tree.map(lambda leaf: split.get(leaf.shape, replicated(model.mesh)), shapes)
 
 
 def compile_step(

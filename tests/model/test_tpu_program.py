@@ -1,0 +1,102 @@
+"""The step compiled for a TPU slice by the TPU's own compiler, which needs no TPU: what the program holds."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+T, LAYERS = 1024, 4
+CONFIG = dict(
+    model_type="gemma2",
+    hidden_size=384,
+    intermediate_size=512,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=128,
+    query_pre_attn_scalar=128,
+    sliding_window=256,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    vocab_size=65536,
+    rms_norm_eps=1e-6,
+)
+
+
+def compile_for_v5e() -> None:
+    """Prints the program as JSON; runs in a process of its own, whose environment names the slice."""
+    from kithara_ray.model import runtime
+
+    runtime.prepare()
+    import keras
+    import ml_dtypes
+    import numpy as np
+    from jax.experimental import topologies
+
+    from kithara_ray.hf.lora_config import LoraConfig
+    from kithara_ray.model.causal_lm import build
+    from kithara_ray.sharding.mesh import make_mesh
+    from kithara_ray.sharding.shape import MeshShape
+    from kithara_ray.train import step
+    from kithara_ray.train.optimizer import KerasOptimizer
+
+    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    mesh = make_mesh(MeshShape(fsdp=2, tensor=2), devices)
+    model = build(CONFIG, LoraConfig(r=8, target_modules=("q_proj", "down_proj")), mesh, "mixed_bfloat16")
+    optimizer = KerasOptimizer(keras.optimizers.serialize(keras.optimizers.AdamW(1e-3)))
+    state = step.abstract_state(model, optimizer)
+    frozen = model.abstract_frozen(np.dtype(ml_dtypes.bfloat16))
+    compiled = step.compile_step(model, optimizer, state, frozen, step.abstract_batch(model, 2, T, T))
+    outputs = {key: list(leaf.shape) for key, leaf in compiled.out_info[0]["params"].items()}
+    factors = {slot.key: list(slot.shape) for slot in model.factor_slots}
+    json.dump({"text": compiled.as_text(), "outputs": outputs, "factors": factors}, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def program():
+    env = os.environ | {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "JAX_PLATFORMS": "cpu",
+        # Nothing is run on a TPU, so no process need wait for another's.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shapes_of(program):
+    """Of all arrays in the program, on one device."""
+    return {tuple(map(int, found.split(","))) for found in re.findall(r"\b\w+\[([\d,]+)\]", program["text"])}
+
+
+def test_attention_is_the_splash_kernel_and_nothing_is_t_by_t(program):
+    assert "tpu_custom_call" in program["text"]
+    shapes = shapes_of(program)
+    assert any(T in shape for shape in shapes)
+    assert not [shape for shape in shapes if shape.count(T) >= 2]
+
+
+def test_no_logits_of_all_positions(program):
+    """Each device has a part of the vocabulary, and of 1024 positions a chunk of 256."""
+    part = CONFIG["vocab_size"] // 4
+    logits = {shape for shape in shapes_of(program) if part in shape and CONFIG["hidden_size"] not in shape}
+    assert logits
+    assert all(math.prod(shape) <= 2 * 256 * part for shape in logits), logits
+
+
+def test_every_factor_is_stacked_and_trained(program):
+    assert program["outputs"] == program["factors"]
+    assert all(shape[0] == LAYERS // 2 for shape in program["factors"].values())
+
+
+if __name__ == "__main__":
+    compile_for_v5e()
