@@ -51,7 +51,7 @@ def ours_batch(model):
 
     mask = np.ones(LENGTH, np.uint8)
     mask[0] = 0
-    arrays = collate([TokenizedRow(row, mask) for row in tokens()], LENGTH, LENGTH, 2)
+    arrays = collate([[TokenizedRow(row, mask)] for row in tokens()], LENGTH, LENGTH, 2)
     return {name: jax.device_put(array, batch_sharding(model.mesh)) for name, array in arrays.items()}
 
 

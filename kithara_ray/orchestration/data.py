@@ -1,5 +1,6 @@
 """The dataset handles of the public API: what a user writes about data, before anything is read."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class _Dataset:
         self.column_mapping = dict(column_mapping or {})
         self.custom_formatting_fn = custom_formatting_fn
         self.formatting_style = formatting_style
+        self.packed = False
         self.row_tokenizer()
 
     def row_tokenizer(self) -> RowTokenizer:
@@ -86,7 +88,10 @@ class _Dataset:
         return as_ray_dataset(self.source)
 
     def to_packed_dataset(self):
-        raise UnsupportedError("packing several rows into one sequence is not available yet; train without it")
+        """The same dataset, of which a Dataloader packs several rows into one sequence."""
+        packed = copy.copy(self)
+        packed.packed = True
+        return packed
 
 
 class SFTDataset(_Dataset):
@@ -125,6 +130,8 @@ class Dataloader:
         per_device_batch_size: rows per device; the global batch is this x all devices.
         shuffle: each epoch in an order of its own, a function of (seed, epoch).
         seed: of the shuffle.
+        packing: put as many rows of the dataset as fit into each sequence of `max_seq_len` tokens. They do not see each
+            other; what is computed of each is what it gives alone. `dataset.to_packed_dataset()` says the same.
     """
 
     def __init__(
@@ -134,6 +141,7 @@ class Dataloader:
         dataset_is_sharded_per_host: bool = False,
         shuffle: bool = True,
         seed: int = 0,
+        packing: bool = False,
     ):
         if not isinstance(per_device_batch_size, int) or per_device_batch_size < 1:
             raise ConfigError(f"per_device_batch_size must be an integer >= 1, got {per_device_batch_size!r}")
@@ -146,3 +154,4 @@ class Dataloader:
         self.per_device_batch_size = per_device_batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.packing = packing or dataset.packed

@@ -6,6 +6,7 @@ The driver streams the source's blocks through tokenising tasks and keeps refere
 in the object store, which spills to disk by itself. A worker fetches only the rows that its own devices hold.
 """
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import _Dataset
 from kithara_ray.sft.collate import collate
-from kithara_ray.sft.order import PADDING_ROW, BatchOrder
+from kithara_ray.sft.order import Order
 from kithara_ray.sft.tokenize import RowTokenizer, TokenizedBlock, TokenizedRow
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ _MAX_TASKS = 16
 # Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU padding is only work.
 LENGTH_MULTIPLE = {"tpu": 128}
 _CPU_LENGTH_MULTIPLE = 8
+# Room for predictions in a pack, over the mean: the head's work grows with it, and what does not fit waits for a pack.
+_PREDICTIONS_MARGIN = 1.15
 _COUNTS = {
     "dropped_untrained": "were dropped because truncation left nothing to train",
     "skipped_bad": "were skipped as bad",
@@ -60,8 +63,23 @@ class TokenStore:
 
     def batch_shape(self, platform: str) -> tuple[int, int]:
         """(T, K) of every batch: the longest row and the most trained tokens of a row, rounded up for the platform."""
-        multiple = LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
-        return tuple(-(-int(count.max()) // multiple) * multiple for count in (self.lengths, self.trained))
+        return _rounded(int(self.lengths.max()), platform), _rounded(int(self.trained.max()), platform)
+
+    def packed_shape(self, platform: str, max_seq_len: int) -> tuple[int, int]:
+        """(T, K) of packed batches: `max_seq_len`, and a little more than the share of its tokens that is trained."""
+        seq_len = _rounded(max_seq_len, platform)
+        share = self.trained.sum(dtype=np.int64) / self.lengths.sum(dtype=np.int64)
+        predictions = max(int(self.trained.max()), int(_PREDICTIONS_MARGIN * share * seq_len))
+        return seq_len, min(seq_len, _rounded(predictions, platform))
+
+    def head(self, num_rows: int) -> "TokenStore":
+        """The first rows alone."""
+        return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows])
+
+
+def _rounded(count: int, platform: str) -> int:
+    multiple = LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
+    return -(-count // multiple) * multiple
 
 
 @ray.remote(num_returns=2, num_cpus=1)
@@ -135,39 +153,38 @@ class HostStream:
     Args:
         store: the tokenised dataset.
         order: which rows are in which batch.
+        shape: (T, K) of every batch.
         sharding: of the batch; rows are split, positions whole.
     """
 
-    def __init__(self, store: TokenStore, order: BatchOrder, sharding: NamedSharding):
+    def __init__(self, store: TokenStore, order: Order, shape: tuple[int, int], sharding: NamedSharding):
         self.store = store
         self.order = order
         self.sharding = sharding
-        self.seq_len, self.predictions = store.batch_shape(sharding.mesh.devices.flat[0].platform)
+        self.seq_len, self.predictions = shape
         self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
 
     def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
         """The arrays of one global batch, and how many real tokens it has over all hosts."""
-        rows = self.order.batch(step)
-        tokens = int(self.store.lengths[rows[rows != PADDING_ROW]].sum())
+        packs = self.order.batch(step)
+        tokens = int(self.store.lengths[np.concatenate(packs)].sum())
         parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
         def part(index: tuple[slice, ...], name: str) -> np.ndarray:
-            start, stop, _ = index[0].indices(len(rows))
+            start, stop, _ = index[0].indices(len(packs))
             if (start, stop) not in parts:
-                own = [self._row(int(row)) for row in rows[start:stop]]
+                own = [[self._row(int(row)) for row in pack] for pack in packs[start:stop]]
                 parts[start, stop] = collate(own, self.seq_len, self.predictions, self.store.pad_id)
             return parts[start, stop][name]
 
         def array(name: str, width: int) -> jax.Array:
-            return jax.make_array_from_callback((len(rows), width), self.sharding, lambda index: part(index, name))
+            return jax.make_array_from_callback((len(packs), width), self.sharding, lambda index: part(index, name))
 
         widths = dict.fromkeys(("token_ids", "segment_ids"), self.seq_len)
         widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), self.predictions)
         return {name: array(name, width) for name, width in widths.items()}, tokens
 
-    def _row(self, row: int) -> TokenizedRow | None:
-        if row == PADDING_ROW:
-            return None
+    def _row(self, row: int) -> TokenizedRow:
         number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
         block, ends = self._block(number)
         within = row - int(self.store.starts[number])

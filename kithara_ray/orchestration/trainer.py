@@ -273,7 +273,13 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
 
 
 def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
-    return DataSpec(tokenize(loader.dataset), loader.per_device_batch_size * micro_batches, loader.shuffle, loader.seed)
+    return DataSpec(
+        store=tokenize(loader.dataset),
+        rows_per_device=loader.per_device_batch_size * micro_batches,
+        packed_len=loader.dataset.max_seq_len if loader.packing else None,
+        shuffle=loader.shuffle,
+        seed=loader.seed,
+    )
 
 
 def _named(error: TrainingFailedError) -> KitharaRayError:

@@ -11,7 +11,7 @@ import ray
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.stream import HostStream, TokenStore
-from kithara_ray.sft.order import BatchOrder
+from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
@@ -23,10 +23,12 @@ class DataSpec:
 
     Attributes:
         rows_per_device: of one step, all its micro-batches together.
+        packed_len: tokens of a row into which several samples are packed; None packs nothing.
     """
 
     store: TokenStore
     rows_per_device: int
+    packed_len: int | None
     shuffle: bool
     seed: int
 
@@ -149,9 +151,7 @@ class Run:
             if self.eval_data:
                 eval_batch, _ = self.eval_data.batch(0)
                 self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
-        per_epoch = self.data.order.steps_per_epoch
-        self.total_steps = spec.steps if spec.steps is not None else spec.epochs * per_epoch
-        self.eval_every = spec.eval_steps_interval or (spec.eval_epochs_interval or 0) * per_epoch
+        self.total_steps = spec.steps if spec.steps is not None else self.data.order.total_steps(spec.epochs)
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
@@ -169,9 +169,7 @@ class Run:
                 self._next_batch, self._next_tokens = self.data.batch(number)
                 self._input_wait_s += time.monotonic() - waited
             due = number % self.spec.log_steps_interval == 0 or number == self.total_steps
-            evaluate = self.eval_data and (
-                number == self.total_steps or (self.eval_every and number % self.eval_every == 0)
-            )
+            evaluate = self.eval_data and (number == self.total_steps or self._is_evaluated(number))
             if due:
                 values = {name: float(value) for name, value in metrics.items()}
                 now = time.monotonic()
@@ -182,11 +180,19 @@ class Run:
                 mark = time.monotonic()
         self._training_s = time.monotonic() - began
 
+    def _is_evaluated(self, number: int) -> bool:
+        """Whether an evaluation is due after `number` steps, by its interval of steps or of epochs."""
+        spec = self.spec
+        if spec.eval_steps_interval:
+            return number % spec.eval_steps_interval == 0
+        epoch, index = self.data.order.locate(number)
+        return index == 0 and bool(spec.eval_epochs_interval) and epoch % spec.eval_epochs_interval == 0
+
     def evaluate(self) -> dict[str, float]:
         """Token-weighted loss and perplexity over the whole evaluation set, or its first `max_eval_samples` rows."""
         order = self.eval_data.order
         total = weight = 0.0
-        for step in range(order.steps_per_epoch):
+        for step in range(order.steps_of(0)):
             batch, _ = self.eval_data.batch(step)
             loss, tokens = self.evaluate_step(self.state["params"], self.frozen, batch)
             total, weight = total + float(loss), weight + float(tokens)
@@ -210,9 +216,15 @@ class Run:
         from kithara_ray.sharding.mesh import batch_sharding
 
         limit = self.spec.max_eval_samples if data is self.spec.eval else None
-        num_rows = min(data.store.num_rows, limit or data.store.num_rows)
-        order = BatchOrder(num_rows, data.rows_per_device * self.mesh.size, data.seed, data.shuffle)
-        return HostStream(data.store, order, batch_sharding(self.mesh))
+        store = data.store.head(limit) if limit else data.store
+        common = {"batch_rows": data.rows_per_device * self.mesh.size, "seed": data.seed, "shuffle": data.shuffle}
+        if data.packed_len is None:
+            shape = store.batch_shape(self.spec.platform)
+            order = BatchOrder(store.num_rows, **common)
+        else:
+            shape = store.packed_shape(self.spec.platform, data.packed_len)
+            order = PackedOrder(store.lengths, store.trained, *shape, **common)
+        return HostStream(store, order, shape, batch_sharding(self.mesh))
 
     def _log(self, step: int, values: dict[str, float], tokens: int, seconds: float, steps: int) -> None:
         row = {
@@ -221,13 +233,17 @@ class Run:
             "tokens_per_s": tokens / seconds,
             "step_time_s": seconds / steps,
             "input_wait_s": self._input_wait_s / steps,
-            "epoch": step / self.data.order.steps_per_epoch,
+            "epoch": self._epoch_after(step),
         }
         self._total_input_wait_s += self._input_wait_s
         self._input_wait_s = 0.0
         self._record("step", **row)
         if self.rank == 0:
             logger.info("step=%d loss=%.4f tokens_per_s=%.0f", step, values["loss"], row["tokens_per_s"])
+
+    def _epoch_after(self, steps: int) -> float:
+        epoch, index = self.data.order.locate(steps)
+        return epoch + index / self.data.order.steps_of(epoch)
 
     def _record(self, kind: str, **values: Any) -> None:
         if self.rank == 0:

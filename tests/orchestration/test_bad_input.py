@@ -136,8 +136,6 @@ def test_dataset_and_dataloader(directory):
         Dataloader(dataset, per_device_batch_size=0)
     with pytest.raises(UnsupportedError, match="dataset_is_sharded_per_host=True"):
         Dataloader(dataset, 1, dataset_is_sharded_per_host=True)
-    with pytest.raises(UnsupportedError, match="packing"):
-        dataset.to_packed_dataset()
 
 
 ROWS = {

@@ -23,7 +23,17 @@ TOKENS = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (4, 24)).astype(n
 LAYERS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 
-def run(directory, tmp_path, workers, devices, rows_per_device, loop=None, targets=("q_proj", "v_proj"), **kwargs):
+def run(
+    directory,
+    tmp_path,
+    workers,
+    devices,
+    rows_per_device,
+    loop=None,
+    targets=("q_proj", "v_proj"),
+    packing=False,
+    **kwargs,
+):
     """Train on 22 rows: batches of 8, the last of each epoch not full."""
     model = KerasHubModel.from_preset(
         str(directory), lora_rank=4, lora_alpha=12, target_modules=targets, precision="float32"
@@ -32,7 +42,7 @@ def run(directory, tmp_path, workers, devices, rows_per_device, loop=None, targe
     trainer = Trainer(
         model=model,
         optimizer=keras.optimizers.AdamW(1e-2, weight_decay=0.01),
-        train_dataloader=Dataloader(data, per_device_batch_size=rows_per_device, seed=1),
+        train_dataloader=Dataloader(data, per_device_batch_size=rows_per_device, seed=1, packing=packing),
         scaling_config=ScalingConfig(num_workers=workers),
         run_config=RunConfig(storage_path=str(tmp_path), name=f"{workers}x{devices}"),
         cpu_devices_per_worker=devices,
@@ -166,6 +176,35 @@ def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny
     np.testing.assert_allclose(losses[1, 4], losses[1, 1], rtol=1e-4)
     np.testing.assert_allclose(losses[2, 2], losses[1, 1], rtol=1e-4)
     assert len(set(losses[1, 1])) == 7
+
+
+def test_packed_epochs_on_two_workers(cluster, tiny_models, tmp_path):
+    """22 rows twice, several to a sequence: every token once an epoch, and the losses of one device."""
+    histories = {}
+    for workers, devices in ((2, 2), (1, 1)):
+        _, result = run(
+            tiny_models["llama"],
+            tmp_path,
+            workers,
+            devices,
+            4 // (workers * devices),
+            packing=True,
+            steps=None,
+            epochs=2,
+        )
+        histories[workers, devices] = result.history
+    losses = {group: [row["loss"] for row in history] for group, history in histories.items()}
+    np.testing.assert_allclose(losses[2, 2], losses[1, 1], rtol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    tokens = sum(
+        len(tokenizer(row["prompt"])["input_ids"]) + len(tokenizer(row["answer"])["input_ids"]) + 1
+        for row in tiny.rows(22)
+    )
+    seen = sum(row["tokens_per_s"] * row["step_time_s"] for row in histories[2, 2])
+    assert seen == pytest.approx(2 * tokens, abs=0.01)
+    # Sequences of 64 hold three rows and more: 22 rows one to a sequence would be 6 steps an epoch.
+    assert len(losses[2, 2]) <= 6
+    assert histories[2, 2][-1]["epoch"] == 2
 
 
 def test_evaluation_counts_every_row_once(cluster, tiny_models, tmp_path):

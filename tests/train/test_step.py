@@ -13,6 +13,8 @@ import torch
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
+from kithara_ray.sft.collate import collate
+from kithara_ray.sft.tokenize import TokenizedRow
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train import loss as loss_module
@@ -60,6 +62,15 @@ def test_chunked_loss_is_the_plain_one_with_its_gradient(chunk_logits, monkeypat
     np.testing.assert_allclose(grad_head, torch_head.grad.numpy(), atol=2e-5)
 
 
+def assert_same_gradients(ours, theirs):
+    """1e-5 as one vector; one tensor's own gradient can be a small difference of large terms."""
+    norms = {name: float(jnp.linalg.norm(grad)) for name, grad in theirs.items()}
+    errors = {name: float(jnp.linalg.norm(ours[name] - grad)) for name, grad in theirs.items()}
+    assert all(norms.values())
+    assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values()))
+    assert all(errors[name] < 1e-4 * norms[name] for name in norms)
+
+
 @pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(fsdp=2, tensor=2)])
 def test_micro_batches_add_up_to_the_batch(mesh, family, tiny_models):
     """1 x 8 == 8 x 1, though the rows have different numbers of trained tokens."""
@@ -70,15 +81,33 @@ def test_micro_batches_add_up_to_the_batch(mesh, family, tiny_models):
     params, frozen, data = model.place_factors(factors), model.load(base), batch(mesh, rows=8)
     compute = jax.jit(partial(step.loss_and_gradients, model), static_argnames="micro_batches")
     loss, grads = compute(params, frozen, data)
-    for parts in (2, 8 // (mesh.shape["data"] * mesh.shape["fsdp"])):
-        part_loss, part_grads = compute(params, frozen, data, micro_batches=parts)
-        assert float(part_loss) == pytest.approx(float(loss), rel=1e-6)
-        norms = {name: float(jnp.linalg.norm(grad)) for name, grad in grads.items()}
-        errors = {name: float(jnp.linalg.norm(part_grads[name] - grad)) for name, grad in grads.items()}
-        assert all(norms.values())
-        assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values()))
-        # One tensor's own gradient can be a small difference of large terms.
-        assert all(errors[name] < 1e-4 * norms[name] for name in norms)
+    parts = 8 // (mesh.shape["data"] * mesh.shape["fsdp"])
+    part_loss, part_grads = compute(params, frozen, data, micro_batches=parts)
+    assert float(part_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert_same_gradients(part_grads, grads)
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_the_rows_alone(family, tiny_models):
+    """Nine rows of different lengths in four packs, and one to a row."""
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh()
+    model = build(base.config, LoraConfig(r=4, lora_alpha=12), mesh, "float32")
+    rng = np.random.default_rng(1)
+    factors = {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in model.adapter_shapes.items()}
+    params, frozen = model.place_factors(factors), model.load(base)
+    rows = []
+    for length in (5, 12, 3, 9, 20, 7, 2, 11, 6):
+        mask = (np.arange(length) >= max(1, length // 2)).astype(np.uint8)
+        rows.append(TokenizedRow(rng.integers(3, V, length).astype(np.int32), mask))
+
+    def compute(packs):
+        data = collate(packs, 24, 16, 2)
+        data = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in data.items()}
+        return jax.jit(partial(step.loss_and_gradients, model))(params, frozen, data)
+
+    loss, grads = compute([[row] for row in rows] + [[]] * 3)
+    packed_loss, packed_grads = compute([rows[0:3], rows[3:4] + rows[5:7], rows[4:5], rows[7:9]])
+    assert float(packed_loss) == pytest.approx(float(loss), rel=1e-5)
+    assert_same_gradients(packed_grads, grads)
 
 
 def run(directory, optimizer, steps=3, stack_factors=True):
