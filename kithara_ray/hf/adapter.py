@@ -62,6 +62,11 @@ class Adapter:
         """lora_B of a module, (out, r)."""
         return self.tensors[module + B_SUFFIX]
 
+    def only(self, modules: Iterable[str]) -> "Adapter":
+        """The factors of some of its modules, under the same config."""
+        names = (module + suffix for module in modules for suffix in (A_SUFFIX, B_SUFFIX))
+        return Adapter(self.config, {name: self.tensors[name] for name in names})
+
     def cast(self, dtype: np.dtype) -> "Adapter":
         return Adapter(self.config, {name: array.astype(dtype) for name, array in self.tensors.items()})
 

@@ -1,5 +1,6 @@
 """A base checkpoint: config.json and the tensors of one or many safetensors files, validated, read lazily."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from kithara_ray.errors import CheckpointError
+from kithara_ray.hf import storage
 from kithara_ray.hf.safetensors_file import TensorInfo, read_header
 
 __all__ = ["CONFIG", "INDEX", "SINGLE", "BaseCheckpoint", "TensorInfo", "read_json"]
@@ -48,11 +50,20 @@ class BaseCheckpoint:
 
     directory: Path. config: config.json. tensors: name -> TensorInfo (empty when opened with weights=False).
     files: the safetensors files, sorted. names: sorted tensor names. has_weights: whether tensors were opened.
+    source: the URL where the weights' bytes are, when `directory` holds their headers alone; else None.
     Pickles as paths and offsets; maps are opened again where they are used.
     """
 
-    def __init__(self, directory: Path, config: dict, tensors: Mapping[str, TensorInfo], files: tuple[Path, ...]):
+    def __init__(
+        self,
+        directory: Path,
+        config: dict,
+        tensors: Mapping[str, TensorInfo],
+        files: tuple[Path, ...],
+        source: str | None = None,
+    ):
         self.directory = directory
+        self.source = source
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self.files = files
@@ -60,7 +71,13 @@ class BaseCheckpoint:
         self._fingerprint: str | None = None
 
     @classmethod
-    def open(cls, directory: str | Path, weights: bool = True) -> "BaseCheckpoint":
+    def at(cls, handle: str) -> "BaseCheckpoint":
+        """Of a handle. The weights of one on an object store stay there (`source`): headers are all that is read."""
+        directory, source = storage.fetch_headers(str(handle))
+        return cls.open(directory, source=source)
+
+    @classmethod
+    def open(cls, directory: str | Path, weights: bool = True, source: str | None = None) -> "BaseCheckpoint":
         """Open and validate headers, offsets and index; no tensor byte is read. Raises CheckpointError."""
         directory = Path(directory).expanduser().absolute()
         if not directory.is_dir():
@@ -72,7 +89,20 @@ class BaseCheckpoint:
             return cls(directory, config, {}, ())
         tensors = _open_tensors(directory)
         log.debug("opened %s: tensors=%d", directory, len(tensors))
-        return cls(directory, config, tensors, tuple(sorted({info.file for info in tensors.values()})))
+        return cls(directory, config, tensors, tuple(sorted({info.file for info in tensors.values()})), source)
+
+    def part(self, file: Path) -> "BaseCheckpoint":
+        """One weight file of it alone."""
+        infos = {name: info for name, info in self.tensors.items() if info.file == file}
+        return BaseCheckpoint(self.directory, self.config, infos, (file,), self.source)
+
+    def moved(self, file: Path) -> "BaseCheckpoint":
+        """A part whose weight file is at another path, with all its bytes. Raises CheckpointError if it is another."""
+        found = read_header(file)[0]
+        expected = {name: dataclasses.replace(info, file=file) for name, info in self.tensors.items()}
+        if found != expected:
+            raise CheckpointError(f"{self.source}/{file.name}: its header has changed; start the export again")
+        return BaseCheckpoint(self.directory, self.config, expected, (file,))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,6 +122,7 @@ class BaseCheckpoint:
     def view(self, name: str) -> np.ndarray:
         """Read-only zero-copy array over the memory-mapped file: slicing it touches only the pages it needs."""
         info = self.info(name)
+        self._need_bytes()
         mapped = self._maps.get(info.file)
         if mapped is None:
             mapped = self._maps[info.file] = np.memmap(info.file, dtype=np.uint8, mode="r")
@@ -106,22 +137,28 @@ class BaseCheckpoint:
     def fingerprint(self) -> str:
         """`sha256:<hex>` of the mathematics: equal for a re-sharded copy, different for other weights.
 
-        Hashed: canonical JSON of config.json without the fields in NOT_MATHEMATICS (at every depth), then for each
-        tensor by name: name, dtype tag, shape, its first and last 64 KiB, and 64 evenly spaced pieces of 4 KiB between
-        them. A tensor of up to 384 KiB is hashed whole; a larger one changed only between the sampled pieces is
-        not noticed, as the price of reading at most 384 KiB a tensor.
+        Hashed: canonical JSON of config.json without the fields in NOT_MATHEMATICS (at every depth), then the digest
+        of each tensor by name. Raises CheckpointError where the weights are at a URL.
         """
         if self._fingerprint is None:
-            digest = hashlib.sha256(json.dumps(_mathematics(self.config), sort_keys=True).encode())
-            for name in self.names:
-                info = self.tensors[name]
-                digest.update(json.dumps([name, info.dtype, info.shape]).encode())
-                with info.file.open("rb") as stream:
-                    for begin, end in sample_ranges(info.nbytes):
-                        stream.seek(info.offset + begin)
-                        digest.update(stream.read(end - begin))
-            self._fingerprint = f"sha256:{digest.hexdigest()}"
+            self._fingerprint = self.fingerprint_of(self.digests())
         return self._fingerprint
+
+    def fingerprint_of(self, digests: Mapping[str, bytes]) -> str:
+        """The fingerprint from the tensors' digests, which several processes may have computed."""
+        digest = hashlib.sha256(json.dumps(_mathematics(self.config), sort_keys=True).encode())
+        for name in self.names:
+            digest.update(digests[name])
+        return f"sha256:{digest.hexdigest()}"
+
+    def digests(self) -> dict[str, bytes]:
+        """`tensor_digest` of every tensor."""
+        self._need_bytes()
+        return {name: tensor_digest(info) for name, info in self.tensors.items()}
+
+    def _need_bytes(self) -> None:
+        if self.source:
+            raise CheckpointError(f"{self.source}: only its headers are here; storage.fetch brings the tensors")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}, "tensors": dict(self.tensors)}
@@ -132,6 +169,20 @@ class BaseCheckpoint:
 
     def __repr__(self) -> str:
         return f"BaseCheckpoint({str(self.directory)!r}, tensors={len(self.tensors)}, files={len(self.files)})"
+
+
+def tensor_digest(info: TensorInfo) -> bytes:
+    """SHA-256 of name, dtype tag, shape, the first and last 64 KiB, and 64 evenly spaced pieces of 4 KiB between them.
+
+    A tensor of up to 384 KiB is hashed whole; a larger one changed only between the sampled pieces is not noticed, as
+    the price of reading at most 384 KiB a tensor.
+    """
+    digest = hashlib.sha256(json.dumps([info.name, info.dtype, info.shape]).encode())
+    with info.file.open("rb") as stream:
+        for begin, end in sample_ranges(info.nbytes):
+            stream.seek(info.offset + begin)
+            digest.update(stream.read(end - begin))
+    return digest.digest()
 
 
 def sample_ranges(nbytes: int) -> list[tuple[int, int]]:

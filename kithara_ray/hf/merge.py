@@ -93,7 +93,7 @@ def write_config(base: BaseCheckpoint, directory: Path, dtype: str = "auto") -> 
     if tag is None:
         shutil.copyfile(base.directory / CONFIG, directory / CONFIG)
     else:
-        _write_json(directory / CONFIG, _with_dtype(base.config, dtype, top=True))
+        write_json(directory / CONFIG, _with_dtype(base.config, dtype, top=True))
     if (base.directory / INDEX).is_file():
         written.append(directory / INDEX)
         index = read_json(base.directory / INDEX)
@@ -103,7 +103,7 @@ def write_config(base: BaseCheckpoint, directory: Path, dtype: str = "auto") -> 
             infos = base.tensors.values()
             total_bytes = sum(math.prod(i.shape) * NUMPY_DTYPES[_out_tag(i, tag)].itemsize for i in infos)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_bytes}
-            _write_json(directory / INDEX, index)
+            write_json(directory / INDEX, index)
     return tuple(written)
 
 
@@ -209,5 +209,5 @@ def _with_dtype(config: dict, dtype: str, top: bool) -> dict:
     return changed
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ Legend: O out features, I in features, R rank.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +15,7 @@ from kithara_ray.errors import AdapterError, CheckpointError, ExportError, Unsup
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import FLOAT_TAGS, cast, row_blocks
-from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo
+from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
 
 log = logging.getLogger(__name__)
 
@@ -42,26 +43,32 @@ def prove_adapter(directory: Path, adapter: Adapter) -> None:
             )
 
 
-def prove_base(directory: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: str | None) -> dict[str, int]:
-    """The base read back: every tensor there, untouched ones equal bit by bit (after the cast to `tag`, if any), and
-    the adapter's modules equal to W + scale * B @ A. Returns how many tensors were untouched, merged and changed.
-    """
+def prove_checkpoint(directory: Path, base: BaseCheckpoint, tag: str | None) -> None:
+    """The written checkpoint opens, and its headers say the base's names, shapes and (cast to `tag`, if any) dtypes."""
     try:
         written = BaseCheckpoint.open(directory)
     except CheckpointError as error:
         raise ExportError(f"the written checkpoint does not read back: {error}") from error
-    if written.names != base.names:
-        names = sorted(set(written.names) ^ set(base.names))
-        raise ExportError(f"{directory}: {len(names)} tensors were lost or added, first {names[0]!r}")
+    _prove_headers(written.tensors, base, tag)
+    moved = [n for n in base.names if written.tensors[n].file.name != base.tensors[n].file.name]
+    if moved:
+        raise ExportError(f"{directory}: {moved[0]} is in {written.tensors[moved[0]].file.name}, expected elsewhere")
+
+
+def prove_file(written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: str | None) -> dict[str, int]:
+    """One written weight file against the base's (a `part`): every tensor there, untouched ones equal bit by bit
+    (after the cast to `tag`, if any), the adapter's modules equal to W + scale * B @ A. Returns how many tensors were
+    untouched, merged, and changed by it.
+    """
+    try:
+        tensors, _ = read_header(written)
+    except CheckpointError as error:
+        raise ExportError(f"the written file does not read back: {error}") from error
+    _prove_headers(tensors, base, tag)
     targets = {module + WEIGHT_SUFFIX: module for module in adapter.modules} if adapter else {}
     counts = {"untouched": 0, "merged": 0, "merged_and_changed": 0}
     for name in base.names:
-        info, found = base.tensors[name], written.tensors[name]
-        out_tag = tag if tag and info.dtype in FLOAT_TAGS else info.dtype
-        if (found.dtype, found.shape) != (out_tag, info.shape):
-            raise ExportError(
-                f"{name}: expected {out_tag} {info.shape}, the written file has {found.dtype} {found.shape}"
-            )
+        info, found = base.tensors[name], tensors[name]
         if name in targets:
             _prove_merged(info, found, adapter, targets[name])
             counts["merged"] += 1
@@ -71,6 +78,18 @@ def prove_base(directory: Path, base: BaseCheckpoint, adapter: Adapter | None, t
         else:
             counts["untouched"] += 1
     return counts
+
+
+def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag: str | None) -> None:
+    if tensors.keys() != base.tensors.keys():
+        names = sorted(tensors.keys() ^ base.tensors.keys())
+        raise ExportError(f"{base.directory}: {len(names)} tensors were lost or added, first {names[0]!r}")
+    for name, info in base.tensors.items():
+        out_tag, found = tag if tag and info.dtype in FLOAT_TAGS else info.dtype, tensors[name]
+        if (found.dtype, found.shape) != (out_tag, info.shape):
+            raise ExportError(
+                f"{name}: expected {out_tag} {info.shape}, the written file has {found.dtype} {found.shape}"
+            )
 
 
 def _equal_after_cast(info: TensorInfo, found: TensorInfo) -> bool:

@@ -1,7 +1,5 @@
-"""Where models come from and where exports go: local directories, hf:// and whatever fsspec knows (gs://, s3://).
-
-Remote libraries are imported where they are used. Nothing is ever written through a remote `open()`: an exception
-inside it would publish the truncated object. Files are written locally, verified, then put.
+"""Where models come from: local directories, hf:// and whatever fsspec knows (gs://, s3://). Remote libraries are
+imported where they are used. Where exports go: publish.py.
 """
 
 import contextlib
@@ -12,19 +10,18 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kithara_ray.errors import CheckpointError, DestinationError, UnsupportedError
+from kithara_ray.errors import CheckpointError, UnsupportedError
 
 log = logging.getLogger(__name__)
 
 # What is taken from a model repository: weights as safetensors, configuration, tokenizer, licence. No pickle, no code.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*") + (
     "LICENSE*",
+    "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
 )
@@ -43,7 +40,8 @@ REFUSED_FILES = (
 )
 CACHE_VARIABLE = "KITHARA_RAY_CACHE"
 DEFAULT_CACHE = "~/.cache/kithara_ray"
-PUBLISHED_LAST = ("adapter_config.json", "config.json")  # without them a half-uploaded directory does not load
+WEIGHTS = "*.safetensors"
+HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors library itself
 
 
 def is_url(handle: str) -> bool:
@@ -55,7 +53,7 @@ def join(destination: str, *parts: str) -> str:
     return "/".join([destination.rstrip("/"), *parts]) if is_url(destination) else os.path.join(destination, *parts)
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -80,12 +78,17 @@ def fetch(handle: str) -> Path:
         return _fetch_local(rest if scheme == "file" and rest else handle)
     if scheme == "hf":
         return _fetch_hub(handle, rest)
+    _refuse_keras(handle)
+    return _fetch_remote(handle)
+
+
+def _refuse_keras(handle: str) -> None:
+    scheme = handle.partition("://")[0]
     if scheme in ("kaggle", "kerashub", "keras", "modelscope"):
         raise UnsupportedError(
             f"{handle}: {scheme}:// presets hold Keras weights, and exports are made from Hugging Face files; "
             "use hf://org/name, a gs:// directory or a local directory with config.json and safetensors"
         )
-    return _fetch_remote(handle)
 
 
 def _fetch_local(handle: str) -> Path:
@@ -119,7 +122,7 @@ def _fetch_hub(handle: str, rest: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{handle}: could not be fetched from the Hugging Face hub ({_cause(error)}); check the "
+            f"{handle}: could not be fetched from the Hugging Face hub ({cause_of(error)}); check the "
             "name, the network, and for gated models that HF_TOKEN is set on every host"
         ) from error
 
@@ -128,7 +131,8 @@ def _cache_dir() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser().absolute()
 
 
-def _filesystem(url: str, error: type[Exception]) -> tuple[Any, str]:
+def filesystem(url: str, error: type[Exception]) -> tuple[Any, str]:
+    """(filesystem, root in it) of a URL, with no cached listing. Raises `error` when fsspec knows no such scheme."""
     import fsspec
 
     try:
@@ -139,21 +143,46 @@ def _filesystem(url: str, error: type[Exception]) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
-def _fetch_remote(url: str) -> Path:
+def fetch_headers(handle: str) -> tuple[Path, str | None]:
+    """(directory, source) of a model whose weights are left where they are.
+
+    Of a URL, the directory holds all small files, and of each weight file its header alone, in a sparse file of the
+    true size; source is the URL. A local or hf:// model is there as a whole: source is None.
+    """
+    if not is_url(handle) or handle.startswith(("file://", "hf://")):
+        return fetch(handle), None
+    _refuse_keras(handle)
+    return _fetch_remote(handle, weights=False), handle.rstrip("/")
+
+
+def fetch_file(source: str, name: str, directory: Path) -> Path:
+    """One file of the model at the URL `source`, whole, into `directory`. Raises CheckpointError."""
+    fs, root = filesystem(source, CheckpointError)
+    remote = f"{root}/{name}"
+    try:
+        size_bytes = int(fs.info(remote)["size"])
+    except Exception as error:
+        raise CheckpointError(f"{source}/{name}: not found ({cause_of(error)}); was the base changed?") from error
+    _download(fs, remote, directory / name, size_bytes)
+    return directory / name
+
+
+def _fetch_remote(url: str, weights: bool = True) -> Path:
     """Download into `<cache>/<hash of url and listing>` under a lock; renamed into place only when complete."""
-    fs, root = _filesystem(url, CheckpointError)
+    fs, root = filesystem(url, CheckpointError)
     try:
         listing = fs.ls(root, detail=True)
     except FileNotFoundError:
         listing = []
     except Exception as error:  # every backend has its own exceptions
-        raise CheckpointError(f"{url}: cannot be listed ({_cause(error)}); check credentials") from error
+        raise CheckpointError(f"{url}: cannot be listed ({cause_of(error)}); check credentials") from error
     entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in listing if entry["type"] == "file"}
     sizes = {name: int(entry["size"]) for name, entry in sorted(entries.items()) if is_model_file(name)}
     if not sizes:
         raise CheckpointError(f"{url}: no model files there; give a directory with config.json and safetensors")
     versions = [[name, sizes[name], _version(entries[name])] for name in sizes]
     key = hashlib.sha256(json.dumps([url.rstrip("/"), versions]).encode()).hexdigest()[:32]
+    key += "" if weights else ".headers"
     cache = _cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / key
@@ -164,13 +193,29 @@ def _fetch_remote(url: str) -> Path:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that died; the lock is ours
         partial.mkdir()
         try:
-            log.info("fetching %s: files=%d bytes=%d", url, len(sizes), sum(sizes.values()))
-            for name, size in sizes.items():
-                _download(fs, f"{root}/{name}", partial / name, size)
+            log.info("fetching %s: files=%d bytes=%d weights=%s", url, len(sizes), sum(sizes.values()), weights)
+            for name, size_bytes in sizes.items():
+                if weights or not fnmatch.fnmatchcase(name, WEIGHTS):
+                    _download(fs, f"{root}/{name}", partial / name, size_bytes)
+                else:
+                    fetch_header(fs, f"{root}/{name}", partial / name, size_bytes)
             os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def fetch_header(fs: Any, remote: str, local: Path, size_bytes: int) -> None:
+    """The header of a safetensors file into a sparse file of the same size; read_header judges what arrived."""
+    try:
+        start = fs.cat_file(remote, start=0, end=min(8, size_bytes))
+        header_bytes = min(int.from_bytes(start, "little"), HEADER_LIMIT_BYTES, max(0, size_bytes - 8))
+        data = start + (fs.cat_file(remote, start=8, end=8 + header_bytes) if header_bytes else b"")
+    except Exception as error:
+        raise CheckpointError(f"{remote}: its header could not be read ({cause_of(error)}); try again") from error
+    with local.open("wb") as stream:
+        stream.write(data)
+        stream.truncate(size_bytes)
 
 
 def _version(entry: dict) -> str:
@@ -183,7 +228,7 @@ def _download(fs: Any, remote: str, local: Path, size_bytes: int) -> None:
     try:
         fs.get_file(remote, str(local))
     except Exception as error:
-        raise CheckpointError(f"{remote}: download failed ({_cause(error)}); try again") from error
+        raise CheckpointError(f"{remote}: download failed ({cause_of(error)}); try again") from error
     if local.stat().st_size != size_bytes:
         raise CheckpointError(f"{remote}: {local.stat().st_size} of {size_bytes} bytes arrived; try again")
 
@@ -193,168 +238,3 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-# ------------------------------------------------------------------------------------------------------- publish
-
-
-def _local_path(destination: str) -> Path:
-    return Path(destination.removeprefix("file://")).expanduser().absolute()
-
-
-def _is_local(destination: str) -> bool:
-    return not is_url(destination) or destination.startswith("file://")
-
-
-def check_destination(destination: str) -> None:
-    """Raises DestinationError unless a directory can be published at `destination`. Leaves nothing behind.
-
-    It must not exist, or be an empty directory; writing is probed by creating and deleting.
-    """
-    destination = str(destination)
-    if _is_local(destination):
-        _check_local(_local_path(destination))
-    elif destination.startswith("hf://"):
-        raise DestinationError(f"{destination}: exports are not written to the hub; export locally, then `hf upload`")
-    else:
-        _check_remote(destination)
-
-
-def _check_local(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        raise DestinationError(f"{path} is a dangling link; remove it or choose another destination")
-    if path.exists():
-        if not path.is_dir():
-            raise DestinationError(f"{path} exists and is a file; choose another destination")
-        if next(path.iterdir(), None) is not None:
-            raise DestinationError(f"{path} exists and is not empty; remove it or choose another destination")
-    ancestor = path.resolve().parent  # the staging directory is made beside the destination
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    try:
-        probe = Path(tempfile.mkdtemp(prefix=".kithara_ray_probe_", dir=ancestor))
-        probe.rmdir()
-    except OSError as error:
-        raise DestinationError(f"{path}: {ancestor} cannot be written ({error.strerror}); choose another") from error
-
-
-def _check_remote(url: str) -> None:
-    fs, root = _filesystem(url, DestinationError)
-    _check_remote_empty(fs, root, url)
-    probe = f"{root}/.kithara_ray_probe_{uuid.uuid4().hex}"
-    try:
-        fs.pipe_file(probe, b"probe")
-        fs.rm_file(probe)
-    except Exception as error:
-        raise DestinationError(
-            f"{url}: a probe object could not be written and deleted ({_cause(error)}); "
-            "check that the bucket exists and that this host's credentials may write to it"
-        ) from error
-
-
-def _check_remote_empty(fs: Any, root: str, url: str) -> None:
-    try:
-        found = [entry["name"] for entry in fs.ls(root, detail=True)]
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except Exception as error:
-        raise DestinationError(f"{url}: cannot be listed ({_cause(error)}); check credentials") from error
-    found = [name for name in found if name.rstrip("/").lstrip("/") != root.lstrip("/") or _is_object(fs, name)]
-    if found:
-        raise DestinationError(f"{url} exists and is not empty ({found[0]}); remove it or choose another destination")
-
-
-def _is_object(fs: Any, name: str) -> bool:
-    """A listing of "dir/" may hold the placeholder object "dir/" itself (size 0); a real object is in the way."""
-    try:
-        info = fs.info(name)
-    except FileNotFoundError:
-        return False
-    return info["type"] == "file" and bool(info.get("size"))
-
-
-@contextlib.contextmanager
-def staged(destination: str) -> Iterator[Path]:
-    """Yields a local directory to write into; publishes it at `destination` when the block ends without exception.
-
-    Local: the directory is a hidden sibling, fsynced, then renamed: readers see nothing or everything. Remote: every
-    file is staged under $TMPDIR and uploaded, config.json last: readers cannot load half of it.
-    On an exception the destination is untouched. Raises DestinationError.
-    """
-    destination = str(destination)
-    check_destination(destination)
-    if _is_local(destination):
-        with _staged_local(_local_path(destination).resolve()) as directory:
-            yield directory
-    else:
-        with tempfile.TemporaryDirectory(prefix="kithara_ray_export_") as directory:
-            yield Path(directory)
-            _upload(Path(directory), destination)
-
-
-@contextlib.contextmanager
-def _staged_local(target: Path) -> Iterator[Path]:
-    made = _make_parents(target.parent)
-    staging = target.parent / f".{target.name}.staging-{uuid.uuid4().hex[:8]}"
-    try:
-        staging.mkdir()
-        yield staging
-        _sync_tree(staging)
-        try:
-            os.rename(staging, target)
-        except OSError as error:
-            raise DestinationError(f"{target}: not published ({error.strerror}); was it filled meanwhile?") from error
-        _sync(target.parent)
-        log.info("published %s", target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def _make_parents(directory: Path) -> list[Path]:
-    """Create the directory; returns those that were not there, deepest first."""
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    return made
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(directory: Path) -> None:
-    for parent, _, files in os.walk(directory, topdown=False):
-        for name in files:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
-
-
-def _upload(directory: Path, url: str) -> None:
-    fs, root = _filesystem(url, DestinationError)
-    _check_remote_empty(fs, root, url)
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    files.sort(key=lambda path: PUBLISHED_LAST.index(path.name) if path.name in PUBLISHED_LAST else -1)
-    put: list[str] = []
-    try:
-        for path in files:
-            remote = f"{root}/{path.relative_to(directory).as_posix()}"
-            put.append(remote)
-            fs.put_file(str(path), remote)
-            size_bytes = fs.info(remote)["size"]
-            if size_bytes != path.stat().st_size:
-                raise OSError(f"{remote} holds {size_bytes} of {path.stat().st_size} bytes")
-    except BaseException as error:
-        for remote in put:
-            with contextlib.suppress(Exception):
-                fs.rm_file(remote)
-        if not isinstance(error, Exception):
-            raise
-        raise DestinationError(f"{url}: upload failed ({_cause(error)}); nothing was published") from error
-    log.info("published %s: files=%d", url, len(files))

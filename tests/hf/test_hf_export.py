@@ -11,7 +11,8 @@ import transformers
 
 from kithara_ray.errors import AdapterError, ConfigError, DestinationError, ExportError, UnsupportedError
 from kithara_ray.hf import export as export_module
-from kithara_ray.hf import proof
+from kithara_ray.hf import part as part_module
+from kithara_ray.hf import proof, safetensors_file
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
@@ -19,7 +20,8 @@ from kithara_ray.hf.export import Layout, export
 IDS = torch.arange(1, 13).reshape(2, 6)
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-MODEL = {"config.json", "generation_config.json", "model.safetensors", "LICENSE", *TOKENIZER}
+MODEL = {"config.json", "generation_config.json", "model.safetensors"}
+ALWAYS = {"LICENSE", "README.md", "export_report.json", *TOKENIZER}
 
 
 def _names(directory) -> set[str]:
@@ -46,7 +48,7 @@ def test_adapter_layout(base, make_adapter, tmp_path, reference):
     out = tmp_path / "out"
     adapter = make_adapter(base)
     assert export(base, adapter, str(out), Layout.ADAPTER, base_name=str(base.directory)) == str(out)
-    assert _names(out) == ADAPTER | TOKENIZER | {"export_report.json"}
+    assert _names(out) == ADAPTER | ALWAYS
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out)
     assert torch.equal(_logits(loaded), reference[1])
     assert json.loads((out / "export_report.json").read_text())["tensors"] == {}
@@ -55,7 +57,7 @@ def test_adapter_layout(base, make_adapter, tmp_path, reference):
 def test_separate_layout(base, make_adapter, tmp_path, reference):
     out = tmp_path / "out"
     export(base, make_adapter(base), str(out), Layout.SEPARATE, base_name="hf://org/name@v2")
-    assert _names(out) == MODEL | {f"adapter/{name}" for name in ADAPTER} | {"export_report.json"}
+    assert _names(out) == MODEL | ALWAYS | {f"adapter/{name}" for name in ADAPTER}
     assert (out / "model.safetensors").read_bytes() == (base.directory / "model.safetensors").read_bytes()
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(_logits(model), reference[0])
@@ -68,7 +70,7 @@ def test_separate_layout(base, make_adapter, tmp_path, reference):
 def test_merged_layout(base, make_adapter, tmp_path, reference):
     out = tmp_path / "out"
     export(base, make_adapter(base), str(out), Layout.MERGED, base_name="org/name")
-    assert _names(out) == MODEL | {"export_report.json"}
+    assert _names(out) == MODEL | ALWAYS
     logits = _logits(transformers.AutoModelForCausalLM.from_pretrained(out))
     assert torch.allclose(logits, reference[1], atol=1e-5)
     assert not torch.allclose(logits, reference[0], atol=1e-3)
@@ -153,7 +155,7 @@ def _flip(path, offset: int) -> None:
 
 
 def _flip_tensor(directory, name: str, element: int = 0) -> None:
-    info = BaseCheckpoint.open(directory).tensors[name]
+    info = safetensors_file.read_header(directory / "model.safetensors")[0][name]
     _flip(info.file, info.offset + 4 * element + 3)
 
 
@@ -162,7 +164,6 @@ DAMAGE = {
     "untouched": (lambda d: _flip_tensor(d, "lm_head.weight", 77), "lm_head.weight: not a target, but its written"),
     "merged": (lambda d: _flip_tensor(d, Q), r"q_proj.weight\[0, 0\]: the written file holds"),
     "torn": (lambda d: (d / "model.safetensors").write_bytes(b"torn"), "does not read back.*too short"),
-    "config": (lambda d: (d / "config.json").unlink(missing_ok=True), r"does not read back.*config.json is missing"),
 }
 
 
@@ -170,10 +171,25 @@ DAMAGE = {
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_damaged_merge_is_not_published(base, make_adapter, tmp_path, monkeypatch, damage, dtype):
     edit, message = DAMAGE[damage]
-    original = export_module.write_base_config
-    monkeypatch.setattr(export_module, "write_base_config", lambda b, d, t: original(b, d, t) and edit(d))
+    original = part_module.merge_file
+
+    def merge_and_damage(base, adapter, file, directory, dtype):
+        written = original(base, adapter, file, directory, dtype)
+        edit(directory)
+        return written
+
+    monkeypatch.setattr(part_module, "merge_file", merge_and_damage)
     with pytest.raises(ExportError, match=message):
         export(base, make_adapter(base), str(tmp_path / "out"), Layout.MERGED, dtype=dtype, base_name="n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lost_config_is_not_published(base, make_adapter, tmp_path, monkeypatch):
+    original = export_module.write_base_config
+    lose = lambda b, d, t: [path.unlink() for path in original(b, d, t)]  # noqa: E731
+    monkeypatch.setattr(export_module, "write_base_config", lose)
+    with pytest.raises(ExportError, match=r"does not read back.*config.json is missing"):
+        export(base, make_adapter(base), str(tmp_path / "out"), Layout.MERGED, base_name="n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,7 +198,7 @@ def test_a_damaged_merge_is_not_published(base, make_adapter, tmp_path, monkeypa
 def test_a_wrong_merge_is_not_published(make_base, make_adapter, tmp_path, monkeypatch, dtype, wrong):
     base = BaseCheckpoint.open(make_base("llama", dtype))
     adapter = make_adapter(base)
-    original = export_module.merge_file
+    original = part_module.merge_file
 
     def merge_wrongly(base, adapter, *rest):
         tensors = {name: array.copy() for name, array in adapter.tensors.items()}
@@ -197,7 +213,7 @@ def test_a_wrong_merge_is_not_published(make_base, make_adapter, tmp_path, monke
                 array *= -1
         return original(base, Adapter(adapter.config, tensors), *rest)
 
-    monkeypatch.setattr(export_module, "merge_file", merge_wrongly)
+    monkeypatch.setattr(part_module, "merge_file", merge_wrongly)
     with pytest.raises(ExportError, match=r"W \+ scale \* B @ A is"):
         export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="n")
     assert list(tmp_path.iterdir()) == []
@@ -207,13 +223,13 @@ def test_two_units_in_the_last_place_are_noticed(make_base, make_adapter, tmp_pa
     base = BaseCheckpoint.open(make_base("llama", "bfloat16"))
     adapter = make_adapter(base)
     export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="n")
-    assert proof.prove_base(tmp_path / "out", base, adapter, None)["merged"] == 6
-    info = BaseCheckpoint.open(tmp_path / "out").tensors[Q]
-    raw = bytearray(info.file.read_bytes())
-    raw[info.offset] ^= 2  # two units in the last place of one bfloat16
-    info.file.write_bytes(raw)
+    written = tmp_path / "out/model.safetensors"
+    assert proof.prove_file(written, base, adapter, None)["merged"] == 6
+    raw = bytearray(written.read_bytes())
+    raw[safetensors_file.read_header(written)[0][Q].offset] ^= 2  # two units in the last place of one bfloat16
+    written.write_bytes(raw)
     with pytest.raises(ExportError, match=r"q_proj.weight\[0, 0\]: the written file holds .* 1 of \d+ sampled"):
-        proof.prove_base(tmp_path / "out", base, adapter, None)
+        proof.prove_file(written, base, adapter, None)
 
 
 @pytest.mark.parametrize("layout", [Layout.ADAPTER, Layout.SEPARATE])
@@ -246,11 +262,11 @@ def test_a_wrong_adapter_is_not_published(base, make_adapter, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prove_base_names_lost_tensors_and_wrong_dtypes(make_base, two_shards):
+def test_prove_checkpoint_names_lost_tensors_and_wrong_dtypes(make_base, two_shards):
     with pytest.raises(ExportError, match="tensors were lost or added"):
-        proof.prove_base(two_shards, BaseCheckpoint.open(make_base()), None, None)
+        proof.prove_checkpoint(two_shards, BaseCheckpoint.open(make_base()), None)
     with pytest.raises(ExportError, match=r"expected F32 \(\d+, 64\), the written file has BF16"):
-        proof.prove_base(make_base("llama", "bfloat16"), BaseCheckpoint.open(make_base()), None, None)
+        proof.prove_checkpoint(make_base("llama", "bfloat16"), BaseCheckpoint.open(make_base()), None)
 
 
 def test_refused_before_anything_is_written(base, make_base, make_adapter, tmp_path):

@@ -1,0 +1,94 @@
+"""What an export says to people: its README.md (a Hugging Face model card), and notes for who will serve it."""
+
+from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256)  # what vLLM takes as --max-lora-rank
+
+_LOAD = {
+    "adapter": """from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")""",
+    "separate": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+model = PeftModel.from_pretrained(base, "DIRECTORY/adapter")""",
+    "merged": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY")""",
+}
+_SERVE = {
+    "adapter": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=DIRECTORY",
+    "separate": "vllm serve DIRECTORY --enable-lora --max-lora-rank {rank} --lora-modules mine=DIRECTORY/adapter",
+    "merged": "vllm serve DIRECTORY",
+}
+_WHAT = {
+    "adapter": "A LoRA adapter of",
+    "separate": "A copy of the base, with a LoRA adapter of it in `adapter/`:",
+    "merged": "A model with a LoRA adapter merged into its weights:",
+}
+
+
+def split_reference(base_name: str) -> tuple[str, str | None]:
+    """(name, revision) of `hf://org/name@revision`; any other handle is its own name."""
+    if not base_name.startswith("hf://"):
+        return base_name, None
+    name, _, revision = base_name.removeprefix("hf://").partition("@")
+    return name, revision or None
+
+
+def max_lora_rank(adapter: Adapter) -> int | None:
+    """The smallest --max-lora-rank of vLLM that this adapter fits; None when there is none."""
+    rank = max(adapter.config.rank_of(module) for module in adapter.modules)
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
+    """What a server that applies the adapter (vLLM) would get wrong or refuse; a merged model has no such limits."""
+    notes, config = [], adapter.config
+    if max_lora_rank(adapter) is None:
+        notes.append(f"vLLM serves adapters of rank {VLLM_RANKS[-1]} at most; serve the merged layout")
+    scales = {config.scale_of(module) for module in adapter.modules}
+    if len(scales) > 1:
+        notes.append(
+            "modules have different scales (rank_pattern, alpha_pattern), and vLLM reads one r and one lora_alpha: "
+            "it would compute something else; serve the merged layout"
+        )
+    elif {config.rank_of(module) for module in adapter.modules} != {config.r}:
+        notes.append("vLLM scales by r of adapter_config.json, which no rank_pattern changes; serve the merged layout")
+    known = {module.rpartition(".")[2] for module in adapter.modules}
+    for leaf in sorted(known & {"embed_tokens", "lm_head"}):
+        notes.append(f"{leaf} is a target: vLLM does not apply adapters to embeddings; serve the merged layout")
+    return notes
+
+
+def model_card(base_name: str, adapter: Adapter, report: dict) -> str:
+    """README.md of an export from its report."""
+    layout, config = report["layout"], adapter.config
+    name, revision = split_reference(base_name)
+    is_hub = base_name.startswith("hf://")
+    rank = max_lora_rank(adapter) or "-"
+    library = "peft" if layout == "adapter" else "transformers"
+    front = ["---", *([f"base_model: {name}"] if is_hub else []), f"library_name: {library}"]
+    front += ["pipeline_tag: text-generation", "tags:", "- lora", "- kithara-ray", "---"]
+    settings = {
+        "base": f"`{name}`" + (f" at revision `{revision}`" if revision else ""),
+        "fingerprint of the base": f"`{report['base']['fingerprint']}`" if report["base"]["fingerprint"] else None,
+        "target modules": ", ".join(f"`{target}`" for target in config.target_modules),
+        "rank": str(config.r) + (f", and {config.rank_pattern}" if config.rank_pattern else ""),
+        "alpha": f"{config.alpha:g}" + (f", and {config.alpha_pattern}" if config.alpha_pattern else ""),
+        "scale": "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank",
+        "adapted modules, parameters": f"{len(adapter.modules)}, {adapter.parameters:,}",
+        "dtype": "as in the base" if report["dtype"] == "auto" else report["dtype"],
+        "tensors": ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in report["tensors"].items()) or None,
+    }
+    lines = [*front, "", f"# {name.rstrip('/').rpartition('/')[2]}, fine-tuned", "", f"{_WHAT[layout]} `{name}`.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items() if value), ""]
+    lines += ["## Load", "", "```python", _LOAD[layout], "```", "", "```sh"]
+    lines += [_SERVE[layout].format(base=name, rank=rank), "```", "", "## Checked before it was published", ""]
+    lines += [f"- {check}" for check in report["checks"]]
+    if report["notes"]:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in report["notes"])]
+    lines += ["", "`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
+    return "\n".join(lines)
