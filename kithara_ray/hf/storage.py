@@ -127,7 +127,7 @@ def _fetch_hub(handle: str, rest: str) -> Path:
         ) from error
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser().absolute()
 
 
@@ -183,7 +183,7 @@ def _fetch_remote(url: str, weights: bool = True) -> Path:
     versions = [[name, sizes[name], _version(entries[name])] for name in sizes]
     key = hashlib.sha256(json.dumps([url.rstrip("/"), versions]).encode()).hexdigest()[:32]
     key += "" if weights else ".headers"
-    cache = _cache_dir()
+    cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / key
     with _locked(cache / f"{key}.lock"):

@@ -33,6 +33,21 @@ def prepare() -> None:
         )
 
 
+def keep_compiled(platform: str) -> None:
+    """Keep compiled programs on this host's disk, so that a run that starts again does not compile again.
+
+    Where JAX_COMPILATION_CACHE_DIR says (a shared or `gs://` directory serves all hosts); else on a TPU in the cache
+    directory of this library. Programs for a CPU are kept only where that variable says: they hold that CPU's
+    instructions, and a home directory may be shared with another.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None and platform == "tpu":
+        from kithara_ray.hf.storage import cache_dir
+
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+
+
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
     """Keras asks for TensorFlow when it serialises, whatever its backend: 4 s and a page of messages for nothing.

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import Adapter, LoraConfig
+from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
 from kithara_ray.sharding.gather import Shard, assemble
@@ -59,17 +60,16 @@ class Coordinator:
         destination: str,
         layout: Layout,
         dtype: str,
-        base_name: str,
     ) -> str:
         """Write one of the three layouts; see `kithara_ray.hf.export`."""
         checkpoint = BaseCheckpoint.open(storage.fetch(base))
-        return export(checkpoint, Adapter(config, tensors), destination, layout, dtype=dtype, base_name=base_name)
+        return export(checkpoint, Adapter(config, tensors), destination, layout, dtype=dtype, base_name=base)
 
-    def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base_name: str) -> None:
+    def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base: str) -> None:
         """The trained adapter into the run's directory."""
         path = Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        Adapter(config, tensors).write(path, base_name)
+        Adapter(config, tensors).write(path, *split_reference(base))
 
 
 def start_coordinator() -> ray.actor.ActorHandle:

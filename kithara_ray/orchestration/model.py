@@ -11,6 +11,7 @@ import ray
 from kithara_ray.errors import AdapterError, ConfigError, KitharaRayError, UnsupportedError
 from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
+from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import family_of
@@ -208,14 +209,13 @@ class KerasHubModel:
                 absolute(str(output_dir)),
                 layout,
                 dtype,
-                self.base_name,
             )
         )
 
     @property
     def base_name(self) -> str:
         """What PEFT is told the base is: the Hub's name, or the directory."""
-        return self.preset_handle.removeprefix("hf://")
+        return split_reference(self.preset_handle)[0]
 
     def coordinator(self) -> ray.actor.ActorHandle:
         """This model's coordinator, started when first asked for or when Ray was restarted."""

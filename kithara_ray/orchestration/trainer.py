@@ -179,7 +179,7 @@ class Trainer:
         self.model.set_adapter(tensors)
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
-            remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.base_name))
+            remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
         return _result(events, result.path)
 
     def _spec(self, coordinator, called: float) -> RunSpec:

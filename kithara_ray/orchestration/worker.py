@@ -80,6 +80,7 @@ def train_loop(config: dict[str, RunSpec]) -> dict[str, Any]:
 
     started = time.monotonic()
     runtime.prepare()
+    runtime.keep_compiled(spec.platform)
     run = Run(spec, started)
     run.build()
     run.train()

@@ -132,7 +132,7 @@ def _fetch_counting(url: str, counter: str) -> None:
     def counted(self, remote, local, **kwargs):
         with open(counter, "a") as stream:
             stream.write("x")
-        (lock,) = storage._cache_dir().glob("*.lock")
+        (lock,) = storage.cache_dir().glob("*.lock")
         with lock.open() as stream, pytest.raises(BlockingIOError):  # nobody else downloads meanwhile
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return original(self, remote, local, **kwargs)

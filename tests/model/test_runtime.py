@@ -1,0 +1,36 @@
+"""Compiled programs are kept where the user says, on a TPU host in any case, and never unasked on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import jax
+from kithara_ray.model.runtime import keep_compiled
+
+keep_compiled(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x * 3 + 1)(2.0).block_until_ready()
+print(json.dumps(jax.config.jax_compilation_cache_dir))
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "kept"), [("cpu", None, None), ("cpu", "own", "own"), ("tpu", None, "compiled")]
+)
+def test_where_programs_are_kept(platform, variable, kept, tmp_path):
+    env = os.environ | {"KITHARA_RAY_CACHE": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    if variable:
+        env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / variable)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, platform], env=env, capture_output=True, text=True, check=True)
+    directory = json.loads(done.stdout.splitlines()[-1])
+    if kept is None:
+        assert directory is None
+        return
+    assert directory.endswith(kept)
+    assert directory.startswith(str(tmp_path))
+    assert os.listdir(directory)
