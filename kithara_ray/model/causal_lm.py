@@ -105,12 +105,15 @@ class CausalLM:
     def head_V(self, frozen: Frozen, hidden) -> jax.Array:
         """Logits (..., V) of hidden states (..., D), soft-capped where the family does. The head has no factors.
 
-        The vocabulary is split, the rows are not: moving hidden states costs less than moving the head's weight.
+        The vocabulary is split, if it divides, and the rows are not: moving hidden states costs less than moving the
+        head's weight.
         """
+        ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
+        axes = ("fsdp", "tensor") if self.vocabulary % ways == 0 else None
         hidden = self._constrain(hidden, "data")
         with self.bind({}, frozen, unstack=False):
             logits = self.model.backbone.token_embedding(hidden, reverse=True)
-        return self._constrain(logits, "data", *[None] * (logits.ndim - 2), ("fsdp", "tensor"))
+        return self._constrain(logits, "data", *[None] * (logits.ndim - 2), axes)
 
     def logits_BTV(self, factors: Factors, frozen: Frozen, token_ids_BT, segment_ids_BT) -> jax.Array:
         hidden = self.hidden_BTD(factors, frozen, token_ids_BT, segment_ids_BT)
