@@ -20,8 +20,14 @@ runtime.prepare()
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """family -> directory; tests must not write into it."""
-    return {family: write_model(tmp_path_factory.mktemp(family), family) for family in SIZES}
+    """family -> directory, written when first asked for; tests must not write into it."""
+
+    class Models(dict):
+        def __missing__(self, family):
+            self[family] = write_model(tmp_path_factory.mktemp(family), family)
+            return self[family]
+
+    return Models()
 
 
 @pytest.fixture(params=sorted(SIZES))

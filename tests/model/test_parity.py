@@ -53,10 +53,15 @@ def assert_equal(ours, theirs, atol):
 
 @pytest.fixture(scope="module")
 def random_adapter(tiny_models):
-    return {
-        family: adapter_of(build(BaseCheckpoint.open(directory).config, LORA, make_mesh(), "float32"))
-        for family, directory in tiny_models.items()
-    }
+    """family -> adapter tensors by name, drawn when first asked for."""
+
+    class Adapters(dict):
+        def __missing__(self, family):
+            config = BaseCheckpoint.open(tiny_models[family]).config
+            self[family] = adapter_of(build(config, LORA, make_mesh(), "float32"))
+            return self[family]
+
+    return Adapters()
 
 
 def test_base_logits(family, tiny_models):
