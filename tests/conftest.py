@@ -30,6 +30,12 @@ def tiny_models(tmp_path_factory):
     return Models()
 
 
-@pytest.fixture(params=sorted(SIZES))
+@pytest.fixture(params=["gemma2", "llama"])
 def family(request):
+    """Two that differ in all that is general: blocks in periods or alike, windows, soft caps."""
+    return request.param
+
+
+@pytest.fixture(params=sorted(SIZES))
+def every_family(request):
     return request.param

@@ -49,7 +49,7 @@ SIZES = {
     "qwen2": dict(_SMALL, num_hidden_layers=3, rms_norm_eps=1e-4, tie_word_embeddings=True),
     "qwen3": dict(_SMALL, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4, tie_word_embeddings=True),
     # Every second block does not rotate, and one is over.
-    "smollm3": dict(_SMALL, num_hidden_layers=5, no_rope_layer_interval=2, rms_norm_eps=1e-4),
+    "smollm3": dict(_SMALL, num_hidden_layers=3, no_rope_layer_interval=2, rms_norm_eps=1e-4),
 }
 
 

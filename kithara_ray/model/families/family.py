@@ -63,9 +63,9 @@ class Family:
 def completed(family: Family, config: Mapping) -> dict:
     """The config with its defaults, and its rope settings where transformers 5 writes them and converters look."""
     whole = family.complete(config)
-    whole["rope_parameters"] = rope_of(whole)
-    whole.pop("rope_scaling", None)
-    return whole
+    rope = rope_of(whole)
+    former = ("rope_scaling", "rope_theta", "rope_local_base_freq")
+    return {field: value for field, value in whole.items() if field not in former} | {"rope_parameters": rope}
 
 
 @contextlib.contextmanager

@@ -81,6 +81,8 @@ def _complete_gemma3(config: Mapping) -> dict:
 
 def _check_gemma3(config: Mapping) -> None:
     _check_every(config)
+    if config.get("attn_logit_softcapping") is not None:
+        refuse(config, "attn_logit_softcapping", "KerasHub applies it and transformers does not")
     _check_query_scale(config)
     for kind, rope in config["rope_parameters"].items():
         if rope["rope_type"] not in ("default", "linear"):
