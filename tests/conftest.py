@@ -20,10 +20,22 @@ runtime.prepare()
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """family -> directory; tests must not write into it."""
-    return {family: write_model(tmp_path_factory.mktemp(family), family) for family in SIZES}
+    """family -> directory, written when first asked for; tests must not write into it."""
+
+    class Models(dict):
+        def __missing__(self, family):
+            self[family] = write_model(tmp_path_factory.mktemp(family), family)
+            return self[family]
+
+    return Models()
+
+
+@pytest.fixture(params=["gemma2", "llama"])
+def family(request):
+    """Two that differ in all that is general: blocks in periods or alike, windows, soft caps."""
+    return request.param
 
 
 @pytest.fixture(params=sorted(SIZES))
-def family(request):
+def every_family(request):
     return request.param

@@ -7,6 +7,8 @@ import numpy as np
 VOCABULARY = 320
 TEXT = ["what is 1 + 2 ? three", "the sum of two and five is seven", "0 1 2 3 4 5 6 7 8 9"] * 4
 
+# Rows are longer than the windows.
+_SMALL = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
 SIZES = {
     # SmolLM2's shape: 3 query heads a key head, tied embeddings, epsilon 1e-5.
     "llama": dict(
@@ -18,19 +20,36 @@ SIZES = {
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
     ),
-    # An odd number of blocks: the sliding/global pairs leave one over. Rows longer than the window.
+    "gemma": dict(_SMALL, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4),
+    # An odd number of blocks: the sliding/global pairs leave one over.
     "gemma2": dict(
-        hidden_size=64,
-        intermediate_size=128,
+        _SMALL,
         num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=8,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
+    # Two sliding blocks to a full one, and one over; full blocks rotate more slowly.
+    "gemma3_text": dict(
+        _SMALL,
+        num_hidden_layers=7,
+        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["sliding_attention"],
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=8,
+        rms_norm_eps=1e-4,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=5000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=100.0),
+        ),
+    ),
+    "mistral": dict(_SMALL, num_hidden_layers=3, head_dim=32, sliding_window=8, rms_norm_eps=1e-4),
+    "qwen2": dict(_SMALL, num_hidden_layers=3, rms_norm_eps=1e-4, tie_word_embeddings=True),
+    "qwen3": dict(_SMALL, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4, tie_word_embeddings=True),
+    # Every second block does not rotate, and one is over.
+    "smollm3": dict(_SMALL, num_hidden_layers=3, no_rope_layer_interval=2, rms_norm_eps=1e-4),
 }
 
 
@@ -39,15 +58,11 @@ def write_model(directory: Path, family: str, **fields) -> Path:
     import torch
     import transformers
 
-    classes = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
-    }
-    config_class, model_class = classes[family]
+    config_class = type(transformers.AutoConfig.for_model(family))
     torch.manual_seed(0)
     special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     config = config_class(vocab_size=VOCABULARY, **special, **{**SIZES[family], **fields})
-    model = model_class(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             std = 0.3 if "norm" in name else 2.5 / np.sqrt(parameter.shape[-1])

@@ -8,7 +8,6 @@ process reading only what its devices own. What is computed is a function of (fa
 
 import contextlib
 import functools
-import importlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -310,12 +309,8 @@ def build(
     family = family_of(config)
     import keras_hub
 
-    converter = importlib.import_module(f"keras_hub.src.utils.transformers.{family.converter}")
-    kwargs = converter.convert_backbone_config(dict(config))
-    family.correct(config, kwargs)
     with _without_values():
-        backbone = converter.backbone_cls(**kwargs, dtype=keras.DTypePolicy(precision))
-        family.finish(config, backbone)
+        backbone = family.build(config, keras.DTypePolicy(precision))
     model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
     ports = weights.record_ports(family.converter, model, config)
     with _without_values():

@@ -25,6 +25,13 @@ def _unchanged(tensor: np.ndarray, _shape: Sequence[int]) -> np.ndarray:
     return tensor
 
 
+class _Uncast(np.ndarray):
+    """An array that keeps its dtype: mistral's converter casts every tensor to float16, which rounds and reads it."""
+
+    def astype(self, *args, **kwargs) -> np.ndarray:
+        return self
+
+
 @dataclass(frozen=True)
 class Port:
     """One Keras variable and the HF tensor it is read from.
@@ -45,7 +52,7 @@ class Port:
 
     def view(self, base: BaseCheckpoint) -> np.ndarray:
         """The tensor in Keras' layout, unread until it is sliced."""
-        view = self.transform(base.view(self.hf_name), list(self.shape))
+        view = self.transform(base.view(self.hf_name).view(_Uncast), list(self.shape)).view(np.ndarray)
         if tuple(view.shape) != self.shape:
             raise CheckpointError(
                 f"{base.directory}: {self.hf_name} has shape {tuple(base.tensors[self.hf_name].shape)}, "
@@ -61,6 +68,9 @@ class _Recorder:
         self.ports: list[Port] = []
 
     def port_weight(self, keras_variable, hf_weight_key: str, hook_fn: Transform | None = None) -> None:
+        # Converters may leave out the prefix (qwen3's do): transformers' causal LMs hold all but the head in `model`.
+        if not hf_weight_key.startswith(("model.", "lm_head.")):
+            hf_weight_key = f"model.{hf_weight_key}"
         self.ports.append(Port(keras_variable, hf_weight_key, hook_fn or _unchanged))
 
     def get_tensor(self, hf_weight_key: str):

@@ -36,10 +36,10 @@ def packed():
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_a_packed_row_computes_what_its_samples_do_alone(family, tiny_models, scan):
+def test_a_packed_row_computes_what_its_samples_do_alone(every_family, tiny_models, scan):
     tokens, segments, samples = packed()
-    reference = AutoModelForCausalLM.from_pretrained(tiny_models[family]).eval()
-    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_models[every_family]).eval()
+    base, mesh = BaseCheckpoint.open(tiny_models[every_family]), make_mesh()
     model = build(base.config, None, mesh, "float32", scan=scan)
     placed = [jax.device_put(array, batch_sharding(mesh)) for array in (tokens, segments)]
     logits = np.asarray(jax.jit(model.logits_BTV)({}, model.load(base), *placed))

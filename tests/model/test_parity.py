@@ -1,20 +1,26 @@
 """Every family against transformers: the sharded, scanned model computes what Hugging Face's does."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
+import keras
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from tiny import VOCABULARY, write_model
-from transformers import AutoModelForCausalLM
+from tiny import SIZES, VOCABULARY, write_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
+from kithara_ray.model.families import FAMILIES
+from kithara_ray.model.families.family import completed
+from kithara_ray.model.generate import Decoder
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
@@ -53,33 +59,72 @@ def assert_equal(ours, theirs, atol):
 
 @pytest.fixture(scope="module")
 def random_adapter(tiny_models):
-    return {
-        family: adapter_of(build(BaseCheckpoint.open(directory).config, LORA, make_mesh(), "float32"))
-        for family, directory in tiny_models.items()
-    }
+    """family -> adapter tensors by name, drawn when first asked for."""
+
+    class Adapters(dict):
+        def __missing__(self, family):
+            config = BaseCheckpoint.open(tiny_models[family]).config
+            self[family] = adapter_of(build(config, LORA, make_mesh(), "float32"))
+            return self[family]
+
+    return Adapters()
 
 
-def test_base_logits(family, tiny_models):
-    directory = tiny_models[family]
+def test_the_families_are_those_of_readme_and_of_this_suite():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line.startswith("| Models |"))
+    assert re.findall(r"`(\w+)`", row) == sorted(FAMILIES) == sorted(SIZES) == sorted(PERIODS)
+
+
+def test_base_logits(every_family, tiny_models):
+    directory = tiny_models[every_family]
     assert_equal(logits(directory), reference(AutoModelForCausalLM.from_pretrained(directory)), 1e-4)
 
 
-@pytest.mark.parametrize(
-    "mesh", [MeshShape(), MeshShape(data=2), MeshShape(fsdp=2, tensor=2), MeshShape(fsdp=1, tensor=4)]
-)
+MESHES = [MeshShape(), MeshShape(data=2), MeshShape(fsdp=1, tensor=4)]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_adapted_logits_on_every_mesh(family, mesh, tiny_models, random_adapter, tmp_path):
+    assert_adapted_logits(family, mesh, tiny_models, random_adapter, tmp_path)
+
+
+def test_adapted_logits(every_family, tiny_models, random_adapter, tmp_path):
+    assert_adapted_logits(every_family, MeshShape(fsdp=2, tensor=2), tiny_models, random_adapter, tmp_path)
+
+
+def assert_adapted_logits(family, mesh, tiny_models, random_adapter, tmp_path):
     directory = tiny_models[family]
     Adapter(LORA, random_adapter[family]).write(tmp_path, str(directory))
     base = AutoModelForCausalLM.from_pretrained(directory)
     plain = reference(base)
+    adapted = PeftModel.from_pretrained(base, tmp_path)
+    theirs = {name.removeprefix("base_model.model.") for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert {name.replace(".default", "") for name in theirs} == random_adapter[family].keys()
     ours = logits(directory, random_adapter[family], mesh=mesh)
-    assert_equal(ours, reference(PeftModel.from_pretrained(base, tmp_path)), 2e-4)
+    assert_equal(ours, reference(adapted), 2e-4)
     assert np.abs(ours - plain)[SEGMENTS.astype(bool)].max() > 0.1
 
 
-def test_every_target_is_alive(family, tiny_models, random_adapter):
+def test_greedy_decoding(every_family, tiny_models, random_adapter, tmp_path):
+    """With a KV cache, prompts of two lengths in one batch, both longer than the windows."""
+    directory, adapter = tiny_models[every_family], random_adapter[every_family]
+    base = BaseCheckpoint.open(directory)
+    model = build(base.config, LORA, make_mesh(), "float32", scan=False)
+    decoder = Decoder(model, model.place_factors(adapter), model.load(base))
+    prompts = [TOKENS[0, :13].tolist(), TOKENS[1, :9].tolist()]
+    ours = decoder.greedy(prompts, 24, (2,))
+
+    Adapter(LORA, adapter).write(tmp_path, str(directory))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path).eval()
+    for prompt, row in zip(prompts, ours, strict=True):
+        wanted = theirs.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_length=24)
+        assert row == wanted[0].tolist()
+
+
+def test_every_target_is_alive(every_family, tiny_models, random_adapter):
     """A side path that is not computed would be trained, exported and do nothing here."""
-    base, factors = BaseCheckpoint.open(tiny_models[family]), random_adapter[family]
+    base, factors = BaseCheckpoint.open(tiny_models[every_family]), random_adapter[every_family]
     model = build(base.config, LORA, make_mesh(), "float32")
     frozen, compute = model.load(base), jax.jit(model.logits_BTV)
 
@@ -92,18 +137,23 @@ def test_every_target_is_alive(family, tiny_models, random_adapter):
         assert np.abs(with_only(module) - nothing).max() > 0.01, module
 
 
-def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny_models, random_adapter):
+# Blocks that the scan takes at a time: sliding and full ones, with and without rotation.
+PERIODS = dict(gemma=1, gemma2=2, gemma3_text=3, llama=1, mistral=1, qwen2=1, qwen3=1, smollm3=2)
+ALL_SCANS = {"block": dict(remat="block"), "dots": dict(remat="dots"), "unstacked factors": dict(stack_factors=False)}
+SCANS = {family: ALL_SCANS if family in ("gemma2", "llama") else {"block": ALL_SCANS["block"]} for family in PERIODS}
+
+
+def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(every_family, tiny_models, random_adapter):
+    family = every_family
     base = BaseCheckpoint.open(tiny_models[family])
     # Small enough that float32's own noise stays an order below what is asserted.
     adapter = {name: tensor / 4 for name, tensor in random_adapter[family].items()}
+    # Where weights are split, sums are in another order; smollm3 makes 2e-5 of that.
+    mesh = make_mesh(None if family in ("gemma2", "llama") else MeshShape(data=4))
     gradients, values = {}, {}
-    for name, options in {
-        "unrolled": dict(scan=False),
-        "block": dict(remat="block"),
-        "dots": dict(remat="dots"),
-        "unstacked factors": dict(stack_factors=False),
-    }.items():
-        model = build(base.config, LORA, make_mesh(), "float32", **options)
+    for name, options in ({"unrolled": dict(scan=False)} | SCANS[family]).items():
+        model = build(base.config, LORA, mesh, "float32", **options)
+        assert model.chain.period == PERIODS[family]
         factors, frozen = model.place_factors(adapter), model.load(base)
 
         def loss(factors, model=model, frozen=frozen):
@@ -115,7 +165,7 @@ def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny
         for slot in model.factor_slots:
             whole = np.asarray(grads[slot.key])
             gradients[name] |= dict(zip(slot.names, whole if slot.stacked else [whole], strict=True))
-    for name in ("block", "dots", "unstacked factors"):
+    for name in SCANS[family]:
         assert float(values[name]) == pytest.approx(float(values["unrolled"]), rel=1e-5)
         errors = {tensor: np.linalg.norm(gradients[name][tensor] - g) for tensor, g in gradients["unrolled"].items()}
         norms = {tensor: np.linalg.norm(g) for tensor, g in gradients["unrolled"].items()}
@@ -170,13 +220,83 @@ LLAMA3_ROPE = dict(
 UNTIED = dict(tie_word_embeddings=False, rms_norm_eps=1e-3)
 
 
-@pytest.mark.parametrize(("family", "fields"), [("gemma2", QUERY_SCALE), ("llama", LLAMA3_ROPE), ("llama", UNTIED)])
+CORRECTED = [
+    ("gemma2", QUERY_SCALE),
+    ("gemma3_text", QUERY_SCALE | dict(final_logit_softcapping=3.0)),
+    ("llama", LLAMA3_ROPE),
+    ("llama", UNTIED),
+    ("mistral", dict(sliding_window=None, head_dim=None)),
+    ("qwen2", UNTIED),
+    ("qwen3", UNTIED),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), CORRECTED)
 def test_fields_that_kerashub_drops_are_corrected(family, fields, tmp_path):
     directory = write_model(tmp_path / "model", family, **fields)
     assert_equal(logits(directory), reference(AutoModelForCausalLM.from_pretrained(directory)), 1e-4)
 
 
+def test_gemma3_s_blocks_are_scanned_six_at_a_time(tiny_models):
+    config = json.loads((tiny_models["gemma3_text"] / "config.json").read_text())
+    config |= dict(num_hidden_layers=13, layer_types=None)
+    assert build(config, None, make_mesh(), "float32").chain.period == 6
+
+
+def test_layers_compute_in_the_precision_that_was_asked_for(every_family, tiny_models):
+    config = json.loads((tiny_models[every_family] / "config.json").read_text())
+    before = keras.config.dtype_policy().name
+    backbone = build(config, LORA, make_mesh(), "mixed_bfloat16").model.backbone
+    linear = [layer for layer in backbone._flatten_layers() if hasattr(layer, "lora_A")]
+    assert len(linear) == 7 * config["num_hidden_layers"]
+    assert {layer.compute_dtype for layer in [*linear, *backbone.transformer_layers]} == {"bfloat16"}
+    assert keras.config.dtype_policy().name == before
+
+
+def test_fields_that_a_config_leaves_out_are_those_of_transformers(every_family):
+    given = dict(model_type=every_family, num_hidden_layers=9, use_sliding_window=True)
+    ours = completed(FAMILIES[every_family], given)
+    theirs = AutoConfig.for_model(**given).to_dict()
+    assert ours == {name: theirs[name] for name in ours}
+
+
+OLD_ROPE = {
+    "llama": dict(rope_theta=5e5, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+    "gemma3_text": dict(rope_local_base_freq=1e3, rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+    "qwen3": dict(rope_theta=1e6, rope_scaling=None),
+}
+
+
+@pytest.mark.parametrize("family", OLD_ROPE)
+def test_rope_settings_in_their_former_places(family):
+    given = dict(model_type=family, num_hidden_layers=9) | OLD_ROPE[family]
+    rope = completed(FAMILIES[family], given)["rope_parameters"]
+    extra = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+    if family == "llama":
+        given["rope_scaling"] = given["rope_scaling"] | extra
+        rope |= extra
+    assert rope == AutoConfig.for_model(**given).to_dict()["rope_parameters"]
+
+
+LINEAR_YARN = {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {"rope_type": "default"}}
 REFUSED = {
+    "qwen2 window": (
+        "qwen2",
+        dict(use_sliding_window=True, sliding_window=8, layer_types=None, max_window_layers=1),
+        "use_sliding_window=True of this qwen2 model: KerasHub has no sliding window on a part",
+    ),
+    "qwen2 head_dim": ("qwen2", dict(head_dim=8), "derives head_dim as hidden_size / num_attention_heads"),
+    "qwen3 rope": ("qwen3", dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope type 'yarn' is dropped"),
+    "qwen3 bias": ("qwen3", dict(attention_bias=True), "computes it as False only"),
+    "mistral tied": ("mistral", dict(tie_word_embeddings=True), "tie_word_embeddings=True .* computes it as False"),
+    "mistral act": ("mistral", dict(hidden_act="gelu"), "hidden_act='gelu' .* computes it as 'silu' only"),
+    "smollm3 untied": ("smollm3", dict(tie_word_embeddings=False), "computes it as True only"),
+    "smollm3 window": ("smollm3", dict(use_sliding_window=True), "use_sliding_window=True"),
+    "gemma act": ("gemma", dict(hidden_act="relu"), "computes it as 'gelu_pytorch_tanh' only"),
+    "gemma3 rope": ("gemma3_text", dict(rope_parameters=LINEAR_YARN), "'yarn' of full_attention is dropped"),
+    "gemma3 both ways": ("gemma3_text", dict(use_bidirectional_attention=True), "computes it as False only"),
+    "gemma3 cap": ("gemma3_text", dict(attn_logit_softcapping=50.0), "KerasHub applies it and transformers does not"),
+    "dropout": ("qwen3", dict(attention_dropout=0.1), "attention_dropout=0.1 .* computes it as 0.0 only"),
     "head_dim": ("llama", dict(head_dim=8), "head_dim=8 of this llama model: KerasHub's llama derives head_dim"),
     "bias": ("llama", dict(attention_bias=True), "attention_bias=True .* computes it as False only"),
     "rope": ("llama", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn' is dropped"),
@@ -185,6 +305,13 @@ REFUSED = {
     "layers": ("gemma2", dict(layer_types=["full_attention"] * 5), "alternates sliding and full attention"),
     "quantised": ("llama", dict(quantization_config={"quant_method": "gptq"}), "a base quantised by 'gptq'"),
 }
+
+
+def test_a_field_that_is_needed_and_left_out_is_named(tiny_models):
+    config = json.loads((tiny_models["qwen3"] / "config.json").read_text())
+    del config["intermediate_size"]
+    with pytest.raises(UnsupportedError, match="this qwen3 model has no field 'intermediate_size'"):
+        build(config, None, make_mesh(), "float32")
 
 
 @pytest.mark.parametrize("case", REFUSED)

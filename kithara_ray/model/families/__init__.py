@@ -1,0 +1,37 @@
+"""What must be put right, family by family, before KerasHub computes what Hugging Face's config says.
+
+A family is listed here when its parity test (tests/model/test_parity.py) is in the suite. Everything else is refused
+by name before a weight is read: KerasHub's converters drop fields silently, and a silent wrong model is worse
+than none.
+"""
+
+from collections.abc import Mapping
+
+from kithara_ray.errors import UnsupportedError
+from kithara_ray.model.families import gemma, llama
+from kithara_ray.model.families.family import Family, completed, fields_needed
+
+FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES
+
+
+def family_of(config: Mapping) -> Family:
+    """The family of a Hugging Face config, its fields checked.
+
+    Raises:
+        UnsupportedError: an unknown `model_type`, or a field that KerasHub cannot express.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"config.json: model_type={model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))} "
+            "(a family is added with a test that its logits equal transformers')"
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedError(
+            f"config.json: a base quantised by {config['quantization_config'].get('quant_method')!r} cannot be trained "
+            "or merged; use the unquantised checkpoint"
+        )
+    family = FAMILIES[model_type]
+    with fields_needed(config):
+        family.check(completed(family, config))
+    return family

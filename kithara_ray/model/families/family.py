@@ -1,0 +1,143 @@
+"""What a family is, and what several of them check."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kithara_ray.errors import UnsupportedError
+
+
+def _as_it_is(config: Mapping) -> dict:
+    return dict(config)
+
+
+def with_defaults(**fields: Any) -> Callable[[Mapping], dict]:
+    """A `complete` that fills in transformers' values of fields that a config.json may leave out."""
+    return lambda config: fields | dict(config)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of Hugging Face.
+
+    Attributes:
+        converter: module below `keras_hub.src.utils.transformers`.
+        causal_lm: class name in `keras_hub.models`.
+        check: raises UnsupportedError for fields that KerasHub cannot express.
+        correct: changes the backbone's keyword arguments that the converter made.
+        finish: changes the built backbone.
+        complete: the config with what transformers would fill in.
+        takes_dtype: whether the backbone hands its dtype on to its layers; else they are built under a global policy.
+    """
+
+    converter: str
+    causal_lm: str
+    check: Callable[[Mapping], None]
+    correct: Callable[[Mapping, dict], None] = lambda config, kwargs: None
+    finish: Callable[[Mapping, Any], None] = lambda config, backbone: None
+    complete: Callable[[Mapping], dict] = _as_it_is
+    takes_dtype: bool = True
+
+    def build(self, config: Mapping, dtype_policy):
+        """The backbone that a checked config describes.
+
+        Raises:
+            UnsupportedError: the config lacks a field that the converter reads.
+        """
+        config = completed(self, config)
+        converter = importlib.import_module(f"keras_hub.src.utils.transformers.{self.converter}")
+        with fields_needed(config):
+            kwargs = converter.convert_backbone_config(dict(config))
+            self.correct(config, kwargs)
+        if self.takes_dtype:
+            backbone = converter.backbone_cls(**kwargs, dtype=dtype_policy)
+        else:
+            with _global_policy(dtype_policy):
+                backbone = converter.backbone_cls(**kwargs)
+        self.finish(config, backbone)
+        return backbone
+
+
+def completed(family: Family, config: Mapping) -> dict:
+    """The config with its defaults, and its rope settings where transformers 5 writes them and converters look."""
+    whole = family.complete(config)
+    rope = rope_of(whole)
+    former = ("rope_scaling", "rope_theta", "rope_local_base_freq")
+    return {field: value for field, value in whole.items() if field not in former} | {"rope_parameters": rope}
+
+
+@contextlib.contextmanager
+def fields_needed(config: Mapping) -> Iterator[None]:
+    """A field that is read in here and is not there is refused by name."""
+    try:
+        yield
+    except KeyError as error:
+        raise UnsupportedError(
+            f"config.json: this {config['model_type']} model has no field {error}; "
+            "write it anew with transformers' save_pretrained"
+        ) from error
+
+
+@contextlib.contextmanager
+def _global_policy(dtype_policy) -> Iterator[None]:
+    import keras
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(dtype_policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def refuse(config: Mapping, field: str, why: str) -> None:
+    raise UnsupportedError(f"config.json: {field}={config.get(field)!r} of this {config['model_type']} model: {why}")
+
+
+def expect(config: Mapping, **allowed: tuple) -> None:
+    """Refuse fields whose value changes the mathematics in a way that KerasHub does not know."""
+    for field, values in allowed.items():
+        if field in config and config[field] not in values:
+            refuse(config, field, f"KerasHub computes it as {values[0]!r} only")
+
+
+def rope_of(config: Mapping) -> dict:
+    """The rope settings under either of the names that transformers has written them; by layer type for gemma3."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "full_attention" in rope:
+        return rope
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope
+
+
+def check_rope(config: Mapping, *types: str) -> None:
+    rope, family = rope_of(config), config["model_type"]
+    if rope["rope_type"] not in types:
+        refuse(config, "rope_parameters", f"rope type {rope['rope_type']!r} is dropped by KerasHub's {family}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse(config, "rope_parameters", "KerasHub rotates all of a head's width")
+
+
+def check_derived_head_dim(config: Mapping) -> None:
+    head_dim, family = config.get("head_dim"), config["model_type"]
+    if head_dim is not None and head_dim * config["num_attention_heads"] != config["hidden_size"]:
+        refuse(config, "head_dim", f"KerasHub's {family} derives head_dim as hidden_size / num_attention_heads")
+
+
+def check_no_window(config: Mapping) -> None:
+    """Refuse blocks of a sliding window where KerasHub puts it on all blocks or on none.
+
+    As transformers: without `layer_types`, the window begins at block `max_window_layers`.
+    """
+    if not config.get("use_sliding_window") or not config.get("sliding_window"):
+        return
+    kinds = config.get("layer_types")
+    begins = config.get("max_window_layers", 0) < config["num_hidden_layers"]
+    if begins if kinds is None else "sliding_attention" in kinds:
+        refuse(config, "use_sliding_window", "KerasHub has no sliding window on a part of the blocks")

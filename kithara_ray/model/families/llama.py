@@ -1,0 +1,135 @@
+"""llama (Llama 3, 3.1, 3.2, SmolLM2), mistral, qwen2, qwen3, smollm3: what KerasHub drops of them."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kithara_ray.model.families.family import (
+    Family,
+    check_derived_head_dim,
+    check_no_window,
+    check_rope,
+    expect,
+    with_defaults,
+)
+
+_ABSENT = (False, None)
+_NO_DROPOUT = (0.0, None)
+
+
+def _check_llama(config: Mapping) -> None:
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT, pretraining_tp=(1, None))
+    expect(config, attention_dropout=_NO_DROPOUT)
+    check_derived_head_dim(config)
+    check_rope(config, "default", "llama3")
+
+
+def _correct_llama(config: Mapping, kwargs: dict) -> None:
+    # The converter drops rms_norm_eps and reads rope_scaling, which transformers 5 writes as rope_parameters.
+    kwargs["layer_norm_epsilon"] = config["rms_norm_eps"]
+    rope = config["rope_parameters"]
+    kwargs["rope_max_wavelength"] = rope["rope_theta"]
+    if rope["rope_type"] == "llama3":
+        kwargs["rope_frequency_adjustment_factor"] = rope["factor"]
+        kwargs["rope_low_freq_factor"] = rope["low_freq_factor"]
+        kwargs["rope_high_freq_factor"] = rope["high_freq_factor"]
+        kwargs["rope_pretraining_sequence_length"] = rope["original_max_position_embeddings"]
+
+
+def _check_mistral(config: Mapping) -> None:
+    # KerasHub's mistral has a head of its own always.
+    expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT, attention_dropout=_NO_DROPOUT)
+    check_rope(config, "default")
+
+
+def _check_qwen2(config: Mapping) -> None:
+    # Biases of q, k and v are there whatever `attention_bias` says, in both libraries.
+    expect(config, hidden_act=("silu",), attention_dropout=_NO_DROPOUT)
+    check_derived_head_dim(config)
+    check_rope(config, "default")
+    check_no_window(config)
+
+
+def _correct_qwen2(config: Mapping, kwargs: dict) -> None:
+    # The backbone has no argument of this name; no block has a window, see check_no_window.
+    del kwargs["use_sliding_window"], kwargs["sliding_window_size"]
+
+
+def _check_qwen3(config: Mapping) -> None:
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, attention_dropout=_NO_DROPOUT)
+    check_rope(config, "default")
+    check_no_window(config)
+
+
+def _correct_qwen3(config: Mapping, kwargs: dict) -> None:
+    kwargs["sliding_window_size"] = None
+
+
+def _finish_qwen3(config: Mapping, backbone) -> None:
+    # The norms inside the blocks keep their default epsilon.
+    for layer in backbone._flatten_layers():
+        if type(layer).__name__ == "Qwen3LayerNorm":
+            layer.epsilon = config["rms_norm_eps"]
+
+
+def _complete_smollm3(config: Mapping) -> dict:
+    whole = {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "rope_theta": 2e6} | dict(config)
+    layers, interval = whole["num_hidden_layers"], whole.get("no_rope_layer_interval", 4)
+    # Despite its name, 1 says that a block rotates.
+    if whole.get("no_rope_layers") is None:
+        whole["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(layers)]
+    whole["layer_types"] = whole.get("layer_types") or ["full_attention"] * layers
+    return whole
+
+
+def _check_smollm3(config: Mapping) -> None:
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT, attention_dropout=_NO_DROPOUT)
+    expect(config, tie_word_embeddings=(True, None), layer_types=(["full_attention"] * config["num_hidden_layers"],))
+    expect(config, use_sliding_window=_ABSENT, pretraining_tp=(1, None))
+    check_derived_head_dim(config)
+    check_rope(config, "default")
+
+
+def _finish_smollm3(config: Mapping, backbone) -> None:
+    for block in backbone.transformer_layers:
+        # Read while a block is made and no longer; it would tell equal blocks apart.
+        block.layer_idx = block.self_attn.layer_idx = 0
+        # A constant that KerasHub keeps as a variable which no tensor feeds.
+        rotary = block.self_attn.rotary_embedding
+        rotary._untrack_variable(rotary.inv_freq)
+        exponents = np.arange(0, rotary.head_dim, 2, dtype=np.float32) / np.float32(rotary.head_dim)
+        rotary.inv_freq = rotary.original_inv_freq = 1 / np.float32(rotary.rope_theta) ** exponents
+
+
+_QWEN = dict(tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+
+FAMILIES = {
+    "llama": Family(
+        "convert_llama3",
+        "Llama3CausalLM",
+        _check_llama,
+        _correct_llama,
+        complete=with_defaults(tie_word_embeddings=False),
+    ),
+    # Its converter also casts weights through float16: see weights.Port.view.
+    "mistral": Family(
+        "convert_mistral", "MistralCausalLM", _check_mistral, complete=with_defaults(sliding_window=4096)
+    ),
+    "qwen2": Family("convert_qwen", "QwenCausalLM", _check_qwen2, _correct_qwen2, complete=with_defaults(**_QWEN)),
+    "qwen3": Family(
+        "convert_qwen3",
+        "Qwen3CausalLM",
+        _check_qwen3,
+        _correct_qwen3,
+        _finish_qwen3,
+        complete=with_defaults(head_dim=128, **_QWEN),
+    ),
+    "smollm3": Family(
+        "convert_smollm3",
+        "SmolLM3CausalLM",
+        _check_smollm3,
+        finish=_finish_smollm3,
+        complete=_complete_smollm3,
+        takes_dtype=False,
+    ),
+}
