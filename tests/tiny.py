@@ -31,11 +31,11 @@ SIZES = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
-    # Two sliding blocks to a full one, and one over; full blocks rotate more slowly.
+    # A sliding block to a full one, not KerasHub's five, and one over; full blocks rotate more slowly.
     "gemma3_text": dict(
         _SMALL,
-        num_hidden_layers=7,
-        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2 + ["sliding_attention"],
+        num_hidden_layers=5,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=8,

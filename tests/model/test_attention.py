@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import VOCABULARY
+from tiny import SIZES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from kithara_ray.errors import UnsupportedError
@@ -35,11 +35,13 @@ def packed():
     return tokens, segments, samples
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_a_packed_row_computes_what_its_samples_do_alone(every_family, tiny_models, scan):
+@pytest.mark.parametrize(
+    ("name", "scan"), [(name, True) for name in sorted(SIZES)] + [("gemma2", False), ("llama", False)]
+)
+def test_a_packed_row_computes_what_its_samples_do_alone(name, scan, tiny_models):
     tokens, segments, samples = packed()
-    reference = AutoModelForCausalLM.from_pretrained(tiny_models[every_family]).eval()
-    base, mesh = BaseCheckpoint.open(tiny_models[every_family]), make_mesh()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_models[name]).eval()
+    base, mesh = BaseCheckpoint.open(tiny_models[name]), make_mesh()
     model = build(base.config, None, mesh, "float32", scan=scan)
     placed = [jax.device_put(array, batch_sharding(mesh)) for array in (tokens, segments)]
     logits = np.asarray(jax.jit(model.logits_BTV)({}, model.load(base), *placed))

@@ -18,7 +18,7 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
-from kithara_ray.model.families import FAMILIES
+from kithara_ray.model.families import FAMILIES, family_of
 from kithara_ray.model.families.family import completed
 from kithara_ray.model.generate import Decoder
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
@@ -138,7 +138,7 @@ def test_every_target_is_alive(every_family, tiny_models, random_adapter):
 
 
 # Blocks that the scan takes at a time: sliding and full ones, with and without rotation.
-PERIODS = dict(gemma=1, gemma2=2, gemma3_text=3, llama=1, mistral=1, qwen2=1, qwen3=1, smollm3=2)
+PERIODS = dict(gemma=1, gemma2=2, gemma3_text=2, llama=1, mistral=1, qwen2=1, qwen3=1, smollm3=2)
 ALL_SCANS = {"block": dict(remat="block"), "dots": dict(remat="dots"), "unstacked factors": dict(stack_factors=False)}
 SCANS = {family: ALL_SCANS if family in ("gemma2", "llama") else {"block": ALL_SCANS["block"]} for family in PERIODS}
 
@@ -305,6 +305,14 @@ REFUSED = {
     "layers": ("gemma2", dict(layer_types=["full_attention"] * 5), "alternates sliding and full attention"),
     "quantised": ("llama", dict(quantization_config={"quant_method": "gptq"}), "a base quantised by 'gptq'"),
 }
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "mixtral", "qwen3_moe", "gpt_oss", "gemma4_text", "gemma3"])
+def test_a_family_that_is_not_there_is_refused_with_the_reason(model_type):
+    with pytest.raises(
+        UnsupportedError, match=f"model_type='{model_type}' is not supported: .*; supported are gemma, "
+    ):
+        family_of({"model_type": model_type})
 
 
 def test_a_field_that_is_needed_and_left_out_is_named(tiny_models):

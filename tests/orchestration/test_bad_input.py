@@ -88,7 +88,9 @@ def test_an_unknown_family_is_refused(tmp_path, directory):
     shutil.copytree(directory, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}))
-    with pytest.raises(UnsupportedError, match="model_type='phi3' is not supported; supported are gemma2, llama"):
+    with pytest.raises(
+        UnsupportedError, match="model_type='phi3' is not supported: KerasHub has no converter for it; supported"
+    ):
         KerasHubModel.from_preset(str(tmp_path / "model"), lora_rank=4)
 
 

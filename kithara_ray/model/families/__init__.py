@@ -13,6 +13,16 @@ from kithara_ray.model.families.family import Family, completed, fields_needed
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES
 
+_STACKED_EXPERTS = "its experts are many tensors, or a quantised one, to a Keras variable; only one to one is loaded"
+_REFUSED = {
+    "mixtral": _STACKED_EXPERTS,
+    "qwen3_moe": _STACKED_EXPERTS,
+    "gpt_oss": _STACKED_EXPERTS,
+    "gemma4_text": "KerasHub's MLP goes past the layers that LoRA adapts, so an adapter there would do nothing",
+    "gemma3": "it reads images; take a checkpoint of its text model, gemma3_text",
+    "phi3": "KerasHub has no converter for it",
+}
+
 
 def family_of(config: Mapping) -> Family:
     """The family of a Hugging Face config, its fields checked.
@@ -23,8 +33,8 @@ def family_of(config: Mapping) -> Family:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise UnsupportedError(
-            f"config.json: model_type={model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))} "
-            "(a family is added with a test that its logits equal transformers')"
+            f"config.json: model_type={model_type!r} is not supported{_reason(model_type)}; supported are "
+            f"{', '.join(sorted(FAMILIES))} (a family is added with a test that its logits equal transformers')"
         )
     if config.get("quantization_config"):
         raise UnsupportedError(
@@ -35,3 +45,7 @@ def family_of(config: Mapping) -> Family:
     with fields_needed(config):
         family.check(completed(family, config))
     return family
+
+
+def _reason(model_type: str | None) -> str:
+    return f": {_REFUSED[model_type]}" if model_type in _REFUSED else ""
