@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the driver's own: it must not take the accelerator from the workers
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is not needed for its tokenizers
 
 import keras
 from arithmetic import make_rows, score
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hf://..., a local Hugging Face directory, gs://... (default: SmolLM2-135M)")
     parser.add_argument("--data", help="a jsonl, json, csv or parquet file with columns prompt and answer")
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S"))
     return parser.parse_args()

@@ -99,8 +99,8 @@ class Progress:
     def _say(self, line: str) -> None:
         """Where there is no bar."""
         if self._bar.disable:
-            self._console.print(line)
+            self._console.print(line, soft_wrap=True)
 
     def _note(self, line: str) -> None:
         """Above the bar, or as a line."""
-        self._console.print(line)
+        self._console.print(line, soft_wrap=True)
