@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hf://..., a local Hugging Face directory, gs://... (default: SmolLM2-135M)")
     parser.add_argument("--data", help="a jsonl, json, csv or parquet file with columns prompt and answer")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S"))
     return parser.parse_args()
