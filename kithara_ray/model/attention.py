@@ -52,8 +52,8 @@ class Settings:
 def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks_N=None) -> jax.Array:
     """(B, T, N, H) by plain products, a block of queries at a time; logits and softmax in float32.
 
-    A block is multiplied with the keys that its tokens may see and with no later ones: half of a causal T x T product is
-    never computed, nor held at once.
+    A block is multiplied with the keys that its tokens may see and with no later ones: half of a causal T x T product
+    is never computed, nor held at once.
 
     Args:
         segments_BT: int; tokens of different segments do not see each other.
