@@ -40,7 +40,7 @@ class _Backend(_JaxBackend):
         super().on_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group, backend_config: WorkerBackend):
-        """Ray would wait here for JAX's farewell, 30 s where a process is dead; a loop that ends well says it itself."""
+        """Ray waits here for JAX's farewell, 30 s where a process is dead; a loop that ends well says it itself."""
 
 
 def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int) -> None:
