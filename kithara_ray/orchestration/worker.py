@@ -135,7 +135,7 @@ class Run:
         with self._phase("load"):
             self.frozen = self.model.load(base)
             if spec.adapter is None:
-                params = self.model.initial_factors(spec.seed)
+                params = self.model.initial_factors(spec.seed, self.frozen)
             else:
                 params = self.model.place_factors(spec.adapter)
             self.state = step.initial_state(self.model, self.optimizer, params)
