@@ -99,7 +99,7 @@ class KerasHubModel:
         allow_other_base: bool = False,
         **unknown: Any,
     ) -> "KerasHubModel":
-        """A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
+        r"""A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
 
         Args:
             preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.
