@@ -17,6 +17,7 @@ from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
+from kithara_ray.orchestration import manifest
 from kithara_ray.orchestration.export_tasks import write_on_cluster
 from kithara_ray.orchestration.remote import head_node_id
 from kithara_ray.sharding.gather import Shard, assemble
@@ -83,6 +84,10 @@ class Coordinator:
     def check_destination(self, destination: str) -> None:
         """See `kithara_ray.hf.publish`."""
         publish.check_destination(destination)
+
+    def write_run(self, directory: str, content: dict[str, Any]) -> None:
+        """run.json of the run."""
+        manifest.write(directory, content)
 
     def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base: str) -> None:
         """The trained adapter into the run's directory."""

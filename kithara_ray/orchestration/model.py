@@ -61,6 +61,7 @@ class KerasHubModel:
         precision: Keras dtype policy of the computation.
         adapter: the trained tensors by name, float32, A (r, in), B (out, r) and DoRA's magnitudes (out,); None before
             training.
+        run: what the last training was made of (run.json), carried into exports; None before training.
     """
 
     def __init__(self, preset_handle: str, lora: LoraConfig, precision: str):
@@ -68,6 +69,7 @@ class KerasHubModel:
         self.lora = lora
         self.precision = precision
         self.adapter: dict[str, np.ndarray] | None = None
+        self.run: dict[str, Any] | None = None
         self._coordinator = None
         self._generator = None
 
@@ -215,6 +217,7 @@ class KerasHubModel:
                 max_shard_size=max_shard_size,
                 check_finite=check_finite,
                 resume=resume,
+                run=self.run,
             )
         )
 

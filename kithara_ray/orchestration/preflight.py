@@ -57,8 +57,8 @@ def _missing(workers: int, needs: Mapping[str, float], extra: Mapping[str, float
     found = placeable(workers, needs, nodes)
     if found < workers:
         return (
-            f"the cluster can hold {found} of {workers} workers that need {_show(needs)} each; "
-            f"it has {len(nodes)} node(s): {'; '.join(_show(node) for node in nodes)}"
+            f"the cluster can hold {found} of {workers} workers that need {show(needs)} each; "
+            f"it has {len(nodes)} node(s): {'; '.join(show(node) for node in nodes)}"
         )
     return None
 
@@ -74,7 +74,8 @@ def _busy(workers: int, needs: Mapping[str, float]) -> str | None:
     return None
 
 
-def _show(resources: Mapping[str, Any]) -> str:
+def show(resources: Mapping[str, Any]) -> str:
+    """Resources as a person reads them."""
     shown = {k: v for k, v in resources.items() if not k.startswith(("node:", "memory", "object_store_memory"))}
     return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(shown.items())) or "nothing"
 

@@ -10,6 +10,7 @@ from rich.progress import Progress as Bar
 
 _POLL_S = 0.5
 _PHASES = {
+    "check": "checking cluster, data and destinations",
     "tokenize": "tokenising the dataset",
     "schedule": "waiting for the workers",
     "fetch": "reading the base checkpoint",

@@ -7,6 +7,7 @@ adapter. It needs no accelerator.
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,9 @@ from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, Unsu
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration import checks
 from kithara_ray.orchestration.data import Dataloader
+from kithara_ray.orchestration.manifest import RunManifest
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
@@ -42,7 +44,8 @@ class TrainResult:
             step_time_s, input_wait_s (a step), epoch.
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0.
-        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
+        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, run.json says what
+            the run was made of.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps" or "early_stopping".
     """
@@ -165,12 +168,18 @@ class Trainer:
         self.seed = seed
         self.cluster_timeout_s = cluster_timeout_s
         self.progress = progress
+        self.config: Mapping[str, Any] | None = None  # the YAML that this was made of
 
-    def train(self) -> TrainResult:
+    def train(self, exports: Sequence[Mapping[str, Any]] = ()) -> TrainResult:
         """Run to the end; `model` holds the trained adapter afterwards.
+
+        Args:
+            exports: arguments of the `save_in_hf_format` calls that will follow. Nothing is written; that it can be is
+                checked before anything is trained.
 
         Raises:
             DataError: a bad row, or nothing to train on.
+            DestinationError: the run's directory or an export's cannot be written.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
         """
@@ -178,19 +187,30 @@ class Trainer:
         self.model.release()
         coordinator = self.model.coordinator()
         ray.get(coordinator.start_run.remote())
+        manifest = RunManifest(self)
         with Progress(coordinator, enabled=self.progress) as progress:
+            progress.phase("check")
+            checks.raise_for(checks.check_run(self, exports, self.cluster_timeout_s))
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
             progress.phase("schedule")
-            self._check_cluster()
-            result = self._fit(spec)
+            checks.wait_for_cluster(self, self.cluster_timeout_s)
+            manifest.begin(coordinator, spec)
+            try:
+                result = self._fit(spec)
+            except BaseException as error:
+                manifest.end(coordinator, "failed", error=f"{type(error).__name__}: {error}")
+                raise
         events = remote_get(coordinator.events.remote(0))
         tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
         self.model.set_adapter(tensors)
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
-        return _result(events, result.path, result.return_value)
+        trained = _result(events, result.path, result.return_value)
+        ended = {"path": trained.path, "metrics": trained.metrics, "phases": trained.phases, "stopped": trained.stopped}
+        self.model.run = manifest.end(coordinator, "finished", result=ended)
+        return trained
 
     def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
@@ -231,15 +251,6 @@ class Trainer:
     def _platform(self) -> str:
         """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
         return self._worker_env()["JAX_PLATFORMS"].split(",")[0]
-
-    def _check_cluster(self) -> None:
-        scaling = self.scaling_config
-        preflight.wait_for_cluster(
-            scaling.num_workers,
-            scaling._resources_per_worker_not_none,
-            self.cluster_timeout_s,
-            preflight.slice_heads(scaling),
-        )
 
     def _fit(self, spec: RunSpec):
         runtime_env = dict(self.run_config.worker_runtime_env or {})

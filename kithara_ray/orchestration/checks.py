@@ -1,0 +1,445 @@
+"""The checks before a run, each with a name and one finding: for `kithara-ray doctor` and for every run's start.
+
+They look at what can be known before an accelerator is reserved, at all nodes side by side, and take a second or two.
+"""
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kithara_ray.errors import ClusterError, ConfigError, DataError, DestinationError, KitharaRayError
+from kithara_ray.hf import storage
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.merge import check_dtype
+from kithara_ray.hf.publish import check_destination
+from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration.node import NodeFacts, free_disk, look_there, versions
+from kithara_ray.orchestration.paths import absolute
+from kithara_ray.orchestration.remote import head_node_id
+
+logger = logging.getLogger(__name__)
+
+OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
+_TASK_TIMEOUT_S = 60.0
+_FIRST_ROWS = 2
+# A chip of these is one JAX device.
+_ONE_DEVICE_A_CHIP = ("TPU-V4", "TPU-V5P", "TPU-V5LITEPOD", "TPU-V6E")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Attributes:
+    name: of the check.
+    state: "ok", "warning", "failed" or "skipped".
+    text: what was found; of what is not ok, with what to do.
+    error: of a failed check.
+    """
+
+    name: str
+    state: str
+    text: str
+    error: KitharaRayError | None = None
+
+
+class Warned(Exception):
+    """Raised by a check that lets the run go on."""
+
+
+class Skipped(Exception):
+    """Raised by a check that does not apply."""
+
+
+def raise_for(findings: Sequence[Finding]) -> None:
+    """Raise what failed: an error of the first one's class, with all messages."""
+    failed = [finding for finding in findings if finding.state == FAILED]
+    if failed:
+        raise type(failed[0].error)("\n".join(finding.text for finding in failed))
+
+
+def check_cluster() -> list[Finding]:
+    """Of the cluster alone, without a run."""
+    nodes = _Nodes()
+    return [_find("nodes", nodes.show), _find("versions", nodes.check_versions)]
+
+
+def check_run(
+    trainer: Any, exports: Sequence[Mapping[str, Any]], wait_s: float, tokenize: bool = False
+) -> list[Finding]:
+    """All checks of a run.
+
+    Args:
+        trainer: a Trainer.
+        exports: arguments of the `save_in_hf_format` calls that will follow.
+        wait_s: how long the cluster may take to have, and to have free, what the run asks for.
+        tokenize: load the tokenizer and tokenise the first rows too: seconds, which a run that tokenises next need not
+            spend.
+    """
+    nodes = _Nodes()
+    probes = _Probes(trainer, exports)
+    cluster = _find("cluster", lambda: wait_for_cluster(trainer, wait_s))
+    # Reading rows takes a free CPU, for which Ray Data would wait without end.
+    rows = _Rows(trainer, cluster.state == OK, tokenize)
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("versions", nodes.check_versions),
+        ("accelerator", lambda: nodes.check_tpus(trainer)),
+        ("devices", lambda: _check_devices(trainer)),
+        ("memory", lambda: nodes.check_memory(trainer)),
+        ("disk", lambda: nodes.check_disk(trainer, probes)),
+        ("destinations", probes.check),
+        ("tokenizer, rows" if tokenize else "rows", rows.check),
+    ]
+    return [cluster, *(_find(name, check) for name, check in checks)]
+
+
+def _find(name: str, check: Callable[[], str]) -> Finding:
+    started = time.monotonic()
+    try:
+        return Finding(name, OK, check())
+    except Warned as warned:
+        logger.warning("%s: %s", name, warned)
+        return Finding(name, WARNING, str(warned))
+    except Skipped as skipped:
+        return Finding(name, SKIPPED, str(skipped))
+    except KitharaRayError as error:
+        return Finding(name, FAILED, str(error), error)
+    finally:
+        logger.debug("check %s: seconds=%.2f", name, time.monotonic() - started)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
+
+
+# --------------------------------------------------------------------------------------------------------- cluster
+
+
+def wait_for_cluster(trainer: Any, wait_s: float) -> str:
+    """Wait until the cluster has, and has free, what the run asks for; returns what that is. Raises ClusterError."""
+    scaling = trainer.scaling_config
+    needs, heads = scaling._resources_per_worker_not_none, preflight.slice_heads(scaling)
+    preflight.wait_for_cluster(scaling.num_workers, needs, wait_s, heads)
+    workers = f"{scaling.num_workers} worker(s) with {preflight.show(needs)} each"
+    return f"{workers}" + (f", on {', '.join(f'{n:g} x {name}' for name, n in heads.items())}" if heads else "")
+
+
+class _Nodes:
+    """Facts of all living nodes, asked for at once and awaited by the first check that needs them."""
+
+    def __init__(self):
+        self._nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        self._asked = {
+            node_id: look_there.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+            ).remote()
+            for node_id in self._nodes
+        }
+        self._facts: dict[str, NodeFacts] | None = None
+
+    def facts(self) -> dict[str, NodeFacts]:
+        """By node id. Raises ClusterError for a node that does not answer, or cannot."""
+        if self._facts is None:
+            late = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_TASK_TIMEOUT_S)[1]
+            if late:
+                slow = [self._name(node_id) for node_id, asked in self._asked.items() if asked in late]
+                raise ClusterError(
+                    f"{', '.join(slow)}: no answer within {_TASK_TIMEOUT_S:g} s; look at `ray status`, and restart Ray "
+                    "on the node"
+                )
+            self._facts = {node_id: self._fact(node_id, asked) for node_id, asked in self._asked.items()}
+        return self._facts
+
+    def _fact(self, node_id: str, asked: ray.ObjectRef) -> NodeFacts:
+        try:
+            return ray.get(asked)
+        except ray.exceptions.RayError as error:
+            cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+            raise ClusterError(
+                f"{self._name(node_id)}: kithara_ray cannot be run there ({cause}); install the driver's version on "
+                "every node"
+            ) from error
+
+    def _name(self, node_id: str) -> str:
+        return f"node {self._nodes[node_id]['NodeManagerAddress']} ({node_id[:8]})"
+
+    def show(self) -> str:
+        resources = [preflight.show(node["Resources"]) for node in self._nodes.values()]
+        return f"{len(resources)}: {'; '.join(resources)}"
+
+    def check_versions(self) -> str:
+        """Every node has what the driver has."""
+        here = versions()
+        facts = {self._name(node_id): facts for node_id, facts in self.facts().items()}
+        wrong = different_versions(here, {name: found.versions for name, found in facts.items()})
+        if wrong:
+            raise ClusterError(f"{'; '.join(wrong)}; install the same versions on all nodes")
+        shown = ", ".join(f"{name} {here[name]}" for name in ("python", "ray", "jax", "keras-hub") if name in here)
+        return f"{shown} on {len(facts)} node(s) and here"
+
+    def check_tpus(self, trainer: Any) -> str:
+        """Chips are there, and no process holds one that Ray has free."""
+        if trainer._platform() != "tpu":
+            raise Skipped(f"the run asks for {trainer._platform()}")
+        free = ray._private.state.available_resources_per_node()
+        chips = 0
+        for node_id, facts in self.facts().items():
+            count = self._nodes[node_id]["Resources"].get("TPU", 0)
+            if count:
+                problem = tpu_problem(facts, count, free.get(node_id, {}).get("TPU", 0))
+                if problem:
+                    raise ClusterError(f"{self._name(node_id)}: {problem}")
+                chips += len(facts.tpu_files)
+        if not chips:
+            raise ClusterError("no node has a TPU; start the run on a cluster of TPU hosts, or without use_tpu")
+        return f"{chips} device file(s), held by nobody where Ray has them free"
+
+    def check_memory(self, trainer: Any) -> str:
+        """Host memory for the weights that workers on CPUs keep."""
+        workers, total = trainer.scaling_config.num_workers, _weight_bytes(trainer)
+        if trainer._platform() != "cpu":
+            return f"{_gb(total / workers)} of the base read by each host, kept on its accelerator"
+        devices = count_devices(trainer) or workers
+        data, _, _ = trainer.mesh.resolve(devices)
+        each = total * data / workers
+        rooms = sorted(((f.ram_bytes, f.ram_free_bytes, n) for n, f in self.facts().items()), reverse=True)
+        on_node = math.ceil(workers / len(rooms))
+        ram, free, node_id = rooms[min(workers, len(rooms)) - 1]
+        need = f"{self._name(node_id)}: {on_node} worker(s) keep {_gb(each)} of weights each"
+        if each * on_node > ram:
+            raise ClusterError(f"{need}, of {_gb(ram)} of memory; use more hosts, or a smaller base")
+        if each * on_node > free:
+            raise Warned(f"{need}, and {_gb(free)} of {_gb(ram)} are free; end what uses the rest")
+        return f"{_gb(each)} of weights a worker, {_gb(free)} free"
+
+    def check_disk(self, trainer: Any, probes: "_Probes") -> str:
+        """Room for a base that is fetched to each host, and for exports of the base's size."""
+        total = _weight_bytes(trainer)
+        texts = []
+        handle = trainer.model.preset_handle
+        if storage.is_url(handle) and not handle.startswith(("hf://", "file://")):
+            for node_id, facts in self.facts().items():
+                if facts.cache_free_bytes < total:
+                    raise Warned(
+                        f"{self._name(node_id)}: {_gb(facts.cache_free_bytes)} free in the cache, the base has "
+                        f"{_gb(total)}; unless it is there already, free room or set {storage.CACHE_VARIABLE}"
+                    )
+            texts.append(f"{_gb(total)} of base to each host's cache")
+        for destination, free in probes.free().items():
+            if free < total:
+                raise DestinationError(
+                    f"{destination}: {_gb(free)} are free there, an export of base or merged weights has {_gb(total)}; "
+                    "free room or choose another destination"
+                )
+            texts.append(f"{_gb(free)} free at {destination}")
+        return "; ".join(texts) or "nothing of the base's size is written"
+
+
+def different_versions(here: Mapping[str, str], there: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What differs, a text each, between the versions here and those of nodes by name."""
+
+    def release(name: str, version: str) -> str:
+        return ".".join(version.split(".")[:2]) if name == "python" else version
+
+    return [
+        f"{node} has {name} {found.get(name, 'none')}, the driver {here.get(name, 'none')}"
+        for node, found in there.items()
+        for name in sorted(here.keys() | found.keys())
+        if release(name, here.get(name, "none")) != release(name, found.get(name, "none"))
+    ]
+
+
+def tpu_problem(facts: NodeFacts, count: float, free: float) -> str | None:
+    """What is wrong on a node where Ray counts `count` TPU chips, `free` of them free."""
+    if not facts.tpu_files:
+        return (
+            f"Ray counts {count:g} TPU, and there is no /dev/accel* or /dev/vfio/*; start Ray on a TPU host, and give "
+            "a container its devices (privileged)"
+        )
+    if facts.holders and free >= count:
+        file, pid, name = facts.holders[0]
+        return f"{file} is held by process {pid} ({name}), which is none of Ray's runs; end it on that host: kill {pid}"
+    return None
+
+
+def _weight_bytes(trainer: Any) -> int:
+    base = BaseCheckpoint.at(trainer.model.preset_handle)
+    return sum(info.nbytes for info in base.tensors.values())
+
+
+# --------------------------------------------------------------------------------------------------------- devices
+
+
+def count_devices(trainer: Any) -> int | None:
+    """How many JAX devices the run will have; None where only the accelerator knows."""
+    scaling, env = trainer.scaling_config, trainer._worker_env()
+    if env["JAX_PLATFORMS"].split(",")[0] == "cpu":
+        found = re.search(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))
+        return scaling.num_workers * int(found.group(1) if found else 1)
+    if scaling.use_tpu and scaling.accelerator_type in _ONE_DEVICE_A_CHIP:
+        return int(scaling.num_workers * scaling._resources_per_worker_not_none.get("TPU", 0)) or None
+    return None
+
+
+def _check_devices(trainer: Any) -> str:
+    """The mesh fits the devices; what the global batch is."""
+    devices = count_devices(trainer)
+    if devices is None:
+        raise Skipped("how many devices there are shows when the workers have started")
+    data, fsdp, tensor = trainer.mesh.resolve(devices)
+    rows = trainer.train_dataloader.per_device_batch_size * devices * trainer.gradient_accumulation_steps
+    return f"{devices} of {trainer._platform()}: data={data} fsdp={fsdp} tensor={tensor}, global batch {rows} rows"
+
+
+# ------------------------------------------------------------------------------------------------------ destinations
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _probe(path: str, must_be_empty: bool) -> tuple[KitharaRayError | None, int | None]:
+    """(what is wrong, free bytes of a local path) of a place to write to; leaves nothing behind."""
+    try:
+        if must_be_empty:
+            check_destination(path)
+        else:
+            probe_directory(path)
+    except KitharaRayError as error:
+        return error, None
+    return None, None if storage.is_url(path) else free_disk(path)
+
+
+def probe_directory(path: str) -> None:
+    """Raises DestinationError unless files can be written and deleted under `path`, which may exist or not."""
+    import uuid
+
+    check_destination(storage.join(path, f".kithara_ray_probe_{uuid.uuid4().hex[:8]}"))
+
+
+class _Probes:
+    """Everything the run writes to, tried on the head node, where it will be written."""
+
+    def __init__(self, trainer: Any, exports: Sequence[Mapping[str, Any]]):
+        self._arguments = exports
+        self._exports = [absolute(str(export["output_dir"])) for export in exports]
+        self._whole = {
+            path for path, export in zip(self._exports, exports, strict=True) if not export.get("only_save_adapters")
+        }
+        # An export that goes on from a killed one finds something there.
+        places = {path: not export.get("resume") for path, export in zip(self._exports, exports, strict=True)}
+        if trainer.run_config.storage_filesystem is None:
+            places[absolute(str(trainer.run_config.storage_path))] = False
+        if trainer.checkpointer is not None:
+            places[trainer.checkpointer.checkpoint_dir] = False
+        head = head_node_id()
+        where = NodeAffinitySchedulingStrategy(head, soft=False) if head else "DEFAULT"
+        self._asked = {
+            path: _probe.options(scheduling_strategy=where).remote(path, empty) for path, empty in places.items()
+        }
+        self._found: dict[str, tuple[KitharaRayError | None, int | None]] | None = None
+
+    def _results(self) -> dict[str, tuple[KitharaRayError | None, int | None]]:
+        if self._found is None:
+            late = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_TASK_TIMEOUT_S)[1]
+            slow = [path for path, asked in self._asked.items() if asked in late]
+            if slow:
+                raise DestinationError(
+                    f"{', '.join(slow)}: no answer within {_TASK_TIMEOUT_S:g} s; check the network and credentials of "
+                    "the head node"
+                )
+            self._found = {path: ray.get(asked) for path, asked in self._asked.items()}
+        return self._found
+
+    def check(self) -> str:
+        """All can be written, as what was asked for; no export stands inside another."""
+        for export in self._arguments:
+            check_dtype(export.get("dtype", "auto"))
+        for number, path in enumerate(self._exports):
+            for other in self._exports[:number]:
+                if path == other or path.startswith(f"{other}/") or other.startswith(f"{path}/"):
+                    raise ConfigError(f"exports to {other} and {path}: give each a directory of its own")
+        errors = [error for error, _ in self._results().values() if error is not None]
+        if errors:
+            raise DestinationError("; ".join(map(str, errors)))
+        return ", ".join(self._asked) or "none"
+
+    def free(self) -> dict[str, int]:
+        """Free bytes at each local directory that base or merged weights are exported to."""
+        results = self._results()
+        return {path: results[path][1] for path in self._whole if results[path][1] is not None}
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _tokenize_first(tokenize: Any, rows: list[dict]) -> tuple[KitharaRayError | None, str]:
+    """The tokenizer loads, and the first rows are what the format expects."""
+    try:
+        block = tokenize(rows, 0)
+    except KitharaRayError as error:
+        return error, ""
+    kept = ", ".join(str(int(length)) for length in block.lengths) or "none"
+    return None, f"the first row(s) have {kept} tokens" + (f"; {block.samples[0]}" if block.samples else "")
+
+
+class _Rows:
+    """The first rows of each dataset: read and formatted here, tokenised in a task while other checks run."""
+
+    def __init__(self, trainer: Any, readable: bool, tokenize: bool):
+        self._asked: list[tuple[str, Any]] = []
+        self._formatted: list[str] = []
+        self._error: Exception | None = None if readable else Skipped("the cluster has no room to read them")
+        for name in ("train_dataloader", "eval_dataloader"):
+            loader = getattr(trainer, name)
+            if loader is None or self._error is not None:
+                continue
+            try:
+                rows = first_rows(loader.dataset)
+                row_tokenizer = loader.dataset.row_tokenizer()
+                if tokenize:
+                    self._asked.append((name, _tokenize_first.remote(row_tokenizer, rows)))
+                elif row_tokenizer.on_bad_row == "error":
+                    for number, row in enumerate(rows):
+                        row_tokenizer.format.read(row, number)
+                self._formatted.append(f"{name}: {len(rows)} row(s) read, columns {', '.join(rows[0])}")
+            except KitharaRayError as error:
+                self._error = error
+
+    def check(self) -> str:
+        if self._error is not None:
+            raise self._error
+        texts = list(self._formatted)
+        for name, asked in self._asked:
+            try:
+                error, text = ray.get(asked, timeout=_TASK_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                raise DataError(
+                    f"{name}: the tokenizer did not load within {_TASK_TIMEOUT_S:g} s; check its handle and the network"
+                ) from None
+            if error is not None:
+                raise error
+            texts.append(text)
+        return "; ".join(texts)
+
+
+def first_rows(dataset: Any) -> list[dict]:
+    """The first rows of a dataset's source. Raises DataError where it cannot be read or has none."""
+    if isinstance(dataset.source, list) and dataset.source:
+        return list(dataset.source[:_FIRST_ROWS])
+    rows = dataset.rows()
+    rows.context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        found = rows.take(_FIRST_ROWS)
+    except Exception as error:  # Arrow's, pandas' and the file systems' own
+        if isinstance(error, KitharaRayError):
+            raise
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise DataError(f"{dataset.source}: cannot be read ({cause}); check the file and its format") from error
+    if not found:
+        raise DataError("the dataset is empty: the source has no rows; nothing can be trained")
+    return found
