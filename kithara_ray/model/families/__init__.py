@@ -31,15 +31,16 @@ def family_of(config: Mapping) -> Family:
         UnsupportedError: an unknown `model_type`, or a field that KerasHub cannot express.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(
             f"config.json: model_type={model_type!r} is not supported{_reason(model_type)}; supported are "
             f"{', '.join(sorted(FAMILIES))} (a family is added with a test that its logits equal transformers')"
         )
-    if config.get("quantization_config"):
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
         raise UnsupportedError(
-            f"config.json: a base quantised by {config['quantization_config'].get('quant_method')!r} cannot be trained "
-            "or merged; use the unquantised checkpoint"
+            f"config.json: a base quantised by {method!r} cannot be trained or merged; use the unquantised checkpoint"
         )
     family = FAMILIES[model_type]
     with fields_needed(config):
@@ -48,4 +49,4 @@ def family_of(config: Mapping) -> Family:
 
 
 def _reason(model_type: str | None) -> str:
-    return f": {_REFUSED[model_type]}" if model_type in _REFUSED else ""
+    return f": {_REFUSED[model_type]}" if isinstance(model_type, str) and model_type in _REFUSED else ""

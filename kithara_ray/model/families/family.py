@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kithara_ray.errors import UnsupportedError
+from kithara_ray.errors import KitharaRayError, UnsupportedError
 
 
 def _as_it_is(config: Mapping) -> dict:
@@ -70,12 +70,19 @@ def completed(family: Family, config: Mapping) -> dict:
 
 @contextlib.contextmanager
 def fields_needed(config: Mapping) -> Iterator[None]:
-    """A field that is read in here and is not there is refused by name."""
+    """A field that is read in here and is not there is refused by name, and one that is something else with the cause."""
     try:
         yield
     except KeyError as error:
         raise UnsupportedError(
             f"config.json: this {config['model_type']} model has no field {error}; "
+            "write it anew with transformers' save_pretrained"
+        ) from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, KitharaRayError):
+            raise
+        raise UnsupportedError(
+            f"config.json: a field of this {config['model_type']} model is not what it should be ({error}); "
             "write it anew with transformers' save_pretrained"
         ) from error
 
