@@ -87,6 +87,8 @@ class Progress:
             phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in event["phases"].items() if seconds >= 0.5)
             self._note(f"ready after {sum(event['phases'].values()):.0f} s: {phases}")
             self._bar.update(self._task, completed=0, total=event["total_steps"], description="training")
+        elif kind == "first_step":
+            self._note(f"the first step took {event['seconds']:.1f} s")
         elif kind == "resumed":
             for note in event["notes"]:
                 self._note(f"passed over a checkpoint: {note}")

@@ -67,7 +67,7 @@ class RunSpec:
     eval_steps_interval: int | None
     eval_epochs_interval: int | None
     max_eval_samples: int | None
-    mesh: MeshShape
+    mesh: MeshShape | None
     remat: str
     micro_batches: int
     seed: int
@@ -211,7 +211,7 @@ class Run:
     def train(self) -> None:
         """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
         last_logged, window_tokens, mark = self.number, 0, time.monotonic()
-        began = mark
+        began, before = mark, self.number
         while not self.is_finished:
             self.number += 1
             number = self.number
@@ -222,6 +222,9 @@ class Run:
                 waited = time.monotonic()
                 self._next_batch, self._next_tokens = self.data.batch(number)
                 self._input_wait_s += time.monotonic() - waited
+            if number == before + 1:
+                float(metrics["loss"])
+                self._record("first_step", seconds=round(time.monotonic() - began, 2))
             due = number % self.spec.log_steps_interval == 0 or number == self.total_steps
             evaluate = self.eval_data and (number == self.total_steps or self._is_evaluated(number))
             if due:
