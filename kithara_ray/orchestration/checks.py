@@ -330,8 +330,11 @@ class _Probes:
         }
         # An export that goes on from a killed one finds something there.
         places = {path: not export.get("resume") for path, export in zip(self._exports, exports, strict=True)}
-        if trainer.run_config.storage_filesystem is None:
-            places[absolute(str(trainer.run_config.storage_path))] = False
+        storage_path = absolute(str(trainer.run_config.storage_path))
+        # Ray writes to other stores with a library of its own, which asks for other credentials than fsspec's.
+        ours = not storage.is_url(storage_path) or storage_path.startswith("gs://")
+        if trainer.run_config.storage_filesystem is None and ours:
+            places[storage_path] = False
         if trainer.checkpointer is not None:
             places[trainer.checkpointer.checkpoint_dir] = False
         head = head_node_id()

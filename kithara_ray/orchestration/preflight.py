@@ -80,8 +80,8 @@ def show(resources: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(shown.items())) or "nothing"
 
 
-def check_process_group(num_workers: int, platform: str) -> None:
-    """In a worker: all processes have met, and JAX runs on what was asked for.
+def check_process_group(num_workers: int, platform: str, num_devices: int | None) -> None:
+    """In a worker: all processes have met, and JAX runs on what was asked for, on as many devices (None: unknown).
 
     Raises:
         ClusterError: independent one-process runs, or a silent fall-back to another platform.
@@ -97,6 +97,11 @@ def check_process_group(num_workers: int, platform: str) -> None:
     if found != platform:
         raise ClusterError(
             f"JAX runs on {found!r}, the run asks for {platform!r}; is the accelerator visible and free?"
+        )
+    if num_devices is not None and jax.device_count() != num_devices:
+        raise ClusterError(
+            f"JAX sees {jax.device_count()} devices of {platform!r}, the run asks for {num_devices}; are all of a host's "
+            "chips given to its worker?"
         )
 
 
