@@ -29,6 +29,10 @@ ROOMS = {
         {"ray", "torch"},
     ),
     "train": ([f"kithara_ray.train.{name}" for name in ("loss", "optimizer", "step")], {"ray", "torch"}),
+    "configuration": (
+        [f"kithara_ray.{name}" for name in ("config", "doctor")],
+        {"keras", "keras_hub", "torch", "tensorflow", "transformers"},
+    ),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],
         {"keras", "keras_hub", "torch", "tensorflow"},

@@ -70,7 +70,7 @@ def completed(family: Family, config: Mapping) -> dict:
 
 @contextlib.contextmanager
 def fields_needed(config: Mapping) -> Iterator[None]:
-    """A field that is read in here and is not there is refused by name, and one that is something else with the cause."""
+    """A field that is read in here and is not there is refused by name; one that is something else, with the cause."""
     try:
         yield
     except KeyError as error:
