@@ -100,8 +100,8 @@ def check_process_group(num_workers: int, platform: str, num_devices: int | None
         )
     if num_devices is not None and jax.device_count() != num_devices:
         raise ClusterError(
-            f"JAX sees {jax.device_count()} devices of {platform!r}, the run asks for {num_devices}; are all of a host's "
-            "chips given to its worker?"
+            f"JAX sees {jax.device_count()} devices of {platform!r}, the run asks for {num_devices}; are all chips "
+            "of a host given to its worker?"
         )
 
 
