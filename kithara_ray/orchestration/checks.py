@@ -23,6 +23,7 @@ from kithara_ray.orchestration import preflight
 from kithara_ray.orchestration.node import NodeFacts, free_disk, look_there, versions
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.remote import head_node_id
+from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
@@ -204,9 +205,8 @@ class _Nodes:
         workers, total = trainer.scaling_config.num_workers, _weight_bytes(trainer)
         if trainer._platform() != "cpu":
             return f"{_gb(total / workers)} of the base read by each host, kept on its accelerator"
-        devices = count_devices(trainer) or workers
-        data, _, _ = trainer.mesh.resolve(devices)
-        each = total * data / workers
+        axes = mesh_axes(trainer)
+        each = total * (axes["data"] if axes else 1) / workers
         rooms = sorted(((f.ram_bytes, f.ram_free_bytes, n) for n, f in self.facts().items()), reverse=True)
         on_node = math.ceil(workers / len(rooms))
         ram, free, node_id = rooms[min(workers, len(rooms)) - 1]
@@ -286,14 +286,28 @@ def count_devices(trainer: Any) -> int | None:
     return None
 
 
-def _check_devices(trainer: Any) -> str:
-    """The mesh fits the devices; what the global batch is."""
+def mesh_axes(trainer: Any) -> dict[str, int] | None:
+    """The sizes of the mesh's axes, as the workers will lay it out; None where the devices are not known.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices.
+    """
     devices = count_devices(trainer)
     if devices is None:
+        return None
+    slices = sum(preflight.slice_heads(trainer.scaling_config).values()) if trainer._platform() == "tpu" else 0
+    shape = trainer.mesh or MeshShape(data=int(slices) or 1)
+    return dict(zip(("data", "fsdp", "tensor"), shape.resolve(devices), strict=True))
+
+
+def _check_devices(trainer: Any) -> str:
+    """The mesh fits the devices; what the global batch is."""
+    axes = mesh_axes(trainer)
+    if axes is None:
         raise Skipped("how many devices there are shows when the workers have started")
-    data, fsdp, tensor = trainer.mesh.resolve(devices)
-    rows = trainer.train_dataloader.per_device_batch_size * devices * trainer.gradient_accumulation_steps
-    return f"{devices} of {trainer._platform()}: data={data} fsdp={fsdp} tensor={tensor}, global batch {rows} rows"
+    devices, rows = math.prod(axes.values()), trainer.train_dataloader.per_device_batch_size
+    batch = f", global batch {rows * devices * trainer.gradient_accumulation_steps} rows" if rows != "auto" else ""
+    return f"{devices} of {trainer._platform()}: {' '.join(f'{axis}={size}' for axis, size in axes.items())}{batch}"
 
 
 # ------------------------------------------------------------------------------------------------------ destinations
