@@ -24,7 +24,7 @@ from kithara_ray.hf import storage
 from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.orchestration import node
-from kithara_ray.orchestration.checks import count_devices
+from kithara_ray.orchestration.checks import count_devices, mesh_axes
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.redact import HIDDEN, redact, secret_values
 
@@ -127,10 +127,7 @@ class RunManifest:
         self.content["data"] = {"train": _data(spec.train.store)} | (
             {"eval": _data(spec.eval.store)} if spec.eval else {}
         )
-        devices = count_devices(self._trainer)
-        axes = (
-            dict(zip(("data", "fsdp", "tensor"), self._trainer.mesh.resolve(devices), strict=True)) if devices else {}
-        )
+        axes, devices = mesh_axes(self._trainer) or {}, count_devices(self._trainer)
         self.content["mesh"] = {**axes, "platform": spec.platform, "devices": devices, "hosts": spec.num_workers}
         self._write(coordinator)
 
