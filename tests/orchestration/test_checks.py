@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from kithara_ray.errors import ClusterError, DestinationError
-from kithara_ray.orchestration import checks, node
+from kithara_ray.orchestration import checks, node, probes
 
 
 def facts(**fields) -> node.NodeFacts:
@@ -59,14 +59,14 @@ def test_this_node():
 
 
 def test_a_directory_is_probed_and_left_as_it_was(tmp_path):
-    checks.probe_directory(str(tmp_path))
-    checks.probe_directory(str(tmp_path / "not" / "there"))
+    probes.probe_directory(str(tmp_path))
+    probes.probe_directory(str(tmp_path / "not" / "there"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(DestinationError, match="cannot be written"):
-        checks.probe_directory(str(tmp_path / "file"))
+        probes.probe_directory(str(tmp_path / "file"))
     with pytest.raises(DestinationError, match="cannot be written"):
-        checks.probe_directory("/proc/self")
+        probes.probe_directory("/proc/self")
 
 
 def test_all_that_failed_is_raised_together():
