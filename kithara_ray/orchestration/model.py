@@ -19,7 +19,7 @@ from kithara_ray.model.options import PRECISIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.orchestration.coordinator import start_coordinator
 from kithara_ray.orchestration.paths import absolute
-from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.remote import check_address, remote_get
 
 # Kithara's arguments that mean nothing here, and what to do instead.
 _ELSEWHERE = {
@@ -308,8 +308,13 @@ class KerasHubModel:
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one."""
+    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one.
+
+    Raises:
+        ClusterError: there is none at RAY_ADDRESS.
+    """
     if not ray.is_initialized():
+        check_address()
         with warnings.catch_warnings():
             # Ray starts its processes by fork and exec, which leaves nothing of this process' threads behind.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)

@@ -1,5 +1,6 @@
 """Checks before a run, each by what it looks at; the table of them is tested with the command line."""
 
+import socket
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from kithara_ray.errors import ClusterError, DestinationError
 from kithara_ray.orchestration import checks, node, probes
+from kithara_ray.orchestration.remote import check_address
 
 
 def facts(**fields) -> node.NodeFacts:
@@ -49,6 +51,16 @@ def test_versions():
         "node b has python 3.12.1, the driver 3.11.7",
         "node b has ray 2.60.1, the driver 2.60.0",
     ]
+
+
+def test_an_address_where_nothing_is(monkeypatch):
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "nonsense"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ClusterError, match=f"RAY_ADDRESS={address}: no cluster answers there"):
+            check_address()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        check_address()
 
 
 def test_this_node():
