@@ -103,6 +103,13 @@ def test_run_json_says_what_the_run_was_made_of(trained, tiny_models):
         assert (carried["config"], carried["base"]) == (run["config"], run["base"])
 
 
+def test_an_export_of_the_run_later_carries_it_too(trained, tmp_path):
+    out, _ = trained
+    assert main(["export", str(out / "runs" / "mine"), "--to", str(tmp_path / "later"), "--format", "adapter"]) == 0
+    run = json.loads((out / "runs" / "mine" / "run.json").read_text())
+    assert json.loads((tmp_path / "later" / "run.json").read_text())["training"] == run
+
+
 def test_no_secret_is_written_or_shown(trained):
     out, shown = trained
     texts = [path.read_bytes() for path in out.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
