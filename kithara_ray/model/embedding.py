@@ -29,8 +29,6 @@ def install(layer: keras.layers.Layer, mesh: Mesh) -> None:
         ids_BT = with_sharding_constraint(inputs, NamedSharding(mesh, PartitionSpec("data")))
         with keras.StatelessScope(state_mapping=[(layer._embeddings, turned_VD)]):
             found_BTD = original(ids_BT)
-        return with_sharding_constraint(
-            found_BTD, NamedSharding(mesh, PartitionSpec("data", None, ("fsdp", "tensor")))
-        )
+        return with_sharding_constraint(found_BTD, NamedSharding(mesh, PartitionSpec("data", None, ("fsdp", "tensor"))))
 
     layer.call = call

@@ -19,7 +19,7 @@ from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, Unsu
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration import planned, preflight
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
 from kithara_ray.orchestration.paths import absolute
@@ -170,6 +170,7 @@ class Trainer:
 
         Raises:
             DataError: a bad row, or nothing to train on.
+            ConfigError: the step does not fit the chips of the TPU slice; what to try.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
         """
@@ -180,6 +181,9 @@ class Trainer:
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
+            if self.scaling_config.use_tpu:
+                progress.phase("plan")
+            spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
             progress.phase("schedule")
             self._check_cluster()
             result = self._fit(spec)
@@ -284,7 +288,8 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
 def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
     return DataSpec(
         store=tokenize(loader.dataset),
-        rows_per_device=loader.per_device_batch_size * micro_batches,
+        # "auto" begins with one row; see planned.fitted.
+        rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size) * micro_batches,
         packed_len=loader.dataset.max_seq_len if loader.packing else None,
         shuffle=loader.shuffle,
         seed=loader.seed,

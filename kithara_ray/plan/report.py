@@ -29,8 +29,8 @@ class Plan:
             and available.
         flops_per_token: of the ideal program by term, its `total`, and `program`: what was compiled.
         flops_per_step, hbm_traffic_bytes_per_step: of one chip.
-        collective_bytes_per_step: received by one chip, by kind, `total`, and `fsdp_minimum`: every weight once forward,
-            once backward, the adapter's gradients once.
+        collective_bytes_per_step: received by one chip, by kind, `total`, and `fsdp_minimum`: every weight once
+            forward, once backward, the adapter's gradients once.
         step_time_s: lower bounds by part: compute, hbm, interconnect.
         step_time_s_bound: the largest of them; `bound_by` names it.
         tokens_per_step: padding included.
