@@ -1,6 +1,7 @@
 """`kithara-ray plan`: a run's YAML as the arguments of a plan, one slice or a sweep of them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 from kithara_ray import config as configuration
 from kithara_ray.errors import ConfigError
-from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.lora_config import ALL_LINEAR, LoraConfig
 from kithara_ray.plan import Plan, plan, slice_of
 from kithara_ray.plan.chips import slice_of_topology
+from kithara_ray.plan.planner import LINEAR_MODULES
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.shape import MeshShape
 
-_LORA = ("lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+_LORA = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,9 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     model = given.model.given()
     if model.get("adapter") is not None:
         raise ConfigError("plan: model.adapter brings its own LoRA settings; give lora_rank and target_modules instead")
-    targets = model.get("target_modules", LoraConfig.target_modules)
     lora = LoraConfig(
         r=model.get("lora_rank") or LoraConfig.r,
-        target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
+        target_modules=_targets(model.get("target_modules", LoraConfig.target_modules)),
         **{name: model[name] for name in _LORA if model.get(name) is not None},
     )
     trainer = given.trainer.given()
@@ -126,6 +127,15 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     settings |= {name: trainer[name] for name in ("remat", "gradient_accumulation_steps") if name in trainer}
     settings |= {"precision": model["precision"]} if "precision" in model else {}
     return model["preset_handle"], given.train_dataloader.per_device_batch_size, settings
+
+
+def _targets(given: str | Sequence[str]) -> str | tuple[str, ...]:
+    """As `model.targets.targets_of`, of a base whose tensors are not there."""
+    if not isinstance(given, str):
+        return tuple(given)
+    if given.lower() == ALL_LINEAR:
+        return LINEAR_MODULES
+    return (given,) if re.fullmatch(r"[\w.]+", given) else given
 
 
 def _names(slice: str | None, slices: str | None, given: configuration.Config) -> list[str]:

@@ -77,14 +77,15 @@ def check(base: Any, where: Slice, seq_len: int, rows: int, settings: Mapping[st
     """
     made = plan(base, where, seq_len, rows, compile=False, **settings)
     hbm = made.hbm_bytes_per_chip
+    # The weights alone are exact; the rest of an estimate decides nothing.
+    if hbm["frozen"] > hbm["available"]:
+        raise ConfigError(_refusal(made))
     if hbm["total"] > _SURE * hbm["available"]:
         try:
             made = plan(base, where, seq_len, rows, **settings)
         except PlanError as error:
             logger.warning("not planned: %s", error)
-            return made
-    if made.compiled or made.refusal or hbm["frozen"] > hbm["available"]:
-        if not made.fits:
+        if made.fits is False and not made.estimated_because:
             raise ConfigError(_refusal(made))
     return made
 

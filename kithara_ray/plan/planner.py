@@ -33,8 +33,8 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
 _ADAMW = {"module": "keras.optimizers", "class_name": "AdamW", "config": {"learning_rate": 1e-4}}
 # A TPU program's sequences are multiples of this.
 _LENGTH_MULTIPLE = 128
-# Of every family that is supported; without weights nothing says it by itself.
-_ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What "all-linear" stands for in every family that is supported; a directory without tensors does not say it by itself.
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def plan(
@@ -102,8 +102,6 @@ def _request(
     config = config_of(base)
     seq_len = seq_len if where.is_cpu else -(-seq_len // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if lora.target_modules == ("all-linear",):
-        lora = dataclasses.replace(lora, target_modules=_ALL_LINEAR)
     kind, optimizer_config = optimizer or ("keras", _ADAMW)
     return {
         "config": config,

@@ -32,7 +32,6 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     import ml_dtypes
     import numpy as np
 
-    from kithara_ray.hf.lora_config import LoraConfig
     from kithara_ray.model.causal_lm import build
     from kithara_ray.sharding.mesh import make_mesh
     from kithara_ray.sharding.shape import MeshShape
@@ -44,7 +43,7 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     optimizer = KerasOptimizer(request["optimizer"])
     model = build(
         request["config"],
-        LoraConfig(**request["lora"] | {"target_modules": tuple(request["lora"]["target_modules"])}),
+        _lora(request["lora"]),
         mesh,
         request["precision"],
         remat=request["remat"],
@@ -73,6 +72,13 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
     }
     return found | (_compiled(step, model, optimizer, state, frozen, batch, micro) if request["compile"] else {})
+
+
+def _lora(settings: Mapping[str, Any]):
+    from kithara_ray.hf.lora_config import LoraConfig
+
+    targets = settings["target_modules"]
+    return LoraConfig(**{**settings, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
 
 
 def _compiled(step, model, optimizer, state, frozen, batch, micro: int) -> dict[str, Any]:
