@@ -9,9 +9,9 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.orchestration import planned
 from kithara_ray.plan import planner, slice_of
 
-# Two blocks of 8.6 billion parameters.
+# Eight blocks of 8.6 billion parameters: their weights alone do not fit.
 HUGE = dict(
-    model_type="llama", hidden_size=16384, intermediate_size=163840, num_hidden_layers=2, num_attention_heads=128,
+    model_type="llama", hidden_size=16384, intermediate_size=163840, num_hidden_layers=8, num_attention_heads=128,
     num_key_value_heads=8, vocab_size=1024, rms_norm_eps=1e-5, tie_word_embeddings=True,
 )  # fmt: skip
 SCALING = ScalingConfig(use_tpu=True, topology="2x2", accelerator_type="TPU-V5LITEPOD", num_workers=1)
