@@ -325,7 +325,7 @@ def build(
         precision: "float32", "bfloat16" or "mixed_bfloat16" (activations in bfloat16).
         scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
         remat: what the scanned blocks keep for the backward pass: "block", their input alone; "dots", also
-            the results of products with weights.
+            the results of products with weights; "nested", the inputs of a few of them.
         stack_factors: train the factors of the scanned blocks as stacked arrays; for optimizers that treat every
             element by itself.
 

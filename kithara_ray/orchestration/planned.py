@@ -11,6 +11,7 @@ from kithara_ray.errors import ConfigError, PlanError
 from kithara_ray.plan import Plan, Slice, plan
 from kithara_ray.plan.chips import slice_of_topology
 from kithara_ray.plan.search import largest_batch
+from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def arguments_of(spec: Any, slices: int = 1) -> tuple[str, int, dict[str, Any]]:
     data = spec.train
     packed = data.packed_len is not None
     shape = data.store.packed_shape(spec.platform, data.packed_len) if packed else data.store.batch_shape(spec.platform)
-    mesh = spec.mesh
+    mesh = spec.mesh or MeshShape()
     if slices > 1 and mesh.data % slices == 0:
         mesh = dataclasses.replace(mesh, data=mesh.data // slices)
     settings = {

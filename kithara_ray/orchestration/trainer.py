@@ -77,7 +77,8 @@ class Trainer:
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; by default the devices of a TPU slice on `fsdp`, the slices on `data`.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
-            "dots", also the results of products with weights, faster where the memory is there.
+            "dots", also the results of products with weights, faster where the memory is there; "nested", the inputs
+            of a few blocks, slower by a forward pass, for the largest models.
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.

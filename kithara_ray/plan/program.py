@@ -178,6 +178,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         attention=tuple((config["num_attention_heads"], width, s.window) for s in settings),
         hidden=config["hidden_size"],
         layers=len(model.chain.blocks),
+        steps=model.chain.steps,
         weights_bytes=sum(size(v) * itemsize[id(v)] for v in ports),
         blocks_bytes=sum(of_block),
         widest_bytes=max(of_block),

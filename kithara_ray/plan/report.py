@@ -155,7 +155,7 @@ def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
     width = 4 if request["precision"] == "float32" else 2
     rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
     parts = dict(found["bytes"])
-    parts["kept_activations"] = terms.kept_bytes(counts, request["seq_len"], rows, width)
+    parts["kept_activations"] = terms.kept_bytes(counts, request["seq_len"], rows, width, request["remat"])
     arguments = sum(found["bytes"].values())
     if "memory" in found:
         memory = found["memory"]
@@ -164,7 +164,8 @@ def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
         total = memory["argument"] + memory["temp"] + memory["output"] - memory["alias"] + memory["generated_code"]
     else:
         refused = found.get("refused_bytes") or {}
-        estimate = int(terms.estimated_temporaries(counts, request["seq_len"], rows, found["mesh"]["tensor"], width))
+        shape = request["seq_len"], rows, found["mesh"]["tensor"], width
+        estimate = int(terms.estimated_temporaries(counts, *shape, request["remat"]))
         parts |= {"temporaries": refused.get("temporaries") or estimate, "program": None}
         total = refused.get("total") or arguments + parts["temporaries"]
     available = where.chip.hbm_bytes if where.chip else None
@@ -229,8 +230,8 @@ def _cost(price, tokens_per_epoch, chips: int, tokens_per_step: int, bound: floa
 def _advice(request, where: Slice, hbm) -> list[str]:
     """What would make it smaller, the cheapest first."""
     found = []
-    if request["remat"] != "block":
-        found.append('remat="block"')
+    if request["remat"] != "nested":
+        found.append('remat="block"' if request["remat"] == "dots" else 'remat="nested"')
     rows = request["per_device_batch_size"]
     if rows > 1:
         found.append(f"per_device_batch_size={rows // 2} with gradient_accumulation_steps=2")

@@ -9,6 +9,8 @@ product's input and not of its weight: 2N, as forward.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kithara_ray.model.options import groups_of
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -20,7 +22,7 @@ class Counts:
         lora: elements of all factors.
         attention: for each block (query heads, head width, window or None).
         hidden: width between blocks.
-        layers: decoder blocks.
+        layers: decoder blocks; `steps` of the scan over them.
         weights_bytes: of all frozen arrays, as stored.
         blocks_bytes: of those in decoder blocks.
         widest_bytes: of the frozen arrays of the largest decoder block.
@@ -34,6 +36,7 @@ class Counts:
     attention: tuple[tuple[int, int, int | None], ...]
     hidden: int
     layers: int
+    steps: int
     weights_bytes: int
     blocks_bytes: int
     widest_bytes: int
@@ -49,14 +52,14 @@ def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) 
     """
     attended = sum(heads * width * seen_pairs(seq_len, window) / seq_len for heads, width, window in counts.attention)
     share = predictions / seq_len
-    again = {"block": 1, "dots": 0}.get(remat, 1)
+    again = {"block": 1, "dots": 0, "nested": 2}[remat]
     # Scores and weighted sum are two products; backward has seven: scores and their gradient in both kernels, and
     # the gradients of q, k and v.
     terms = {
         "forward": 2.0 * counts.blocks,
         "backward": 2.0 * counts.blocks,
         "recompute": 2.0 * counts.blocks * again,
-        "attention": 2.0 * attended * (2 + 2 + 7),
+        "attention": 2.0 * attended * (2 + 2 * max(1, again) + 7),
         "lora": 2.0 * counts.lora * (3 + again),
         "head": 4.0 * counts.head * share,
     }
@@ -65,7 +68,9 @@ def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) 
 
 def model_flops_per_token(terms: Mapping[str, float]) -> float:
     """What counts for MFU: nothing that is computed again."""
-    return terms["forward"] + terms["backward"] + terms["head"] + terms["lora"] * 3 / 4 + terms["attention"] * 7 / 11
+    again = terms["recompute"] / terms["forward"]
+    lora, attention = terms["lora"] * 3 / (3 + again), terms["attention"] * 7 / (9 + 2 * max(1, again))
+    return terms["forward"] + terms["backward"] + terms["head"] + lora + attention
 
 
 def kernel_flops(name: str, counts: Counts, seq_len: int, rows: int) -> float:
@@ -89,15 +94,21 @@ def least_collective_bytes(counts: Counts, ways: int, adapter_bytes: int) -> flo
     return share * (2 * counts.weights_bytes + 2 * adapter_bytes)
 
 
-def estimated_temporaries(counts: Counts, seq_len: int, rows: int, tensor: int, activation_bytes: int) -> float:
-    """A rough upper figure for where nothing could be compiled: each block's input kept, one block's activations, the
-    weights of two blocks gathered (one computes while the next is fetched), one chunk of logits with its gradient."""
+def estimated_temporaries(
+    counts: Counts, seq_len: int, rows: int, tensor: int, activation_bytes: int, remat: str
+) -> float:
+    """A rough upper figure for where nothing could be compiled: what is kept, one block's activations, the weights of
+    two blocks gathered (one computes while the next is fetched), one chunk of logits with its gradient."""
     tokens = rows * seq_len
-    kept = counts.layers * tokens * counts.hidden * activation_bytes
     inside = 6 * tokens * counts.intermediate * activation_bytes / tensor
+    kept = kept_bytes(counts, seq_len, rows, activation_bytes, remat)
     return kept + inside + 2 * counts.widest_bytes / tensor + 3 * 2**26
 
 
-def kept_bytes(counts: Counts, seq_len: int, rows: int, activation_bytes: int) -> int:
+def kept_bytes(counts: Counts, seq_len: int, rows: int, activation_bytes: int, remat: str) -> int:
     """Block inputs that are kept for the backward pass, on one device."""
-    return counts.layers * rows * seq_len * counts.hidden * activation_bytes
+    blocks = counts.layers
+    if remat == "nested":
+        groups = groups_of(counts.steps)
+        blocks = groups + counts.layers // groups
+    return blocks * rows * seq_len * counts.hidden * activation_bytes

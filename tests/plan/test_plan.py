@@ -237,7 +237,8 @@ def test_without_the_compiler_it_is_an_estimate_and_says_so(estimated):
 
 
 def _facts(**changes):
-    counts = terms.Counts(10**9, 10**8, 10**6, ((8, 128, None),) * 10, 2048, 10, 2 * 10**9, 10**9, 10**8, 8192, 10**9)
+    attention = ((8, 128, None),) * 10
+    counts = terms.Counts(10**9, 10**8, 10**6, attention, 2048, 10, 10, 2 * 10**9, 10**9, 10**8, 8192, 10**9)
     facts = {
         "devices": 4, "hosts": 1, "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "counts": dataclasses.asdict(counts),
         "bytes": {"frozen": 5 * 10**9, "adapter": 10**6, "optimizer": 10**6, "batch": 10**4},
@@ -256,7 +257,7 @@ def test_a_refusal_is_a_plan_that_does_not_fit():
     refused = _facts(refusal="Used 22.50G of 15.75G hbm", refused_bytes={"total": int(22.5 * 2**30)})
     made = assemble(_REQUEST, slice_of("v5e-4"), refused, None)
     assert made.fits is False
-    assert made.verdict() == "needs 22.5 of 15.8 GiB per chip of v5e-4: try v5e-8"
+    assert made.verdict() == 'needs 22.5 of 15.8 GiB per chip of v5e-4: try remat="nested", or v5e-8'
     assert "refused by the compiler" in str(made.table().columns[1]._cells)
 
 
