@@ -201,6 +201,7 @@ class Trainer:
         events = remote_get(coordinator.events.remote(0))
         tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
         self.model.set_adapter(tensors)
+        self.model.run = _about(spec, one_history(events))
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
@@ -343,6 +344,33 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             kept.append(event)
     return kept
+
+
+def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """How a model was trained, as plain data: for run.json and the model card of its exports."""
+
+    def last(kind: str) -> dict[str, Any]:
+        rows = [event for event in events if event["kind"] == kind]
+        return {name: value for name, value in rows[-1].items() if name != "kind"} if rows else {}
+
+    kind, value = spec.optimizer
+    config = value["config"] if kind == "keras" else {}
+    plain = {name: item for name, item in config.items() if isinstance(item, (int, float, str)) and name != "name"}
+    about = {
+        "optimizer": value["class_name"] if kind == "keras" else kind,
+        "optimizer_settings": plain,
+        "rows_per_device_and_step": spec.train.rows_per_device,
+        "micro_batches": spec.micro_batches,
+        "workers": spec.num_workers,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "data_fingerprint": spec.train.store.content,
+        "rows": len(spec.train.store.lengths),
+        "packed_to": spec.train.packed_len,
+        "last_step": {name: last("step")[name] for name in ("step", "epoch", "loss") if name in last("step")},
+        "evaluation": last("eval"),
+    }
+    return {name: value for name, value in about.items() if value not in (None, "", {})}
 
 
 def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) -> TrainResult:
