@@ -34,6 +34,7 @@ ROOMS = {
         [f"kithara_ray.{name}" for name in ("config", "doctor")],
         {"keras", "keras_hub", "torch", "tensorflow", "transformers"},
     ),
+    "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],
         {"keras", "keras_hub", "torch", "tensorflow"},
@@ -45,6 +46,7 @@ UPWARD = {
     "sharding": ("hf", "sft", "model", "train", "orchestration"),
     "model": ("sft", "train", "orchestration"),
     "train": ("sft", "orchestration"),
+    "plan": ("sft", "orchestration"),
 }
 
 

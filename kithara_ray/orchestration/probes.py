@@ -150,10 +150,10 @@ def first_rows(dataset: Any) -> list[dict]:
     """The first rows of a dataset's source. Raises DataError where it cannot be read or has none."""
     if isinstance(dataset.source, list) and dataset.source:
         return list(dataset.source[:_FIRST_ROWS])
-    rows = dataset.rows()
-    rows.context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
+        rows = dataset.rows()
+        rows.context.enable_progress_bars = False
         found = rows.take(_FIRST_ROWS)
     except Exception as error:  # Arrow's, pandas' and the file systems' own
         if isinstance(error, KitharaRayError):
