@@ -138,7 +138,7 @@ setting("a target twice over", r"\[\] is empty|target_modules", "model.target_mo
 setting("a pattern that is none", "rank_pattern: '\\(' is not a regular", "model.rank_pattern", {"(": 2})
 setting("a precision unheard of", "precision must be one of", "model.precision", "int3")
 setting("learning rate 0", "learning_rate: should be greater than 0", "optimizer.learning_rate", 0)
-setting("learning rate nan", "learning_rate: should be a valid number, got 'NaN'", "optimizer.learning_rate", float("nan"))
+setting("learning rate nan", "learning_rate: should be a valid number", "optimizer.learning_rate", float("nan"))
 setting("an optimizer unheard of", "optimizer.name: should be 'AdamW'", "optimizer.name", "AdamWW")
 setting("a setting of another optimizer", "AdamW has no such setting", "optimizer.momentum", 0.9)
 setting("steps and epochs", "one of steps and epochs, got steps=1 and epochs=2", "trainer.epochs", 2)
