@@ -30,6 +30,9 @@ _WHAT = {
 }
 
 
+_TRAINED = "A model whose weights were all trained, from"
+
+
 def split_reference(base_name: str) -> tuple[str, str | None]:
     """(name, revision) of `hf://org/name@revision`; any other handle is its own name."""
     if not base_name.startswith("hf://"):
@@ -91,4 +94,19 @@ def model_card(base_name: str, adapter: Adapter, report: dict) -> str:
     if report["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report["notes"])]
     lines += ["", "`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
+    return "\n".join(lines)
+
+
+def trained_card(base_name: str, report: dict) -> str:
+    """README.md of a model whose weights were all trained, from its export's report."""
+    name, revision = split_reference(base_name)
+    front = ["---", *([f"base_model: {name}"] if base_name.startswith("hf://") else []), "library_name: transformers"]
+    front += ["pipeline_tag: text-generation", "tags:", "- kithara-ray", "---"]
+    lines = [*front, "", f"# {name.rstrip('/').rpartition('/')[2]}, trained", "", f"{_TRAINED} `{name}`"]
+    lines[-1] += f" at revision `{revision}`." if revision else "."
+    dtype = "as in the base" if report["dtype"] == "auto" else report["dtype"]
+    lines += ["", f"{report['tensors']['trained']} tensors, dtype {dtype}.", "", "## Load", "", "```python"]
+    lines += [_LOAD["merged"], "```", "", "```sh", _SERVE["merged"], "```", ""]
+    lines += ["## Checked before it was published", "", *(f"- {check}" for check in report["checks"]), ""]
+    lines += ["`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
     return "\n".join(lines)

@@ -194,5 +194,10 @@ def _carry_over(base: BaseCheckpoint, directory: Path, patterns: tuple[str, ...]
             copy_file(path, directory / path.name)
 
 
+def carry_over(base: BaseCheckpoint, directory: Path) -> None:
+    """All that a whole model brings beside its weights and config.json."""
+    _carry_over(base, directory, TOKENIZER_FILES + LICENCE_FILES + MODEL_EXTRAS)
+
+
 def _files(directory: Path) -> Iterator[str]:
     return (p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file())

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,13 @@ MERGE_TAGS = ("F32", "BF16", "F16")
 _COPY_BYTES = 1 << 30
 
 
-def check_dtype(dtype: str) -> str | None:
-    """The safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError."""
+def check_dtype(dtype: str | Mapping[str, str]) -> str | Mapping[str, str] | None:
+    """The safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError.
+
+    A mapping gives every tensor a tag of its own, and is what comes back.
+    """
+    if isinstance(dtype, Mapping):
+        return dtype
     if dtype != "auto" and dtype not in CAST_TAGS:
         raise ConfigError(f'dtype must be "auto", "float32", "bfloat16" or "float16", got {dtype!r}')
     return CAST_TAGS.get(dtype)
@@ -101,7 +106,7 @@ def write_config(base: BaseCheckpoint, directory: Path, dtype: str = "auto") -> 
             shutil.copyfile(base.directory / INDEX, directory / INDEX)
         else:
             infos = base.tensors.values()
-            total_bytes = sum(math.prod(i.shape) * NUMPY_DTYPES[_out_tag(i, tag)].itemsize for i in infos)
+            total_bytes = sum(math.prod(i.shape) * NUMPY_DTYPES[out_tag(i, tag)].itemsize for i in infos)
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_bytes}
             write_json(directory / INDEX, index)
     return tuple(written)
@@ -119,7 +124,7 @@ def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, direct
         if name not in base.tensors:
             raise AdapterError(f"{targets[name]}: the base at {base.directory} has no tensor {name!r}; wrong base?")
     merged = [info for info in infos if info.name in targets]
-    if tag is None or all(_out_tag(info, tag) == info.dtype for info in infos):
+    if tag is None or all(out_tag(info, tag) == info.dtype for info in infos):
         copy_file(file, target)
         with target.open("r+b") as stream:
             for info in merged:
@@ -127,14 +132,17 @@ def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, direct
                 for block in _tensor_blocks(info, adapter, targets[info.name], info.dtype):
                     stream.write(memoryview(block.reshape(-1).view(np.uint8)))
     else:
-        entries = [(info.name, _out_tag(info, tag), info.shape) for info in infos]
-        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, targets.get(i.name), _out_tag(i, tag)))
+        entries = [(info.name, out_tag(info, tag), info.shape) for info in infos]
+        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, targets.get(i.name), out_tag(i, tag)))
         write_blocks(target, entries, blocks, read_header(file)[1])
     log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)
     return target
 
 
-def _out_tag(info: TensorInfo, tag: str | None) -> str:
+def out_tag(info: TensorInfo, tag: str | Mapping[str, str] | None) -> str:
+    """What a tensor is written as: floating ones in `tag`, if there is one."""
+    if isinstance(tag, Mapping):
+        return tag[info.name]
     return tag if tag and info.dtype in FLOAT_TAGS else info.dtype
 
 
@@ -152,9 +160,9 @@ def row_blocks(info: TensorInfo, elements: int = MERGE_ELEMENTS) -> Iterator[tup
             yield begin, np.frombuffer(raw, info.numpy_dtype).reshape(n, columns)
 
 
-def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None, out_tag: str) -> Iterator[np.ndarray]:
-    """The tensor's rows, merged when `module` is given, in the dtype of `out_tag`."""
-    out_dtype = NUMPY_DTYPES[out_tag]
+def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None, tag: str) -> Iterator[np.ndarray]:
+    """The tensor's rows, merged when `module` is given, in the dtype of `tag`."""
+    out_dtype = NUMPY_DTYPES[tag]
     for begin, w_OI in row_blocks(info):
         if module is None:
             out_OI = cast(w_OI, out_dtype)
@@ -162,7 +170,7 @@ def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None
             scale, b_OR = adapter.config.scale_of(module), adapter.b(module)[begin : begin + len(w_OI)]
             out_OI = merged_rows(w_OI, b_OR, adapter.a(module), scale, out_dtype)
         if (module is not None or out_dtype != w_OI.dtype) and info.dtype in FLOAT_TAGS:
-            _check_finite(info, w_OI, out_OI, out_tag)
+            _check_finite(info, w_OI, out_OI, tag)
         yield out_OI
 
 

@@ -6,7 +6,7 @@ to the destination through the process that runs it, in blocks, and never throug
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,13 @@ class Part:
     """What is to be written: one weight file.
 
     base: that file of the base. adapter: the modules of it that are merged in; None copies or casts.
-    target: the directory or URL that the file goes to. dtype: as of `export`.
+    target: the directory or URL that the file goes to. dtype: as of `export`, or a safetensors tag a tensor.
     """
 
     base: BaseCheckpoint
     adapter: Adapter | None
     target: str
-    dtype: str
+    dtype: str | Mapping[str, str]
 
     @property
     def runs_anywhere(self) -> bool:
@@ -46,7 +46,7 @@ class Written:
     digests: dict[str, bytes]
 
 
-def parts_of(base: BaseCheckpoint, adapter: Adapter | None, target: str, dtype: str) -> list[Part]:
+def parts_of(base: BaseCheckpoint, adapter: Adapter | None, target: str, dtype: str | Mapping[str, str]) -> list[Part]:
     """One part a weight file. The caller has checked that the adapter fits."""
     parts = []
     for file in base.files:

@@ -42,14 +42,12 @@ def _lora_config(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig
     )
 
 
-def _check_only_adapter(function: Callable, given: dict[str, Any]) -> None:
-    """An adapter brings its own settings; one of them given beside it is a contradiction or does nothing."""
+def _check_unset(function: Callable, given: dict[str, Any], why: str) -> None:
+    """An argument that contradicts another, or does nothing beside it, is refused."""
     defaults = inspect.signature(function).parameters
     for name, value in given.items():
         if value != defaults[name].default:
-            raise ConfigError(
-                f"from_preset: {name}={value!r} beside adapter=: the adapter brings its own; leave it out"
-            )
+            raise ConfigError(f"from_preset: {name}={value!r} {why}; leave it out")
 
 
 def remote_get(reference: Any) -> Any:
@@ -67,16 +65,18 @@ class KerasHubModel:
 
     Attributes:
         preset_handle: where the base is.
-        lora: what is adapted.
+        lora: what is adapted; None trains all weights.
         precision: Keras dtype policy of the computation.
         adapter: the trained tensors by name, float32, A (r, in) and B (out, r); None before training.
+        trained: of a model whose weights are trained, the directory that holds them; None before training.
     """
 
-    def __init__(self, preset_handle: str, lora: LoraConfig, precision: str):
+    def __init__(self, preset_handle: str, lora: LoraConfig | None, precision: str):
         self.preset_handle = preset_handle
         self.lora = lora
         self.precision = precision
         self.adapter: dict[str, np.ndarray] | None = None
+        self.trained: str | None = None
         self._coordinator = None
         self._generator = None
 
@@ -102,9 +102,11 @@ class KerasHubModel:
 
         Args:
             preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.
-            lora_rank: rank of the factors.
+            lora_rank: rank of the factors; None trains all weights.
             precision: "mixed_bfloat16" (activations bfloat16), "bfloat16" or "float32". The frozen base keeps its
-                checkpoint's dtype in memory; factors and optimizer state are float32.
+                checkpoint's dtype in memory; factors and optimizer state are float32. Weights that are trained, and
+                their optimizer state, are float32 too; with "bfloat16" they are bfloat16, in which small updates round
+                away.
             lora_alpha: the update is scaled by alpha / rank; the default is alpha = rank, as in Kithara.
             lora_dropout: share of what the side paths are given that is dropped in training.
             target_modules: PEFT's names of the layers to adapt: a name, a list of names or of dotted endings
@@ -142,10 +144,13 @@ class KerasHubModel:
         base = BaseCheckpoint.open(storage.fetch(handle))
         family_of(base.config)
         if adapter is not None:
-            _check_only_adapter(cls.from_preset, {"lora_rank": lora_rank, **settings})
+            _check_unset(
+                cls.from_preset, {"lora_rank": lora_rank, **settings}, "beside adapter=: the adapter brings its own"
+            )
             return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base)
         if lora_rank is None:
-            raise UnsupportedError("lora_rank=None (training all weights) is not available yet; give lora_rank=16")
+            _check_unset(cls.from_preset, settings, "without lora_rank=, which trains all weights and no adapter")
+            return cls(handle, None, precision)
         lora = _lora_config(lora_rank, base, **settings)
         check_targets(lora, linear_modules_of(base))
         return cls(handle, lora, precision)
@@ -183,6 +188,8 @@ class KerasHubModel:
             save_adapters_separately=True    the base, and the adapter in `<output_dir>/adapter`
             neither                          base and adapter merged into one model
 
+        Where all weights were trained there is no adapter: they are written as the base's files are.
+
         Args:
             output_dir: a new or empty directory, local to the head node, or `gs://...`, `s3://...`.
             dtype: of the written base; "auto" keeps the base's.
@@ -191,12 +198,23 @@ class KerasHubModel:
         Returns: where it was written.
 
         Raises:
-            ConfigError: nothing has been trained.
+            ConfigError: nothing has been trained, or there is no adapter.
             DestinationError: `output_dir` exists and is not empty, or cannot be written.
             ExportError: what was written did not prove itself; nothing is left behind.
         """
-        if self.adapter is None:
+        if self.lora is None and (only_save_adapters or save_adapters_separately):
+            raise ConfigError(
+                "only_save_adapters and save_adapters_separately are for lora_rank=: all weights of this model are "
+                "trained, there is no adapter; leave both out"
+            )
+        if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
+        if self.lora is None:
+            return remote_get(
+                self.coordinator().export_trained.remote(
+                    self.preset_handle, self.trained, absolute(str(output_dir)), dtype
+                )
+            )
         if only_save_adapters:
             layout = Layout.ADAPTER
         else:
@@ -211,6 +229,11 @@ class KerasHubModel:
                 dtype,
             )
         )
+
+    @property
+    def weights_handle(self) -> str:
+        """Where the weights are that an adapter is put beside, or that training goes on from."""
+        return self.trained or self.preset_handle
 
     @property
     def base_name(self) -> str:
@@ -261,7 +284,7 @@ class KerasHubModel:
         if self._generator is None:
             from kithara_ray.orchestration.generator import start_generator
 
-            self._generator = start_generator(self.preset_handle, self.lora, self.precision, self.adapter)
+            self._generator = start_generator(self.weights_handle, self.lora, self.precision, self.adapter)
         chosen = tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle)
         return remote_get(
             self._generator.generate.remote(
@@ -285,6 +308,11 @@ class KerasHubModel:
         """What training ended with."""
         self.release()
         self.adapter = tensors
+
+    def set_trained(self, directory: str) -> None:
+        """The same where all weights were trained: where they are."""
+        self.release()
+        self.trained = directory
 
 
 def start_ray() -> None:

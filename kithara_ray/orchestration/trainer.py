@@ -40,7 +40,8 @@ class TrainResult:
             step_time_s, input_wait_s (a step), epoch.
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0.
-        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
+        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, or `model/` the
+            trained weights as a Hugging Face model, in the dtype that they were trained in.
     """
 
     metrics: dict[str, float]
@@ -54,7 +55,7 @@ class Trainer:
     """Trains a model on a Ray cluster.
 
     Args:
-        model: what to train; it holds the trained adapter afterwards.
+        model: what to train; afterwards it holds the trained adapter, or knows where the trained weights are.
         optimizer: a `keras.optimizers.Optimizer` or an `optax.GradientTransformation`.
         train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices
             x `gradient_accumulation_steps`.
@@ -157,7 +158,7 @@ class Trainer:
         self.progress = progress
 
     def train(self) -> TrainResult:
-        """Run to the end; `model` holds the trained adapter afterwards.
+        """Run to the end; `model` has what was trained afterwards.
 
         Raises:
             DataError: a bad row, or nothing to train on.
@@ -175,6 +176,9 @@ class Trainer:
             self._check_cluster()
             result = self._fit(spec)
         events = remote_get(coordinator.events.remote(0))
+        if self.model.lora is None:
+            self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
+            return _result(events, result.path)
         tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
         self.model.set_adapter(tensors)
         path = os.path.join(result.path, "adapter")
@@ -184,7 +188,7 @@ class Trainer:
 
     def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
-            base=self.model.preset_handle,
+            base=self.model.weights_handle,
             lora=self.model.lora,
             precision=self.model.precision,
             adapter=self.model.adapter,
@@ -203,6 +207,7 @@ class Trainer:
             seed=self.seed,
             platform=self._platform(),
             num_workers=self.scaling_config.num_workers,
+            storage=self._storage(),
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
@@ -221,6 +226,9 @@ class Trainer:
         """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
         return self._worker_env()["JAX_PLATFORMS"].split(",")[0]
 
+    def _storage(self) -> str:
+        return absolute(str(self.run_config.storage_path))
+
     def _check_cluster(self) -> None:
         scaling = self.scaling_config
         preflight.wait_for_cluster(
@@ -235,7 +243,7 @@ class Trainer:
         runtime_env["env_vars"] = self._worker_env()
         run_config = RunConfig(
             name=self.run_config.name,
-            storage_path=absolute(str(self.run_config.storage_path)),
+            storage_path=self._storage(),
             storage_filesystem=self.run_config.storage_filesystem,
             failure_config=self.run_config.failure_config,
             checkpoint_config=self.run_config.checkpoint_config,

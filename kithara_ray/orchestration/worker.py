@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import ray
+import ray.train
 
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.storage import join
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
@@ -38,19 +40,20 @@ class RunSpec:
     """Everything a worker needs, as the driver decided it.
 
     Attributes:
-        base: handle or directory of the base checkpoint.
-        lora: what is adapted.
+        base: handle or directory of the base checkpoint, or of weights that were trained before.
+        lora: what is adapted; None trains all weights.
         adapter: tensors to go on from; None starts from PEFT's initial factors.
         optimizer: ("keras", config) or ("optax", transformation).
         steps, epochs: one of them is None.
         platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
         micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
+        storage: where the run's directory is made.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
     base: str
-    lora: LoraConfig
+    lora: LoraConfig | None
     precision: str
     adapter: Mapping[str, np.ndarray] | None
     optimizer: tuple[str, Any]
@@ -68,6 +71,7 @@ class RunSpec:
     seed: int
     platform: str
     num_workers: int
+    storage: str
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
@@ -120,7 +124,7 @@ class Run:
 
         spec = self.spec
         with self._phase("fetch"):
-            base = BaseCheckpoint.open(storage.fetch(spec.base))
+            self.base = base = BaseCheckpoint.open(storage.fetch(spec.base))
         with self._phase("build"):
             self.mesh = make_mesh(spec.mesh)
             self.model = build(
@@ -130,11 +134,14 @@ class Run:
                 spec.precision,
                 remat=spec.remat,
                 stack_factors=is_elementwise(*spec.optimizer),
+                train_weights=spec.lora is None,
             )
             self.optimizer = self._make_optimizer()
         with self._phase("load"):
             self.frozen = self.model.load(base)
-            if spec.adapter is None:
+            if spec.lora is None:
+                params, self.frozen = self.model.as_params(self.frozen), []
+            elif spec.adapter is None:
                 params = self.model.initial_factors(spec.seed)
             else:
                 params = self.model.place_factors(spec.adapter)
@@ -142,7 +149,7 @@ class Run:
         self.data = self._stream(spec.train)
         self.eval_data = self._stream(spec.eval) if spec.eval else None
         with self._phase("compare"):
-            self.model.check_copies(self.frozen)
+            self.model.check_copies(self.state["params"], self.frozen)
         batch, self._next_tokens = self.data.batch(0)
         self._next_batch = batch
         with self._phase("compile"):
@@ -201,9 +208,15 @@ class Run:
         return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss)), "eval_tokens": weight}
 
     def finish(self) -> dict[str, Any]:
-        """Send this rank's part of the adapter."""
-        shards = self.model.adapter_shards(self.state["params"], self.rank)
-        ray.get(self.spec.coordinator.put_shards.remote(self.rank, shards))
+        """Send this rank's part of the adapter, or of the weights."""
+        params, coordinator = self.state["params"], self.spec.coordinator
+        if self.spec.lora is None:
+            from kithara_ray.orchestration.handover import send_weights
+
+            directory = join(self.spec.storage, ray.train.get_context().get_experiment_name())
+            send_weights(coordinator, self.base, self.model, params, self.rank, directory)
+        else:
+            ray.get(coordinator.put_shards.remote(self.rank, self.model.adapter_shards(params, self.rank)))
         self._record("finished", input_wait_s=self._total_input_wait_s, training_s=self._training_s)
         return {"shapes": self.model.adapter_shapes}
 
