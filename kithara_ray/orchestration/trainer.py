@@ -281,7 +281,15 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
         import keras
 
         with without_tensorflow():
-            return "keras", keras.optimizers.serialize(optimizer)
+            serialized = keras.optimizers.serialize(optimizer)
+        if getattr(optimizer, "_exclude_from_weight_decay", None):
+            raise UnsupportedError(
+                "optimizer.exclude_from_weight_decay(var_list=...): the variables are made on the workers; give "
+                "var_names=[...], patterns of Hugging Face's tensor names such as 'norm' or 'embed_tokens'"
+            )
+        # The name of train.optimizer.NO_DECAY, which a driver does not import.
+        pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+        return "keras", serialized | ({"exclude_from_weight_decay": pattern.pattern} if pattern else {})
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return "optax", optimizer
     raise ConfigError(
