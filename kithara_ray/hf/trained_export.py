@@ -5,22 +5,22 @@ exports are made of: those have the base's dtypes.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
 import secrets
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kithara_ray import __version__ as VERSION
 from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.card import trained_card
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import CARD, REPORT, carry_over
-from kithara_ray.hf.merge import FLOAT_TAGS, check_dtype, write_config, write_json
-from kithara_ray.hf.part import Part, Written, digest, parts_of, write_serially
-from kithara_ray.hf.proof import prove_checkpoint
+from kithara_ray.hf.export import CARD, REPORT, Settings, carry_over, other_files, write_weights
+from kithara_ray.hf.merge import check_dtype, out_tag, write_config, write_json
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, write_serially
 from kithara_ray.hf.trained import TensorSlice, TrainedWriter
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ class Receiver:
     def _place(self, path: Path) -> None:
         """A whole file of a URL goes there at once, so that this host's disk holds a few."""
         if self._stage.is_remote:
-            publish.put_file(path, storage.join(self._stage.target, path.name))
-            self._stage.placed.append(path.name)
+            self._stage.expect([path.name])
+            publish.put_file(path, self._stage.target, path.name)
             path.unlink()
 
     def publish(self, num_ranks: int) -> str:
@@ -107,22 +107,24 @@ def export_trained(
     dtype: str = "auto",
     *,
     base_name: str,
+    max_shard_size: int | str | None = None,
+    check_finite: bool = False,
+    resume: bool = False,
     write: Callable[[list[Part]], Iterable[Written]] = write_serially,
 ) -> str:
     """Write what a `Receiver` published at `destination`, in files and dtypes like the base's; returns the destination.
 
-    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. write: as of `hf.export.export`.
+    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. The others: as of `hf.export.export`.
     Raises DestinationError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
-    tag = check_dtype(dtype)
+    tag, destination = check_dtype(dtype), str(destination)
     _check_same_tensors(base, trained)
-    tags = {name: tag if tag and info.dtype in FLOAT_TAGS else info.dtype for name, info in base.tensors.items()}
-    with publish.staged(str(destination)) as stage:
-        files = _write_files(trained, tags, stage, write)
-        configs = write_config(base, stage.directory, dtype)
-        with _reopened(stage, configs) as directory:
-            prove_checkpoint(directory, base, tag)
+    files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
+    tags = {name: out_tag(info, tag) for name, info in base.tensors.items()}
+    settings = Settings("trained", dtype, base_name, files, check_finite, write, tags, base)
+    with publish.staged(destination, _plan(base, trained, settings), resume) as stage:
+        written = write_weights(trained, None, stage, settings)
         carry_over(base, stage.directory)
         report = {
             "layout": "trained",
@@ -135,12 +137,12 @@ def export_trained(
             ],
         }
         (stage.directory / CARD).write_text(trained_card(base_name, report), encoding="utf-8")
-        others = [path for path in sorted(stage.directory.iterdir()) if path.is_file() and path.name not in files]
-        report["files"] = files | {path.name: digest(path) for path in others}
+        known = {file.name: file.file for file in written}
+        report["files"] = dict(sorted((known | other_files(stage.directory, known)).items()))
         report["seconds"] = round(time.perf_counter() - started_s, 3)
         write_json(stage.directory / REPORT, report)
     log.info("exported trained weights destination=%s seconds=%.1f", destination, report["seconds"])
-    return str(destination)
+    return destination
 
 
 def _check_same_tensors(base: BaseCheckpoint, trained: BaseCheckpoint) -> None:
@@ -150,30 +152,8 @@ def _check_same_tensors(base: BaseCheckpoint, trained: BaseCheckpoint) -> None:
         raise ExportError(f"{trained.directory}: {different[0]} is not as in the base; was the base changed since?")
 
 
-def _write_files(
-    trained: BaseCheckpoint,
-    tags: Mapping[str, str],
-    stage: publish.Stage,
-    write: Callable[[list[Part]], Iterable[Written]],
-) -> dict[str, dict]:
-    """The weight files, cast; name -> size and digest."""
-    names = [file.name for file in trained.files]
-    if stage.is_remote:
-        stage.placed += names
-    written = {file.name: file.file for file in write(parts_of(trained, None, stage.target, tags))}
-    if sorted(written) != sorted(names):
-        raise ExportError(f"{len(written)} of {len(names)} weight files were written; start the export again")
-    return written
-
-
-@contextlib.contextmanager
-def _reopened(stage: publish.Stage, configs: Iterable[Path]) -> Iterator[Path]:
-    """A directory with the headers of what was written, read back from where it is."""
-    if not stage.is_remote:
-        yield stage.directory
-        return
-    with tempfile.TemporaryDirectory(prefix="kithara_ray_proof_") as scratch:
-        stage.headers_of_placed(Path(scratch))
-        for path in configs:
-            shutil.copyfile(path, Path(scratch, path.name))
-        yield Path(scratch)
+def _plan(base: BaseCheckpoint, trained: BaseCheckpoint, settings: Settings) -> str:
+    """A digest of all that decides the bytes of the weight files; trained weights are never written over."""
+    where = [one.source or str(one.directory) for one in (base, trained)]
+    what = [VERSION, settings.layout, settings.dtype, settings.files, settings.tags, settings.check_finite, where]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -81,6 +81,12 @@ class CausalLM:
     def vocabulary(self) -> int:
         return self.model.backbone.vocabulary_size
 
+    @property
+    def vocabulary_axes(self) -> tuple[str, ...] | None:
+        """What logits are split over in their vocabulary, if it divides."""
+        ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
+        return ("fsdp", "tensor") if self.vocabulary % ways == 0 else None
+
     # --- the computation ---------------------------------------------------------------------------------------------
 
     def hidden_BTD(self, params: Params, frozen: Frozen, token_ids_BT, segment_ids_BT, dropout_key=None) -> jax.Array:
@@ -116,13 +122,11 @@ class CausalLM:
         Args:
             head: of `head_weights`.
         """
-        ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
-        axes = ("fsdp", "tensor") if self.vocabulary % ways == 0 else None
         hidden = self._constrain(hidden, "data")
         bound = zip((slot.ports[0].variable for slot in self._head_slots()), head, strict=True)
         with keras.StatelessScope(state_mapping=list(bound)):
             logits = self.model.backbone.token_embedding(hidden, reverse=True)
-        return self._constrain(logits, "data", *[None] * (logits.ndim - 2), axes)
+        return self._constrain(logits, "data", *[None] * (logits.ndim - 2), self.vocabulary_axes)
 
     def head_weights(self, params: Params, frozen: Frozen) -> list[jax.Array]:
         """What `head_V` computes with: the head's own weight, or the embedding that it is tied to."""

@@ -269,7 +269,8 @@ class KerasHubModel:
         called: for looking at small models. Large ones are served from an export.
 
         Args:
-            inputs: a text, a list of texts, token ids, or a list of these.
+            inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the tokenizer's chat
+                template), or a list of these.
             max_length: prompt and continuation together, in tokens.
             stop_token_ids: where to stop; "auto" takes the tokenizer's EOS and those of generation_config.json.
             strip_prompt: give the continuation alone.
@@ -281,22 +282,21 @@ class KerasHubModel:
         start_ray()
         if tokenizer is not None and tokenizer_handle is not None:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
-        if self._generator is None:
-            from kithara_ray.orchestration.generator import start_generator
+        from kithara_ray.orchestration.generator import Request, Weights, start_generator
 
-            self._generator = start_generator(self.weights_handle, self.lora, self.precision, self.adapter)
-        chosen = tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle)
-        return remote_get(
-            self._generator.generate.remote(
-                inputs,
-                chosen,
-                max_length=max_length,
-                stop_token_ids=stop_token_ids,
-                strip_prompt=strip_prompt,
-                return_decoded=return_decoded,
-                skip_special_tokens=skip_special_tokens,
-            )
+        weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
+        request = Request(
+            inputs=inputs,
+            tokenizer=tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle),
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            strip_prompt=strip_prompt,
+            return_decoded=return_decoded,
+            skip_special_tokens=skip_special_tokens,
         )
+        if self._generator is None:
+            self._generator = start_generator(weights)
+        return remote_get(self._generator.generate.remote(request))
 
     def release(self) -> None:
         """Give back the memory of `generate`'s actor."""
