@@ -8,6 +8,7 @@ import numpy as np
 import ray
 
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.sharding.shape import MeshShape
 
 
@@ -102,6 +103,13 @@ def generate_loop(config: dict[str, GroupSpec]) -> list[str] | list[list[int]]:
 
     preflight.check_process_group(spec.num_workers, spec.platform)
     return Generator(spec.weights, spec.mesh).generate(spec.request)
+
+
+def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape):
+    """`generate_loop` in every worker of a group; what rank 0 answers."""
+    group.wait()
+    spec = GroupSpec(weights, request, mesh, group.platform, group.num_workers)
+    return group.run(generate_loop, {"spec": spec}).return_value
 
 
 def _eos_of(checkpoint) -> list[int]:

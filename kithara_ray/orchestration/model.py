@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.errors import AdapterError, ConfigError, KitharaRayError, UnsupportedError
 from kithara_ray.hf import storage
@@ -18,7 +19,9 @@ from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of
 from kithara_ray.orchestration.coordinator import start_coordinator
+from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.paths import absolute
+from kithara_ray.sharding.shape import MeshShape
 
 # Kithara's arguments that mean nothing here, and what to do instead.
 _ELSEWHERE = {
@@ -262,11 +265,18 @@ class KerasHubModel:
         tokenizer_handle: str | None = None,
         return_decoded: bool = True,
         skip_special_tokens: bool = True,
+        *,
+        scaling_config: ScalingConfig | None = None,
+        run_config: RunConfig | None = None,
+        cpu_devices_per_worker: int = 1,
+        mesh: MeshShape | None = None,
+        cluster_timeout_s: float = 300.0,
     ) -> list[str] | list[list[int]]:
         """Greedy continuation of prompts by the base with what has been trained so far.
 
         Runs in one actor, on the CPU of one node, which keeps the model until training changes it or `release()` is
-        called: for looking at small models. Large ones are served from an export.
+        called: for looking at small models. With `scaling_config` it runs on a group of workers as training does, which
+        share the weights and the cache, and which end with the answer; give it all prompts at once.
 
         Args:
             inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the tokenizer's chat
@@ -276,13 +286,14 @@ class KerasHubModel:
             strip_prompt: give the continuation alone.
             tokenizer, tokenizer_handle: the base's own by default.
             return_decoded: texts; False gives token ids.
+            scaling_config, run_config, cpu_devices_per_worker, mesh, cluster_timeout_s: of the workers, as `Trainer`'s.
 
         Returns: one text, or list of token ids, a prompt.
         """
         start_ray()
         if tokenizer is not None and tokenizer_handle is not None:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
-        from kithara_ray.orchestration.generator import Request, Weights, start_generator
+        from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
 
         weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
         request = Request(
@@ -294,6 +305,9 @@ class KerasHubModel:
             return_decoded=return_decoded,
             skip_special_tokens=skip_special_tokens,
         )
+        if scaling_config is not None:
+            group = WorkerGroup(scaling_config, run_config or RunConfig(), cpu_devices_per_worker, cluster_timeout_s)
+            return generate_on_group(group, weights, request, mesh or MeshShape())
         if self._generator is None:
             self._generator = start_generator(weights)
         return remote_get(self._generator.generate.remote(request))

@@ -12,18 +12,15 @@ from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.jax import JaxConfig, JaxTrainer
 
-from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import preflight
 from kithara_ray.orchestration.data import Dataloader
+from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
-from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
@@ -127,7 +124,6 @@ class Trainer:
             "eval_steps_interval": eval_steps_interval,
             "eval_epochs_interval": eval_epochs_interval,
             "max_eval_samples": max_eval_samples,
-            "cpu_devices_per_worker": cpu_devices_per_worker,
             "gradient_accumulation_steps": gradient_accumulation_steps,
         }
         for name, value in counts.items():
@@ -148,23 +144,13 @@ class Trainer:
         self.eval_steps_interval, self.eval_epochs_interval = eval_steps_interval, eval_epochs_interval
         self.max_eval_samples = max_eval_samples
         self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
-        if not isinstance(self.scaling_config.num_workers, int) or self.scaling_config.num_workers < 1:
-            raise UnsupportedError(
-                f"ScalingConfig(num_workers={self.scaling_config.num_workers!r}): a fixed number of workers >= 1 is "
-                "needed; the group's size decides the global batch"
-            )
-        if self.scaling_config.use_gpu:
-            raise UnsupportedError(
-                "ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out"
-            )
         self.run_config = run_config or RunConfig()
         self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
-        self.cpu_devices_per_worker = cpu_devices_per_worker
+        self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
         self.mesh = mesh or MeshShape()
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
-        self.cluster_timeout_s = cluster_timeout_s
         self.progress = progress
 
     def train(self) -> TrainResult:
@@ -183,8 +169,8 @@ class Trainer:
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
             progress.phase("schedule")
-            self._check_cluster()
-            result = self._fit(spec)
+            self.group.wait()
+            result = self.group.run(train_loop, {"spec": spec})
         events = remote_get(coordinator.events.remote(0))
         if self.model.lora is None:
             self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
@@ -215,64 +201,14 @@ class Trainer:
             remat=self.remat,
             micro_batches=self.gradient_accumulation_steps,
             seed=self.seed,
-            platform=self._platform(),
-            num_workers=self.scaling_config.num_workers,
-            directory=join(self._storage(), self.run_config.name),
+            platform=self.group.platform,
+            num_workers=self.group.num_workers,
+            directory=join(self.group.storage, self.run_config.name),
             checkpointer=self.checkpointer,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
         )
-
-    def _worker_env(self) -> dict[str, str]:
-        """The workers' environment: the run's own, over what no accelerator needs."""
-        # JAX_PLATFORMS is always given: workers of a local cluster inherit the driver's, which may keep off the TPU.
-        env = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu" if self.scaling_config.use_tpu else "cpu"}
-        if not self.scaling_config.use_tpu:
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
-        runtime_env = self.run_config.worker_runtime_env or {}
-        return env | dict(runtime_env.get("env_vars", {}))
-
-    def _platform(self) -> str:
-        """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
-        return self._worker_env()["JAX_PLATFORMS"].split(",")[0]
-
-    def _storage(self) -> str:
-        return absolute(str(self.run_config.storage_path))
-
-    def _check_cluster(self) -> None:
-        scaling = self.scaling_config
-        preflight.wait_for_cluster(
-            scaling.num_workers,
-            scaling._resources_per_worker_not_none,
-            self.cluster_timeout_s,
-            preflight.slice_heads(scaling),
-        )
-
-    def _fit(self, spec: RunSpec):
-        runtime_env = dict(self.run_config.worker_runtime_env or {})
-        runtime_env["env_vars"] = self._worker_env()
-        run_config = RunConfig(
-            name=self.run_config.name,
-            storage_path=self._storage(),
-            storage_filesystem=self.run_config.storage_filesystem,
-            failure_config=self.run_config.failure_config,
-            callbacks=self.run_config.callbacks,
-            worker_runtime_env=runtime_env,
-            logging_config=self.run_config.logging_config,
-        )
-        trainer = JaxTrainer(
-            train_loop,
-            train_loop_config={"spec": spec},
-            # use_tpu is Ray's switch for jax.distributed; without it N workers are N independent runs.
-            jax_config=JaxConfig(use_tpu=True),
-            scaling_config=self.scaling_config,
-            run_config=run_config,
-        )
-        try:
-            return trainer.fit()
-        except TrainingFailedError as error:
-            raise _named(error) from error
 
 
 def _portable(optimizer: Any) -> tuple[str, Any]:
@@ -306,20 +242,6 @@ def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
         shuffle=loader.shuffle,
         seed=loader.seed,
     )
-
-
-def _named(error: TrainingFailedError) -> KitharaRayError:
-    """The failure of the first rank that has one of our own errors, or of the first rank."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, KitharaRayError):
-            return cause
-    if failures:
-        rank, failure = sorted(failures.items())[0]
-        cause = getattr(failure, "_base_exc", failure)
-        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
-    return TrainingError(f"the run failed: {error}")
 
 
 def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 TOKENS = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (4, 24)).astype(np.int32)
+PROMPTS = ["what is 1 + 2 ?", "the sum of two and five", "0 1 2"]
 
 
 def train(model, storage, workers=2, devices=2, name="first"):
@@ -121,11 +122,50 @@ def test_generate_goes_on_from_the_trained_weights(trained):
     directory, out, model, _ = trained
     tokenizer = AutoTokenizer.from_pretrained(directory)
     reference = AutoModelForCausalLM.from_pretrained(out / "export").eval()
-    prompts = ["what is 1 + 2 ?", "the sum of two and five", "0 1 2"]
-    ours = model.generate(prompts, max_length=30, return_decoded=False)
-    for prompt, ids in zip(prompts, ours, strict=True):
+    ours = model.generate(PROMPTS, max_length=30, return_decoded=False)
+    for prompt, ids in zip(PROMPTS, ours, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
         assert ids == reference.generate(**inputs, max_length=30, do_sample=False)[0].tolist()
+
+
+def generate_where_weights_cross_processes(config):
+    from kithara_ray.model import runtime
+
+    runtime.prepare()
+    from kithara_ray.orchestration.generator import Generator
+
+    spec = config["spec"]
+    generator = Generator(spec.weights, spec.mesh)
+    assert any(not array.is_fully_addressable for array in generator.frozen)
+    return generator.generate(spec.request)
+
+
+def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
+    """Texts, a chat and ids at once, five rows on four devices; greedy texts are transformers'."""
+    directory, out, model, _ = trained
+    if "llama" in str(out):
+        pytest.skip("once is enough: tests/model/test_generate.py has the families and meshes")
+    monkeypatch.setattr("kithara_ray.orchestration.generator.generate_loop", generate_where_weights_cross_processes)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    chat = [{"role": "user", "content": "seven"}]
+    inputs = [*PROMPTS, chat, tokenizer("nine")["input_ids"]]
+    texts = model.generate(
+        inputs,
+        max_length=30,
+        strip_prompt=True,
+        tokenizer=tokenizer,
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(storage_path=str(out / "runs"), name="generate"),
+        cpu_devices_per_worker=2,
+    )
+    ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    ids += [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False), inputs[-1]]
+    reference = AutoModelForCausalLM.from_pretrained(out / "export").eval()
+    for prompt, text in zip(ids, texts, strict=True):
+        wanted = reference.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_length=30)
+        assert text == tokenizer.decode(wanted[0, len(prompt) :], skip_special_tokens=True)
+    assert len(set(texts)) > 1
 
 
 def test_there_is_no_adapter_to_save(trained):
