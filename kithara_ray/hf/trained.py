@@ -8,13 +8,14 @@ import logging
 import math
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from kithara_ray.errors import ExportError
+from kithara_ray.hf import storage
 from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
 from kithara_ray.hf.merge import CAST_TAGS, FLOAT_TAGS, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, read_header
@@ -82,11 +83,13 @@ class TrainedWriter:
     def __init__(
         self,
         base: BaseCheckpoint,
-        trained: Iterable[str],
+        trained: Collection[str],
         dtype: str,
         directory: Path,
         complete: Callable[[Path], None] = lambda path: None,
     ):
+        if base.source and not set(base.names) <= {*trained, HEAD}:
+            base = BaseCheckpoint.open(storage.fetch(base.source))
         self._tag, self._trained, self._complete = CAST_TAGS[dtype], set(trained), complete
         self._lock = threading.Lock()
         self._files: dict[Path, _File] = {}

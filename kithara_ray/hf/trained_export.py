@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from kithara_ray import __version__ as VERSION
@@ -41,7 +41,7 @@ class Receiver:
         token: tells this receiver from one of an earlier attempt.
     """
 
-    def __init__(self, base: BaseCheckpoint, names: Iterable[str], dtype: str, directory: str):
+    def __init__(self, base: BaseCheckpoint, names: Collection[str], dtype: str, directory: str):
         self.token = secrets.randbelow(2**31)
         self._base, self._dtype = base, dtype
         self._destination = next(url for url in _candidates(directory) if not _exists(url))

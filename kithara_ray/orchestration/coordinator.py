@@ -60,7 +60,7 @@ class Coordinator:
     def begin_weights(self, base: str, names: list[str], dtype: str, directory: str) -> int:
         """Make ready for trained weights, in a new directory below `directory`; what they are to be sent with."""
         self._forget_weights()
-        self._weights = Receiver(BaseCheckpoint.open(base), names, dtype, directory)
+        self._weights = Receiver(BaseCheckpoint.at(base), names, dtype, directory)
         return self._weights.token
 
     def put_slice(self, token: int, part: TensorSlice) -> None:
@@ -84,7 +84,7 @@ class Coordinator:
 
     def export_trained(self, base: str, weights: str, destination: str, dtype: str) -> str:
         """Write trained weights as the base's files are written; see `kithara_ray.hf.trained_export`."""
-        opened = BaseCheckpoint.open(storage.fetch(base)), BaseCheckpoint.open(storage.fetch(weights))
+        opened = BaseCheckpoint.at(base), BaseCheckpoint.at(weights)
         return export_trained(*opened, destination, dtype, base_name=base)
 
     def export(

@@ -15,16 +15,26 @@ _IN_FLIGHT = 2
 
 
 def send_weights(
-    coordinator: ray.actor.ActorHandle, base: BaseCheckpoint, model: CausalLM, params: Params, rank: int, directory: str
+    coordinator: ray.actor.ActorHandle,
+    handle: str,
+    base: BaseCheckpoint,
+    model: CausalLM,
+    params: Params,
+    rank: int,
+    directory: str,
 ) -> None:
-    """All ranks call this. The coordinator writes what they send into a new directory below `directory`."""
+    """All ranks call this. The coordinator writes what they send into a new directory below `directory`.
+
+    Args:
+        handle: of `base`, which the coordinator opens on its own host.
+    """
     from jax.experimental import multihost_utils
 
     token = 0
     if rank == 0:
         names = [port.hf_name for slot in model.slots for port in slot.ports]
         dtype = str(next(iter(params.values())).dtype)
-        token = ray.get(coordinator.begin_weights.remote(str(base.directory), names, dtype, directory))
+        token = ray.get(coordinator.begin_weights.remote(handle, names, dtype, directory))
     # Nobody sends before there is somewhere to write; and what a rank of an earlier attempt sends is known by it.
     token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
     pending: list[ray.ObjectRef] = []

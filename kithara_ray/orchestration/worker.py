@@ -280,7 +280,7 @@ class Run:
         if self.spec.lora is None:
             from kithara_ray.orchestration.handover import send_weights
 
-            send_weights(coordinator, self.base, self.model, params, self.rank, self.spec.directory)
+            send_weights(coordinator, self.spec.base, self.base, self.model, params, self.rank, self.spec.directory)
         else:
             ray.get(coordinator.put_shards.remote(self.rank, self.model.adapter_shards(params, self.rank)))
         self._record("finished", input_wait_s=self._total_input_wait_s, training_s=self._training_s)
