@@ -8,6 +8,7 @@ Failures are never injected as SystemExit or KeyboardInterrupt inside a coroutin
 thread, which ends then, and every later call of any filesystem waits for ever.
 """
 
+import functools
 import json
 import os
 import select
@@ -175,12 +176,19 @@ def in_a_child(job: dict) -> dict:
 
 def serve() -> None:
     # All that exports need, before the first fork; no thread is started by importing.
+    import aiobotocore.session  # noqa: F401
+    import botocore.loaders
+    import botocore.session
     import gcsfs  # noqa: F401
     import s3fs
 
     import kithara_ray.hf.export  # noqa: F401
 
     s3fs.S3FileSystem.retries = 1
+    # The description of S3's API, read by every new client, is megabytes of JSON: once is enough.
+    load = functools.lru_cache(None)(botocore.loaders.JSONFileLoader().load_file)
+    botocore.loaders.JSONFileLoader.load_file = lambda self, path: load(path)
+    botocore.session.get_session().create_client("s3", region_name="us-east-1")
     for line in sys.stdin:
         reply = in_a_child(json.loads(line))
         sys.stdout.write(json.dumps(reply) + "\n")

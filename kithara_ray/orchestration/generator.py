@@ -46,7 +46,7 @@ class GroupSpec:
 
     weights: Weights
     request: Request
-    mesh: MeshShape
+    mesh: MeshShape | None
     platform: str
     num_workers: int
 
@@ -105,7 +105,7 @@ def generate_loop(config: dict[str, GroupSpec]) -> list[str] | list[list[int]]:
     return Generator(spec.weights, spec.mesh).generate(spec.request)
 
 
-def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape):
+def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape | None):
     """`generate_loop` in every worker of a group; what rank 0 answers."""
     group.wait()
     spec = GroupSpec(weights, request, mesh, group.platform, group.num_workers)
