@@ -20,7 +20,7 @@ from kithara_ray.hf.card import trained_card
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import CARD, REPORT, Settings, carry_over, other_files, write_weights
 from kithara_ray.hf.merge import check_dtype, out_tag, write_config, write_json
-from kithara_ray.hf.part import Part, Written, files_of, parse_size, write_serially
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, write_here
 from kithara_ray.hf.trained import TensorSlice, TrainedWriter
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def export_trained(
     max_shard_size: int | str | None = None,
     check_finite: bool = False,
     resume: bool = False,
-    write: Callable[[list[Part]], Iterable[Written]] = write_serially,
+    write: Callable[[list[Part]], Iterable[Written]] = write_here,
 ) -> str:
     """Write what a `Receiver` published at `destination`, in files and dtypes like the base's; returns the destination.
 
