@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kithara_ray import __version__ as VERSION
@@ -18,7 +18,7 @@ from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.card import trained_card
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import CARD, REPORT, Settings, carry_over, other_files, write_weights
+from kithara_ray.hf.export import CARD, REPORT, RUN, Settings, carry_over, other_files, write_weights
 from kithara_ray.hf.merge import check_dtype, out_tag, write_config, write_json
 from kithara_ray.hf.part import Part, Written, files_of, parse_size, write_here
 from kithara_ray.hf.trained import TensorSlice, TrainedWriter
@@ -107,6 +107,7 @@ def export_trained(
     dtype: str = "auto",
     *,
     base_name: str,
+    run: Mapping[str, object] | None = None,
     max_shard_size: int | str | None = None,
     check_finite: bool = False,
     resume: bool = False,
@@ -126,6 +127,8 @@ def export_trained(
     with publish.staged(destination, _plan(base, trained, settings), resume) as stage:
         written = write_weights(trained, None, stage, settings)
         carry_over(base, stage.directory)
+        if run:
+            write_json(stage.directory / RUN, dict(run))
         report = {
             "layout": "trained",
             "dtype": dtype,

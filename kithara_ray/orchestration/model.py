@@ -71,6 +71,7 @@ class KerasHubModel:
         self.precision = precision
         self.adapter: dict[str, np.ndarray] | None = None
         self.trained: str | None = None
+        self.run: dict[str, Any] | None = None
         self._coordinator = None
         self._generator = None
 
@@ -223,6 +224,7 @@ class KerasHubModel:
             "max_shard_size": max_shard_size,
             "check_finite": check_finite,
             "resume": resume,
+            "run": self.run,
         }
         coordinator = self.coordinator()
         if self.lora is None:

@@ -21,8 +21,10 @@ from kithara_ray.orchestration import checkpointer as checkpointers
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
+from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
 from kithara_ray.sharding.shape import MeshShape
@@ -44,6 +46,7 @@ class TrainResult:
             trained weights as a Hugging Face model, in the dtype that they were trained in.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps" or "early_stopping".
+        exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
     """
 
     metrics: dict[str, float]
@@ -54,6 +57,7 @@ class TrainResult:
     checkpoint: str | None = None
     best_checkpoint: str | None = None
     stopped: str = "steps"
+    exports: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -80,6 +84,9 @@ class Trainer:
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.
+        export_every_steps: write the adapter of every so many steps while training goes on, as a PEFT directory.
+        export_dir: where these go, `<export_dir>/step-000100`: local to the head node, or `gs://...`, `s3://...`;
+            `adapters` in the run's directory by default.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
     """
@@ -107,6 +114,8 @@ class Trainer:
         remat: str = "block",
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
+        export_every_steps: int | None = None,
+        export_dir: str | None = None,
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
     ):
@@ -126,6 +135,7 @@ class Trainer:
             "eval_epochs_interval": eval_epochs_interval,
             "max_eval_samples": max_eval_samples,
             "gradient_accumulation_steps": gradient_accumulation_steps,
+            "export_every_steps": export_every_steps,
         }
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -148,6 +158,12 @@ class Trainer:
         self.run_config = run_config or RunConfig()
         self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
         self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
+        self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config)
+        if self.snapshots is not None and model.lora is None:
+            raise UnsupportedError(
+                "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
+                "checkpointer, or lora_rank="
+            )
         self.mesh = mesh
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -159,6 +175,7 @@ class Trainer:
 
         Raises:
             DataError: a bad row, or nothing to train on.
+            DestinationError: `export_dir` cannot be written, or holds adapters of another run.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
         """
@@ -166,6 +183,8 @@ class Trainer:
         self.model.release()
         coordinator = self.model.coordinator()
         ray.get(coordinator.start_run.remote())
+        if self.snapshots is not None:
+            remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
@@ -173,6 +192,7 @@ class Trainer:
             self.group.wait()
             result = self.group.run(train_loop, {"spec": spec})
         events = remote_get(coordinator.events.remote(0))
+        self.model.run = _about(spec, one_history(events))
         if self.model.lora is None:
             self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
             return _result(events, result.path, result.return_value)
@@ -206,10 +226,22 @@ class Trainer:
             num_workers=self.group.num_workers,
             directory=join(self.group.storage, self.run_config.name),
             checkpointer=self.checkpointer,
+            snapshots=self.snapshots,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
         )
+
+
+def _snapshots(every: int | None, directory: str | None, run_config: RunConfig) -> Snapshots | None:
+    if every is None:
+        if directory is not None:
+            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
+        return None
+    if directory is not None and directory.startswith("hf://"):
+        raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")
+    default = join(str(run_config.storage_path), run_config.name, "adapters")
+    return Snapshots(every, absolute(str(directory or default)))
 
 
 def _portable(optimizer: Any) -> tuple[str, Any]:
@@ -258,6 +290,33 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """How a model was trained, as plain data: for run.json and the model card of its exports."""
+
+    def last(kind: str) -> dict[str, Any]:
+        rows = [event for event in events if event["kind"] == kind]
+        return {name: value for name, value in rows[-1].items() if name != "kind"} if rows else {}
+
+    kind, value = spec.optimizer
+    config = value["config"] if kind == "keras" else {}
+    plain = {name: item for name, item in config.items() if isinstance(item, (int, float, str)) and name != "name"}
+    about = {
+        "optimizer": value["class_name"] if kind == "keras" else kind,
+        "optimizer_settings": plain,
+        "rows_per_device_and_step": spec.train.rows_per_device,
+        "micro_batches": spec.micro_batches,
+        "workers": spec.num_workers,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "data_fingerprint": spec.train.store.content,
+        "rows": len(spec.train.store.lengths),
+        "packed_to": spec.train.packed_len,
+        "last_step": {name: last("step")[name] for name in ("step", "epoch", "loss") if name in last("step")},
+        "evaluation": last("eval"),
+    }
+    return {name: value for name, value in about.items() if value not in (None, "", {})}
+
+
 def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) -> TrainResult:
     events = one_history(events)
 
@@ -278,4 +337,5 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         checkpoint=summary.get("checkpoint"),
         best_checkpoint=summary.get("best_checkpoint"),
         stopped=summary.get("stopped") or "steps",
+        exports=rows("export"),
     )

@@ -114,6 +114,7 @@ def test_the_export_has_the_base_s_files_and_every_tensor_changed(trained):
         assert (out / "export" / name).read_bytes() == (directory / name).read_bytes()
     report = json.loads((out / "export" / "export_report.json").read_text())
     assert report["tensors"] == {"trained": len(base.names)}
+    assert json.loads((out / "export" / "run.json").read_text())["optimizer"] == "AdamW"
     assert model.trained == f"{result.path}/model"
     assert not list((out / "runs" / "first").glob(".*staging*"))
 
