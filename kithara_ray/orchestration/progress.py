@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 _POLL_S = 0.5
 _PHASES = {
     "tokenize": "tokenising the dataset",
+    "plan": "planning for the slice",
     "schedule": "waiting for the workers",
     "fetch": "reading the base checkpoint",
     "build": "building the model",

@@ -38,7 +38,7 @@ class Snapshots:
     def check(self, may_resume: bool) -> None:
         """Before the run: it can be written, and what is there is of this run. Raises DestinationError."""
         publish.check_destination(join(self.directory, f".probe-{uuid.uuid4().hex[:8]}"))
-        found = [name for name in Place(self.directory).directories() if name.startswith("step-")]
+        found = sorted(name for name in Place(self.directory).directories() if name.startswith("step-"))
         if found and not may_resume:
             raise DestinationError(
                 f"{self.directory} holds {found[0]} of an earlier run; give another export_dir, or a checkpointer to "

@@ -18,6 +18,7 @@ from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
+from kithara_ray.orchestration import planned
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
@@ -80,7 +81,8 @@ class Trainer:
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; by default the devices of a TPU slice on `fsdp`, the slices on `data`.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
-            "dots", also the results of products with weights, faster where the memory is there.
+            "dots", also the results of products with weights, faster where the memory is there; "nested", the inputs
+            of a few blocks, slower by a forward pass, for the largest models.
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.
@@ -175,6 +177,7 @@ class Trainer:
 
         Raises:
             DataError: a bad row, or nothing to train on.
+            ConfigError: the step does not fit the chips of the TPU slice; what to try.
             DestinationError: `export_dir` cannot be written, or holds adapters of another run.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
@@ -188,6 +191,9 @@ class Trainer:
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
+            if self.scaling_config.use_tpu:
+                progress.phase("plan")
+            spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
             progress.phase("schedule")
             self.group.wait()
             result = self.group.run(train_loop, {"spec": spec})
@@ -270,7 +276,8 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
 def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
     return DataSpec(
         store=tokenize(loader.dataset),
-        rows_per_device=loader.per_device_batch_size * micro_batches,
+        # "auto" begins with one row; see planned.fitted.
+        rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size) * micro_batches,
         packed_len=loader.dataset.max_seq_len if loader.packing else None,
         shuffle=loader.shuffle,
         seed=loader.seed,
