@@ -181,8 +181,8 @@ class _Nodes:
 
     def check_tpus(self, trainer: Any) -> str:
         """Chips are there, and no process holds one that Ray has free."""
-        if trainer._platform() != "tpu":
-            raise Skipped(f"the run asks for {trainer._platform()}")
+        if trainer.group.platform != "tpu":
+            raise Skipped(f"the run asks for {trainer.group.platform}")
         free = ray._private.state.available_resources_per_node()
         chips = 0
         for node_id, facts in self.facts().items():
@@ -199,7 +199,7 @@ class _Nodes:
     def check_memory(self, trainer: Any) -> str:
         """Host memory for the weights that workers on CPUs keep."""
         workers, total = trainer.scaling_config.num_workers, _weight_bytes(trainer)
-        if trainer._platform() != "cpu":
+        if trainer.group.platform != "cpu":
             return f"{_gb(total / workers)} of the base read by each host, kept on its accelerator"
         axes = mesh_axes(trainer)
         each = total * (axes["data"] if axes else 1) / workers
@@ -273,7 +273,7 @@ def _weight_bytes(trainer: Any) -> int:
 
 def count_devices(trainer: Any) -> int | None:
     """How many JAX devices the run will have; None where only the accelerator knows."""
-    scaling, env = trainer.scaling_config, trainer._worker_env()
+    scaling, env = trainer.scaling_config, trainer.group.env()
     if env["JAX_PLATFORMS"].split(",")[0] == "cpu":
         found = re.search(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))
         return scaling.num_workers * int(found.group(1) if found else 1)
@@ -291,7 +291,7 @@ def mesh_axes(trainer: Any) -> dict[str, int] | None:
     devices = count_devices(trainer)
     if devices is None:
         return None
-    slices = sum(preflight.slice_heads(trainer.scaling_config).values()) if trainer._platform() == "tpu" else 0
+    slices = sum(preflight.slice_heads(trainer.scaling_config).values()) if trainer.group.platform == "tpu" else 0
     shape = trainer.mesh or MeshShape(data=int(slices) or 1)
     return dict(zip(("data", "fsdp", "tensor"), shape.resolve(devices), strict=True))
 
@@ -303,7 +303,7 @@ def _check_devices(trainer: Any) -> str:
         raise Skipped("how many devices there are shows when the workers have started")
     devices, rows = math.prod(axes.values()), trainer.train_dataloader.per_device_batch_size
     batch = f", global batch {rows * devices * trainer.gradient_accumulation_steps} rows" if rows != "auto" else ""
-    return f"{devices} of {trainer._platform()}: {' '.join(f'{axis}={size}' for axis, size in axes.items())}{batch}"
+    return f"{devices} of {trainer.group.platform}: {' '.join(f'{axis}={size}' for axis, size in axes.items())}{batch}"
 
 
 def _check_rows(rows: FirstRows | None) -> str:

@@ -104,8 +104,8 @@ class RunManifest:
             "versions": node.versions(),
             "platform": platform.platform(),
             "git": git_revision(Path.cwd()),
-            "seed": {"factors": trainer.seed, "shuffle": trainer.train_dataloader.seed},
-            "environment": environment(trainer._worker_env()),
+            "seeds": {"factors": trainer.seed, "shuffle": trainer.train_dataloader.seed},
+            "environment": environment(trainer.group.env()),
             "config": _without_environment(trainer.config),
             "settings": settings(trainer),
         }
@@ -202,7 +202,7 @@ def settings(trainer: Any) -> dict[str, Any]:
     """What the handles say, also of a run that was written in Python: JSON-like, objects by their names."""
     model = trainer.model
     own = ("steps", "epochs", "log_steps_interval", "eval_steps_interval", "eval_epochs_interval", "max_eval_samples")
-    own += ("cpu_devices_per_worker", "remat", "gradient_accumulation_steps", "seed", "cluster_timeout_s")
+    own += ("remat", "gradient_accumulation_steps", "seed")
     kind, optimizer = trainer.optimizer
     return {
         "model": {
@@ -215,6 +215,7 @@ def settings(trainer: Any) -> dict[str, Any]:
         "eval_dataloader": _loader(trainer.eval_dataloader) if trainer.eval_dataloader else None,
         "optimizer": optimizer if kind == "keras" else _name(optimizer),
         "trainer": {name: getattr(trainer, name) for name in own}
+        | {name: getattr(trainer.group, name) for name in ("cpu_devices_per_worker", "cluster_timeout_s")}
         | {"mesh": _plain(trainer.mesh), "checkpointer": _plain(trainer.checkpointer)},
         "scaling_config": _plain(trainer.scaling_config),
         "run_config": {

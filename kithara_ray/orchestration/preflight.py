@@ -80,7 +80,7 @@ def show(resources: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(shown.items())) or "nothing"
 
 
-def check_process_group(num_workers: int, platform: str, num_devices: int | None) -> None:
+def check_process_group(num_workers: int, platform: str, num_devices: int | None = None) -> None:
     """In a worker: all processes have met, and JAX runs on what was asked for, on as many devices (None: unknown).
 
     Raises:
