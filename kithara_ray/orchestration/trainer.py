@@ -187,6 +187,7 @@ class Trainer:
             base=self.model.preset_handle,
             lora=self.model.lora,
             precision=self.model.precision,
+            quantize=self.model.quantize,
             adapter=self.model.adapter,
             optimizer=self.optimizer,
             train=_data_spec(self.train_dataloader, self.gradient_accumulation_steps),

@@ -1,6 +1,7 @@
 """The loop that runs in each Ray Train actor, one per host; all ranks run the same program in step."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class RunSpec:
     base: str
     lora: LoraConfig
     precision: str
+    quantize: str | None
     adapter: Mapping[str, np.ndarray] | None
     optimizer: tuple[str, Any]
     train: DataSpec
@@ -130,6 +132,7 @@ class Run:
                 spec.precision,
                 remat=spec.remat,
                 stack_factors=is_elementwise(*spec.optimizer),
+                quantize=spec.quantize,
             )
             self.optimizer = self._make_optimizer()
         with self._phase("load"):
@@ -154,7 +157,7 @@ class Run:
                 self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
         self.total_steps = spec.steps if spec.steps is not None else self.data.order.total_steps(spec.epochs)
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
-        total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        total = trainable + sum(math.prod(slot.shape) for slot in self.model.slots)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
 
     def train(self) -> None:

@@ -24,12 +24,15 @@ PATTERNS = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.[12]\..*down_proj": 8},
     "alpha_pattern": {"down_proj": 3},
 }
+# With "quantize", ours is of the base as int8, and PEFT's of a base in floats that says the same.
 # qwen2 has biases; kernels of llama, qwen2 and gemma2 have their dims in different orders.
 OPTIONS = {
     "LoRA": ("qwen2", dict(target_modules=LINEAR)),
     "rsLoRA": ("llama", dict(use_rslora=True)),
     "DoRA": ("qwen2", dict(use_dora=True, target_modules=LINEAR)),
     "DoRA, rsLoRA, patterns": ("gemma2", dict(use_dora=True, use_rslora=True, target_modules=LINEAR, **PATTERNS)),
+    "int8": ("llama", dict(quantize="int8", target_modules=LINEAR)),
+    "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
     "patterns": ("llama", dict(target_modules=("q_proj", "down_proj"), **PATTERNS)),
     "dotted endings": ("llama", dict(target_modules=("layers.1.self_attn.k_proj", "2.mlp.up_proj"))),
     "dropout, evaluated": ("llama", dict(lora_dropout=0.5)),
@@ -93,8 +96,18 @@ def step_of_torch(model):
     return logits.detach().numpy(), {n: p.grad.numpy() for n, p in named(model.named_parameters()).items()}
 
 
-def loaded_by_peft(base, directory, **options):
+def round_to_int8(model):
+    """Every linear layer's rows to 255 multiples of the largest magnitude / 127, by plain torch."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            scale = module.weight.data.abs().amax(dim=1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / scale).round() * scale
+
+
+def loaded_by_peft(base, directory, quantize=None, **options):
     plain = AutoModelForCausalLM.from_pretrained(base.directory, attn_implementation="eager")
+    if quantize:
+        round_to_int8(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys are warnings in peft
         return peft.PeftModel.from_pretrained(plain, directory, **options)
@@ -103,9 +116,11 @@ def loaded_by_peft(base, directory, **options):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
     family, fields = OPTIONS[option]
+    quantize = fields.get("quantize")
+    fields = {name: value for name, value in fields.items() if name != "quantize"}
     base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MESHES.get(family))
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, **fields})
-    model = build(base.config, config, mesh, "float32")
+    model = build(base.config, config, mesh, "float32", quantize=quantize)
     tensors = random_adapter(model.adapter_shapes, row_norms(base, model.adapter_shapes))
     adapter = Adapter(config, tensors)
     export(base, adapter, str(tmp_path / "out"), Layout.ADAPTER, base_name=str(base.directory))
@@ -120,7 +135,7 @@ def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
     factors, frozen = model.place_factors(tensors), model.load(base)
     ours, gradients = compute(factors, frozen)
 
-    reference = loaded_by_peft(base, tmp_path / "out", is_trainable=True)
+    reference = loaded_by_peft(base, tmp_path / "out", quantize, is_trainable=True)
     read = named(reference.named_parameters())
     assert read.keys() == tensors.keys()
     assert all(np.array_equal(read[name].detach().numpy(), tensor) for name, tensor in tensors.items())
