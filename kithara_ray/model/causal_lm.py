@@ -267,18 +267,18 @@ class CausalLM:
             found = arrays[name].shape if name in arrays else None
             if found != shape:
                 raise AdapterError(f"adapter tensor {name}: the model has shape {shape}, found {found or 'none'}")
-        return self._place(lambda name: np.asarray(arrays[name], np.float32), self.factor_slots)
+        return self._place(lambda name: np.asarray(arrays[name], np.float32))
 
     def initial_factors(self, seed: int, frozen: Frozen | None = None) -> Factors:
         """PEFT's initial factors; every process draws those that its devices hold a part of.
 
-        DoRA's magnitudes are the norms of the rows of `frozen`'s kernels, computed where these are.
+        DoRA's magnitudes are the norms of the rows of `frozen`'s kernels, computed where these are; without `frozen`
+        they are zeros, for a checkpoint to be restored over.
         """
         slot_of = {name: slot for slot in self.factor_slots for name in slot.names}
         magnitudes = [slot for slot in self.factor_slots if slot.initialiser == "norms"]
-        drawn = [slot for slot in self.factor_slots if slot.initialiser != "norms"]
-        placed = self._place(lambda name: slot_of[name].initial(name, seed), drawn)
-        return placed | (self._row_norms(magnitudes, frozen) if magnitudes else {})
+        placed = self._place(lambda name: slot_of[name].initial(name, seed))
+        return placed | (self._row_norms(magnitudes, frozen) if magnitudes and frozen is not None else {})
 
     def _row_norms(self, magnitudes: Sequence[lora.FactorSlot], frozen: Frozen) -> Factors:
         where = {
@@ -303,10 +303,10 @@ class CausalLM:
         split = {slot.key: self.factor_sharding(slot) for slot in magnitudes}
         return jax.jit(compute, out_shardings=split)(frozen)
 
-    def _place(self, tensor_of: Callable[[str], np.ndarray], slots: Sequence[lora.FactorSlot]) -> Factors:
+    def _place(self, tensor_of: Callable[[str], np.ndarray]) -> Factors:
         """Global arrays split over the mesh, of the adapter tensors by name."""
         placed = {}
-        for slot in slots:
+        for slot in self.factor_slots:
             tensors = functools.cache(tensor_of)
 
             def part(index: tuple[slice, ...], slot=slot, tensors=tensors) -> np.ndarray:

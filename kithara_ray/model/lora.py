@@ -244,14 +244,14 @@ class FactorSlot:
 
     def initial(self, name: str, seed: int) -> np.ndarray:
         """PEFT's initial values of one of its factors, float32: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5) or
-        normal with deviation 1/R, B zero. Magnitudes are not drawn: see `CausalLM.initial_factors`.
+        normal with deviation 1/R, B zero. Magnitudes are zeros here and norms in `CausalLM.initial_factors`.
 
         A factor's depend on the seed and its name alone, not on the mesh, the stacking or the other targets.
         """
         shape = self.shape[self.stacked :]
         # Drawn on the host: XLA takes 20 s to compile the drawing of a few hundred factors by name.
         draws = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
-        if self.initialiser == "zeros":
+        if self.initialiser in ("zeros", "norms"):
             return np.zeros(shape, np.float32)
         if self.initialiser == "gaussian":
             return draws.standard_normal(shape, np.float32) / np.float32(shape[0])

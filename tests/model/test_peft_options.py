@@ -57,9 +57,9 @@ def random_adapter(shapes, magnitudes):
     """
     rng = np.random.default_rng(1)
     return {
-        name: rng.uniform(0.8, 1.2, shape).astype(np.float32) * magnitudes[name]
-        if name in magnitudes
-        else rng.normal(0, 0.1, shape).astype(np.float32)
+        name: (
+            rng.uniform(0.8, 1.2, shape) * magnitudes[name] if name in magnitudes else rng.normal(0, 0.1, shape)
+        ).astype(np.float32)
         for name, shape in shapes.items()
     }
 
