@@ -191,6 +191,7 @@ class Run:
             lambda: {
                 "base": base.fingerprint(),
                 "precision": spec.precision,
+                "quantize": spec.quantize,
                 "lora": dataclasses.asdict(spec.lora),
                 "optimizer": optimizer_identity(*spec.optimizer),
                 "seed": spec.seed,

@@ -10,6 +10,7 @@ import torch
 from tiny import VOCABULARY
 from transformers import AutoModelForCausalLM
 
+from kithara_ray import KerasHubModel
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
@@ -113,6 +114,32 @@ def loaded_by_peft(base, directory, quantize=None, **options):
         return peft.PeftModel.from_pretrained(plain, directory, **options)
 
 
+def step_of_ours(model, mesh, tensors, frozen):
+    """Logits and gradients of the same loss, by the names of the adapter's tensors."""
+    batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in BATCH.items()}
+
+    @jax.jit
+    def compute(factors, frozen):
+        logits = model.logits_BTV(factors, frozen, batch["token_ids"], batch["segment_ids"])
+        return logits, loss_and_gradients(model, factors, frozen, batch)[1]
+
+    logits, gradients = compute(model.place_factors(tensors), frozen)
+    return np.asarray(logits), whole(model, gradients)
+
+
+def assert_as_peft_s(ours, gradients, reference):
+    theirs, their_gradients = step_of_torch(reference)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    with torch.no_grad(), reference.disable_adapter():
+        plain = reference(torch.tensor(TOKENS).long()).logits.numpy()
+    assert np.abs(ours - plain).max() > 0.1
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        norm = np.linalg.norm(gradient)
+        assert norm > 1e-4, name
+        assert np.linalg.norm(gradients[name] - gradient) < 1e-4 * norm, name
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
     family, fields = OPTIONS[option]
@@ -125,33 +152,32 @@ def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
     adapter = Adapter(config, tensors)
     export(base, adapter, str(tmp_path / "out"), Layout.ADAPTER, base_name=str(base.directory))
 
-    batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in BATCH.items()}
-
-    @jax.jit
-    def compute(factors, frozen):
-        logits = model.logits_BTV(factors, frozen, batch["token_ids"], batch["segment_ids"])
-        return logits, loss_and_gradients(model, factors, frozen, batch)[1]
-
-    factors, frozen = model.place_factors(tensors), model.load(base)
-    ours, gradients = compute(factors, frozen)
+    ours, gradients = step_of_ours(model, mesh, tensors, model.load(base))
 
     reference = loaded_by_peft(base, tmp_path / "out", quantize, is_trainable=True)
     read = named(reference.named_parameters())
     assert read.keys() == tensors.keys()
     assert all(np.array_equal(read[name].detach().numpy(), tensor) for name, tensor in tensors.items())
     # In training mode, but for dropout, whose draws are torch's own.
-    theirs, their_gradients = step_of_torch(reference.train(not config.lora_dropout))
-    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
-    with torch.no_grad(), reference.disable_adapter():
-        plain = reference(torch.tensor(TOKENS).long()).logits.numpy()
-    assert np.abs(ours - plain).max() > 0.1
+    assert_as_peft_s(ours, gradients, reference.train(not config.lora_dropout))
 
-    gradients = whole(model, gradients)
-    assert gradients.keys() == their_gradients.keys()
-    for name, gradient in their_gradients.items():
-        norm = np.linalg.norm(gradient)
-        assert norm > 1e-4, name
-        assert np.linalg.norm(gradients[name] - gradient) < 1e-4 * norm, name
+
+def test_a_continued_adapter_of_peft_computes_and_trains_as_peft_s(tiny_models, tmp_path):
+    """PEFT's own file, its targets a regular expression, taken by `from_preset(adapter=)`."""
+    base, mesh = BaseCheckpoint.open(tiny_models["llama"]), make_mesh()
+    targets = r"model\.layers\.[12]\.(self_attn\.(q|o)|mlp\.down)_proj"
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=True, init_lora_weights=False)
+    torch.manual_seed(0)
+    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base.directory), config)
+    for name, parameter in named(made.named_parameters()).items():
+        parameter.data *= torch.empty_like(parameter).uniform_(0.8, 1.2) if "magnitude" in name else 0.2
+    made.save_pretrained(tmp_path)
+
+    handle = KerasHubModel.from_preset(str(base.directory), adapter=str(tmp_path), precision="float32")
+    model = build(base.config, handle.lora, mesh, handle.precision)
+    assert model.adapter_shapes.keys() == handle.adapter.keys()
+    ours, gradients = step_of_ours(model, mesh, handle.adapter, model.load(base))
+    assert_as_peft_s(ours, gradients, loaded_by_peft(base, tmp_path, is_trainable=True).train())
 
 
 @pytest.mark.parametrize("options", [{}, {"stack_factors": False}, {"scan": False}], ids=str)
