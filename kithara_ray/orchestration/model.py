@@ -102,7 +102,7 @@ class KerasHubModel:
         quantize: str | None = None,
         **unknown: Any,
     ) -> "KerasHubModel":
-        """A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
+        r"""A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
 
         Args:
             preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.
