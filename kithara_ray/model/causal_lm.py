@@ -184,7 +184,7 @@ class CausalLM:
             if not isinstance(value, Int8):
                 return self._constrain(value, *spec)
             # Bytes are moved, floats are made where they have come. Scales have the dims of the values.
-            channels = [None if size == 1 else axes for axes, size in zip(spec, value.scales.shape, strict=True)]
+            channels = [None if size == 1 else axes for axes, size in zip(spec, value.scales.shape, strict=bool(spec))]
             moved = Int8(self._constrain(value.values, *spec), self._constrain(value.scales, *channels))
             return moved.floats(variable.dtype)
 
