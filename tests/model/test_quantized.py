@@ -47,9 +47,9 @@ def test_kernels_of_linear_layers_are_held_as_int8_and_nothing_else(mesh, tiny_m
             is_linear = port.hf_name.endswith("_proj.weight")
             assert isinstance(array, Int8) == is_linear, port.hf_name
             if is_linear:
-                rows = base.view(port.hf_name).astype(np.float64)
-                scale = np.abs(rows).max(axis=1, keepdims=True) / 127
-                expected = port.transform((np.rint(rows / scale) * scale), list(port.shape))
+                rows = np.asarray(base.view(port.hf_name))
+                scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+                expected = port.transform(np.rint(rows / scale) * scale, list(port.shape))
                 one = array[step_number] if slot.stacked else array
                 np.testing.assert_allclose(one.floats("float32"), expected, atol=1e-6)
     # A kernel of 3 x 128 x 96 bytes, a third or a quarter of it on each device.
