@@ -29,14 +29,14 @@ PATTERNS = {
 # qwen2 has biases; kernels of llama, qwen2 and gemma2 have their dims in different orders.
 OPTIONS = {
     "LoRA": ("qwen2", dict(target_modules=LINEAR)),
-    "rsLoRA": ("llama", dict(use_rslora=True)),
+    "rsLoRA, dropout evaluated": ("llama", dict(use_rslora=True, lora_dropout=0.5)),
+    "patterns, dotted endings": (
+        "llama",
+        dict(target_modules=("q_proj", "1.self_attn.k_proj", "down_proj"), **PATTERNS),
+    ),
     "DoRA": ("qwen2", dict(use_dora=True, target_modules=LINEAR)),
     "DoRA, rsLoRA, patterns": ("gemma2", dict(use_dora=True, use_rslora=True, target_modules=LINEAR, **PATTERNS)),
-    "int8": ("llama", dict(quantize="int8", target_modules=LINEAR)),
     "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
-    "patterns": ("llama", dict(target_modules=("q_proj", "down_proj"), **PATTERNS)),
-    "dotted endings": ("llama", dict(target_modules=("layers.1.self_attn.k_proj", "2.mlp.up_proj"))),
-    "dropout, evaluated": ("llama", dict(lora_dropout=0.5)),
 }
 MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2)}
 
