@@ -70,6 +70,7 @@ class KerasHubModel:
         self.precision = precision
         self.quantize = quantize
         self.adapter: dict[str, np.ndarray] | None = None
+        self.run: dict[str, Any] | None = None
         self._coordinator = None
         self._generator = None
 
@@ -231,6 +232,7 @@ class KerasHubModel:
                 max_shard_size=max_shard_size,
                 check_finite=check_finite,
                 resume=resume,
+                run=self.run,
             )
         )
 
