@@ -101,7 +101,7 @@ def is_seed(variable) -> bool:
 
 @dataclass(frozen=True)
 class Slot:
-    """One frozen array: a port, or the same variable of every step of the scan, stacked.
+    """One array of weights: a port, or the same variable of every step of the scan, stacked.
 
     Attributes:
         ports: one, or one for each step.
@@ -115,6 +115,11 @@ class Slot:
     stacked: bool
     split_first: tuple[int, ...] = ()
     contracted: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """What the array is called in a state: the name of its first tensor."""
+        return self.ports[0].hf_name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -140,7 +145,7 @@ class Slot:
 def slots(
     backbone: keras.Model, ports: Sequence[Port], chain: Chain | None, int8_kernels: frozenset[int] = frozenset()
 ) -> list[Slot]:
-    """The frozen arrays of a model: its ports, those of the chain's scanned blocks stacked by step.
+    """The arrays of a model's weights: its ports, those of the chain's scanned blocks stacked by step.
 
     Args:
         int8_kernels: ids of the kernels that are held as int8.
