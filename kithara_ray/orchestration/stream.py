@@ -7,6 +7,7 @@ in the object store, which spills to disk by itself. A worker fetches only the r
 """
 
 import dataclasses
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from jax.sharding import NamedSharding
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import _Dataset
+from kithara_ray.orchestration.prefetch import Prefetched
+from kithara_ray.sft.buckets import bucket_lengths
 from kithara_ray.sft.collate import collate
 from kithara_ray.sft.order import Order
 from kithara_ray.sft.tokenize import RowTokenizer, TokenizedBlock, TokenizedRow
@@ -61,9 +64,11 @@ class TokenStore:
     def num_rows(self) -> int:
         return len(self.lengths)
 
-    def batch_shape(self, platform: str) -> tuple[int, int]:
-        """(T, K) of every batch: the longest row and the most trained tokens of a row, rounded up for the platform."""
-        return _rounded(int(self.lengths.max()), platform), _rounded(int(self.trained.max()), platform)
+    def bucket_shapes(self, platform: str, most: int) -> tuple[tuple[int, int], ...]:
+        """Up to `most` shapes (T, K) of batches, ascending: lengths to pad to, and the most trained tokens of a row that
+        is no longer. The last holds every row."""
+        bounds = bucket_lengths(self.lengths, most, _multiple(platform))
+        return tuple((t, _rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
 
     def packed_shape(self, platform: str, max_seq_len: int) -> tuple[int, int]:
         """(T, K) of packed batches: `max_seq_len`, and a little more than the share of its tokens that is trained."""
@@ -77,9 +82,12 @@ class TokenStore:
         return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows])
 
 
+def _multiple(platform: str) -> int:
+    return LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
+
+
 def _rounded(count: int, platform: str) -> int:
-    multiple = LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
-    return -(-count // multiple) * multiple
+    return -(-count // _multiple(platform)) * _multiple(platform)
 
 
 @ray.remote(num_returns=2, num_cpus=1)
@@ -153,36 +161,63 @@ class HostStream:
     Args:
         store: the tokenised dataset.
         order: which rows are in which batch.
-        shape: (T, K) of every batch.
+        shapes: (T, K) that batches may have, ascending; a batch has the first that holds its rows.
         sharding: of the batch; rows are split, positions whole.
+        ahead: batches that a thread makes before they are asked for, as long as steps are asked for in turn.
     """
 
-    def __init__(self, store: TokenStore, order: Order, shape: tuple[int, int], sharding: NamedSharding):
+    def __init__(
+        self,
+        store: TokenStore,
+        order: Order,
+        shapes: tuple[tuple[int, int], ...],
+        sharding: NamedSharding,
+        ahead: int = 0,
+    ):
         self.store = store
         self.order = order
         self.sharding = sharding
-        self.seq_len, self.predictions = shape
+        self.shapes = shapes
+        self.ahead = ahead
+        self._made: Prefetched | None = None
+        self._next: int | None = None  # the step that comes next out of `_made`
         self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
 
     def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
         """The arrays of one global batch, and how many real tokens it has over all hosts."""
+        if not self.ahead:
+            return self._make(step)
+        if self._next != step:
+            if self._made is not None:
+                self._made.close()
+            self._made = Prefetched(self._make, itertools.count(step), self.ahead)
+        self._next = step + 1
+        return next(self._made)
+
+    def _make(self, step: int) -> tuple[dict[str, jax.Array], int]:
         packs = self.order.batch(step)
-        tokens = int(self.store.lengths[np.concatenate(packs)].sum())
+        tokens = [int(self.store.lengths[pack].sum()) for pack in packs]
+        seq_len, predictions = self._shape(packs, tokens)
         parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
         def part(index: tuple[slice, ...], name: str) -> np.ndarray:
             start, stop, _ = index[0].indices(len(packs))
             if (start, stop) not in parts:
                 own = [[self._row(int(row)) for row in pack] for pack in packs[start:stop]]
-                parts[start, stop] = collate(own, self.seq_len, self.predictions, self.store.pad_id)
+                parts[start, stop] = collate(own, seq_len, predictions, self.store.pad_id)
             return parts[start, stop][name]
 
         def array(name: str, width: int) -> jax.Array:
             return jax.make_array_from_callback((len(packs), width), self.sharding, lambda index: part(index, name))
 
-        widths = dict.fromkeys(("token_ids", "segment_ids"), self.seq_len)
-        widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), self.predictions)
-        return {name: array(name, width) for name, width in widths.items()}, tokens
+        widths = dict.fromkeys(("token_ids", "segment_ids"), seq_len)
+        widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), predictions)
+        return {name: array(name, width) for name, width in widths.items()}, sum(tokens)
+
+    def _shape(self, packs: list[np.ndarray], tokens: list[int]) -> tuple[int, int]:
+        """The same on every host: it knows the sizes of all rows of the batch."""
+        trained = max(int(self.store.trained[pack].sum()) for pack in packs)
+        return next(shape for shape in self.shapes if shape[0] >= max(tokens) and shape[1] >= trained)
 
     def _row(self, row: int) -> TokenizedRow:
         number = int(np.searchsorted(self.store.starts, row, side="right")) - 1

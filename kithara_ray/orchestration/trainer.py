@@ -277,7 +277,9 @@ def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
         store=tokenize(loader.dataset),
         rows_per_device=loader.per_device_batch_size * micro_batches,
         packed_len=loader.dataset.max_seq_len if loader.packing else None,
+        buckets=loader.length_buckets,
         shuffle=loader.shuffle,
+        shuffle_rows=loader.shuffle_rows,
         seed=loader.seed,
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
+# Batches that are made while steps run.
+_AHEAD = 2
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -24,12 +27,16 @@ class DataSpec:
     Attributes:
         rows_per_device: of one step, all its micro-batches together.
         packed_len: tokens of a row into which several samples are packed; None packs nothing.
+        buckets: without packing, to how many lengths batches may be padded; each is a program to compile.
+        shuffle_rows: see `kithara_ray.sft.order`.
     """
 
     store: TokenStore
     rows_per_device: int
     packed_len: int | None
+    buckets: int
     shuffle: bool
+    shuffle_rows: int | None
     seed: int
 
 
@@ -146,12 +153,24 @@ class Run:
         batch, self._next_tokens = self.data.batch(0)
         self._next_batch = batch
         with self._phase("compile"):
-            self.step = step.compile_step(
-                self.model, self.optimizer, self.state, self.frozen, batch, spec.micro_batches, spec.seed
+            # The largest first: if one does not fit, it is that.
+            self.step = ByLength(
+                (
+                    step.compile_step(
+                        self.model, self.optimizer, self.state, self.frozen, shape, spec.micro_batches, spec.seed
+                    )
+                    for shape in self._batch_shapes(self.data)
+                ),
+                self.data.shapes,
             )
             if self.eval_data:
-                eval_batch, _ = self.eval_data.batch(0)
-                self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
+                self.evaluate_step = ByLength(
+                    (
+                        step.compile_eval(self.model, self.state["params"], self.frozen, shape)
+                        for shape in self._batch_shapes(self.eval_data)
+                    ),
+                    self.eval_data.shapes,
+                )
         self.total_steps = spec.steps if spec.steps is not None else self.data.order.total_steps(spec.epochs)
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
@@ -219,13 +238,21 @@ class Run:
         limit = self.spec.max_eval_samples if data is self.spec.eval else None
         store = data.store.head(limit) if limit else data.store
         common = {"batch_rows": data.rows_per_device * self.mesh.size, "seed": data.seed, "shuffle": data.shuffle}
+        common["shuffle_rows"] = data.shuffle_rows
         if data.packed_len is None:
-            shape = store.batch_shape(self.spec.platform)
-            order = BatchOrder(store.num_rows, **common)
+            shapes = store.bucket_shapes(self.spec.platform, data.buckets)
+            order = BatchOrder(size=store.num_rows, lengths=store.lengths if len(shapes) > 1 else None, **common)
         else:
             shape = store.packed_shape(self.spec.platform, data.packed_len)
-            order = PackedOrder(store.lengths, store.trained, *shape, **common)
-        return HostStream(store, order, shape, batch_sharding(self.mesh))
+            room = {"seq_len": shape[0], "predictions": shape[1]}
+            order, shapes = PackedOrder(lengths=store.lengths, trained=store.trained, **room, **common), (shape,)
+        return HostStream(store, order, shapes, batch_sharding(self.mesh), ahead=0 if data is self.spec.eval else _AHEAD)
+
+    def _batch_shapes(self, data: HostStream):
+        """Of the batches that may come, the largest first."""
+        from kithara_ray.train.step import abstract_batch
+
+        return (abstract_batch(self.model, data.order.batch_rows, *shape) for shape in reversed(data.shapes))
 
     def _log(self, step: int, values: dict[str, float], tokens: int, seconds: float, steps: int) -> None:
         row = {
@@ -252,6 +279,21 @@ class Run:
 
     def _phase(self, name: str):
         return _Phase(self, name)
+
+
+class ByLength:
+    """One program for each length that batches are padded to.
+
+    Args:
+        programs: compiled for batches of these shapes, the largest first.
+        shapes: (T, K), ascending.
+    """
+
+    def __init__(self, programs: Iterable[Callable], shapes: tuple[tuple[int, int], ...]):
+        self._programs = dict(zip((length for length, _ in reversed(shapes)), programs, strict=True))
+
+    def __call__(self, state, frozen, batch):
+        return self._programs[batch["token_ids"].shape[1]](state, frozen, batch)
 
 
 class _Phase:
