@@ -52,6 +52,7 @@ class TokenStore:
         trained: trained tokens of every row, int32 (N,).
         starts: the number of the first row of each block, and the total, int64 (len(blocks) + 1,).
         pad_id: the tokenizer's.
+        content: a hash of all tokens and masks in their order, however they are cut into blocks.
     """
 
     blocks: tuple[ray.ObjectRef, ...]
@@ -59,14 +60,17 @@ class TokenStore:
     trained: np.ndarray
     starts: np.ndarray
     pad_id: int
+    content: str = ""
 
     @property
     def num_rows(self) -> int:
         return len(self.lengths)
 
     def bucket_shapes(self, platform: str, most: int) -> tuple[tuple[int, int], ...]:
-        """Up to `most` shapes (T, K) of batches, ascending: lengths to pad to, and the most trained tokens of a row that
-        is no longer. The last holds every row."""
+        """Up to `most` shapes (T, K) of batches, ascending; the last holds every row.
+
+        T is a length to pad to, K the most trained tokens of a row that is no longer.
+        """
         bounds = bucket_lengths(self.lengths, most, _multiple(platform))
         return tuple((t, _rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
 
@@ -99,7 +103,7 @@ def _tokenize_block(tokenize: RowTokenizer, block, first_row: int):
     tokenized = tokenize(rows, first_row)
     counts = {name: getattr(tokenized, name) for name in _COUNTS}
     trained = np.asarray([row.loss_mask.sum() for row in tokenized.rows()], np.int32)
-    return tokenized, (tokenized.lengths, trained, counts, list(tokenized.samples))
+    return tokenized, (tokenized.lengths, trained, counts, list(tokenized.samples), tokenized.content())
 
 
 def _source_blocks(dataset: _Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
@@ -148,7 +152,8 @@ def tokenize(dataset: _Dataset) -> TokenStore:
         what = f"of {total} rows {_describe(counts)}" if total else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     starts = np.cumsum([0] + [len(result[0]) for result in results])
-    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id)
+    content = f"{sum(result[4] for result in results) % (1 << 128):032x}"
+    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content)
 
 
 def _describe(counts: dict[str, int]) -> str:
