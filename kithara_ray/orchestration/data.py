@@ -1,49 +1,13 @@
 """The dataset handles of the public API: what a user writes about data, before anything is read."""
 
 import copy
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ray.data
-
-from kithara_ray.errors import ConfigError, DataError, UnsupportedError
+from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.sft.formats import PromptAnswer, Text
 from kithara_ray.sft.tokenize import RowTokenizer
-
-_READERS = {
-    ".jsonl": ray.data.read_json,
-    ".json": ray.data.read_json,
-    ".csv": ray.data.read_csv,
-    ".parquet": ray.data.read_parquet,
-    ".txt": ray.data.read_text,
-}
-
-
-def as_ray_dataset(source: Any) -> ray.data.Dataset:
-    """A Ray Dataset from a Ray Dataset, a path or URL, a list of dicts, a pandas frame or a Hugging Face dataset."""
-    if isinstance(source, ray.data.Dataset):
-        return source
-    if isinstance(source, (str, Path)):
-        suffix = Path(str(source)).suffix
-        if suffix not in _READERS:
-            raise DataError(f"{source}: unknown extension {suffix!r}; known are {', '.join(_READERS)}")
-        if "://" not in str(source) and not Path(source).exists():
-            raise DataError(f"{source}: no such file; give an existing path, a URL or a Ray Dataset")
-        return _READERS[suffix](str(source))
-    if isinstance(source, list):
-        if not source:
-            raise DataError("the dataset is empty: the list of rows has no element")
-        return ray.data.from_items(source)
-    if hasattr(source, "to_pandas") and hasattr(source, "features"):
-        return ray.data.from_huggingface(source)
-    if hasattr(source, "to_records"):
-        return ray.data.from_pandas(source)
-    raise DataError(
-        f"a dataset cannot be made of {type(source).__name__}; give a Ray Dataset, a path, a list of dicts, "
-        "a pandas DataFrame or a Hugging Face dataset"
-    )
 
 
 class _Dataset:
@@ -61,6 +25,7 @@ class _Dataset:
         custom_formatting_fn: Callable | None = None,
         on_bad_row: str = "error",
         formatting_style: str = "auto",
+        chat_template: str | None = None,
         **unknown: Any,
     ):
         for name in unknown:
@@ -75,17 +40,15 @@ class _Dataset:
         self.column_mapping = dict(column_mapping or {})
         self.custom_formatting_fn = custom_formatting_fn
         self.formatting_style = formatting_style
+        self.chat_template = chat_template
         self.packed = False
+        self.name = ""  # in messages
         self.row_tokenizer()
 
     def row_tokenizer(self) -> RowTokenizer:
         """What turns this dataset's rows into tokens; picklable."""
         text_format = self._format_class(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
-        return RowTokenizer(self.tokenizer, text_format, self.max_seq_len, self.on_bad_row)
-
-    def rows(self) -> ray.data.Dataset:
-        """The source as a Ray Dataset."""
-        return as_ray_dataset(self.source)
+        return RowTokenizer(self.tokenizer, text_format, self.max_seq_len, self.on_bad_row, self.chat_template)
 
     def to_packed_dataset(self):
         """The same dataset, of which a Dataloader packs several rows into one sequence."""
@@ -95,19 +58,23 @@ class _Dataset:
 
 
 class SFTDataset(_Dataset):
-    """Prompts and answers; the loss is on the answer's tokens and the EOS alone.
+    """Prompts and answers, or conversations; the loss is on what is answered and on its end alone.
+
+    Rows have columns `prompt` and `answer`, or `messages` (with `tools` and `chat_template_kwargs`, if they have any),
+    which go through the tokenizer's chat template. docs/data.md says what is learned of a conversation.
 
     Args:
-        source: a Ray Dataset, a path or URL (jsonl, json, csv, parquet), a list of dicts, a pandas DataFrame or a
-            Hugging Face dataset.
+        source: a path, URL, directory or pattern, or a list of these (.jsonl, .json, .csv, .parquet, .arrow, .txt); a
+            list of dicts; a Ray Dataset; a Hugging Face dataset; a pandas DataFrame; an Arrow table.
         tokenizer: a transformers tokenizer, or
         tokenizer_handle: where to load one from: `hf://...`, a local directory, `gs://...`.
-        column_mapping: {"prompt": <the source's column>, "answer": <the source's column>}.
+        column_mapping: {"prompt": <the source's column>, "answer": ...} or {"messages": ...}.
         max_seq_len: rows are cut on the right at so many tokens; one whose answer is cut off entirely is dropped and
             counted.
         custom_formatting_fn: applied to the raw rows first; takes a row or a batch, as in Kithara.
-        on_bad_row: "error" names the row and stops; "skip" counts it.
+        on_bad_row: "error" names source and row and stops; "skip" counts it.
         formatting_style: "row" or "batch", what custom_formatting_fn takes; "auto" finds out on the first row.
+        chat_template: Jinja in place of the tokenizer's own template.
     """
 
     _format_class = PromptAnswer
@@ -122,11 +89,61 @@ class TextCompletionDataset(_Dataset):
     _format_class = Text
 
 
+class MixedDataset:
+    """Several datasets as one; see `mix`."""
+
+    custom_formatting_fn = None
+
+    def __init__(self, datasets: Sequence[_Dataset], weights: Sequence[float], epoch: str):
+        self.datasets = tuple(datasets)
+        self.weights = tuple(float(weight) for weight in weights)
+        self.epoch = epoch
+        self.max_seq_len = max(dataset.max_seq_len for dataset in datasets)
+        self.packed = any(dataset.packed for dataset in datasets)
+
+    def to_packed_dataset(self) -> "MixedDataset":
+        packed = copy.copy(self)
+        packed.packed = True
+        return packed
+
+    def draws(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Rows that an epoch takes of datasets of so many rows."""
+        choose = max if self.epoch == "all" else min
+        share = choose(size / weight for size, weight in zip(sizes, self.weights, strict=True))
+        return tuple(max(1, round(weight * share)) for weight in self.weights)
+
+
+def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> MixedDataset:
+    """Datasets mixed by weight, for a Dataloader.
+
+    In any stretch of an epoch a dataset has about its share of the rows, weight / sum of weights. Each is gone through
+    in orders of its own, none of its rows again before all have come, across epochs. Which rows come when is a function
+    of the Dataloader's seed. Evaluated on, a mixture is every row of each dataset once.
+
+    Args:
+        datasets: (dataset, weight > 0), in an order that matters to the seed; with one tokenizer.
+        epoch: "all" ends an epoch when every dataset has been seen once, others again meanwhile; "first" when the first
+            has, which sees a part of the others.
+    """
+    if not datasets or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in datasets):
+        raise ConfigError("mix takes a list of (dataset, weight)")
+    for number, (dataset, weight) in enumerate(datasets):
+        if not isinstance(dataset, _Dataset):
+            raise ConfigError(f"mix: dataset {number} is {type(dataset).__name__}, not SFTDataset or alike")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise ConfigError(f"mix: the weight of dataset {number} must be > 0, got {weight!r}")
+        if dataset.tokenizer is not (first := datasets[0][0].tokenizer) and dataset.tokenizer != first:
+            raise ConfigError(f"mix: dataset {number} has another tokenizer than dataset 0")
+    if epoch not in ("all", "first"):
+        raise ConfigError(f"mix: epoch must be 'all' or 'first', got {epoch!r}")
+    return MixedDataset(*zip(*datasets, strict=True), epoch)
+
+
 class Dataloader:
     """How a dataset is cut into batches.
 
     Args:
-        dataset: SFTDataset or TextCompletionDataset.
+        dataset: SFTDataset, TextCompletionDataset, or a `mix` of them.
         per_device_batch_size: rows per device; the global batch is this x all devices.
         shuffle: each epoch in an order of its own, a function of (seed, epoch).
         seed: of the shuffle.
@@ -141,7 +158,7 @@ class Dataloader:
 
     def __init__(
         self,
-        dataset: _Dataset,
+        dataset: _Dataset | MixedDataset,
         per_device_batch_size: int,
         dataset_is_sharded_per_host: bool = False,
         shuffle: bool = True,

@@ -150,6 +150,11 @@ class KerasHubModel:
         check_targets(lora, linear_modules_of(base))
         return cls(handle, lora, precision)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the base knows, by its config.json."""
+        return BaseCheckpoint.open(storage.fetch(self.preset_handle)).config.get("vocab_size")
+
     @classmethod
     def _with_adapter(
         cls, handle: str, base: BaseCheckpoint, adapter: str, precision: str, allow_other_base: bool

@@ -50,4 +50,3 @@ class Prefetched(Generic[Item]):
                 return self._queue.put(entry, timeout=0.5)
             except queue.Full:
                 continue
-

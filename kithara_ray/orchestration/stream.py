@@ -6,11 +6,13 @@ The driver streams the source's blocks through tokenising tasks and keeps refere
 in the object store, which spills to disk by itself. A worker fetches only the rows that its own devices hold.
 """
 
+import collections
+import copy
 import dataclasses
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -19,11 +21,13 @@ import ray
 from jax.sharding import NamedSharding
 
 from kithara_ray.errors import DataError
-from kithara_ray.orchestration.data import _Dataset
+from kithara_ray.orchestration import sources
+from kithara_ray.orchestration.data import MixedDataset, _Dataset
 from kithara_ray.orchestration.prefetch import Prefetched
+from kithara_ray.orchestration.sources import Work
 from kithara_ray.sft.buckets import bucket_lengths
 from kithara_ray.sft.collate import collate
-from kithara_ray.sft.order import Order
+from kithara_ray.sft.order import Order, Part
 from kithara_ray.sft.tokenize import RowTokenizer, TokenizedBlock, TokenizedRow
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,7 @@ _COUNTS = {
     "dropped_untrained": "were dropped because truncation left nothing to train",
     "skipped_bad": "were skipped as bad",
     "truncated": "were truncated",
+    "unlearned_messages": "messages of the assistant were not learned, as the chat template shows them otherwise later",
 }
 
 
@@ -53,6 +58,8 @@ class TokenStore:
         starts: the number of the first row of each block, and the total, int64 (len(blocks) + 1,).
         pad_id: the tokenizer's.
         content: a hash of all tokens and masks in their order, however they are cut into blocks.
+        counts: rows that were dropped, skipped, truncated.
+        parts: of a mixture.
     """
 
     blocks: tuple[ray.ObjectRef, ...]
@@ -61,6 +68,8 @@ class TokenStore:
     starts: np.ndarray
     pad_id: int
     content: str = ""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -83,7 +92,25 @@ class TokenStore:
 
     def head(self, num_rows: int) -> "TokenStore":
         """The first rows alone."""
-        return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows])
+        return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows], parts=())
+
+    @classmethod
+    def joined(cls, stores: Sequence["TokenStore"], draws: Sequence[int]) -> "TokenStore":
+        """One after the other, as the parts of a mixture of which an epoch takes so many rows each."""
+        if len({store.pad_id for store in stores}) > 1:
+            raise DataError("the datasets of a mixture have tokenizers with different padding")
+        offsets = np.cumsum([0] + [store.num_rows for store in stores])
+        parts = [Part(int(a), int(b), n) for (a, b), n in zip(itertools.pairwise(offsets), draws, strict=True)]
+        return cls(
+            blocks=tuple(block for store in stores for block in store.blocks),
+            lengths=np.concatenate([store.lengths for store in stores]),
+            trained=np.concatenate([store.trained for store in stores]),
+            starts=np.concatenate([[0], *(s.starts[1:] + n for s, n in zip(stores, offsets[:-1], strict=True))]),
+            pad_id=stores[0].pad_id,
+            content=" ".join(store.content for store in stores),
+            counts={name: sum(store.counts[name] for store in stores) for name in _COUNTS},
+            parts=tuple(parts),
+        )
 
 
 def _multiple(platform: str) -> int:
@@ -95,65 +122,59 @@ def _rounded(count: int, platform: str) -> int:
 
 
 @ray.remote(num_returns=2, num_cpus=1)
-def _tokenize_block(tokenize: RowTokenizer, block, first_row: int):
-    """One block of the source, tokenised; and what the driver must know of it."""
-    import pyarrow as pa
-
-    rows = block.to_pylist() if isinstance(block, pa.Table) else block.to_dict(orient="records")
-    tokenized = tokenize(rows, first_row)
+def _tokenize(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
+    """Some rows of the source, tokenised; and what the driver must know of them."""
+    tokenized = work.tokenize(tokenize, block, start, stop)
     counts = {name: getattr(tokenized, name) for name in _COUNTS}
-    trained = np.asarray([row.loss_mask.sum() for row in tokenized.rows()], np.int32)
-    return tokenized, (tokenized.lengths, trained, counts, list(tokenized.samples), tokenized.content())
+    summary = tokenized.lengths, tokenized.trained(), counts, list(tokenized.samples), tokenized.content()
+    return tokenized, summary
 
 
-def _source_blocks(dataset: _Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
-    """(reference, rows, number of the first row) of the source's blocks, in order, as Ray Data makes them."""
-    rows = dataset.rows()
-    # The default lets blocks come as they are ready; then the same data has another order every time.
-    rows.context.execution_options.preserve_order = True
-    rows.context.enable_progress_bars = False
-    # Ray Data tells of its progress bars and of each execution; what a user must know is in the run's own progress.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    first = 0
-    for bundle in rows.iter_internal_ref_bundles():
-        for entry in bundle.blocks:
-            count = entry.metadata.num_rows
-            yield entry.ref, count, first
-            first += count
+def tokenize(dataset: _Dataset | MixedDataset, vocabulary: int | None = None) -> TokenStore:
+    """Tokenise a dataset, or those of a mixture, by tasks on the cluster's CPUs.
 
-
-def tokenize(dataset: _Dataset) -> TokenStore:
-    """Tokenise a dataset by tasks on the cluster's CPUs.
+    Args:
+        vocabulary: tokens the model knows; a row with others is bad.
 
     Raises:
-        DataError: a bad row (its number and column), or no row that trains anything.
+        DataError: a bad row (its source, number and column), or no row that trains anything.
     """
-    row_tokenizer = dataset.row_tokenizer()
+    if isinstance(dataset, MixedDataset):
+        stores = [tokenize(part, vocabulary) for part in _named(dataset.datasets)]
+        return TokenStore.joined(stores, dataset.draws([store.num_rows for store in stores]))
+    row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
     shared = ray.put(row_tokenizer)
-    blocks, summaries = [], []
-    total = 0
-    for block, count, first in _source_blocks(dataset):
-        if len(summaries) >= _MAX_TASKS:
-            ray.wait(summaries, num_returns=len(summaries) - _MAX_TASKS + 1, fetch_local=False)
-        tokens, summary = _tokenize_block.remote(shared, block, first)
-        blocks.append(tokens)
-        summaries.append(summary)
-        total += count
+    blocks, summaries, results = [], collections.deque(), []
     try:
-        results = ray.get(summaries)
+        for piece, part in sources.work(dataset.source, dataset.name):
+            if len(summaries) >= _MAX_TASKS:
+                results.append(ray.get(summaries.popleft()))
+            tokens, summary = _tokenize.remote(shared, piece, *part)
+            blocks.append(tokens)
+            summaries.append(summary)
+        results += ray.get(list(summaries))
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, DataError) else error from None
     counts = {name: sum(result[2][name] for result in results) for name in _COUNTS}
     samples = [sample for result in results for sample in result[3]][:3]
     lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
+    total = len(lengths) + counts["dropped_untrained"] + counts["skipped_bad"]
     if any(counts.values()):
         logger.warning("of %d rows %s; for example: %s", total, _describe(counts), "; ".join(samples) or "-")
     if not len(lengths):
-        what = f"of {total} rows {_describe(counts)}" if total else "the source has no rows"
+        what = f"of {total} rows {_describe(counts)}: {samples[0]}" if samples else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     starts = np.cumsum([0] + [len(result[0]) for result in results])
     content = f"{sum(result[4] for result in results) % (1 << 128):032x}"
-    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content)
+    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content, counts)
+
+
+def _named(datasets: Sequence[_Dataset]) -> Iterator[_Dataset]:
+    """Each knowing which of the mixture it is."""
+    for number, dataset in enumerate(datasets):
+        named = copy.copy(dataset)
+        named.name = f"dataset {number} of the mixture"
+        yield named
 
 
 def _describe(counts: dict[str, int]) -> str:

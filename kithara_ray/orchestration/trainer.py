@@ -198,8 +198,8 @@ class Trainer:
             precision=self.model.precision,
             adapter=self.model.adapter,
             optimizer=self.optimizer,
-            train=_data_spec(self.train_dataloader, self.gradient_accumulation_steps),
-            eval=_data_spec(self.eval_dataloader) if self.eval_dataloader else None,
+            train=self._data(self.train_dataloader, self.gradient_accumulation_steps),
+            eval=self._data(self.eval_dataloader) if self.eval_dataloader else None,
             steps=self.steps,
             epochs=self.epochs,
             log_steps_interval=self.log_steps_interval,
@@ -216,6 +216,17 @@ class Trainer:
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
+        )
+
+    def _data(self, loader: Dataloader, micro_batches: int = 1) -> DataSpec:
+        return DataSpec(
+            store=tokenize(loader.dataset, self.model.vocabulary),
+            rows_per_device=loader.per_device_batch_size * micro_batches,
+            packed_len=loader.dataset.max_seq_len if loader.packing else None,
+            buckets=loader.length_buckets,
+            shuffle=loader.shuffle,
+            shuffle_rows=loader.shuffle_rows,
+            seed=loader.seed,
         )
 
     def _worker_env(self) -> dict[str, str]:
@@ -278,18 +289,6 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
     raise ConfigError(
         f"optimizer must be a keras.optimizers.Optimizer or an optax.GradientTransformation, "
         f"got {type(optimizer).__name__}"
-    )
-
-
-def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
-    return DataSpec(
-        store=tokenize(loader.dataset),
-        rows_per_device=loader.per_device_batch_size * micro_batches,
-        packed_len=loader.dataset.max_seq_len if loader.packing else None,
-        buckets=loader.length_buckets,
-        shuffle=loader.shuffle,
-        shuffle_rows=loader.shuffle_rows,
-        seed=loader.seed,
     )
 
 

@@ -311,6 +311,7 @@ class Run:
         store = data.store.head(limit) if limit else data.store
         common = {"batch_rows": data.rows_per_device * self.mesh.size, "seed": data.seed, "shuffle": data.shuffle}
         common["shuffle_rows"] = data.shuffle_rows
+        common["parts"] = () if data is self.spec.eval else store.parts
         if data.packed_len is None:
             shapes = store.bucket_shapes(self.spec.platform, data.buckets)
             order = BatchOrder(size=store.num_rows, lengths=store.lengths if len(shapes) > 1 else None, **common)
