@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Batches that are made while steps run.
 _AHEAD = 2
+_FETCH_REPORT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class RunSpec:
     eval_steps_interval: int | None
     eval_epochs_interval: int | None
     max_eval_samples: int | None
-    mesh: MeshShape
+    mesh: MeshShape | None
     remat: str
     micro_batches: int
     seed: int
@@ -119,7 +120,7 @@ class Run:
             "import": round(importing, 2),
         }
         preflight.check_process_group(spec.num_workers, spec.platform)
-        self._input_wait_s = self._total_input_wait_s = 0.0
+        self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
         self.number, self.saving = 0, None
         self._record("begin")
 
@@ -136,7 +137,7 @@ class Run:
 
         spec = self.spec
         with self._phase("fetch"):
-            base = BaseCheckpoint.open(storage.fetch(spec.base))
+            base = BaseCheckpoint.open(storage.fetch(spec.base, self._report_fetch))
         with self._phase("build"):
             self.mesh = make_mesh(spec.mesh)
             self.model = build(
@@ -155,8 +156,9 @@ class Run:
             with self._phase("look"):
                 self._look_for_checkpoint(base)
         with self._phase("load"):
+            self.frozen = None if self.is_finished else self.model.load(base)
             if spec.adapter is None:
-                params = self.model.initial_factors(spec.seed)
+                params = self.model.initial_factors(spec.seed, self.frozen)
             else:
                 params = self.model.place_factors(spec.adapter)
             self.state = step.initial_state(self.model, self.optimizer, params)
@@ -164,7 +166,6 @@ class Run:
                 self.state = self.saving.restore(self.state)
             if self.is_finished:
                 return
-            self.frozen = self.model.load(base)
         with self._phase("compare"):
             self.model.check_copies(self.frozen)
         self._next_batch, self._next_tokens = self.data.batch(self.number)
@@ -227,7 +228,7 @@ class Run:
     def train(self) -> None:
         """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
         last_logged, window_tokens, mark = self.number, 0, time.monotonic()
-        began = mark
+        began, before = mark, self.number
         while not self.is_finished:
             self.number += 1
             number = self.number
@@ -238,6 +239,9 @@ class Run:
                 waited = time.monotonic()
                 self._next_batch, self._next_tokens = self.data.batch(number)
                 self._input_wait_s += time.monotonic() - waited
+            if number == before + 1:
+                float(metrics["loss"])
+                self._record("first_step", seconds=round(time.monotonic() - began, 2))
             due = number % self.spec.log_steps_interval == 0 or number == self.total_steps
             evaluate = self.eval_data and (number == self.total_steps or self._is_evaluated(number))
             if due:
@@ -352,6 +356,13 @@ class Run:
             self.saving.note({"kind": kind, **values})
         if self.rank == 0:
             self.spec.coordinator.record.remote({"kind": kind, **values})
+
+    def _report_fetch(self, here: int, total: int) -> None:
+        """Now and then, how much of the base has been fetched onto rank 0's host."""
+        now = time.monotonic()
+        if now - self._fetch_reported >= _FETCH_REPORT_S or here == total:
+            self._fetch_reported = now
+            self._record("fetch", here=here, total=total)
 
     def _phase(self, name: str):
         return _Phase(self, name)
