@@ -18,7 +18,7 @@ from pathlib import Path
 import common
 import numpy as np
 
-RANK, MAX_LEN, ROWS, STEPS, ROUNDS = 16, 512, 8, 14, 2
+RANK, MAX_LEN, ROWS, STEPS, ROUNDS = 16, 512, 8, 9, 2
 SKIP = 2
 BASE = "runs/SmolLM2-135M-Instruct"
 PACKAGES = ("trl", "datasets", "chatterbot-corpus")
