@@ -1,13 +1,18 @@
 """The dataset handles of the public API: what a user writes about data, before anything is read."""
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.sft.formats import PromptAnswer, Text
+from kithara_ray.sft.preview import Preview
 from kithara_ray.sft.tokenize import RowTokenizer
+
+# Rows of a source without an end that a preview reads.
+_PREVIEWED = 1000
 
 
 class _Dataset:
@@ -49,6 +54,25 @@ class _Dataset:
         """What turns this dataset's rows into tokens; picklable."""
         text_format = self._format_class(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
         return RowTokenizer(self.tokenizer, text_format, self.max_seq_len, self.on_bad_row, self.chat_template)
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether nobody knows how many rows the source has: a streaming Hugging Face dataset."""
+        source = self.source
+        return hasattr(source, "features") and hasattr(source, "__iter__") and not hasattr(source, "__len__")
+
+    def head(self, rows: int):
+        """The same dataset of the source's first rows alone, which are read now."""
+        taken = copy.copy(self)
+        taken.source = list(itertools.islice(iter(self.source), rows))
+        return taken
+
+    def preview(self, rows: int = 3) -> Preview:
+        """Tokenise the dataset, on the cluster or a local Ray, and show its first rows and what they amount to.
+
+        `print(dataset.preview())` marks what is learned by «»; `.render()` is for rich.
+        """
+        return preview(self, rows)
 
     def to_packed_dataset(self):
         """The same dataset, of which a Dataloader packs several rows into one sequence."""
@@ -92,7 +116,7 @@ class TextCompletionDataset(_Dataset):
 class MixedDataset:
     """Several datasets as one; see `mix`."""
 
-    custom_formatting_fn = None
+    is_endless = False
 
     def __init__(self, datasets: Sequence[_Dataset], weights: Sequence[float], epoch: str):
         self.datasets = tuple(datasets)
@@ -100,6 +124,10 @@ class MixedDataset:
         self.epoch = epoch
         self.max_seq_len = max(dataset.max_seq_len for dataset in datasets)
         self.packed = any(dataset.packed for dataset in datasets)
+
+    def preview(self, rows: int = 3) -> Preview:
+        """As a dataset's; every row counts once."""
+        return preview(self, rows)
 
     def to_packed_dataset(self) -> "MixedDataset":
         packed = copy.copy(self)
@@ -130,6 +158,8 @@ def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> Mixed
     for number, (dataset, weight) in enumerate(datasets):
         if not isinstance(dataset, _Dataset):
             raise ConfigError(f"mix: dataset {number} is {type(dataset).__name__}, not SFTDataset or alike")
+        if dataset.is_endless:
+            raise UnsupportedError(f"mix: dataset {number} streams; mix it by datasets.interleave_datasets")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise ConfigError(f"mix: the weight of dataset {number} must be > 0, got {weight!r}")
         if dataset.tokenizer is not (first := datasets[0][0].tokenizer) and dataset.tokenizer != first:
@@ -137,6 +167,25 @@ def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> Mixed
     if epoch not in ("all", "first"):
         raise ConfigError(f"mix: epoch must be 'all' or 'first', got {epoch!r}")
     return MixedDataset(*zip(*datasets, strict=True), epoch)
+
+
+def preview(dataset: _Dataset | MixedDataset, rows: int = 3) -> Preview:
+    """A dataset's first rows as the model sees them, and what its tokens amount to."""
+    import ray
+
+    from kithara_ray.orchestration.stream import Rows, tokenize
+    from kithara_ray.sft.preview import preview as made
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    if dataset.is_endless:
+        dataset = dataset.head(_PREVIEWED)
+    store = tokenize(dataset)
+    first = dataset.datasets[0] if isinstance(dataset, MixedDataset) else dataset
+    read = Rows(store)
+    shown = [read.row(number) for number in range(min(rows, store.num_rows))]
+    tokenizer = first.row_tokenizer().loaded()
+    return made(shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts)
 
 
 class Dataloader:

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -39,7 +39,9 @@ LENGTH_MULTIPLE = {"tpu": 128}
 _CPU_LENGTH_MULTIPLE = 8
 # Room for predictions in a pack, over the mean: the head's work grows with it, and what does not fit waits for a pack.
 _PREDICTIONS_MARGIN = 1.15
-_COUNTS = {
+# Of blocks that a process keeps mapped.
+_KEPT_BYTES = 2**28
+COUNTS = {
     "dropped_untrained": "were dropped because truncation left nothing to train",
     "skipped_bad": "were skipped as bad",
     "truncated": "were truncated",
@@ -81,14 +83,14 @@ class TokenStore:
         T is a length to pad to, K the most trained tokens of a row that is no longer.
         """
         bounds = bucket_lengths(self.lengths, most, _multiple(platform))
-        return tuple((t, _rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
+        return tuple((t, rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
 
     def packed_shape(self, platform: str, max_seq_len: int) -> tuple[int, int]:
         """(T, K) of packed batches: `max_seq_len`, and a little more than the share of its tokens that is trained."""
-        seq_len = _rounded(max_seq_len, platform)
+        seq_len = rounded(max_seq_len, platform)
         share = self.trained.sum(dtype=np.int64) / self.lengths.sum(dtype=np.int64)
         predictions = max(int(self.trained.max()), int(_PREDICTIONS_MARGIN * share * seq_len))
-        return seq_len, min(seq_len, _rounded(predictions, platform))
+        return seq_len, min(seq_len, rounded(predictions, platform))
 
     def head(self, num_rows: int) -> "TokenStore":
         """The first rows alone."""
@@ -108,7 +110,7 @@ class TokenStore:
             starts=np.concatenate([[0], *(s.starts[1:] + n for s, n in zip(stores, offsets[:-1], strict=True))]),
             pad_id=stores[0].pad_id,
             content=" ".join(store.content for store in stores),
-            counts={name: sum(store.counts[name] for store in stores) for name in _COUNTS},
+            counts={name: sum(store.counts[name] for store in stores) for name in COUNTS},
             parts=tuple(parts),
         )
 
@@ -117,15 +119,15 @@ def _multiple(platform: str) -> int:
     return LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
 
 
-def _rounded(count: int, platform: str) -> int:
+def rounded(count: int, platform: str) -> int:
     return -(-count // _multiple(platform)) * _multiple(platform)
 
 
 @ray.remote(num_returns=2, num_cpus=1)
-def _tokenize(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
+def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
     """Some rows of the source, tokenised; and what the driver must know of them."""
     tokenized = work.tokenize(tokenize, block, start, stop)
-    counts = {name: getattr(tokenized, name) for name in _COUNTS}
+    counts = {name: getattr(tokenized, name) for name in COUNTS}
     summary = tokenized.lengths, tokenized.trained(), counts, list(tokenized.samples), tokenized.content()
     return tokenized, summary
 
@@ -143,26 +145,30 @@ def tokenize(dataset: _Dataset | MixedDataset, vocabulary: int | None = None) ->
         stores = [tokenize(part, vocabulary) for part in _named(dataset.datasets)]
         return TokenStore.joined(stores, dataset.draws([store.num_rows for store in stores]))
     row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
+    if dataset.is_endless:
+        from kithara_ray.orchestration.endless import start_reader
+
+        return start_reader(dataset, row_tokenizer)
     shared = ray.put(row_tokenizer)
     blocks, summaries, results = [], collections.deque(), []
     try:
         for piece, part in sources.work(dataset.source, dataset.name):
             if len(summaries) >= _MAX_TASKS:
                 results.append(ray.get(summaries.popleft()))
-            tokens, summary = _tokenize.remote(shared, piece, *part)
+            tokens, summary = tokenize_rows.remote(shared, piece, *part)
             blocks.append(tokens)
             summaries.append(summary)
         results += ray.get(list(summaries))
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, DataError) else error from None
-    counts = {name: sum(result[2][name] for result in results) for name in _COUNTS}
+    counts = {name: sum(result[2][name] for result in results) for name in COUNTS}
     samples = [sample for result in results for sample in result[3]][:3]
     lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
     total = len(lengths) + counts["dropped_untrained"] + counts["skipped_bad"]
     if any(counts.values()):
-        logger.warning("of %d rows %s; for example: %s", total, _describe(counts), "; ".join(samples) or "-")
+        logger.warning("of %d rows %s; for example: %s", total, describe(counts), "; ".join(samples) or "-")
     if not len(lengths):
-        what = f"of {total} rows {_describe(counts)}: {samples[0]}" if samples else "the source has no rows"
+        what = f"of {total} rows {describe(counts)}: {samples[0]}" if samples else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     starts = np.cumsum([0] + [len(result[0]) for result in results])
     content = f"{sum(result[4] for result in results) % (1 << 128):032x}"
@@ -177,8 +183,8 @@ def _named(datasets: Sequence[_Dataset]) -> Iterator[_Dataset]:
         yield named
 
 
-def _describe(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {_COUNTS[name]}" for name, count in counts.items() if count) or "none is usable"
+def describe(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {COUNTS[name]}" for name, count in counts.items() if count) or "none is usable"
 
 
 class HostStream:
@@ -207,7 +213,7 @@ class HostStream:
         self.ahead = ahead
         self._made: Prefetched | None = None
         self._next: int | None = None  # the step that comes next out of `_made`
-        self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
+        self._rows = Rows(store)
 
     def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
         """The arrays of one global batch, and how many real tokens it has over all hosts."""
@@ -224,41 +230,66 @@ class HostStream:
         packs = self.order.batch(step)
         tokens = [int(self.store.lengths[pack].sum()) for pack in packs]
         seq_len, predictions = self._shape(packs, tokens)
-        parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-        def part(index: tuple[slice, ...], name: str) -> np.ndarray:
-            start, stop, _ = index[0].indices(len(packs))
-            if (start, stop) not in parts:
-                own = [[self._row(int(row)) for row in pack] for pack in packs[start:stop]]
-                parts[start, stop] = collate(own, seq_len, predictions, self.store.pad_id)
-            return parts[start, stop][name]
+        def part(start: int, stop: int) -> dict[str, np.ndarray]:
+            own = [[self._rows.row(int(row)) for row in pack] for pack in packs[start:stop]]
+            return collate(own, seq_len, predictions, self.store.pad_id)
 
-        def array(name: str, width: int) -> jax.Array:
-            return jax.make_array_from_callback((len(packs), width), self.sharding, lambda index: part(index, name))
-
-        widths = dict.fromkeys(("token_ids", "segment_ids"), seq_len)
-        widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), predictions)
-        return {name: array(name, width) for name, width in widths.items()}, sum(tokens)
+        return place(part, len(packs), (seq_len, predictions), self.sharding), sum(tokens)
 
     def _shape(self, packs: list[np.ndarray], tokens: list[int]) -> tuple[int, int]:
         """The same on every host: it knows the sizes of all rows of the batch."""
         trained = max(int(self.store.trained[pack].sum()) for pack in packs)
         return next(shape for shape in self.shapes if shape[0] >= max(tokens) and shape[1] >= trained)
 
-    def _row(self, row: int) -> TokenizedRow:
+
+def place(
+    part: Callable[[int, int], dict[str, np.ndarray]], rows: int, shape: tuple[int, int], sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """The global arrays of a batch of so many rows and of (T, K), of which `part(start, stop)` makes what is needed."""
+    made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def own(index: tuple[slice, ...], name: str) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        if (start, stop) not in made:
+            made[start, stop] = part(start, stop)
+        return made[start, stop][name]
+
+    def array(name: str, width: int) -> jax.Array:
+        return jax.make_array_from_callback((rows, width), sharding, lambda index: own(index, name))
+
+    widths = dict.fromkeys(("token_ids", "segment_ids"), shape[0])
+    widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), shape[1])
+    return {name: array(name, width) for name, width in widths.items()}
+
+
+class Rows:
+    """Rows of a store by their number, their blocks read when needed and the last used kept.
+
+    Blocks are the object store's own memory, mapped. What is kept of them is bounded, and rows are copied out: a block
+    that is mapped cannot leave the store for the disk.
+    """
+
+    def __init__(self, store: TokenStore, kept_bytes: int = _KEPT_BYTES):
+        self.store, self.kept_bytes = store, kept_bytes
+        self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
+        self._bytes = 0
+
+    def row(self, row: int) -> TokenizedRow:
         number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
         block, ends = self._block(number)
         within = row - int(self.store.starts[number])
         stop = int(ends[within])
         start = stop - int(block.lengths[within])
-        return TokenizedRow(block.token_ids[start:stop], block.loss_mask[start:stop])
+        return TokenizedRow(block.token_ids[start:stop].copy(), block.loss_mask[start:stop].copy())
 
     def _block(self, number: int) -> tuple[TokenizedBlock, np.ndarray]:
-        """A block and the ends of its rows; the object store's own memory, mapped and not copied."""
         if number not in self._blocks:
             block = ray.get(self.store.blocks[number])
             self._blocks[number] = (block, np.cumsum(block.lengths))
+            self._bytes += block.nbytes
+            while self._bytes > self.kept_bytes and len(self._blocks) > 1:
+                _, (oldest, _) = self._blocks.popitem(last=False)
+                self._bytes -= oldest.nbytes
         self._blocks.move_to_end(number)
-        while len(self._blocks) > 64:
-            self._blocks.popitem(last=False)
         return self._blocks[number]

@@ -132,6 +132,7 @@ class Trainer:
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
+        _check_endless(train_dataloader, eval_dataloader, steps, max_eval_samples)
         if steps is None and epochs is None:
             epochs = 1
         if eval_dataloader is not None and eval_steps_interval is None and eval_epochs_interval is None:
@@ -220,8 +221,11 @@ class Trainer:
         )
 
     def _data(self, loader: Dataloader, micro_batches: int = 1) -> DataSpec:
+        dataset = loader.dataset
+        if dataset.is_endless and loader is self.eval_dataloader:
+            dataset = dataset.head(self.max_eval_samples)
         return DataSpec(
-            store=tokenize(loader.dataset, self.model.vocabulary),
+            store=tokenize(dataset, self.model.vocabulary),
             rows_per_device=loader.per_device_batch_size * micro_batches,
             packed_len=loader.dataset.max_seq_len if loader.packing else None,
             buckets=loader.length_buckets,
@@ -291,6 +295,13 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
         f"optimizer must be a keras.optimizers.Optimizer or an optax.GradientTransformation, "
         f"got {type(optimizer).__name__}"
     )
+
+
+def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int | None, rows: int | None) -> None:
+    if train.dataset.is_endless and steps is None:
+        raise ConfigError("the training data streams, so nobody knows when an epoch ends; give steps=")
+    if evaluation is not None and evaluation.dataset.is_endless and rows is None:
+        raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
 
 def _named(error: TrainingFailedError) -> KitharaRayError:

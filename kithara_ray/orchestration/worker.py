@@ -12,6 +12,7 @@ import ray
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.checkpointer import Checkpointer
+from kithara_ray.orchestration.endless import WINDOW_ROWS, EndlessOrder, EndlessStore, EndlessStream
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
@@ -34,7 +35,7 @@ class DataSpec:
         shuffle_rows: see `kithara_ray.sft.order`.
     """
 
-    store: TokenStore
+    store: TokenStore | EndlessStore
     rows_per_device: int
     packed_len: int | None
     buckets: int
@@ -308,9 +309,15 @@ class Run:
         kind, value = self.spec.optimizer
         return KerasOptimizer(value) if kind == "keras" else OptaxOptimizer(value)
 
-    def _stream(self, data: DataSpec) -> HostStream:
+    def _stream(self, data: DataSpec) -> HostStream | EndlessStream:
         from kithara_ray.sharding.mesh import batch_sharding
 
+        if isinstance(data.store, EndlessStore):
+            packed = data.packed_len is not None
+            rows = data.rows_per_device * self.mesh.size
+            order = EndlessOrder(rows, data.seed, data.shuffle, data.shuffle_rows or WINDOW_ROWS)
+            shapes = data.store.shapes(self.spec.platform, packed, data.buckets)
+            return EndlessStream(data.store, order, shapes, batch_sharding(self.mesh), packed, _AHEAD)
         limit = self.spec.max_eval_samples if data is self.spec.eval else None
         store = data.store.head(limit) if limit else data.store
         common = {"batch_rows": data.rows_per_device * self.mesh.size, "seed": data.seed, "shuffle": data.shuffle}

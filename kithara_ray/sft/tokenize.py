@@ -51,6 +51,10 @@ class TokenizedBlock:
     def __len__(self) -> int:
         return len(self.row_ids)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self.row_ids, self.lengths, self.token_ids, self.loss_mask))
+
     def trained(self) -> np.ndarray:
         """Tokens to be learned of each row, int32 (N,)."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
@@ -251,7 +255,7 @@ class RowTokenizer:
     @property
     def special(self) -> SpecialTokens:
         if self._special is None:
-            self._special = SpecialTokens.of(self._loaded())
+            self._special = SpecialTokens.of(self.loaded())
         return self._special
 
     def __call__(
@@ -272,7 +276,7 @@ class RowTokenizer:
 
     def tokenize(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow | DataError]:
         """Rows as the format reads them, encoded at once; an error for a conversation that cannot be rendered."""
-        tokenizer, special = (self._loaded(), self.special) if read else (None, None)
+        tokenizer, special = (self.loaded(), self.special) if read else (None, None)
         rows: list[TokenizedRow | DataError | None] = [None] * len(read)
         kinds = ("messages", "answer", "text")
         chats, pairs, texts = ([i for i, row in enumerate(read) if kind in row] for kind in kinds)
@@ -294,7 +298,7 @@ class RowTokenizer:
     def _chats(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow | DataError]:
         if not read:
             return []
-        tokenizer = self._loaded()
+        tokenizer = self.loaded()
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"conversations need a fast tokenizer, with tokenizer.json; got {type(tokenizer).__name__}")
         template = ChatTemplate(tokenizer, self.chat_template)
@@ -315,13 +319,14 @@ class RowTokenizer:
         """What is wrong with a row that has a token the model does not know."""
         if self.vocabulary is None or (largest := int(row.token_ids.max(initial=0))) < self.vocabulary:
             return None
-        token = self._loaded().convert_ids_to_tokens(largest)
+        token = self.loaded().convert_ids_to_tokens(largest)
         return (
             f"token {token!r} has id {largest}, beyond the model's vocabulary of {self.vocabulary}; is this the "
             "model's own tokenizer?"
         )
 
-    def _loaded(self) -> Any:
+    def loaded(self) -> Any:
+        """The tokenizer itself."""
         return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
 
 

@@ -180,3 +180,13 @@ def test_what_is_no_source(cluster, directory):
     ):
         with pytest.raises(DataError, match=text):
             tokenize(SFTDataset(source, tokenizer_handle=directory))
+
+
+def test_a_preview_shows_rows_and_counts_all(cluster, directory):
+    dataset = SFTDataset([*ROWS, {"prompt": "a", "answer": None}], tokenizer_handle=directory, on_bad_row="skip")
+    shown = dataset.preview(2)
+    assert [row[-1][0] for row in shown.rows] == [f"{row['answer']}<|im_end|>" for row in ROWS[:2]]
+    assert shown.tokens_per_epoch == tokenize(dataset).lengths.sum()
+    assert shown.counts["skipped_bad"] == 1
+    mixed = mix([(dataset, 1), (dataset, 2)])
+    assert mixed.preview(1).tokens_per_epoch == 2 * shown.tokens_per_epoch
