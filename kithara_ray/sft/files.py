@@ -97,12 +97,13 @@ class Piece:
         return count
 
 
-def pieces(source: Any, piece_bytes: int = PIECE_BYTES) -> Iterator[Piece]:
+def pieces(source: Any, piece_bytes: int | None = None) -> Iterator[Piece]:
     """The pieces of a path, URL, directory, pattern or list of these, in the order of the names.
 
     Raises:
         DataError: there is no such file, or it cannot be opened, or its kind is not known.
     """
+    piece_bytes = piece_bytes or PIECE_BYTES
     for number, (url, size) in enumerate(_files(source)):
         kind = _kind(url)
         if kind == ".json" and not _is_list(url):

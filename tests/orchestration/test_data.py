@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -33,7 +34,7 @@ SOURCES = {
     "a list": lambda tmp: ROWS,
     "pandas": lambda tmp: pd.DataFrame(ROWS),
     "Arrow": lambda tmp: pa.Table.from_pylist(ROWS),
-    "Hugging Face": lambda tmp: datasets.Dataset.from_list([{}, *ROWS]).select(range(1, 51)),
+    "Hugging Face": lambda tmp: datasets.Dataset.from_list([ROWS[0], *ROWS]).select(range(1, 51)),
     "Ray Data": lambda tmp: ray.data.from_items(ROWS, override_num_blocks=7),
     "Ray Data of pandas": lambda tmp: ray.data.from_pandas([pd.DataFrame(ROWS[:20]), pd.DataFrame(ROWS[20:])]),
     "a path": lambda tmp: jsonl(tmp / "a.jsonl"),
@@ -118,8 +119,10 @@ def test_lines_are_counted_over_pieces_and_bad_ones_skipped(cluster, directory, 
     assert re.search(r"of 50 rows 1 were skipped as bad; for example: line 38 of .*a\.jsonl", caplog.text)
 
 
-def test_a_torn_row_group_is_named_or_skipped_with_all_its_rows(cluster, directory, tmp_path):
+def test_a_torn_row_group_is_named_or_skipped_with_all_its_rows(cluster, directory, tmp_path, monkeypatch):
     import pyarrow.parquet as pq
+
+    monkeypatch.setattr("kithara_ray.sft.files.PIECE_BYTES", 1)
 
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=20, compression="zstd")
@@ -190,3 +193,13 @@ def test_a_preview_shows_rows_and_counts_all(cluster, directory):
     assert shown.counts["skipped_bad"] == 1
     mixed = mix([(dataset, 1), (dataset, 2)])
     assert mixed.preview(1).tokens_per_epoch == 2 * shown.tokens_per_epoch
+
+
+def test_the_documents_snippets_run(cluster, directory, tmp_path, monkeypatch, capsys):
+    jsonl(tmp_path / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    document = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    assert len(snippets) == 4
+    exec("\n".join(snippets), {"tokenizer": directory})
+    assert "«" in capsys.readouterr().out
