@@ -191,6 +191,11 @@ class EndlessStream:
         self._next = step + 1
         return next(self._made)
 
+    def close(self) -> None:
+        """No more is asked for."""
+        if self._made is not None:
+            self._made.close()
+
     def _make(self, step: int) -> tuple[dict[str, jax.Array], int]:
         try:
             batch = ray.get(self.store.reader.batch.remote(step, self.order, self._shape))

@@ -226,6 +226,11 @@ class HostStream:
         self._next = step + 1
         return next(self._made)
 
+    def close(self) -> None:
+        """No more is asked for."""
+        if self._made is not None:
+            self._made.close()
+
     def _make(self, step: int) -> tuple[dict[str, jax.Array], int]:
         packs = self.order.batch(step)
         tokens = [int(self.store.lengths[pack].sum()) for pack in packs]

@@ -291,6 +291,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Send this rank's part of the adapter."""
+        self.data.close()
         if self.saving is not None and self.number == self.saving.step:
             # Nothing was trained; what is there may be of a run that was to be longer or shorter.
             self.saving.save(self.number, self.state, finished=self.saving.finished or "steps")

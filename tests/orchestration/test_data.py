@@ -195,6 +195,21 @@ def test_a_preview_shows_rows_and_counts_all(cluster, directory):
     assert mixed.preview(1).tokens_per_epoch == 2 * shown.tokens_per_epoch
 
 
+def test_the_command_shows_a_preview(cluster, directory, tmp_path, capsys):
+    from kithara_ray.cli import main
+
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{preset_handle: {directory}, lora_rank: 4}}\n"
+        f"train_dataloader:\n  dataset: {{type: SFTDataset, source: [{jsonl(tmp_path / 'a.jsonl')}]}}\n"
+        "  per_device_batch_size: 1\noptimizer: {name: AdamW, learning_rate: 1e-3}\n"
+    )
+    assert main(["data", "preview", str(tmp_path / "run.yaml"), "--rows", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "row 0" in out
+    assert "row 1" not in out
+    assert f"{tokenize(SFTDataset(ROWS, tokenizer_handle=directory)).lengths.sum():,}, of which" in out
+
+
 def test_the_documents_snippets_run(cluster, directory, tmp_path, monkeypatch, capsys):
     jsonl(tmp_path / "train.jsonl")
     monkeypatch.chdir(tmp_path)
