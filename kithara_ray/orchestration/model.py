@@ -148,7 +148,7 @@ class KerasHubModel:
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the base knows, by its config.json."""
-        return BaseCheckpoint.open(storage.fetch(self.preset_handle)).config.get("vocab_size")
+        return BaseCheckpoint.at(self.preset_handle).config.get("vocab_size")
 
     @classmethod
     def _with_adapter(
