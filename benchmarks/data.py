@@ -126,7 +126,7 @@ def large(path: str) -> None:
     def read(store, order, host: int) -> tuple[int, float]:
         from kithara_ray.orchestration.stream import Rows
 
-        rows, tokens = Rows(store, kept_bytes=STORE_BYTES // 8), 0
+        rows, tokens = Rows(store), 0
         for step in range(order.steps_of(0)):
             tokens += sum(len(rows.row(int(row)).token_ids) for pack in order.batch(step)[host::2] for row in pack)
         return tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

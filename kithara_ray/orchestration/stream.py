@@ -39,7 +39,7 @@ LENGTH_MULTIPLE = {"tpu": 128}
 _CPU_LENGTH_MULTIPLE = 8
 # Room for predictions in a pack, over the mean: the head's work grows with it, and what does not fit waits for a pack.
 _PREDICTIONS_MARGIN = 1.15
-# Of blocks that a process keeps mapped.
+# Of blocks that a process keeps mapped, at most.
 _KEPT_BYTES = 2**28
 COUNTS = {
     "dropped_untrained": "were dropped because truncation left nothing to train",
@@ -268,6 +268,13 @@ def place(
     return {name: array(name, width) for name, width in widths.items()}
 
 
+def _kept_bytes() -> int:
+    """An eighth of this node's object store at most: several processes may share it."""
+    here = ray.get_runtime_context().get_node_id()
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return min(_KEPT_BYTES, int(resources.get("object_store_memory", _KEPT_BYTES * 8)) // 8)
+
+
 class Rows:
     """Rows of a store by their number, their blocks read when needed and the last used kept.
 
@@ -275,8 +282,8 @@ class Rows:
     that is mapped cannot leave the store for the disk.
     """
 
-    def __init__(self, store: TokenStore, kept_bytes: int = _KEPT_BYTES):
-        self.store, self.kept_bytes = store, kept_bytes
+    def __init__(self, store: TokenStore, kept_bytes: int | None = None):
+        self.store, self.kept_bytes = store, _kept_bytes() if kept_bytes is None else kept_bytes
         self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
         self._bytes = 0
 

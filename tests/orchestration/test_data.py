@@ -15,7 +15,7 @@ import tiny
 
 from kithara_ray import Dataloader, SFTDataset, TextCompletionDataset, mix
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.orchestration.stream import tokenize
+from kithara_ray.orchestration.stream import Rows, tokenize
 
 ROWS = tiny.rows(50)
 
@@ -138,6 +138,15 @@ def test_a_torn_row_group_is_named_or_skipped_with_all_its_rows(cluster, directo
 def test_a_tokenizer_that_is_not_the_models(cluster, directory):
     with pytest.raises(DataError, match=r"row 0: token .* beyond the model's vocabulary of 40"):
         tokenize(SFTDataset(ROWS, tokenizer_handle=directory), vocabulary=40)
+
+
+def test_few_blocks_are_kept_mapped(cluster, directory, monkeypatch):
+    monkeypatch.setattr("kithara_ray.orchestration.sources._SLICE_ROWS", 10)
+    dataset = SFTDataset(ROWS, tokenizer_handle=directory)
+    rows = Rows(tokenize(dataset), kept_bytes=1)
+    for number, expected in reversed(list(enumerate(dataset.row_tokenizer()(ROWS, 0).rows()))):
+        assert rows.row(number).token_ids.tolist() == expected.token_ids.tolist()
+        assert len(rows._blocks) == 1
 
 
 # --- mixtures --------------------------------------------------------------------------------------------------------
