@@ -1,5 +1,7 @@
 """A source without a known length: the same batches for all hosts and after a restart, whoever asks."""
 
+import sys
+
 import datasets
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer, mix
 from kithara_ray.errors import ConfigError, DataError, UnsupportedError
 from kithara_ray.orchestration.endless import EndlessOrder, EndlessStream
 from kithara_ray.orchestration.stream import tokenize
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 ROWS = tiny.rows(40)
 
