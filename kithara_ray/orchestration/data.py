@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.orchestration.paths import absolute
@@ -193,7 +193,8 @@ class Dataloader:
 
     Args:
         dataset: SFTDataset, TextCompletionDataset, or a `mix` of them.
-        per_device_batch_size: rows per device; the global batch is this x all devices.
+        per_device_batch_size: rows per device; the global batch is this x all devices. "auto" takes the largest
+            power of two that fits the TPU slice of the run, see `kithara_ray.plan`.
         shuffle: each epoch in an order of its own, a function of (seed, epoch).
         seed: of the shuffle.
         packing: put as many rows of the dataset as fit into each sequence of `max_seq_len` tokens. They do not see each
@@ -208,7 +209,7 @@ class Dataloader:
     def __init__(
         self,
         dataset: _Dataset | MixedDataset,
-        per_device_batch_size: int,
+        per_device_batch_size: int | Literal["auto"],
         dataset_is_sharded_per_host: bool = False,
         shuffle: bool = True,
         seed: int = 0,
@@ -216,7 +217,13 @@ class Dataloader:
         length_buckets: int = 4,
         shuffle_rows: int | None = None,
     ):
-        counts = {"per_device_batch_size": per_device_batch_size, "length_buckets": length_buckets}
+        number = isinstance(per_device_batch_size, int) and per_device_batch_size >= 1
+        if not number and per_device_batch_size != "auto":
+            raise ConfigError(
+                f"per_device_batch_size must be an integer >= 1, got {per_device_batch_size!r}; "
+                'on a TPU slice it may be "auto"'
+            )
+        counts = {"length_buckets": length_buckets}
         if shuffle_rows is not None:
             counts["shuffle_rows"] = shuffle_rows
         for name, value in counts.items():

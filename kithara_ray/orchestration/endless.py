@@ -67,9 +67,13 @@ class EndlessStore:
     max_seq_len: int
     content: str = "endless"
 
-    def shapes(self, platform: str, packed: bool, buckets: int) -> tuple[tuple[int, int], ...]:
+    @property
+    def num_rows(self) -> None:
+        """Nobody knows."""
+
+    def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
         """(T, K) of batches: `max_seq_len`, and without packing its halves; any token may be one to be learned."""
-        lengths = {rounded(self.max_seq_len >> i, platform) for i in range(1 if packed else buckets)}
+        lengths = {rounded(self.max_seq_len >> i, platform) for i in range(buckets if packed_len is None else 1)}
         return tuple((length, length) for length in sorted(lengths))
 
 

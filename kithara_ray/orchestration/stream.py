@@ -77,12 +77,14 @@ class TokenStore:
     def num_rows(self) -> int:
         return len(self.lengths)
 
-    def bucket_shapes(self, platform: str, most: int) -> tuple[tuple[int, int], ...]:
-        """Up to `most` shapes (T, K) of batches, ascending; the last holds every row.
+    def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
+        """The shapes (T, K) that batches may have, ascending; the last holds every row.
 
-        T is a length to pad to, K the most trained tokens of a row that is no longer.
+        Packed, one. Else up to `buckets`: T is a length to pad to, K the most trained tokens of a row that is no longer.
         """
-        bounds = bucket_lengths(self.lengths, most, _multiple(platform))
+        if packed_len is not None:
+            return (self.packed_shape(platform, packed_len),)
+        bounds = bucket_lengths(self.lengths, buckets, _multiple(platform))
         return tuple((t, rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
 
     def packed_shape(self, platform: str, max_seq_len: int) -> tuple[int, int]:

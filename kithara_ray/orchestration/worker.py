@@ -13,6 +13,7 @@ import ray
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.endless import WINDOW_ROWS, EndlessOrder, EndlessStore, EndlessStream
+from kithara_ray.orchestration.snapshots import Snapshots, SnapshotSender
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
@@ -58,6 +59,7 @@ class RunSpec:
         micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
         checkpointer: where the run is saved and goes on from; None saves nothing.
+        snapshots: adapters written while it goes on; None writes none.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
@@ -81,6 +83,7 @@ class RunSpec:
     platform: str
     num_workers: int
     checkpointer: Checkpointer | None
+    snapshots: Snapshots | None
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
@@ -122,7 +125,7 @@ class Run:
         }
         preflight.check_process_group(spec.num_workers, spec.platform)
         self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
-        self.number, self.saving = 0, None
+        self.number, self.saving, self.snapshots = 0, None, None
         self._record("begin")
 
     def build(self) -> None:
@@ -191,6 +194,10 @@ class Run:
                 )
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        if spec.snapshots is not None:
+            about = {"num_ranks": spec.num_workers, "shapes": self.model.adapter_shapes}
+            about |= {"config": spec.lora, "base": spec.base}
+            self.snapshots = SnapshotSender(spec.snapshots, spec.coordinator, self.rank, about)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
 
     @property
@@ -255,6 +262,10 @@ class Run:
                 mark = time.monotonic()
             if self.saving is not None and self._save(number, bool(evaluate)):
                 mark = time.monotonic()
+            if self.snapshots is not None:
+                self.snapshots.after(number, lambda: self.model.adapter_shards(self.state["params"], self.rank))
+        if self.snapshots is not None:
+            self.snapshots.wait()
         self._training_s = time.monotonic() - began
 
     def _save(self, number: int, evaluated: bool) -> bool:
@@ -313,26 +324,24 @@ class Run:
     def _stream(self, data: DataSpec) -> HostStream | EndlessStream:
         from kithara_ray.sharding.mesh import batch_sharding
 
+        rows = data.rows_per_device * self.mesh.size
+        is_eval = data is self.spec.eval
         if isinstance(data.store, EndlessStore):
-            packed = data.packed_len is not None
-            rows = data.rows_per_device * self.mesh.size
+            shapes = data.store.shapes(self.spec.platform, data.packed_len, data.buckets)
             order = EndlessOrder(rows, data.seed, data.shuffle, data.shuffle_rows or WINDOW_ROWS)
-            shapes = data.store.shapes(self.spec.platform, packed, data.buckets)
+            packed = data.packed_len is not None
             return EndlessStream(data.store, order, shapes, batch_sharding(self.mesh), packed, _AHEAD)
-        limit = self.spec.max_eval_samples if data is self.spec.eval else None
+        limit = self.spec.max_eval_samples if is_eval else None
         store = data.store.head(limit) if limit else data.store
-        common = {"batch_rows": data.rows_per_device * self.mesh.size, "seed": data.seed, "shuffle": data.shuffle}
-        common["shuffle_rows"] = data.shuffle_rows
-        common["parts"] = () if data is self.spec.eval else store.parts
+        shapes = store.shapes(self.spec.platform, data.packed_len, data.buckets)
+        common = {"batch_rows": rows, "seed": data.seed, "shuffle": data.shuffle, "shuffle_rows": data.shuffle_rows}
+        common["parts"] = () if is_eval else store.parts
         if data.packed_len is None:
-            shapes = store.bucket_shapes(self.spec.platform, data.buckets)
             order = BatchOrder(size=store.num_rows, lengths=store.lengths if len(shapes) > 1 else None, **common)
         else:
-            shape = store.packed_shape(self.spec.platform, data.packed_len)
-            room = {"seq_len": shape[0], "predictions": shape[1]}
-            order, shapes = PackedOrder(lengths=store.lengths, trained=store.trained, **room, **common), (shape,)
-        ahead = 0 if data is self.spec.eval else _AHEAD
-        return HostStream(store, order, shapes, batch_sharding(self.mesh), ahead)
+            room = {"seq_len": shapes[0][0], "predictions": shapes[0][1]}
+            order = PackedOrder(lengths=store.lengths, trained=store.trained, **room, **common)
+        return HostStream(store, order, shapes, batch_sharding(self.mesh), ahead=0 if is_eval else _AHEAD)
 
     def _batch_shapes(self, data: HostStream):
         """Of the batches that may come, the largest first."""

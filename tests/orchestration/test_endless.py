@@ -50,7 +50,7 @@ def test_batches_are_a_function_of_source_seed_and_step(cluster, directory, pack
     order = EndlessOrder(batch_rows=4, seed=1, shuffle=True, shuffle_rows=20)
 
     def stream(order=order):
-        return EndlessStream(store, order, store.shapes("cpu", packed, 4), sharding, packed, 2)
+        return EndlessStream(store, order, store.shapes("cpu", 64 if packed else None, 4), sharding, packed, 2)
 
     first = stream()
     walked = [jax.device_get(first.batch(step)[0]) for step in range(14)]
