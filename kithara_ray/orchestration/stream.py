@@ -80,7 +80,7 @@ class TokenStore:
     def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
         """The shapes (T, K) that batches may have, ascending; the last holds every row.
 
-        Packed, one. Else up to `buckets`: T is a length to pad to, K the most trained tokens of a row that is no longer.
+        Packed, one. Else up to `buckets`: T a length to pad to, K the most trained tokens of a row that is no longer.
         """
         if packed_len is not None:
             return (self.packed_shape(platform, packed_len),)
