@@ -28,7 +28,7 @@ from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
-from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, write_here, write_part
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here, write_part
 from kithara_ray.hf.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 
@@ -202,6 +202,7 @@ def _write_base(
         written[file.name] = file
     if written.keys() != {part.name for part in parts}:
         raise ExportError(f"{len(written)} of {len(parts)} weight files were written; start the export again")
+    remove_leftovers(stage.directory)
     configs = write_base_config(base, stage.directory, dtype, files)
     with contextlib.ExitStack() as stack:
         directory = stage.directory
