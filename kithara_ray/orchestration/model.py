@@ -166,6 +166,11 @@ class KerasHubModel:
             return cls(handle, None, precision)
         return cls(handle, _lora_config(lora_rank, base, **settings), precision, quantize)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the base knows, by its config.json."""
+        return BaseCheckpoint.at(self.preset_handle).config.get("vocab_size")
+
     @classmethod
     def _with_adapter(
         cls,
