@@ -96,7 +96,8 @@ class RunManifest:
         # A value given to the workers alone is a secret as well, if its name says so.
         self._secrets = sorted({*secret_values(), *secret_values(env)}, key=len, reverse=True)
         self._base = _base_facts.remote(trainer.model.preset_handle)
-        self._tokenizer = _tokenizer_facts.remote(trainer.train_dataloader.dataset.tokenizer)
+        dataset = trainer.train_dataloader.dataset
+        self._tokenizer = _tokenizer_facts.remote(getattr(dataset, "datasets", (dataset,))[0].tokenizer)
         self.content: dict[str, Any] = {
             "manifest_version": VERSION,
             "status": "running",
@@ -227,10 +228,15 @@ def settings(trainer: Any) -> dict[str, Any]:
 
 
 def _loader(loader: Any) -> dict[str, Any]:
-    dataset = loader.dataset
-    values = {name: _value(value) for name, value in vars(dataset).items() if not name.startswith("_")}
     inner = {name: _value(value) for name, value in vars(loader).items() if name != "dataset"}
-    return {"dataset": {"type": type(dataset).__name__, **values}, **inner}
+    return {"dataset": _dataset(loader.dataset), **inner}
+
+
+def _dataset(dataset: Any) -> dict[str, Any]:
+    values = {name: _value(value) for name, value in vars(dataset).items() if not name.startswith("_")}
+    if hasattr(dataset, "datasets"):  # a mixture
+        values["datasets"] = [_dataset(part) for part in dataset.datasets]
+    return {"type": type(dataset).__name__, **values}
 
 
 def _plain(value: Any) -> Any:

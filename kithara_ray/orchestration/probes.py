@@ -1,17 +1,20 @@
 """What a run reads and writes, tried before it: destinations on the head node, the first rows of its data."""
 
+import itertools
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.errors import ConfigError, DataError, DestinationError, KitharaRayError
 from kithara_ray.hf import storage
 from kithara_ray.hf.merge import check_dtype
 from kithara_ray.hf.publish import check_destination
+from kithara_ray.orchestration import sources
 from kithara_ray.orchestration.node import free_disk
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.remote import head_node_id
@@ -117,17 +120,23 @@ class FirstRows:
             if loader is None or self._error is not None:
                 continue
             try:
-                rows = first_rows(loader.dataset)
-                row_tokenizer = loader.dataset.row_tokenizer()
-                if tokenize:
-                    self._asked.append((name, _tokenize_first.remote(row_tokenizer, rows)))
-                elif row_tokenizer.on_bad_row == "error":
-                    for number, row in enumerate(rows):
-                        row_tokenizer.format.read(row, number)
-                columns = ", ".join(map(str, rows[0])) if isinstance(rows[0], Mapping) else "none"
-                self._formatted.append(f"{name}: {len(rows)} row(s) read, columns {columns}")
+                for dataset in getattr(loader.dataset, "datasets", (loader.dataset,)):
+                    self._look(name, dataset, tokenize)
             except KitharaRayError as error:
                 self._error = error
+
+    def _look(self, name: str, dataset: Any, tokenize: bool) -> None:
+        found = first_rows(dataset)
+        rows = [row for _, row in found]
+        row_tokenizer = dataset.row_tokenizer()
+        if tokenize:
+            self._asked.append((name, _tokenize_first.remote(row_tokenizer, rows)))
+        elif row_tokenizer.on_bad_row == "error":
+            for where, row in found:
+                if not isinstance(row, Exception):  # what could not be read is told of when all is
+                    row_tokenizer.format.read(row, where)
+        columns = ", ".join(map(str, rows[0])) if rows and isinstance(rows[0], Mapping) else "none"
+        self._formatted.append(f"{name}: {len(rows)} row(s) read, columns {columns}")
 
     def check(self) -> str:
         if self._error is not None:
@@ -146,20 +155,36 @@ class FirstRows:
         return "; ".join(texts)
 
 
-def first_rows(dataset: Any) -> list[dict]:
-    """The first rows of a dataset's source. Raises DataError where it cannot be read or has none."""
-    if isinstance(dataset.source, list) and dataset.source:
-        return list(dataset.source[:_FIRST_ROWS])
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        rows = dataset.rows()
-        rows.context.enable_progress_bars = False
-        found = rows.take(_FIRST_ROWS)
-    except Exception as error:  # Arrow's, pandas' and the file systems' own
-        if isinstance(error, KitharaRayError):
-            raise
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise DataError(f"{dataset.source}: cannot be read ({cause}); check the file and its format") from error
+def first_rows(dataset: Any) -> list[tuple[str, Any]]:
+    """(where it stands, row) of the first rows of a source; none of a stream, which could not be read again.
+
+    Raises:
+        DataError: it cannot be read or has none.
+    """
+    if dataset.is_endless:
+        return []
+    if isinstance(dataset.source, ray.data.Dataset):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        dataset.source.context.enable_progress_bars = False
+        found = _numbered(dataset.source.take(_FIRST_ROWS))
+    else:
+        found = _first_of(dataset.source)
     if not found:
         raise DataError("the dataset is empty: the source has no rows; nothing can be trained")
     return found
+
+
+def _numbered(rows: list[Any]) -> list[tuple[str, Any]]:
+    return [(f"row {number}", row) for number, row in enumerate(rows)]
+
+
+def _first_of(source: Any) -> list[tuple[str, Any]]:
+    for work, _ in sources.work(source):
+        if work.piece is None:
+            return _numbered(sources.rows_of(work.payload)[:_FIRST_ROWS])
+        loaded = work.payload if work.payload is not None else work.piece.load()
+        rows = itertools.islice(work.piece.rows(loaded), _FIRST_ROWS)
+        found = [(f"{place} of {work.piece.url}", row) for place, row in rows]
+        if found:
+            return found
+    return []
