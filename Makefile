@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean bench-step bench-load
+.PHONY: quickstart test lint clean bench-step bench-load faults
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -41,6 +41,9 @@ bench-step: $(VENV)/.bench  ## a training step beside torch + peft and beside Ke
 
 bench-load: $(VENV)/.bench  ## loading a base onto two hosts beside KerasHub's from_preset; 2 minutes
 	@$(BIN)/python benchmarks/load.py
+
+faults: $(VENV)/.test  ## kill, stop and signal a run's processes; a table of what it survived; 15 minutes
+	@$(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

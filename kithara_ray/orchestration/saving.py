@@ -19,7 +19,7 @@ from kithara_ray.train.place import Place
 logger = logging.getLogger(__name__)
 
 # Kinds of events that are a run's history; the others tell of one attempt's start and end.
-HISTORY = ("step", "eval")
+HISTORY = ("step", "eval", "skipped")
 
 
 def optimizer_identity(kind: str, value: Any) -> str:
@@ -147,6 +147,8 @@ class Saving:
             return
         if self.rank == 0:
             self.events.append(event)
+        if event["kind"] == "skipped":
+            return
         values = {name: value for name, value in event.items() if name not in ("kind", "step")}
         self._metrics = {**self._metrics, **values}
         if event["kind"] == "eval":
@@ -170,7 +172,25 @@ class Saving:
             self.saver.save(step, state, document, self.events)
             self.finished = finished
         if finished:
+            self.settle()
+
+    def settle(self) -> None:
+        """Until what was saved is committed, and every rank knows: none may leave before, the group would be ended.
+
+        Raises:
+            TrainingError: on all ranks, what one of them met.
+        """
+        problem, own = "", None
+        try:
             self.saver.wait()
+        except Exception as error:
+            own, problem = error, f"{type(error).__name__}: {error}"
+        problems = agree(problem)
+        if own is not None:
+            raise own
+        for rank, text in enumerate(problems):
+            if text:
+                raise TrainingError(f"rank {rank} could not save: {text}")
 
     def has_stopped_improving(self) -> bool:
         """Whether `early_stopping_patience` evaluations have gone by without a better score."""

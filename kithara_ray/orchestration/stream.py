@@ -187,6 +187,15 @@ class HostStream:
         widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), self.predictions)
         return {name: array(name, width) for name, width in widths.items()}, tokens
 
+    def source_rows(self, step: int) -> list[int]:
+        """The places in the source of the rows of a step's global batch."""
+        rows = np.concatenate(self.order.batch(step))
+        numbers = np.searchsorted(self.store.starts, rows, side="right") - 1
+        return sorted(
+            int(self._block(int(number))[0].row_ids[row - self.store.starts[number]])
+            for row, number in zip(rows, numbers, strict=True)
+        )
+
     def _row(self, row: int) -> TokenizedRow:
         number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
         block, ends = self._block(number)

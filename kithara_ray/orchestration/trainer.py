@@ -12,23 +12,26 @@ from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.jax import JaxConfig, JaxTrainer
 
-from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration import launch, preflight
+from kithara_ray.orchestration.backend import WorkerBackend
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.stream import tokenize
+from kithara_ray.orchestration.watchdog import Limits
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
 from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
+
+# A process tells each second that it is there; one that is frozen, or whose host is, tells nothing.
+_SILENCE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class TrainResult:
         phases: seconds of each phase of start-up on rank 0.
         path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
-        stopped: why the run ended: "steps" or "early_stopping".
+        stopped: why the run ended: "steps", "early_stopping" or "interrupt".
+        skipped: the steps that were left out by on_nan="skip": step, rows.
     """
 
     metrics: dict[str, float]
@@ -54,6 +58,7 @@ class TrainResult:
     checkpoint: str | None = None
     best_checkpoint: str | None = None
     stopped: str = "steps"
+    skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -80,6 +85,11 @@ class Trainer:
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.
+        on_nan: what to do with a step whose loss or gradient is not finite: "stop" names its rows and ends the run,
+            "skip" leaves parameters and optimizer as they were.
+        step_timeout_s: without progress for so long, the run is ended by the name of the rank that holds it up; None
+            waits for ever.
+        startup_timeout_s: the same, for each phase before the first step.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
     """
@@ -107,6 +117,9 @@ class Trainer:
         remat: str = "block",
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
+        on_nan: str = "stop",
+        step_timeout_s: float | None = 600.0,
+        startup_timeout_s: float = 3600.0,
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
     ):
@@ -162,6 +175,11 @@ class Trainer:
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
+        if on_nan not in ("stop", "skip"):
+            raise ConfigError(f"Trainer: on_nan must be 'stop' or 'skip', got {on_nan!r}")
+        self.on_nan = on_nan
+        save_timeout_s = self.checkpointer.save_timeout_s if self.checkpointer else 0.0
+        self.limits = Limits(step_timeout_s, startup_timeout_s, save_timeout_s, _SILENCE_TIMEOUT_S)
         self.cluster_timeout_s = cluster_timeout_s
         self.progress = progress
 
@@ -172,6 +190,7 @@ class Trainer:
             DataError: a bad row, or nothing to train on.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
+            KeyboardInterrupt: the run was interrupted; the adapter so far is in `model`, and saved.
         """
         start_ray()
         self.model.release()
@@ -184,12 +203,16 @@ class Trainer:
             self._check_cluster()
             result = self._fit(spec)
         events = remote_get(coordinator.events.remote(0))
-        tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
+        summary = result.return_value
+        saved = summary.get("checkpoint")
+        tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
         self.model.set_adapter(tensors)
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
-        return _result(events, result.path, result.return_value)
+        if summary["stopped"] == "interrupt":
+            raise KeyboardInterrupt(f"the run was interrupted; saved: {saved or path}")
+        return _result(events, result.path, summary)
 
     def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
@@ -213,6 +236,8 @@ class Trainer:
             platform=self._platform(),
             num_workers=self.scaling_config.num_workers,
             checkpointer=self.checkpointer,
+            on_nan=self.on_nan,
+            limits=self.limits,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
@@ -252,18 +277,15 @@ class Trainer:
             worker_runtime_env=runtime_env,
             logging_config=self.run_config.logging_config,
         )
-        trainer = JaxTrainer(
+        trainer = launch.InterruptibleTrainer(
             train_loop,
             train_loop_config={"spec": spec},
-            # use_tpu is Ray's switch for jax.distributed; without it N workers are N independent runs.
-            jax_config=JaxConfig(use_tpu=True),
+            # JAX ends a process whose peer is gone; the watchdog comes first, and knows its name.
+            jax_config=WorkerBackend(heartbeat_timeout_s=int(2 * _SILENCE_TIMEOUT_S)),
             scaling_config=self.scaling_config,
             run_config=run_config,
         )
-        try:
-            return trainer.fit()
-        except TrainingFailedError as error:
-            raise _named(error) from error
+        return launch.fit(trainer, spec.coordinator)
 
 
 def _portable(optimizer: Any) -> tuple[str, Any]:
@@ -291,27 +313,13 @@ def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
     )
 
 
-def _named(error: TrainingFailedError) -> KitharaRayError:
-    """The failure of the first rank that has one of our own errors, or of the first rank."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, KitharaRayError):
-            return cause
-    if failures:
-        rank, failure = sorted(failures.items())[0]
-        cause = getattr(failure, "_base_exc", failure)
-        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
-    return TrainingError(f"the run failed: {error}")
-
-
 def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events of all attempts as one sequence: an attempt begins with what had been saved, and forgets the rest."""
     kept: list[dict[str, Any]] = []
     for event in events:
         if event["kind"] == "begin":
             kept = []
-        elif event["kind"] == "resumed":
+        elif event["kind"] in ("resumed", "finished"):
             kept = list(event["events"])
         else:
             kept.append(event)
@@ -335,4 +343,5 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         checkpoint=summary.get("checkpoint"),
         best_checkpoint=summary.get("best_checkpoint"),
         stopped=summary.get("stopped") or "steps",
+        skipped=rows("skipped"),
     )
