@@ -103,6 +103,17 @@ def test_every_rank_writes_what_it_holds_and_reads_what_it_needs(where, monkeypa
     assert max(sizes) < 2 * min(sizes)
 
 
+def test_a_slice_that_no_rank_wrote_is_named(where):
+    part = Shard("a", ((0, 2), (0, 3)), np.zeros((2, 3), np.float32), 0)
+    directory = checkpoint.directory_name(3, "0000000a")
+    checkpoint.write_part(where, directory, [part], 0, 1)
+    checkpoint.commit(where, directory, 1, {"a": ((4, 3), "F32")}, DOCUMENT, [])
+    opened = Checkpoint.open(where, directory)
+    assert opened.read("a", (slice(0, 2), slice(1, 2))).shape == (2, 1)
+    with pytest.raises(CheckpointError, match="its slices of 'a' hold 6 of 12 elements asked for"):
+        opened.read("a")
+
+
 def test_the_copy_is_of_the_step_it_was_made_at(where):
     """The next step writes into the buffers of the last one while they are being saved."""
     state = state_on(make_mesh())

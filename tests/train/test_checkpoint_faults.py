@@ -107,6 +107,8 @@ def test_failure_at_every_operation(kind, dies, tmp_path, monkeypatch):
             except (Killed, DestinationError, OSError):
                 pass
             assert faults.count >= number
+        for name in checkpoint.committed(where):
+            assert_whole(Checkpoint.open(where, name), checkpoint.step_of(name))
         # The process that comes after finds the last whole one, goes on and cleans up.
         found = saver.find(where, 0, 1, lambda text: [text])
         assert not found.notes
