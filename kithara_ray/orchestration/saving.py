@@ -197,15 +197,10 @@ class Saving:
         patience, keep = self.settings.early_stopping_patience, self.settings.keep
         if patience is None:
             return False
-        best, since = None, 0
         for row in self.evaluations:
             if keep.score not in row:
                 raise ConfigError(f"score_attribute={keep.score!r} is not among an evaluation's {sorted(row)}")
-            if keep.is_better(row[keep.score], best):
-                best, since = row[keep.score], 0
-            else:
-                since += 1
-        return since >= patience
+        return keep.since_best([row[keep.score] for row in self.evaluations]) >= patience
 
     @property
     def newest(self) -> str | None:

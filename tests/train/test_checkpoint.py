@@ -187,6 +187,15 @@ def test_the_newest_stays_even_if_it_is_the_worst():
     assert Keep(None).victims(kept) == []
 
 
+def test_evaluations_since_the_best():
+    keep, other = Keep(1, "m", "min"), Keep(1, "m", "max")
+    assert keep.since_best([3.0, 2.0, 2.0, 2.5]) == 2
+    assert other.since_best([3.0, 2.0, 2.0, 2.5]) == 3
+    assert keep.since_best([3.0, float("nan"), 1.0]) == 0
+    assert keep.since_best([float("nan")] * 2) == 2
+    assert keep.since_best([]) == 0
+
+
 def test_unfinished_saves_of_earlier_attempts_are_cleared(where):
     state = state_on(make_mesh())
     checkpoint.write_part(where, checkpoint.directory_name(9, "0000000b"), [], 0, 2)
