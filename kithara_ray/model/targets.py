@@ -1,10 +1,12 @@
 """Which modules of a checkpoint LoRA can adapt, from its files alone: no jax, no keras, so the driver can ask early."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.lora_config import ALL_LINEAR
 
 _WEIGHT = ".weight"
 _EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -17,15 +19,44 @@ def linear_modules_of(base: BaseCheckpoint) -> list[str]:
     return sorted(module for module in modules if module.rpartition(".")[2] not in _EMBEDDINGS)
 
 
-def check_targets(config: LoraConfig, modules: Sequence[str]) -> None:
-    """Every entry of `target_modules` matches a linear module.
+def other_modules_of(base: BaseCheckpoint) -> list[str]:
+    """Modules that PEFT looks at and that are no linear layers: embedding, head, norms, blocks and their parts.
+
+    A target that matches one of them is an error in PEFT, or an adapter that is not there here.
+    """
+    linear = set(linear_modules_of(base))
+    modules = {name.rpartition(".")[0] for name in base.tensors}
+    parents = {module[: match.start()] for module in modules for match in re.finditer(r"\.", module)}
+    # A tied head is a module without a tensor; the others have none at all.
+    activations = {f"{module}.act_fn" for module in parents if module.endswith(".mlp")}
+    return sorted((modules | parents | activations | {"lm_head", "model.rotary_emb"}) - linear)
+
+
+def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, ...] | str:
+    """What a user gave as `target_modules`, as LoraConfig takes it: "all-linear" and one name become lists of names."""
+    if not isinstance(given, str):
+        return tuple(given)
+    if given.lower() == ALL_LINEAR:
+        return tuple(sorted({module.rpartition(".")[2] for module in linear_modules_of(base)}))
+    return (given,) if re.fullmatch(r"[\w.]+", given) else given
+
+
+def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Every entry of `target_modules` matches a linear module, and none of the `others`.
 
     Raises:
         ConfigError: names the entry and what there is.
     """
-    for target in config.target_modules:
-        if not any(module == target or module.endswith("." + target) for module in modules):
+    targets = config.target_modules
+    for target in [targets] if isinstance(targets, str) else targets:
+        one = LoraConfig(target_modules=targets if isinstance(targets, str) else (target,))
+        wrong = next((module for module in others if one.matches(module)), None)
+        if wrong is not None:
+            what = "an embedding" if wrong.rpartition(".")[2] in _EMBEDDINGS else "no linear layer"
+            raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts linear layers alone")
+        if not any(one.matches(module) for module in modules):
             leaves = sorted({module.rpartition(".")[2] for module in modules})
+            how = "as a regular expression, over its whole name, " if isinstance(targets, str) else ""
             raise ConfigError(
-                f"target_modules: {target!r} matches no linear layer of this model; it has {', '.join(leaves)}"
+                f"target_modules: {target!r} {how}matches no linear layer of this model; it has {', '.join(leaves)}"
             )

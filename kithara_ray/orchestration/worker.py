@@ -160,8 +160,9 @@ class Run:
             with self._phase("look"):
                 self._look_for_checkpoint(base)
         with self._phase("load"):
+            self.frozen = None if self.is_finished else self.model.load(base)
             if spec.adapter is None:
-                params = self.model.initial_factors(spec.seed)
+                params = self.model.initial_factors(spec.seed, self.frozen)
             else:
                 params = self.model.place_factors(spec.adapter)
             self.state = step.initial_state(self.model, self.optimizer, params)
@@ -169,7 +170,6 @@ class Run:
                 self.state = self.saving.restore(self.state)
             if self.is_finished:
                 return
-            self.frozen = self.model.load(base)
         with self._phase("compare"):
             self.model.check_copies(self.frozen)
         batch, self._next_tokens = self.data.batch(self.number)
