@@ -41,6 +41,7 @@ class Coordinator:
 
     def __init__(self):
         self._watcher: threading.Thread | None = None
+        self._lock = threading.Lock()
         self.start_run()
 
     @_asked_again
@@ -58,25 +59,32 @@ class Coordinator:
 
     def beat(self, beat: Beat, limits: Limits) -> str | None:
         """A rank is alive; see watchdog. Returns what is asked of the ranks."""
-        if self._watch is None:
-            self._watch = Watch(limits)
-        self._watch.hear(beat, time.monotonic())
-        if self._watcher is None:
-            self._watcher = threading.Thread(target=self._look, name="watchdog", daemon=True)
-            self._watcher.start()
+        with self._lock:
+            if self._watch is None:
+                self._watch = Watch(limits)
+            self._watch.hear(beat, time.monotonic())
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._look, name="watchdog", daemon=True)
+                self._watcher.start()
         return self._asked
+
+    def stop_watching(self) -> None:
+        """The run has ended, however it did; its ranks are silent from now on."""
+        with self._lock:
+            self._watch = None
 
     def _look(self) -> None:
         while True:
             time.sleep(BEAT_S)
-            watch = self._watch
-            verdict = watch.verdict(time.monotonic()) if watch is not None else None
+            with self._lock:
+                verdict = self._watch.verdict(time.monotonic()) if self._watch is not None else None
+                condemned = self._watch.condemn() if verdict is not None else []
             if verdict is not None:
                 logger.error("ending the worker group: %s", verdict)
                 self.record({"kind": "stalled", "text": verdict})
-                for node_id, pid in watch.condemn():
-                    on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
-                    _kill.options(scheduling_strategy=on_node).remote(pid)
+            for node_id, pid in condemned:
+                on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+                _kill.options(scheduling_strategy=on_node).remote(pid)
 
     @_asked_again
     def record(self, event: dict[str, Any]) -> None:

@@ -69,6 +69,8 @@ def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle) -> Re
         raise named(error, _stalled(coordinator)) from error
     except ray.exceptions.RayActorError as error:
         raise TrainingError(f"Ray's controller of the run died: {_one_line(error)}") from error
+    finally:
+        coordinator.stop_watching.remote()
 
 
 def _stalled(coordinator: ray.actor.ActorHandle) -> str | None:
