@@ -215,7 +215,7 @@ class Run:
             lambda: {
                 "base": base.fingerprint(),
                 "precision": spec.precision,
-                "lora": dataclasses.asdict(spec.lora),
+                "lora": dataclasses.asdict(spec.lora) if spec.lora else None,
                 "optimizer": optimizer_identity(*spec.optimizer),
                 "seed": spec.seed,
                 "data": sequence_identity(self.data.order, spec.train.store.content, spec.train.packed_len),
