@@ -116,6 +116,7 @@ def interrupt(run, metrics):
 
 
 def not_a_number(run, metrics):
+    run.saving.saver.wait()
     return metrics | {"loss": metrics["loss"] * float("nan")}
 
 
