@@ -67,7 +67,7 @@ class Saving:
 
     def _check_shared(self, attempt: str) -> None:
         """All hosts must write to one place; a directory of the same name on each host's own disk would lose parts."""
-        name = f".hosts-{attempt}"
+        name = f"{saver.PROBE}{attempt}"
         problem = ""
         try:
             self.place.put_bytes(b"", name, f"{self.rank:05d}")

@@ -22,6 +22,8 @@ from kithara_ray.train.place import Place
 
 logger = logging.getLogger(__name__)
 
+# Directories in which the ranks of an attempt find out whether they share the place.
+PROBE = ".hosts-"
 _LOOK_S = 0.1
 _LOOK_MOST_S = 2.0
 
@@ -70,7 +72,8 @@ class Saver:
             except CheckpointError:
                 continue
             self._committed[directory] = manifest["metrics"]
-        for directory in checkpoint.unfinished(self.place):
+        left = [name for name in self.place.directories() if name.startswith(PROBE)]
+        for directory in checkpoint.unfinished(self.place) + left:
             checkpoint.remove(self.place, directory)
         self.place.clear_scratch()
 

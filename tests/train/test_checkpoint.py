@@ -199,6 +199,7 @@ def test_evaluations_since_the_best():
 def test_unfinished_saves_of_earlier_attempts_are_cleared(where):
     state = state_on(make_mesh())
     checkpoint.write_part(where, checkpoint.directory_name(9, "0000000b"), [], 0, 2)
+    where.put_bytes(b"", f"{saver.PROBE}0000000b", "00001")
     assert found(where).checkpoint is None
     save(where, 10, state)
     # A directory is a name where files are: an empty one is none on an object store.
