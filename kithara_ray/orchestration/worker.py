@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.train.v2._internal.execution.context import get_train_context
 
 from kithara_ray.errors import TrainingError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.backend import terminated
 from kithara_ray.orchestration.checkpointer import Checkpointer
-from kithara_ray.orchestration.outcomes import GO_ON, INTERRUPT, LOOK_BEHIND, PREEMPTED, Outcomes
+from kithara_ray.orchestration.outcomes import GO_ON, INTERRUPT, LOOK_BEHIND, PREEMPTED, SAVE, Outcomes
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.orchestration.watchdog import Beat, Heart, Limits
 from kithara_ray.sft.order import BatchOrder, PackedOrder
@@ -125,6 +126,7 @@ class Run:
         preflight.check_process_group(spec.num_workers, spec.platform)
         self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
         self.number, self.saving, self.left = 0, None, None
+        self._saved_for_drain = False
         self.events: list[dict[str, Any]] = []
         self.heart = Heart(self.rank, spec.limits, self._send_beat)
         self._record("begin")
@@ -254,7 +256,7 @@ class Run:
             if number == before + 1:
                 float(metrics["loss"])
                 self._record("first_step", seconds=round(time.monotonic() - began, 2))
-            leave = self.outcomes.look(number - LOOK_BEHIND)
+            vote = self.outcomes.look(number - LOOK_BEHIND)
             due = number % self.spec.log_steps_interval == 0 or number == self.total_steps
             evaluate = self.eval_data and (number == self.total_steps or self._is_evaluated(number))
             if due:
@@ -268,18 +270,21 @@ class Run:
                 mark = time.monotonic()
             if self.saving is not None and self._save(number, bool(evaluate)):
                 mark = time.monotonic()
-            if leave and not self.is_finished:
-                self._leave(leave)
+            if vote > (SAVE if self._saved_for_drain else GO_ON) and not self.is_finished:
+                self._heed(vote)
         self._training_s = time.monotonic() - began
 
     def _vote(self) -> int:
         """What this rank has been asked for since the last step."""
-        if terminated.is_set() or _is_draining():
+        if terminated.is_set():
             return PREEMPTED
-        return INTERRUPT if self.heart.asked == "interrupt" else GO_ON
+        if self.heart.asked == "interrupt":
+            return INTERRUPT
+        return SAVE if _is_draining() and not self._saved_for_drain else GO_ON
 
-    def _leave(self, vote: int) -> None:
-        """All ranks save at this step, and leave.
+    def _heed(self, vote: int) -> None:
+        """All ranks save at this step, and leave; of a node that Ray drains they go on until Ray ends the group, which
+        then starts again by `max_preemption_failures`.
 
         Raises:
             TrainingError: preempted; whether the run then starts again is the failure policy's.
@@ -292,9 +297,11 @@ class Run:
             self.saving.save(self.number, self.state)
             self.saving.settle()
             saved = f"step {self.number} is saved"
+        if vote == SAVE:
+            self._saved_for_drain = True
+            return
         if vote == PREEMPTED:
-            notice = "got SIGTERM" if terminated.is_set() else "is on a node that is drained" if _is_draining() else ""
-            told = agree(f"rank {self.rank} on {socket.gethostname()} {notice}" if notice else "")
+            told = agree(f"rank {self.rank} on {socket.gethostname()} got SIGTERM" if terminated.is_set() else "")
             raise TrainingError(f"preempted: {', '.join(text for text in told if text)}; {saved}")
         self.left = "interrupt"
 
@@ -421,9 +428,11 @@ class Run:
 
 
 def _is_draining() -> bool:
-    """Whether Ray has been told that this process' node will go."""
-    info = ray.train.get_preemption_info()
-    return info is not None and ray.train.get_context().get_world_rank() in info.preempted_ranks
+    """Whether Ray has been told that the node of one of the ranks will go.
+
+    `ray.train.get_preemption_info()` is a barrier of all ranks, by way of an actor; what this process knows is enough.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 class _Phase:
