@@ -164,6 +164,12 @@ def _syncing(file: Path) -> Iterator[None]:
         synced.result()
 
 
+def remove_leftovers(directory: Path) -> None:
+    """What tasks that were killed have left in a local target; none may be running any more."""
+    for path in directory.glob(".*.safetensors.*"):
+        path.unlink()
+
+
 def _check_room(part: Part, scratch: str) -> None:
     """A part with a URL at one end takes disk for its whole files, at both ends twice."""
     infos = part.base.tensors.values()

@@ -24,6 +24,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
 from kithara_ray.orchestration.export_tasks import write_on_cluster
 from kithara_ray.orchestration.remote import head_node_id
+from kithara_ray.orchestration.snapshots import Snapshots, SnapshotWriter
 from kithara_ray.orchestration.watchdog import BEAT_S, Beat, Limits, Watch
 from kithara_ray.sharding.gather import Shard, assemble
 from kithara_ray.train.checkpoint import Checkpoint
@@ -49,6 +50,7 @@ class Coordinator:
         """Forget what an earlier run has sent."""
         self._events: list[dict[str, Any]] = []
         self._shards: dict[int, list[Shard]] = {}
+        self._snapshots = SnapshotWriter()
         self._watch: Watch | None = None
         self._asked: str | None = None
 
@@ -89,6 +91,8 @@ class Coordinator:
     @_asked_again
     def record(self, event: dict[str, Any]) -> None:
         """One event of rank 0: a logged step, a phase of start-up."""
+        if event["kind"] == "begin":
+            self._snapshots.forget()
         self._events.append(event)
 
     @_asked_again
@@ -100,6 +104,16 @@ class Coordinator:
     def put_shards(self, rank: int, shards: list[Shard]) -> None:
         """What one rank held of the adapter."""
         self._shards[rank] = shards
+
+    def check_snapshots(self, settings: Snapshots, may_resume: bool) -> None:
+        """See `Snapshots.check`."""
+        settings.check(may_resume)
+
+    def put_snapshot(self, step: int, rank: int, shards: list[Shard], destination: str, **about: Any) -> None:
+        """What one rank held of the adapter after a step; see `SnapshotWriter.put`."""
+        event = self._snapshots.put(step, rank, shards, destination, **about)
+        if event is not None:
+            self._events.append(event)
 
     @_asked_again
     def adapter(

@@ -14,16 +14,18 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import launch, preflight
+from kithara_ray.orchestration import launch, planned, preflight
 from kithara_ray.orchestration.backend import WorkerBackend
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.watchdog import Limits
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
@@ -49,6 +51,7 @@ class TrainResult:
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps", "early_stopping" or "interrupt".
         skipped: the steps that were left out by on_nan="skip": step, rows.
+        exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
     """
 
     metrics: dict[str, float]
@@ -60,6 +63,7 @@ class TrainResult:
     best_checkpoint: str | None = None
     stopped: str = "steps"
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    exports: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -82,7 +86,8 @@ class Trainer:
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; by default the devices of a TPU slice on `fsdp`, the slices on `data`.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
-            "dots", also the results of products with weights, faster where the memory is there.
+            "dots", also the results of products with weights, faster where the memory is there; "nested", the inputs
+            of a few blocks, slower by a forward pass, for the largest models.
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.
@@ -91,6 +96,9 @@ class Trainer:
         step_timeout_s: without progress for so long, the run is ended by the name of the rank that holds it up; None
             waits for ever.
         startup_timeout_s: the same, for each phase before the first step.
+        export_every_steps: write the adapter of every so many steps while training goes on, as a PEFT directory.
+        export_dir: where these go, `<export_dir>/step-000100`: local to the head node, or `gs://...`, `s3://...`;
+            `adapters` in the run's directory by default.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
     """
@@ -121,6 +129,8 @@ class Trainer:
         on_nan: str = "stop",
         step_timeout_s: float | None = 600.0,
         startup_timeout_s: float = 3600.0,
+        export_every_steps: int | None = None,
+        export_dir: str | None = None,
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
     ):
@@ -141,6 +151,7 @@ class Trainer:
             "max_eval_samples": max_eval_samples,
             "cpu_devices_per_worker": cpu_devices_per_worker,
             "gradient_accumulation_steps": gradient_accumulation_steps,
+            "export_every_steps": export_every_steps,
         }
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -171,6 +182,7 @@ class Trainer:
             )
         self.run_config = run_config or RunConfig()
         self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
+        self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config)
         self.cpu_devices_per_worker = cpu_devices_per_worker
         self.mesh = mesh
         self.remat = remat
@@ -189,6 +201,8 @@ class Trainer:
 
         Raises:
             DataError: a bad row, or nothing to train on.
+            ConfigError: the step does not fit the chips of the TPU slice; what to try.
+            DestinationError: `export_dir` cannot be written, or holds adapters of another run.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
             KeyboardInterrupt: the run was interrupted; the adapter so far is in `model`, and saved.
@@ -197,9 +211,14 @@ class Trainer:
         self.model.release()
         coordinator = self.model.coordinator()
         ray.get(coordinator.start_run.remote())
+        if self.snapshots is not None:
+            remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
+            if self.scaling_config.use_tpu:
+                progress.phase("plan")
+            spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
             progress.phase("schedule")
             self._check_cluster()
             result = self._fit(spec)
@@ -208,6 +227,7 @@ class Trainer:
         saved = summary.get("checkpoint")
         tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
         self.model.set_adapter(tensors)
+        self.model.run = _about(spec, one_history(events))
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
@@ -239,6 +259,7 @@ class Trainer:
             checkpointer=self.checkpointer,
             on_nan=self.on_nan,
             limits=self.limits,
+            snapshots=self.snapshots,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
@@ -289,6 +310,17 @@ class Trainer:
         return launch.fit(trainer, spec.coordinator)
 
 
+def _snapshots(every: int | None, directory: str | None, run_config: RunConfig) -> Snapshots | None:
+    if every is None:
+        if directory is not None:
+            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
+        return None
+    if directory is not None and directory.startswith("hf://"):
+        raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")
+    default = join(str(run_config.storage_path), run_config.name, "adapters")
+    return Snapshots(every, absolute(str(directory or default)))
+
+
 def _portable(optimizer: Any) -> tuple[str, Any]:
     """An optimizer as it is carried to the workers."""
     if hasattr(optimizer, "stateless_apply") and hasattr(optimizer, "get_config"):
@@ -307,7 +339,8 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
 def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
     return DataSpec(
         store=tokenize(loader.dataset),
-        rows_per_device=loader.per_device_batch_size * micro_batches,
+        # "auto" begins with one row; see planned.fitted.
+        rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size) * micro_batches,
         packed_len=loader.dataset.max_seq_len if loader.packing else None,
         shuffle=loader.shuffle,
         seed=loader.seed,
@@ -320,11 +353,41 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         if event["kind"] == "begin":
             kept = []
-        elif event["kind"] in ("resumed", "finished"):
+        elif event["kind"] == "resumed":
             kept = list(event["events"])
+        elif event["kind"] == "finished":
+            # Adapters that were written meanwhile are told by the coordinator alone.
+            kept = list(event["events"]) + [told for told in kept if told["kind"] == "export"]
         else:
             kept.append(event)
     return kept
+
+
+def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """How a model was trained, as plain data: for run.json and the model card of its exports."""
+
+    def last(kind: str) -> dict[str, Any]:
+        rows = [event for event in events if event["kind"] == kind]
+        return {name: value for name, value in rows[-1].items() if name != "kind"} if rows else {}
+
+    kind, value = spec.optimizer
+    config = value["config"] if kind == "keras" else {}
+    plain = {name: item for name, item in config.items() if isinstance(item, (int, float, str)) and name != "name"}
+    about = {
+        "optimizer": value["class_name"] if kind == "keras" else kind,
+        "optimizer_settings": plain,
+        "rows_per_device_and_step": spec.train.rows_per_device,
+        "micro_batches": spec.micro_batches,
+        "workers": spec.num_workers,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "data_fingerprint": spec.train.store.content,
+        "rows": len(spec.train.store.lengths),
+        "packed_to": spec.train.packed_len,
+        "last_step": {name: last("step")[name] for name in ("step", "epoch", "loss") if name in last("step")},
+        "evaluation": last("eval"),
+    }
+    return {name: value for name, value in about.items() if value not in (None, "", {})}
 
 
 def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) -> TrainResult:
@@ -348,4 +411,5 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         best_checkpoint=summary.get("best_checkpoint"),
         stopped=summary.get("stopped") or "steps",
         skipped=rows("skipped"),
+        exports=rows("export"),
     )

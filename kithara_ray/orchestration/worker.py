@@ -17,6 +17,7 @@ from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.backend import terminated
 from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.outcomes import GO_ON, INTERRUPT, LOOK_BEHIND, PREEMPTED, SAVE, Outcomes
+from kithara_ray.orchestration.snapshots import Snapshots, SnapshotSender
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.orchestration.watchdog import Beat, Heart, Limits
 from kithara_ray.sft.order import BatchOrder, PackedOrder
@@ -59,6 +60,7 @@ class RunSpec:
         checkpointer: where the run is saved and goes on from; None saves nothing.
         on_nan: "stop" or "skip", for a step whose loss or gradient is not finite.
         limits: seconds without progress that end the run.
+        snapshots: adapters written while it goes on; None writes none.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
@@ -84,6 +86,7 @@ class RunSpec:
     checkpointer: Checkpointer | None
     on_nan: str
     limits: Limits
+    snapshots: Snapshots | None
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
@@ -125,7 +128,7 @@ class Run:
         }
         preflight.check_process_group(spec.num_workers, spec.platform)
         self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
-        self.number, self.saving, self.left = 0, None, None
+        self.number, self.saving, self.snapshots, self.left = 0, None, None, None
         self._saved_for_drain = False
         self.events: list[dict[str, Any]] = []
         self.heart = Heart(self.rank, spec.limits, self._send_beat)
@@ -200,6 +203,10 @@ class Run:
                 self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        if spec.snapshots is not None:
+            about = {"num_ranks": spec.num_workers, "shapes": self.model.adapter_shapes}
+            about |= {"config": spec.lora, "base": spec.base}
+            self.snapshots = SnapshotSender(spec.snapshots, spec.coordinator, self.rank, about)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
 
     @property
@@ -270,8 +277,12 @@ class Run:
                 mark = time.monotonic()
             if self.saving is not None and self._save(number, bool(evaluate)):
                 mark = time.monotonic()
+            if self.snapshots is not None:
+                self.snapshots.after(number, lambda: self.model.adapter_shards(self.state["params"], self.rank))
             if vote > (SAVE if self._saved_for_drain else GO_ON) and not self.is_finished:
                 self._heed(vote)
+        if self.snapshots is not None:
+            self.snapshots.wait()
         self._training_s = time.monotonic() - began
 
     def _vote(self) -> int:
