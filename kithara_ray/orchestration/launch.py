@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptibleTrainer(JaxTrainer):
-    """Attributes: coordinator: asked to stop the run; set before `fit`."""
+    """Attributes: coordinator: asked to stop the run, set before `fit`; None: an interrupt ends it at once."""
 
-    coordinator: ray.actor.ActorHandle
+    coordinator: ray.actor.ActorHandle | None
     interrupts = 0
 
     def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
@@ -31,7 +31,7 @@ class InterruptibleTrainer(JaxTrainer):
 
         def on_interrupt(signum, frame) -> None:
             self.interrupts += 1
-            if self.interrupts == 1:
+            if self.interrupts == 1 and self.coordinator is not None:
                 logger.warning("interrupted: saving and leaving after the step; once more to end the run at once")
                 self.coordinator.ask.remote("interrupt")
                 return
@@ -55,7 +55,7 @@ def sigint_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle) -> Result:
+def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle | None) -> Result:
     """Run to the end.
 
     Raises:
@@ -70,11 +70,14 @@ def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle) -> Re
     except ray.exceptions.RayActorError as error:
         raise TrainingError(f"Ray's controller of the run died: {_one_line(error)}") from error
     finally:
-        coordinator.stop_watching.remote()
+        if coordinator is not None:
+            coordinator.stop_watching.remote()
 
 
-def _stalled(coordinator: ray.actor.ActorHandle) -> str | None:
+def _stalled(coordinator: ray.actor.ActorHandle | None) -> str | None:
     """Why the watchdog ended the last attempt, if it did."""
+    if coordinator is None:
+        return None
     try:
         events = ray.get(coordinator.events.remote(0), timeout=30)
     except ray.exceptions.RayError:

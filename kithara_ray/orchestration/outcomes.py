@@ -68,7 +68,8 @@ class Outcomes:
     def _not_finite(self, step: int) -> None:
         rows = self.rows_of(step)
         shown = ", ".join(map(str, rows[:_SHOWN_ROWS])) + (", ..." if len(rows) > _SHOWN_ROWS else "")
-        what = f"step {step}: the loss or its gradient is not finite; the batch holds rows {shown} of the dataset"
+        what = f"step {step}: the loss or its gradient is not finite"
+        what += f"; the batch holds rows {shown} of the dataset" if rows else ""
         if self.on_nan == "stop":
             raise TrainingError(
                 f"{what}. Look at these rows, lower the learning rate, or give Trainer(on_nan='skip') to leave such "

@@ -48,6 +48,11 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
     Raises:
         ConfigError: it does not fit, and what to try; or `auto` where the slice is not known.
     """
+    if spec.lora is None or spec.quantize is not None:
+        if auto:
+            what = "trains all weights" if spec.lora is None else "holds its base as int8"
+            raise ConfigError(f'per_device_batch_size="auto": plans are of LoRA runs, this one {what}')
+        return spec
     found = slice_of_run(scaling, spec.platform)
     # All weights trained is another program, which is not planned.
     if found is None or spec.lora is None:
@@ -99,8 +104,7 @@ def _refusal(made: Plan) -> str:
 def arguments_of(spec: Any, slices: int = 1) -> tuple[str, int, dict[str, Any]]:
     """(base, T, settings of `plan`) of a run's spec; of one slice where it runs on several."""
     data = spec.train
-    packed = data.packed_len is not None
-    shape = data.store.packed_shape(spec.platform, data.packed_len) if packed else data.store.batch_shape(spec.platform)
+    shape = data.store.shapes(spec.platform, data.packed_len, data.buckets)[-1]
     mesh = spec.mesh or MeshShape()
     if slices > 1 and mesh.data % slices == 0:
         mesh = dataclasses.replace(mesh, data=mesh.data // slices)

@@ -27,9 +27,7 @@ STEPS, EVERY = 8, 3
 
 def make_trainer(directory, out, workers=2, devices=2, failures=0, **kwargs):
     """22 rows in batches of 8: the epoch turns twice, and dropout depends on the step."""
-    model = KerasHubModel.from_preset(
-        str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32"
-    )
+    model = KerasHubModel.from_preset(str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32")
     data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
     held_out = SFTDataset(tiny.rows(5), tokenizer_handle=str(directory))
     options = dict(seed=2, checkpointer=Checkpointer(out / "checkpoints", save_interval_steps=EVERY, max_to_keep=2))
@@ -194,7 +192,7 @@ def test_a_rank_that_is_told_to_go_takes_all_with_it_at_one_step(undisturbed, ti
     resumed = []
     follow(monkeypatch, resumed)
     result = trainer.train()
-    assert [event["step"] for event in resumed] == [6]
+    assert {event["step"] for event in resumed} == {6}
     assert losses(result) == losses(expected)
     for name, tensor in reference.model.adapter.items():
         np.testing.assert_array_equal(trainer.model.adapter[name], tensor, err_msg=name)
@@ -228,7 +226,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_its_rows(tiny_models, cluster
     monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
     trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=2, log_steps_interval=8)
     # Batch 0 of the second epoch, by the order that the seed gives.
-    order = BatchOrder(22, 8, seed=1)
+    order = BatchOrder(size=22, batch_rows=8, seed=1)
     rows = sorted(int(row) for row in np.concatenate(order.batch(3)))
     with pytest.raises(TrainingError, match=f"step 4: .* holds rows {', '.join(map(str, rows))} of the dataset"):
         trainer.train()
