@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean bench-step bench-load
+.PHONY: quickstart test lint families clean bench-step bench-load
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -31,6 +31,9 @@ test: $(VENV)/.test lint  ## the whole test suite
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
+
+families:  ## README's table of families, from the parity suite
+	@$(PYTHON) tests/readme_families.py
 
 $(VENV)/.bench: $(VENV)/.test
 	@$(BIN)/pip install -q -e ".[bench]"

@@ -23,7 +23,7 @@ from keras.src.backend.common import global_state
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model import attention, lora, stack, weights
+from kithara_ray.model import attention, lora, ports, stack, weights
 from kithara_ray.model.dropout import dropping
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, REMAT
@@ -83,7 +83,9 @@ class CausalLM:
 
         `dropout_key` drops what side paths are given, where the LoRA settings say so; None drops nothing.
         """
-        inputs = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT}
+        positions_BT = jnp.broadcast_to(jnp.arange(token_ids_BT.shape[1]), token_ids_BT.shape)
+        given = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT, "position_ids": positions_BT}
+        inputs = {symbolic.name: given[symbolic.name] for symbolic in self.model.backbone.inputs}
         with self.bind(factors, frozen, unstack=not self.scan):
             if not self.scan:
                 with dropping(dropout_key):
@@ -131,7 +133,7 @@ class CausalLM:
         ]
         if factors:
             pairs += self._each_factor(factors, unstack)
-        seeds = (variable for variable in self.model.variables if weights.is_seed(variable))
+        seeds = (variable for variable in self.model.variables if ports.is_seed(variable))
         return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
 
     def _each_factor(self, factors: Factors, unstack: bool) -> Iterator[tuple[keras.Variable, jax.Array]]:
@@ -158,7 +160,7 @@ class CausalLM:
         def all_steps(variable: keras.Variable) -> jax.Array:
             if id(variable) in arrays:
                 return arrays[id(variable)]
-            if weights.is_seed(variable):
+            if ports.is_seed(variable):
                 return jnp.zeros((self.chain.steps, *variable.shape), variable.dtype)
             return self._whole(jnp.stack([single[id(peer)] for peer in peers[id(variable)]]))
 
@@ -312,12 +314,12 @@ def build(
     with _without_values():
         backbone = family.build(config, keras.DTypePolicy(precision))
     model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
-    ports = weights.record_ports(family.converter, model, config)
+    recorded = ports.record_ports(family.converter, model, config)
     with _without_values():
-        targets = lora.inject(backbone, ports, lora_config) if lora_config else []
+        targets = lora.inject(backbone, recorded, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
-    slots = weights.slots(backbone, ports, chain if scan else None)
+    slots = weights.slots(backbone, recorded, chain if scan else None)
     factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
     dropout = lora_config.lora_dropout if lora_config else 0.0
     return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat, dropout)

@@ -16,7 +16,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS
-from kithara_ray.model.targets import check_targets, linear_modules_of
+from kithara_ray.model.targets import check_targets, linear, modules_of
 from kithara_ray.orchestration.coordinator import start_coordinator
 from kithara_ray.orchestration.paths import absolute
 
@@ -33,7 +33,7 @@ def _lora_config(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig
     """LoRA's settings as the user gave them, "all-linear" spelled out."""
     targets = settings.pop("target_modules")
     if targets == "all-linear":
-        targets = sorted({module.rpartition(".")[2] for module in linear_modules_of(base)})
+        targets = sorted({module.rpartition(".")[2] for module in linear(modules_of(base))})
     if settings["init_lora_weights"] is False:
         raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
     patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
@@ -108,7 +108,8 @@ class KerasHubModel:
             lora_alpha: the update is scaled by alpha / rank; the default is alpha = rank, as in Kithara.
             lora_dropout: share of what the side paths are given that is dropped in training.
             target_modules: PEFT's names of the layers to adapt: a name, a list of names or of dotted endings
-                ("layers.3.mlp.up_proj"), or "all-linear" for all but embeddings and head.
+                ("layers.3.mlp.up_proj"), or "all-linear" for all linear layers but the head; of a mixture of experts,
+                its attention.
             use_rslora: scale by alpha / sqrt(rank).
             rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
             init_lora_weights: True draws A as PEFT does (kaiming), "gaussian" from a normal of deviation 1 / rank.
@@ -147,7 +148,7 @@ class KerasHubModel:
         if lora_rank is None:
             raise UnsupportedError("lora_rank=None (training all weights) is not available yet; give lora_rank=16")
         lora = _lora_config(lora_rank, base, **settings)
-        check_targets(lora, linear_modules_of(base))
+        check_targets(lora, modules_of(base))
         return cls(handle, lora, precision)
 
     @classmethod
@@ -164,7 +165,7 @@ class KerasHubModel:
                 "give allow_other_base=True"
             )
         loaded.validate(base)
-        check_targets(loaded.config, linear_modules_of(base))
+        check_targets(loaded.config, modules_of(base))
         model = cls(handle, loaded.config, precision)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
         return model
