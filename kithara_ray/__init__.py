@@ -7,12 +7,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kithara_ray.orchestration.checkpointer import Checkpointer
     from kithara_ray.orchestration.data import Dataloader, SFTDataset, TextCompletionDataset
     from kithara_ray.orchestration.model import KerasHubModel
     from kithara_ray.orchestration.trainer import Trainer, TrainResult
     from kithara_ray.sharding.shape import MeshShape
 
 _HOMES = {
+    "Checkpointer": "kithara_ray.orchestration.checkpointer",
     "Dataloader": "kithara_ray.orchestration.data",
     "KerasHubModel": "kithara_ray.orchestration.model",
     "MeshShape": "kithara_ray.sharding.shape",
@@ -23,6 +25,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Checkpointer",
     "Dataloader",
     "KerasHubModel",
     "MeshShape",

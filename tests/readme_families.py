@@ -11,7 +11,7 @@ _PLAIN = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 
 
 def table() -> str:
-    lines = ["| `model_type` | `\"all-linear\"` adapts | tested with |", "|---|---|---|"]
+    lines = ['| `model_type` | `"all-linear"` adapts | tested with |', "|---|---|---|"]
     for family in sorted(SIZES):
         fields = ", ".join(f"`{name}`" for name in sorted(SIZES[family].keys() - _PLAIN))
         targets = ", ".join(TARGETS[family])

@@ -9,6 +9,7 @@ HEAVY = {"jax", "keras", "keras_hub", "ray", "torch", "tensorflow"}
 ROOMS = {
     "kithara_ray": (["kithara_ray"], HEAVY),
     "errors": (["kithara_ray.errors"], HEAVY),
+    "command line": (["kithara_ray.cli"], HEAVY | {"pydantic", "transformers"}),
     "hf": (
         [f"kithara_ray.hf.{name}" for name in ("storage", "checkpoint", "adapter", "merge", "export")],
         HEAVY,

@@ -1,4 +1,7 @@
-"""A PEFT LoRA adapter: factors A (r, in) and B (out, r) per module, read, checked and written as PEFT's files."""
+"""A PEFT LoRA adapter: factors A (r, in), B (out, r) and with DoRA a magnitude (out,) per module.
+
+Read, checked and written as PEFT's files.
+"""
 
 import json
 import logging
@@ -22,6 +25,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
+MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
+_SUFFIXES = (A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX)
 WEIGHT_SUFFIX = ".weight"
 DTYPES = ("F32", "BF16", "F16")
 
@@ -35,15 +40,21 @@ def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ..
 @dataclass
 class Adapter:
     """`tensors` holds `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r), where `<module>.weight`
-    (out, in) is a tensor of the base, for example `model.layers.0.self_attn.q_proj`. float32, bfloat16 or float16."""
+    (out, in) is a tensor of the base, for example `model.layers.0.self_attn.q_proj`; with `config.use_dora` also
+    `<module>.lora_magnitude_vector` (out,). float32, bfloat16 or float16."""
 
     config: LoraConfig
     tensors: dict[str, np.ndarray]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names that have an A or a B, sorted."""
-        return tuple(sorted({name.removesuffix(A_SUFFIX).removesuffix(B_SUFFIX) for name in self.tensors}))
+        """Names that have an A, a B or a magnitude, sorted."""
+        return tuple(sorted({_module_of(name) for name in self.tensors}))
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What the names of a module's tensors end in."""
+        return _SUFFIXES if self.config.use_dora else (A_SUFFIX, B_SUFFIX)
 
     @property
     def parameters(self) -> int:
@@ -51,8 +62,9 @@ class Adapter:
 
     @property
     def is_zero(self) -> bool:
-        """Whether every B is zero, as before training: the adapter changes nothing."""
-        return not any(np.any(array) for name, array in self.tensors.items() if name.endswith(B_SUFFIX))
+        """Whether every B is zero and there are no magnitudes, as before training: the adapter changes nothing."""
+        changes = (np.any(array) for name, array in self.tensors.items() if name.endswith(B_SUFFIX))
+        return not self.config.use_dora and not any(changes)
 
     def a(self, module: str) -> np.ndarray:
         """lora_A of a module, (r, in)."""
@@ -62,9 +74,13 @@ class Adapter:
         """lora_B of a module, (out, r)."""
         return self.tensors[module + B_SUFFIX]
 
+    def magnitude(self, module: str) -> np.ndarray:
+        """lora_magnitude_vector of a module, (out,); of a DoRA adapter alone."""
+        return self.tensors[module + MAGNITUDE_SUFFIX]
+
     def only(self, modules: Iterable[str]) -> "Adapter":
-        """The factors of some of its modules, under the same config."""
-        names = (module + suffix for module in modules for suffix in (A_SUFFIX, B_SUFFIX))
+        """The tensors of some of its modules, under the same config."""
+        names = (module + suffix for module in modules for suffix in self.suffixes)
         return Adapter(self.config, {name: self.tensors[name] for name in names})
 
     def cast(self, dtype: np.dtype) -> "Adapter":
@@ -85,6 +101,8 @@ class Adapter:
             rank = self.config.rank_of(module)
             self._expect_shape(module + A_SUFFIX, (rank, shape[1]), weight, shape)
             self._expect_shape(module + B_SUFFIX, (shape[0], rank), weight, shape)
+            if self.config.use_dora:
+                self._expect_shape(module + MAGNITUDE_SUFFIX, (shape[0],), weight, shape)
         missing = sorted(set(target_modules_of(self.config, base)) - set(self.modules))
         if missing:
             raise AdapterError(
@@ -97,21 +115,24 @@ class Adapter:
         if not self.tensors:
             raise AdapterError("the adapter holds no tensor; train it or give another directory")
         for name, array in self.tensors.items():
-            if not name.endswith((A_SUFFIX, B_SUFFIX)):
-                raise AdapterError(f"{name}: expected a name ending in {A_SUFFIX} or {B_SUFFIX}")
+            if not name.endswith(self.suffixes):
+                use = "" if self.config.use_dora else ", as use_dora is off"
+                raise AdapterError(f"{name}: expected a name ending in {_listed(self.suffixes)}{use}")
             if TAGS.get(array.dtype) not in DTYPES:
                 raise AdapterError(f"{name}: expected dtype float32, bfloat16 or float16, found {array.dtype}")
-            if array.ndim != 2:
-                raise AdapterError(f"{name}: expected 2 dimensions, found shape {array.shape}")
+            dims = 1 if name.endswith(MAGNITUDE_SUFFIX) else 2
+            if array.ndim != dims:
+                raise AdapterError(f"{name}: expected {dims} dimensions, found shape {array.shape}")
             bad = array.size - np.count_nonzero(np.isfinite(array.astype(np.float32)))
             if bad:
                 raise AdapterError(f"{name}: {bad} of {array.size} values are not finite; lower the learning rate")
         for module in self.modules:
-            for mine, other in ((A_SUFFIX, B_SUFFIX), (B_SUFFIX, A_SUFFIX)):
-                if module + mine not in self.tensors:
-                    raise AdapterError(f"{module}{mine} is missing although {module}{other} is there")
+            there = [suffix for suffix in self.suffixes if module + suffix in self.tensors]
+            for suffix in self.suffixes:
+                if suffix not in there:
+                    raise AdapterError(f"{module}{suffix} is missing although {module}{there[0]} is there")
             if not self.config.matches(module):
-                raise AdapterError(f"{module}: not a target of target_modules={self.config.target_modules}")
+                raise AdapterError(f"{module}: not a target of target_modules={self.config.target_modules!r}")
             rank, rank_a, rank_b = self.config.rank_of(module), self.a(module).shape[0], self.b(module).shape[1]
             if (rank_a, rank_b) != (rank, rank):
                 raise AdapterError(f"{module}: expected rank {rank}, found {rank_a} in lora_A and {rank_b} in lora_B")
@@ -128,8 +149,8 @@ class Adapter:
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {PEFT_PREFIX + name: array for name, array in self.tensors.items()}
         write_arrays(directory / ADAPTER_WEIGHTS, arrays, {"format": "pt"})
-        found = _used_targets(self.config, self.modules)
-        peft_config = self.config.to_peft(base_model_name_or_path, found, revision)
+        # PEFT refuses no entry that matches nothing, but vLLM reads the list.
+        peft_config = self.config.to_peft(base_model_name_or_path, self.modules, revision)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         log.info("wrote adapter: modules=%d parameters=%d directory=%s", len(self.modules), self.parameters, directory)
 
@@ -149,9 +170,9 @@ class Adapter:
             raise AdapterError(str(error)) from error
         tensors = {}
         for name, info in infos.items():
-            if not name.startswith(PEFT_PREFIX) or not name.endswith((A_SUFFIX, B_SUFFIX)):
+            if not name.startswith(PEFT_PREFIX) or not name.endswith(_SUFFIXES):
                 raise UnsupportedError(
-                    f"{weights_path}: tensor {name!r} is not {PEFT_PREFIX}<module>{A_SUFFIX} or {B_SUFFIX}; "
+                    f"{weights_path}: tensor {name!r} is not {PEFT_PREFIX}<module> and {_listed(_SUFFIXES)}; "
                     "embedding, bias and saved-module adapters are not supported"
                 )
             tensors[name.removeprefix(PEFT_PREFIX)] = read_array(info)
@@ -160,6 +181,10 @@ class Adapter:
         return adapter
 
 
-def _used_targets(config: LoraConfig, modules: Iterable[str]) -> tuple[str, ...]:
-    """The entries of target_modules that name at least one module: PEFT refuses none, but vLLM reads the list."""
-    return tuple(t for t in config.target_modules if any(m == t or m.endswith(f".{t}") for m in modules))
+def _module_of(name: str) -> str:
+    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+    return name.removesuffix(suffix)
+
+
+def _listed(suffixes: tuple[str, ...]) -> str:
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"

@@ -49,6 +49,8 @@ def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
     notes, config = [], adapter.config
     if max_lora_rank(adapter) is None:
         notes.append(f"vLLM serves adapters of rank {VLLM_RANKS[-1]} at most; serve the merged layout")
+    if config.use_dora:
+        notes.append("vLLM does not serve DoRA adapters; serve the merged layout")
     scales = {config.scale_of(module) for module in adapter.modules}
     if len(scales) > 1:
         notes.append(
@@ -75,10 +77,13 @@ def model_card(base_name: str, adapter: Adapter, report: dict) -> str:
     settings = {
         "base": f"`{name}`" + (f" at revision `{revision}`" if revision else ""),
         "fingerprint of the base": f"`{report['base']['fingerprint']}`" if report["base"]["fingerprint"] else None,
-        "target modules": ", ".join(f"`{target}`" for target in config.target_modules),
+        "target modules": f"all that match `{config.target_modules}`"
+        if isinstance(config.target_modules, str)
+        else ", ".join(f"`{target}`" for target in config.target_modules),
         "rank": str(config.r) + (f", and {config.rank_pattern}" if config.rank_pattern else ""),
         "alpha": f"{config.alpha:g}" + (f", and {config.alpha_pattern}" if config.alpha_pattern else ""),
         "scale": "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank",
+        "magnitudes": "trained apart (DoRA)" if config.use_dora else None,
         "adapted modules, parameters": f"{len(adapter.modules)}, {adapter.parameters:,}",
         "dtype": "as in the base" if report["dtype"] == "auto" else report["dtype"],
         "tensors": ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in report["tensors"].items()) or None,

@@ -1,4 +1,5 @@
-"""W' = W + scale * (B @ A), bit for bit what torch and PEFT compute on a CPU, without torch.
+"""W' = W + scale * (B @ A), and DoRA's W' = m * (W + scale * (B @ A)) / ||rows||, bit for bit what torch and PEFT
+compute on a CPU, without torch.
 
 Legend: O out features, I in features, R rank, N single elements.
 
@@ -29,6 +30,7 @@ CHAIN_ELEMENTS = 1 << 15  # float64 scratch of 256 KiB each: stays in the L2 cac
 UNIT_ROUNDOFF = 2.0**-24
 LOW_BITS = (1 << 29) - 1  # what float64 has below float32's last bit
 TIE = 1 << 28
+NORM_LANES = 8  # of torch.linalg.norm over rows, torch 2.13 with AVX2
 
 
 def k_chunks(r: int) -> list[tuple[int, int]]:
@@ -109,6 +111,46 @@ def merged_rows(
         if out_dtype == FLOAT32:
             return w_OI + chain_product(b_OR, a_RI) * scale_32
         return _merged_16(w_OI, b_OR, a_RI, scale_32, out_dtype)
+
+
+def dora_rows(
+    w_OI: np.ndarray,
+    b_OR: np.ndarray,
+    a_RI: np.ndarray,
+    scale: float,
+    magnitude_O: np.ndarray,
+    out_dtype: np.dtype | None = None,
+) -> np.ndarray:
+    """magnitude * V / ||V|| by rows, V = W + scale * (B @ A): what PEFT merges for DoRA. Else as `merged_rows`.
+
+    A row of zeros has no direction: it becomes NaN, as PEFT's does.
+    """
+    out_dtype = w_OI.dtype if out_dtype is None else np.dtype(out_dtype)
+    w_OI, b_OR, a_RI = (np.ascontiguousarray(x, np.float32) for x in (w_OI, b_OR, a_RI))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        v_OI = w_OI + chain_product(b_OR, a_RI) * np.float32(scale)
+        v_OI *= (magnitude_O.astype(np.float32) / row_norms(v_OI))[:, None]
+        return v_OI.astype(out_dtype, copy=False)
+
+
+def row_norms(v_OI: np.ndarray) -> np.ndarray:
+    """torch.linalg.norm(v, dim=1), float32 (O,), in its order: squares added up in 8 lanes, these one to another, then
+    what is left over of the row: four by plain additions where there are four, and one by one, fused.
+    """
+    n_out, n_in = v_OI.shape
+    whole = n_in - n_in % NORM_LANES
+    lanes = np.zeros((n_out, NORM_LANES), np.float32)
+    for begin in range(0, whole, NORM_LANES):
+        lanes += np.square(v_OI[:, begin : begin + NORM_LANES])
+    total = lanes[:, 0].copy()
+    for lane in range(1, NORM_LANES):
+        total += lanes[:, lane]
+    fused = whole + (4 if n_in - whole >= 4 else 0)
+    for column in range(whole, fused):
+        total += np.square(v_OI[:, column])
+    for column in range(fused, n_in):
+        _fma(total, np.square(v_OI[:, column], dtype=np.float64), np.empty(n_out))
+    return np.sqrt(total)
 
 
 def _merged_16(

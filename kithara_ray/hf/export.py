@@ -113,7 +113,8 @@ def _write(
         counts = {key: sum(file.counts[key] for file in written) for key in written[0].counts}
         checks.append("checkpoint reopened; untouched tensors equal the base's bit by bit")
         if merged:
-            checks.append("sampled rows of every merged tensor equal W + scale * B @ A in float64 up to rounding")
+            formula = "magnitude * (W + scale * B @ A) / its norm" if adapter.config.use_dora else "W + scale * B @ A"
+            checks.append(f"sampled rows of every merged tensor equal {formula} in float64 up to rounding")
     if layout is not Layout.MERGED:
         target = stage.directory / ADAPTER_DIRECTORY if layout is Layout.SEPARATE else stage.directory
         final = adapter.cast(NUMPY_DTYPES[CAST_TAGS[dtype]]) if check_dtype(dtype) else adapter

@@ -8,6 +8,8 @@ from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 
+ALL_LINEAR = "all-linear"  # PEFT's word, in any case, for every linear layer but the head
+
 # Initialisations that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA replace its weights by residuals.
 INITIALISATIONS = (True, False, "gaussian")
 
@@ -22,7 +24,7 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
 _NEUTRAL = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
 _HONOURED = frozenset(
     {"alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern"}
-    | {"target_modules", "task_type", "use_rslora"}
+    | {"target_modules", "task_type", "use_dora", "use_rslora"}
 )
 
 
@@ -31,15 +33,18 @@ class LoraConfig:
     """What PEFT's LoraConfig means by these names; `lora_alpha=None` means `r` (scale 1), as in Kithara.
 
     r: rank of every module that rank_pattern does not name.
-    target_modules: a module is a target when its name equals an entry or ends with "." + entry.
+    target_modules: a module is a target when its name equals an entry or ends with "." + entry; or one string, a
+        regular expression that matches the whole name.
+    use_dora: the update turns each row of the weight, and a trained vector gives the rows' lengths (arXiv:2402.09353).
     rank_pattern, alpha_pattern: regular expression -> value, matched as PEFT does against the end of the module name.
     """
 
     r: int = 16
     lora_alpha: float | None = None
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: str | bool = True
@@ -48,14 +53,6 @@ class LoraConfig:
         _check_rank("lora_rank", self.r)
         if self.lora_alpha is not None:
             _check_alpha("lora_alpha", self.lora_alpha)
-        if isinstance(self.target_modules, str):
-            raise ConfigError(
-                f"target_modules must be a tuple of module names, got the string {self.target_modules!r}; "
-                'write ("q_proj", "v_proj"); regular expressions are not supported'
-            )
-        targets = tuple(self.target_modules or ())
-        if not targets or not all(isinstance(name, str) and name for name in targets):
-            raise ConfigError(f"target_modules must name at least one module, got {self.target_modules!r}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         for key, rank in _checked_patterns("rank_pattern", self.rank_pattern).items():
@@ -66,7 +63,7 @@ class LoraConfig:
             raise UnsupportedError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}"
             )
-        object.__setattr__(self, "target_modules", targets)
+        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
 
@@ -87,16 +84,22 @@ class LoraConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def matches(self, module: str) -> bool:
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
         return any(module == target or module.endswith(f".{target}") for target in self.target_modules)
 
     def to_peft(
-        self, base_model_name_or_path: str, target_modules: Iterable[str] | None = None, revision: str | None = None
+        self, base_model_name_or_path: str, found: Iterable[str] | None = None, revision: str | None = None
     ) -> dict[str, Any]:
-        """adapter_config.json. `target_modules` narrows the targets to those found in the model (None: as configured).
+        """adapter_config.json. `found` are the adapted modules, for which entries of target_modules that match none of
+        them are left out (None: as configured).
 
         Fields that PEFT adds by default are spelled out where other readers (vLLM) look for them.
         """
-        found = self.target_modules if target_modules is None else tuple(target_modules)
+        targets = self.target_modules
+        if not isinstance(targets, str):
+            used = [t for t in targets if found is None or any(m == t or m.endswith(f".{t}") for m in found)]
+            targets = sorted(set(used))
         return {
             "alpha_pattern": {key: _plain(alpha) for key, alpha in self.alpha_pattern.items()},
             "auto_mapping": None,
@@ -116,10 +119,10 @@ class LoraConfig:
             "r": self.r,
             "rank_pattern": dict(self.rank_pattern),
             "revision": revision,
-            "target_modules": sorted(set(found)),
+            "target_modules": targets,
             "target_parameters": None,
             "task_type": "CAUSAL_LM",
-            "use_dora": False,
+            "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         }
 
@@ -138,16 +141,17 @@ class LoraConfig:
                     "merge such an adapter with PEFT, or train without it"
                 )
         targets = peft_config.get("target_modules")
-        if not isinstance(targets, list | tuple | set | frozenset):
+        if not isinstance(targets, list | tuple | set | frozenset | str):
             raise UnsupportedError(
                 f"adapter_config.json: target_modules={targets!r} is not supported; write the module names as a list"
             )
         return cls(
             r=peft_config.get("r", 8),  # PEFT's own defaults for what the file leaves out
             lora_alpha=peft_config.get("lora_alpha", 8),
-            target_modules=tuple(sorted(targets)),
+            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
             lora_dropout=peft_config.get("lora_dropout", 0.0),
             use_rslora=bool(peft_config.get("use_rslora", False)),
+            use_dora=bool(peft_config.get("use_dora", False)),
             rank_pattern=peft_config.get("rank_pattern") or {},
             alpha_pattern=peft_config.get("alpha_pattern") or {},
             init_lora_weights=peft_config.get("init_lora_weights", True),
@@ -167,6 +171,21 @@ def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _checked_targets(targets: object) -> tuple[str, ...] | str:
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        raise ConfigError(f'target_modules: spell out the modules that "{ALL_LINEAR}" stands for')
+    if isinstance(targets, str) and targets:
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ConfigError(f"target_modules: {targets!r} is not a regular expression ({error})") from error
+        return targets
+    names = tuple(targets or ())
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"target_modules must name at least one module, got {targets!r}")
+    return names
 
 
 def _check_rank(name: str, rank: object) -> None:

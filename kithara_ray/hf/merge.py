@@ -1,4 +1,4 @@
-"""Base + scale * B @ A as a file operation: copy each weight file, patch the merged tensors' bytes in place.
+"""Base + scale * B @ A, or what DoRA makes of it, as a file operation: copy each weight file, patch the merged bytes.
 
 No tensor is held whole: memory is a few blocks of MERGE_ELEMENTS. A file is the unit of work (`merge_file`), so that
 files can be merged by different processes into one directory. The arithmetic, and its identity with PEFT: delta.py.
@@ -17,7 +17,7 @@ import numpy as np
 from kithara_ray.errors import AdapterError, ConfigError, ExportError, UnsupportedError
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
 from kithara_ray.hf.checkpoint import CONFIG, INDEX, BaseCheckpoint, TensorInfo, read_json
-from kithara_ray.hf.delta import merged_rows
+from kithara_ray.hf.delta import dora_rows, merged_rows
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, read_header, write_blocks
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,11 @@ def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None
             out_OI = cast(w_OI, out_dtype)
         else:
             scale, b_OR = adapter.config.scale_of(module), adapter.b(module)[begin : begin + len(w_OI)]
-            out_OI = merged_rows(w_OI, b_OR, adapter.a(module), scale, out_dtype)
+            if adapter.config.use_dora:
+                magnitude_O = adapter.magnitude(module)[begin : begin + len(w_OI)]
+                out_OI = dora_rows(w_OI, b_OR, adapter.a(module), scale, magnitude_O, out_dtype)
+            else:
+                out_OI = merged_rows(w_OI, b_OR, adapter.a(module), scale, out_dtype)
         if (module is not None or out_dtype != w_OI.dtype) and info.dtype in FLOAT_TAGS:
             _check_finite(info, w_OI, out_OI, out_tag)
         yield out_OI

@@ -57,8 +57,8 @@ def prove_checkpoint(directory: Path, base: BaseCheckpoint, tag: str | None) -> 
 
 def prove_file(written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: str | None) -> dict[str, int]:
     """One written weight file against the base's (a `part`): every tensor there, untouched ones equal bit by bit
-    (after the cast to `tag`, if any), the adapter's modules equal to W + scale * B @ A. Returns how many tensors were
-    untouched, merged, and changed by it.
+    (after the cast to `tag`, if any), the adapter's modules equal to W + scale * B @ A, or what DoRA makes of it.
+    Returns how many tensors were untouched, merged, and changed by it.
     """
     try:
         tensors, _ = read_header(written)
@@ -120,6 +120,16 @@ def _prove_merged(info: TensorInfo, found: TensorInfo, adapter: Adapter, module:
     eps = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).eps)
     tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).smallest_subnormal)
     in_float32_OI = np.abs(b_OR[rows]) @ np.abs(a_RI) * scale * (r + 4) * UNIT_ROUNDOFF_32
+    formula = "W + scale * B @ A"
+    if adapter.config.use_dora:
+        # A norm in float32 is off by half of what its sum of squares is, of 8 lanes; then a quotient and a product.
+        norm_O1 = np.linalg.norm(expected_OI, axis=1, keepdims=True)
+        factor_O1 = adapter.magnitude(module)[rows, None].astype(np.float64) / norm_O1
+        off_O1 = np.linalg.norm(in_float32_OI, axis=1, keepdims=True) / norm_O1
+        off_O1 += (expected_OI.shape[1] / 16 + 8) * UNIT_ROUNDOFF_32
+        expected_OI = factor_O1 * expected_OI
+        in_float32_OI = np.abs(factor_O1) * in_float32_OI + off_O1 * np.abs(expected_OI)
+        formula = "magnitude * (W + scale * B @ A) / its norm"
     allowed_OI = 0.5 * eps * np.abs(expected_OI) * 1.01 + 2 * UNIT_ROUNDOFF_32 * np.abs(expected_OI)
     allowed_OI += in_float32_OI * (1 + eps) + tiny
     wrong = ~(np.abs(found_OI - expected_OI) <= allowed_OI)
@@ -127,5 +137,5 @@ def _prove_merged(info: TensorInfo, found: TensorInfo, adapter: Adapter, module:
         row, column = np.argwhere(wrong)[0]
         raise ExportError(
             f"{info.name}[{rows[row]}, {column}]: the written file holds {found_OI[row, column]!r}, "
-            f"W + scale * B @ A is {expected_OI[row, column]!r}; {wrong.sum()} of {wrong.size} sampled values are off"
+            f"{formula} is {expected_OI[row, column]!r}; {wrong.sum()} of {wrong.size} sampled values are off"
         )

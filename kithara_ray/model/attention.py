@@ -1,10 +1,11 @@
 """Segment-aware causal attention in the place of KerasHub's own.
 
     B  rows    T  positions    N  query heads    K  key and value heads    G = N // K    H  head width
+    Q  positions of a block of queries    S  positions of the keys that it may see
 
 A token attends to itself and to the tokens before it in its own segment: packed samples do not see each other, and no
 position is counted anew, since rotary attention depends on distances alone. On a TPU this is Pallas' splash kernel, and
-no T x T array exists; elsewhere XLA computes the same from a mask.
+no T x T array exists; elsewhere XLA computes the same from masks.
 
 KerasHub's decoder blocks build a T x T mask and hand it to `_compute_attention`. `install` makes them hand over the
 segment ids instead, as a (B, T, 1) column. Decoding with a KV cache stays KerasHub's own.
@@ -27,6 +28,9 @@ from kithara_ray.sharding.mesh import BATCH_AXES
 # Splash computes in tiles of this many positions, or of the largest power of two below that divides the sequence.
 _MAX_TILE = 512
 _MIN_TILE = 128
+# XLA's blocks of queries: so short at least that the products stay efficient, so many at most that compiling does.
+_MIN_QUERIES = 64
+_MAX_BLOCKS = 8
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -46,7 +50,10 @@ class Settings:
 
 
 def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks_N=None) -> jax.Array:
-    """(B, T, N, H) from a mask of B x T x T; logits and softmax in float32.
+    """(B, T, N, H) by plain products, a block of queries at a time; logits and softmax in float32.
+
+    A block is multiplied with the keys that its tokens may see and with no later ones: half of a causal T x T product
+    is never computed, nor held at once.
 
     Args:
         segments_BT: int; tokens of different segments do not see each other.
@@ -54,20 +61,40 @@ def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks
     """
     b, t, n, h = q_BTNH.shape
     kv = k_BTKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(b, t, kv, n // kv, h)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32) * settings.scale
-    if settings.soft_cap:
-        logits = settings.soft_cap * jnp.tanh(logits / settings.soft_cap)
-    distance = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
-    seen = distance >= 0 if settings.window is None else (distance >= 0) & (distance < settings.window)
-    seen_BTT = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    logits = jnp.where(seen_BTT[:, None, None], logits, _MASKED)
+    q_BKGTH = jnp.transpose(q_BTNH.reshape(b, t, kv, n // kv, h), (0, 2, 3, 1, 4))
+    k_BKTH, v_BKTH = (jnp.swapaxes(array, 1, 2) for array in (k_BTKH, v_BTKH))
+    outs = []
+    for start, stop, first in _query_blocks(t, settings.window):
+        queries, keys = slice(start, stop), slice(first, stop)
+        distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+        seen = distance >= 0 if settings.window is None else (distance >= 0) & (distance < settings.window)
+        seen_BQS = seen & (segments_BT[:, queries, None] == segments_BT[:, None, keys])
+        logits = jnp.einsum(
+            "bkgqh,bksh->bkgqs", q_BKGTH[:, :, :, queries], k_BKTH[:, :, keys], preferred_element_type=jnp.float32
+        )
+        weights = _softmax(logits * settings.scale, seen_BQS, settings.soft_cap, sinks_N)
+        outs.append(jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(v_BKTH.dtype), v_BKTH[:, :, keys]))
+    return jnp.transpose(jnp.concatenate(outs, axis=3), (0, 3, 1, 2, 4)).reshape(b, t, n, h)
+
+
+def _query_blocks(t: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, end, first key that it may see) of each block of queries."""
+    size = max(_MIN_QUERIES, -(-t // _MAX_BLOCKS))
+    starts = range(0, t, size)
+    return [(start, min(start + size, t), 0 if window is None else max(0, start - window + 1)) for start in starts]
+
+
+def _softmax(logits_BKGQS, seen_BQS, soft_cap: float | None, sinks_N) -> jax.Array:
+    """Over what is seen, soft-capped and with the sinks' share taken off."""
+    if soft_cap:
+        logits_BKGQS = soft_cap * jnp.tanh(logits_BKGQS / soft_cap)
+    logits_BKGQS = jnp.where(seen_BQS[:, None, None], logits_BKGQS, _MASKED)
     if sinks_N is None:
-        weights = jax.nn.softmax(logits, axis=-1)
-    else:
-        sinks = jnp.broadcast_to(sinks_N.astype(jnp.float32).reshape(1, kv, n // kv, 1, 1), (*logits.shape[:-1], 1))
-        weights = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
-    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BTKH.dtype), v_BTKH).reshape(b, t, n, h)
+        return jax.nn.softmax(logits_BKGQS, axis=-1)
+    _, kv, groups, *_ = logits_BKGQS.shape
+    sinks = sinks_N.astype(jnp.float32).reshape(1, kv, groups, 1, 1)
+    sinks = jnp.broadcast_to(sinks, (*logits_BKGQS.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([logits_BKGQS, sinks], axis=-1), axis=-1)[..., :-1]
 
 
 def splash_attention(

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -239,10 +239,38 @@ class CausalLM:
                 raise AdapterError(f"adapter tensor {name}: the model has shape {shape}, found {found or 'none'}")
         return self._place(lambda name: np.asarray(arrays[name], np.float32))
 
-    def initial_factors(self, seed: int) -> Factors:
-        """PEFT's initial factors; every process draws those that its devices hold a part of."""
+    def initial_factors(self, seed: int, frozen: Frozen | None = None) -> Factors:
+        """PEFT's initial factors; every process draws those that its devices hold a part of.
+
+        DoRA's magnitudes are the norms of the rows of `frozen`'s kernels, computed where these are; without `frozen`
+        they are zeros, for a checkpoint to be restored over.
+        """
         slot_of = {name: slot for slot in self.factor_slots for name in slot.names}
-        return self._place(lambda name: slot_of[name].initial(name, seed))
+        magnitudes = [slot for slot in self.factor_slots if slot.initialiser == "norms"]
+        placed = self._place(lambda name: slot_of[name].initial(name, seed))
+        return placed | (self._row_norms(magnitudes, frozen) if magnitudes and frozen is not None else {})
+
+    def _row_norms(self, magnitudes: Sequence[lora.FactorSlot], frozen: Frozen) -> Factors:
+        where = {
+            id(port.variable): (number, step if slot.stacked else None)
+            for number, slot in enumerate(self.slots)
+            for step, port in enumerate(slot.ports)
+        }
+
+        def compute(frozen):
+            norms, made = {}, {}
+            for slot in magnitudes:
+                places = [where[id(layer._kernel)] for layer in slot.layers]
+                for layer, (number, step) in zip(slot.layers, places, strict=True):
+                    if number not in norms:
+                        norms_O = layer._lora_map.norms_O
+                        norms[number] = (norms_O if step is None else jax.vmap(norms_O))(frozen[number])
+                of_each = [norms[number] if step is None else norms[number][step] for number, step in places]
+                made[slot.key] = jnp.stack(of_each) if slot.stacked else of_each[0]
+            return made
+
+        split = {slot.key: self.factor_sharding(slot) for slot in magnitudes}
+        return jax.jit(compute, out_shardings=split)(frozen)
 
     def _place(self, tensor_of: Callable[[str], np.ndarray]) -> Factors:
         """Global arrays split over the mesh, of the adapter tensors by name."""

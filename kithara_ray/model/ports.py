@@ -1,9 +1,9 @@
 """Which Hugging Face tensor feeds which part of which Keras variable.
 
 There are no mapping tables here. KerasHub's own converter is run once with a loader that records instead of reading:
-every call `port_weight(keras_variable, hf_weight_key, hook_fn)` is one line of the map. Converters of mixtures of experts
-ask for each expert's tensors, transpose and stack them, and assign the result to one variable: what numpy does there is
-recorded too, so that a variable is known by its parts and is still read slice by slice.
+every call `port_weight(keras_variable, hf_weight_key, hook_fn)` is one line of the map. Converters of mixtures of
+experts ask for each expert's tensors, transpose and stack them, and assign the result to one variable: what numpy does
+there is recorded too, so that a variable is known by its parts and is still read slice by slice.
 """
 
 import contextlib

@@ -1,55 +1,79 @@
 """Which modules of a checkpoint LoRA can adapt, from its files alone: no jax, no keras, so the driver can ask early."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
-from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.lora_config import ALL_LINEAR
 
 _WEIGHT = ".weight"
-_EMBEDDINGS = ("embed_tokens", "lm_head")  # of tokens and, tied or not, of predictions
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 _ROUTERS = ("gate", "router")
 _EXPERTS = ".experts."
 
 
-def modules_of(base: BaseCheckpoint) -> list[str]:
-    """Modules with a matrix."""
+def linear_modules_of(base: BaseCheckpoint) -> list[str]:
+    """Modules with a matrix that are linear layers in transformers, the head apart."""
     matrices = (name for name, info in base.tensors.items() if name.endswith(_WEIGHT) and len(info.shape) == 2)
-    return sorted(name.removesuffix(_WEIGHT) for name in matrices)
+    return sorted(linear(name.removesuffix(_WEIGHT) for name in matrices))
 
 
 def linear(modules: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's modules with a matrix that are linear layers in transformers, embeddings and head apart.
+    """Those of a checkpoint's modules with a matrix that are linear layers in transformers, the head apart.
 
     The experts and the router of a mixture are not: transformers holds all experts in one parameter, and PEFT takes a
     name that an expert has ("up_proj") for that parameter, also where a layer has it too.
     """
     modules = list(modules)
-    apart = {_leaf(module) for module in modules if _EXPERTS in module}
-    apart.update(_EMBEDDINGS, _ROUTERS)
+    apart = {_leaf(module) for module in modules if _EXPERTS in module} | {*_EMBEDDINGS, *_ROUTERS}
     return [module for module in modules if _leaf(module) not in apart]
 
 
-def check_targets(config: LoraConfig, modules: Iterable[str]) -> None:
-    """Every entry of `target_modules` matches linear layers among these modules, and nothing else.
+def other_modules_of(base: BaseCheckpoint) -> list[str]:
+    """Modules that PEFT looks at and that are no linear layers: embedding, head, norms, blocks and their parts.
+
+    A target that matches one of them is an error in PEFT, or an adapter that is not there here.
+    """
+    linear = set(linear_modules_of(base))
+    modules = {name.rpartition(".")[0] for name in base.tensors}
+    parents = {module[: match.start()] for module in modules for match in re.finditer(r"\.", module)}
+    # A tied head is a module without a tensor; the others have none at all.
+    activations = {f"{module}.act_fn" for module in parents if module.endswith(".mlp")}
+    return sorted((modules | parents | activations | {"lm_head", "model.rotary_emb"}) - linear)
+
+
+def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, ...] | str:
+    """What a user gave as `target_modules`, as LoraConfig takes it: "all-linear" and one name become lists of names."""
+    if not isinstance(given, str):
+        return tuple(given)
+    if given.lower() == ALL_LINEAR:
+        return tuple(sorted({_leaf(module) for module in linear_modules_of(base)}))
+    return (given,) if re.fullmatch(r"[\w.]+", given) else given
+
+
+def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Every entry of `target_modules` matches a linear module, and none of the `others`.
 
     Raises:
-        ConfigError: an entry matches nothing; names it and what there is.
-        UnsupportedError: an entry matches experts or a router.
+        ConfigError: names the entry and what there is.
     """
-    modules = list(modules)
-    layers = linear(modules)
-    leaves = ", ".join(sorted({_leaf(module) for module in layers}))
-    for target in config.target_modules:
-        matched = [module for module in modules if module == target or module.endswith("." + target)]
-        apart = [module for module in matched if module not in layers and _leaf(module) not in _EMBEDDINGS]
-        if apart:
-            raise UnsupportedError(
-                f"target_modules: {target!r} matches {apart[0]}, of a mixture of experts; transformers holds experts "
-                f"and routers as parameters, and LoRA on these is not supported: adapt {leaves}"
+    targets = config.target_modules
+    for target in [targets] if isinstance(targets, str) else targets:
+        one = LoraConfig(target_modules=targets if isinstance(targets, str) else (target,))
+        wrong = next((module for module in others if one.matches(module)), None)
+        if wrong is not None:
+            what = "an embedding" if _leaf(wrong) in _EMBEDDINGS else "no linear layer"
+            if _EXPERTS in wrong or _leaf(wrong) in _ROUTERS:
+                what = "of a mixture of experts, which transformers holds as parameters"
+            raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts linear layers alone")
+        if not any(one.matches(module) for module in modules):
+            leaves = sorted({_leaf(module) for module in modules})
+            how = "as a regular expression, over its whole name, " if isinstance(targets, str) else ""
+            raise ConfigError(
+                f"target_modules: {target!r} {how}matches no linear layer of this model; it has {', '.join(leaves)}"
             )
-        if not any(module in layers for module in matched):
-            raise ConfigError(f"target_modules: {target!r} matches no linear layer of this model; it has {leaves}")
 
 
 def _leaf(module: str) -> str:

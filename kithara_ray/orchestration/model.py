@@ -16,7 +16,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS
-from kithara_ray.model.targets import check_targets, linear, modules_of
+from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.orchestration.coordinator import start_coordinator
 from kithara_ray.orchestration.paths import absolute
 
@@ -25,21 +25,20 @@ _ELSEWHERE = {
     "sharding_strategy": "give Trainer(mesh=MeshShape(data=..., fsdp=..., tensor=...))",
     "scan_layers": "leave it out",
     "dtype": "give precision=",
+    "modules_to_save": "embeddings, norms and heads are not trained beside LoRA",
     "preprocessor": "leave it out; rows are tokenised by the dataset",
 }
 
 
 def _lora_config(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig:
     """LoRA's settings as the user gave them, "all-linear" spelled out."""
-    targets = settings.pop("target_modules")
-    if targets == "all-linear":
-        targets = sorted({module.rpartition(".")[2] for module in linear(modules_of(base))})
+    targets = targets_of(settings.pop("target_modules"), base)
     if settings["init_lora_weights"] is False:
         raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
     patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    return LoraConfig(
-        r=rank, target_modules=(targets,) if isinstance(targets, str) else tuple(targets), **patterns, **settings
-    )
+    lora = LoraConfig(r=rank, target_modules=targets, **patterns, **settings)
+    check_targets(lora, linear_modules_of(base), other_modules_of(base))
+    return lora
 
 
 def _check_only_adapter(function: Callable, given: dict[str, Any]) -> None:
@@ -69,7 +68,8 @@ class KerasHubModel:
         preset_handle: where the base is.
         lora: what is adapted.
         precision: Keras dtype policy of the computation.
-        adapter: the trained tensors by name, float32, A (r, in) and B (out, r); None before training.
+        adapter: the trained tensors by name, float32, A (r, in), B (out, r) and DoRA's magnitudes (out,); None before
+            training.
     """
 
     def __init__(self, preset_handle: str, lora: LoraConfig, precision: str):
@@ -91,6 +91,7 @@ class KerasHubModel:
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] = ("q_proj", "v_proj"),
         use_rslora: bool = False,
+        use_dora: bool = False,
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         init_lora_weights: str | bool = True,
@@ -98,7 +99,7 @@ class KerasHubModel:
         allow_other_base: bool = False,
         **unknown: Any,
     ) -> "KerasHubModel":
-        """A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
+        r"""A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
 
         Args:
             preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.
@@ -107,10 +108,12 @@ class KerasHubModel:
                 checkpoint's dtype in memory; factors and optimizer state are float32.
             lora_alpha: the update is scaled by alpha / rank; the default is alpha = rank, as in Kithara.
             lora_dropout: share of what the side paths are given that is dropped in training.
-            target_modules: PEFT's names of the layers to adapt: a name, a list of names or of dotted endings
-                ("layers.3.mlp.up_proj"), or "all-linear" for all linear layers but the head; of a mixture of experts,
-                its attention.
+            target_modules: the layers to adapt, as PEFT names them: a list of names or of dotted endings
+                ("layers.3.mlp.up_proj"), a regular expression that matches whole names as one string
+                (r".*\.(q|v)_proj"), or "all-linear" for all but embeddings and head and, of a mixture of experts,
+                for its attention. One plain name may be a string.
             use_rslora: scale by alpha / sqrt(rank).
+            use_dora: train the length of each row of the weights apart from its direction (arXiv:2402.09353).
             rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
             init_lora_weights: True draws A as PEFT does (kaiming), "gaussian" from a normal of deviation 1 / rank.
             adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
@@ -135,6 +138,7 @@ class KerasHubModel:
             "lora_dropout": lora_dropout,
             "target_modules": target_modules,
             "use_rslora": use_rslora,
+            "use_dora": use_dora,
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "init_lora_weights": init_lora_weights,
@@ -147,9 +151,7 @@ class KerasHubModel:
             return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base)
         if lora_rank is None:
             raise UnsupportedError("lora_rank=None (training all weights) is not available yet; give lora_rank=16")
-        lora = _lora_config(lora_rank, base, **settings)
-        check_targets(lora, modules_of(base))
-        return cls(handle, lora, precision)
+        return cls(handle, _lora_config(lora_rank, base, **settings), precision)
 
     @classmethod
     def _with_adapter(
@@ -165,7 +167,7 @@ class KerasHubModel:
                 "give allow_other_base=True"
             )
         loaded.validate(base)
-        check_targets(loaded.config, modules_of(base))
+        check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
         model = cls(handle, loaded.config, precision)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
         return model

@@ -14,6 +14,7 @@ _PHASES = {
     "schedule": "waiting for the workers",
     "fetch": "reading the base checkpoint",
     "build": "building the model",
+    "look": "looking for a checkpoint",
     "load": "loading the sharded weights",
     "compare": "comparing the hosts' copies",
     "compile": "compiling the step",
@@ -83,6 +84,10 @@ class Progress:
             phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in event["phases"].items() if seconds >= 0.5)
             self._note(f"ready after {sum(event['phases'].values()):.0f} s: {phases}")
             self._bar.update(self._task, total=event["total_steps"], description="training")
+        elif kind == "resumed":
+            for note in event["notes"]:
+                self._note(f"passed over a checkpoint: {note}")
+            self._note(f"resuming after step {event['step']} from {event['checkpoint']}")
         elif kind == "step":
             figures = f"loss={event['loss']:.4f} tokens_per_s={event['tokens_per_s']:.0f}"
             self._say(f"step={event['step']} {figures}")

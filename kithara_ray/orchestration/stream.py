@@ -49,6 +49,7 @@ class TokenStore:
         trained: trained tokens of every row, int32 (N,).
         starts: the number of the first row of each block, and the total, int64 (len(blocks) + 1,).
         pad_id: the tokenizer's.
+        content: a hash of all tokens and masks in their order, however they are cut into blocks.
     """
 
     blocks: tuple[ray.ObjectRef, ...]
@@ -56,6 +57,7 @@ class TokenStore:
     trained: np.ndarray
     starts: np.ndarray
     pad_id: int
+    content: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -91,7 +93,7 @@ def _tokenize_block(tokenize: RowTokenizer, block, first_row: int):
     tokenized = tokenize(rows, first_row)
     counts = {name: getattr(tokenized, name) for name in _COUNTS}
     trained = np.asarray([row.loss_mask.sum() for row in tokenized.rows()], np.int32)
-    return tokenized, (tokenized.lengths, trained, counts, list(tokenized.samples))
+    return tokenized, (tokenized.lengths, trained, counts, list(tokenized.samples), tokenized.content())
 
 
 def _source_blocks(dataset: _Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
@@ -140,7 +142,8 @@ def tokenize(dataset: _Dataset) -> TokenStore:
         what = f"of {total} rows {_describe(counts)}" if total else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     starts = np.cumsum([0] + [len(result[0]) for result in results])
-    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id)
+    content = f"{sum(result[4] for result in results) % (1 << 128):032x}"
+    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content)
 
 
 def _describe(counts: dict[str, int]) -> str:

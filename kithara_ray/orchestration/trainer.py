@@ -18,6 +18,7 @@ from ray.train.v2.jax import JaxConfig, JaxTrainer
 from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
+from kithara_ray.orchestration import checkpointer as checkpointers
 from kithara_ray.orchestration import preflight
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
@@ -41,6 +42,8 @@ class TrainResult:
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0.
         path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
+        checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
+        stopped: why the run ended: "steps" or "early_stopping".
     """
 
     metrics: dict[str, float]
@@ -48,6 +51,9 @@ class TrainResult:
     path: str
     eval_history: list[dict[str, float]] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
+    checkpoint: str | None = None
+    best_checkpoint: str | None = None
+    stopped: str = "steps"
 
 
 class Trainer:
@@ -63,6 +69,8 @@ class Trainer:
         steps, epochs: how long; one epoch by default.
         log_steps_interval: steps between two rows of the history.
         max_eval_samples: evaluate on the first so many rows only.
+        checkpointer: saves the run, and lets it go on from where it ended; None saves nothing, unless run_config's
+            failure_config or checkpoint_config ask for it.
         scaling_config: Ray's; one worker per host. None is one local worker.
         run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
@@ -102,7 +110,7 @@ class Trainer:
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
     ):
-        unavailable = {"tensorboard_dir": tensorboard_dir, "profiler": profiler, "checkpointer": checkpointer}
+        unavailable = {"tensorboard_dir": tensorboard_dir, "profiler": profiler}
         for name, value in unavailable.items():
             if value is not None:
                 raise UnsupportedError(f"Trainer: {name}= is not available yet; leave it out")
@@ -148,6 +156,7 @@ class Trainer:
                 "ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out"
             )
         self.run_config = run_config or RunConfig()
+        self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
         self.cpu_devices_per_worker = cpu_devices_per_worker
         self.mesh = mesh or MeshShape()
         self.remat = remat
@@ -180,7 +189,7 @@ class Trainer:
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
-        return _result(events, result.path)
+        return _result(events, result.path, result.return_value)
 
     def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
@@ -203,6 +212,7 @@ class Trainer:
             seed=self.seed,
             platform=self._platform(),
             num_workers=self.scaling_config.num_workers,
+            checkpointer=self.checkpointer,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
@@ -238,7 +248,6 @@ class Trainer:
             storage_path=absolute(str(self.run_config.storage_path)),
             storage_filesystem=self.run_config.storage_filesystem,
             failure_config=self.run_config.failure_config,
-            checkpoint_config=self.run_config.checkpoint_config,
             callbacks=self.run_config.callbacks,
             worker_runtime_env=runtime_env,
             logging_config=self.run_config.logging_config,
@@ -296,10 +305,34 @@ def _named(error: TrainingFailedError) -> KitharaRayError:
     return TrainingError(f"the run failed: {error}")
 
 
-def _result(events: list[dict[str, Any]], path: str) -> TrainResult:
+def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of all attempts as one sequence: an attempt begins with what had been saved, and forgets the rest."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] == "begin":
+            kept = []
+        elif event["kind"] == "resumed":
+            kept = list(event["events"])
+        else:
+            kept.append(event)
+    return kept
+
+
+def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) -> TrainResult:
+    events = one_history(events)
+
     def rows(kind: str) -> list[dict[str, Any]]:
         return [{k: v for k, v in event.items() if k != "kind"} for event in events if event["kind"] == kind]
 
     history, evals, started = rows("step"), rows("eval"), rows("started")
     metrics = (history[-1] if history else {}) | (evals[-1] if evals else {})
-    return TrainResult(metrics, history, path, evals, started[-1]["phases"] if started else {})
+    return TrainResult(
+        metrics,
+        history,
+        path,
+        evals,
+        started[-1]["phases"] if started else {},
+        checkpoint=summary.get("checkpoint"),
+        best_checkpoint=summary.get("best_checkpoint"),
+        stopped=summary.get("stopped") or "steps",
+    )

@@ -1,5 +1,6 @@
 """The loop that runs in each Ray Train actor, one per host; all ranks run the same program in step."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import numpy as np
 import ray
 
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
@@ -46,6 +48,7 @@ class RunSpec:
         platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
         micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
+        checkpointer: where the run is saved and goes on from; None saves nothing.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
@@ -68,6 +71,7 @@ class RunSpec:
     seed: int
     platform: str
     num_workers: int
+    checkpointer: Checkpointer | None
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
@@ -88,7 +92,10 @@ def train_loop(config: dict[str, RunSpec]) -> dict[str, Any]:
 
 
 class Run:
-    """One rank's run, from an empty process to the adapter sent to the coordinator."""
+    """One rank's run, from an empty process to the adapter sent to the coordinator.
+
+    `number` is how many steps the state has seen.
+    """
 
     def __init__(self, spec: RunSpec, started: float):
         import jax
@@ -106,6 +113,8 @@ class Run:
         }
         preflight.check_process_group(spec.num_workers, spec.platform)
         self._input_wait_s = self._total_input_wait_s = 0.0
+        self.number, self.saving = 0, None
+        self._record("begin")
 
     def build(self) -> None:
         """Model, arrays, data and compiled steps."""
@@ -132,18 +141,26 @@ class Run:
                 stack_factors=is_elementwise(*spec.optimizer),
             )
             self.optimizer = self._make_optimizer()
+        self.data = self._stream(spec.train)
+        self.eval_data = self._stream(spec.eval) if spec.eval else None
+        self.total_steps = spec.steps if spec.steps is not None else self.data.order.total_steps(spec.epochs)
+        if spec.checkpointer is not None:
+            with self._phase("look"):
+                self._look_for_checkpoint(base)
         with self._phase("load"):
-            self.frozen = self.model.load(base)
+            self.frozen = None if self.is_finished else self.model.load(base)
             if spec.adapter is None:
-                params = self.model.initial_factors(spec.seed)
+                params = self.model.initial_factors(spec.seed, self.frozen)
             else:
                 params = self.model.place_factors(spec.adapter)
             self.state = step.initial_state(self.model, self.optimizer, params)
-        self.data = self._stream(spec.train)
-        self.eval_data = self._stream(spec.eval) if spec.eval else None
+            if self.saving is not None:
+                self.state = self.saving.restore(self.state)
+            if self.is_finished:
+                return
         with self._phase("compare"):
             self.model.check_copies(self.frozen)
-        batch, self._next_tokens = self.data.batch(0)
+        batch, self._next_tokens = self.data.batch(self.number)
         self._next_batch = batch
         with self._phase("compile"):
             self.step = step.compile_step(
@@ -152,16 +169,50 @@ class Run:
             if self.eval_data:
                 eval_batch, _ = self.eval_data.batch(0)
                 self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
-        self.total_steps = spec.steps if spec.steps is not None else self.data.order.total_steps(spec.epochs)
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
 
+    @property
+    def is_finished(self) -> bool:
+        """A run that ended is not trained again; one that is given more steps goes on."""
+        return self.number >= self.total_steps or (self.saving is not None and self.saving.finished == "early_stopping")
+
+    def _look_for_checkpoint(self, base) -> None:
+        from kithara_ray.orchestration.saving import Saving, optimizer_identity, sequence_identity
+
+        spec = self.spec
+        tensors = {f"params/{slot.key}": slot.names for slot in self.model.factor_slots}
+        self.saving = Saving(spec.checkpointer, self.rank, spec.num_workers, tensors)
+        self.saving.look(
+            lambda: {
+                "base": base.fingerprint(),
+                "precision": spec.precision,
+                "lora": dataclasses.asdict(spec.lora),
+                "optimizer": optimizer_identity(*spec.optimizer),
+                "seed": spec.seed,
+                "data": sequence_identity(self.data.order, spec.train.store.content, spec.train.packed_len),
+            }
+        )
+        self.number = self.saving.step
+        if self.number > self.total_steps:
+            logger.warning("the run has %d steps already, %d are asked for", self.number, self.total_steps)
+        if self.saving.resumed:
+            self._record(
+                "resumed",
+                step=self.number,
+                checkpoint=self.saving.resumed,
+                notes=self.saving.notes,
+                events=list(self.saving.events),
+            )
+
     def train(self) -> None:
         """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
-        last_logged, window_tokens, mark = 0, 0, time.monotonic()
+        last_logged, window_tokens, mark = self.number, 0, time.monotonic()
         began = mark
-        for number in range(1, self.total_steps + 1):
+        while not self.is_finished:
+            self.number += 1
+            number = self.number
             batch, tokens = self._next_batch, self._next_tokens
             self.state, metrics = self.step(self.state, self.frozen, batch)
             window_tokens += tokens
@@ -179,7 +230,22 @@ class Run:
             if evaluate:
                 self._record("eval", step=number, **self.evaluate())
                 mark = time.monotonic()
+            if self.saving is not None and self._save(number, bool(evaluate)):
+                mark = time.monotonic()
         self._training_s = time.monotonic() - began
+
+    def _save(self, number: int, evaluated: bool) -> bool:
+        """Save if it is time to; returns whether time went by."""
+        self.saving.saver.check()
+        if evaluated and number < self.total_steps and self.saving.has_stopped_improving():
+            self.saving.save(number, self.state, finished="early_stopping")
+        elif number == self.total_steps:
+            self.saving.save(number, self.state, finished="steps")
+        elif self.saving.is_due(number, evaluated):
+            self.saving.save(number, self.state)
+        else:
+            return False
+        return True
 
     def _is_evaluated(self, number: int) -> bool:
         """Whether an evaluation is due after `number` steps, by its interval of steps or of epochs."""
@@ -202,10 +268,17 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Send this rank's part of the adapter."""
+        if self.saving is not None and self.number == self.saving.step:
+            # Nothing was trained; what is there may be of a run that was to be longer or shorter.
+            self.saving.save(self.number, self.state, finished=self.saving.finished or "steps")
         shards = self.model.adapter_shards(self.state["params"], self.rank)
         ray.get(self.spec.coordinator.put_shards.remote(self.rank, shards))
         self._record("finished", input_wait_s=self._total_input_wait_s, training_s=self._training_s)
-        return {"shapes": self.model.adapter_shapes}
+        summary = {"shapes": self.model.adapter_shapes}
+        if self.saving is not None:
+            summary |= {"checkpoint": self.saving.newest, "best_checkpoint": self.saving.best}
+            summary |= {"stopped": self.saving.finished}
+        return summary
 
     def _make_optimizer(self):
         from kithara_ray.train.optimizer import KerasOptimizer, OptaxOptimizer
@@ -247,6 +320,8 @@ class Run:
         return epoch + index / self.data.order.steps_of(epoch)
 
     def _record(self, kind: str, **values: Any) -> None:
+        if self.saving is not None:
+            self.saving.note({"kind": kind, **values})
         if self.rank == 0:
             self.spec.coordinator.record.remote({"kind": kind, **values})
 

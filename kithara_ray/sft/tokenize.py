@@ -4,6 +4,7 @@ T is a row's length in tokens, N the number of rows of a block. `loss_mask[t] ==
 predicted, which is done from position t-1; so `loss_mask[0]` is always 0.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,19 @@ class TokenizedBlock:
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    def content(self) -> int:
+        """128 bits of the rows' tokens, masks and places in the source; of several blocks, the sum modulo 2**128.
+
+        So it is the same however the source is cut into blocks.
+        """
+        total = 0
+        for row_id, row in zip(self.row_ids.tolist(), self.rows(), strict=True):
+            digest = hashlib.sha256(row_id.to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(row.token_ids))
+            digest.update(np.ascontiguousarray(row.loss_mask))
+            total += int.from_bytes(digest.digest()[:16], "little")
+        return total % (1 << 128)
 
     def rows(self) -> Iterator[TokenizedRow]:
         ends = np.cumsum(self.lengths, dtype=np.int64)

@@ -69,3 +69,17 @@ def _checksum(block: jax.Array) -> jax.Array:
     words = jax.lax.bitcast_convert_type(block.reshape(-1), unsigned).astype(jnp.uint32)
     # Odd factors, so no bit of any word is lost modulo 2**32.
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+
+def agree(text: str) -> list[str]:
+    """Every process' text, in the order of their ranks; all processes call this together."""
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [text]
+    raw = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray([len(raw)], np.int32))).reshape(-1)
+    padded = np.zeros(max(1, int(lengths.max())), np.uint8)
+    padded[: len(raw)] = raw
+    gathered = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+    return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]

@@ -49,24 +49,35 @@ class KerasOptimizer:
 
     config: Mapping[str, Any]
 
-    def init(self, params: Params) -> list[jax.Array]:
+    def init(self, params: Params) -> dict[str, jax.Array]:
+        """The optimizer's variables by their paths: what a checkpoint names them by."""
         # A fresh one each time: under a trace its variables' first values belong to that trace.
         self._optimizer = keras.optimizers.deserialize(dict(self.config))
         self._order = list(params)
         self._optimizer.build([keras.Variable(value, name=name.replace("/", "_")) for name, value in params.items()])
-        return [variable.value for variable in self._optimizer.variables]
+        # Without the optimizer's own name, which Keras counts up in a process: adamw, adamw_1.
+        prefix = f"{self._optimizer.name}/"
+        self._paths = [variable.path.removeprefix(prefix) for variable in self._optimizer.variables]
+        assert len(set(self._paths)) == len(self._paths), "two of the optimizer's variables have one path"
+        return self._named(variable.value for variable in self._optimizer.variables)
 
     def update(self, grads: Params, state, params: Params):
         order = self._order
         new_params, new_state = self._optimizer.stateless_apply(
-            state, [grads[name] for name in order], [params[name] for name in order]
+            self._values(state), [grads[name] for name in order], [params[name] for name in order]
         )
-        return dict(zip(order, new_params, strict=True)), new_state
+        return dict(zip(order, new_params, strict=True)), self._named(new_state)
 
     def learning_rate(self, state):
-        pairs = list(zip(self._optimizer.variables, state, strict=True))
+        pairs = list(zip(self._optimizer.variables, self._values(state), strict=True))
         with keras.StatelessScope(state_mapping=pairs):
             return jax.numpy.asarray(self._optimizer.learning_rate, "float32")
+
+    def _named(self, values) -> dict[str, jax.Array]:
+        return dict(zip(self._paths, values, strict=True))
+
+    def _values(self, state: dict[str, jax.Array]) -> list[jax.Array]:
+        return [state[path] for path in self._paths]
 
 
 @dataclass

@@ -82,6 +82,8 @@ def make_adapter():
             r = config.rank_of(module)
             tensors[f"{module}.lora_A.weight"] = (rng.normal(size=(r, n_in)) * 0.1).astype(dtype)
             tensors[f"{module}.lora_B.weight"] = (rng.normal(size=(n_out, r)) * 0.1).astype(dtype)
+            if config.use_dora:
+                tensors[f"{module}.lora_magnitude_vector"] = rng.uniform(0.2, 2, n_out).astype(dtype)
         return Adapter(config, tensors)
 
     return make

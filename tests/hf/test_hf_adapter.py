@@ -27,7 +27,9 @@ PATTERNS = {"rank_pattern": {r"layers\.0\..*q_proj": 2, "v_proj": 6}, "alpha_pat
         ({"lora_alpha": float("nan")}, "lora_alpha must be finite and > 0, got nan"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"target_modules": ()}, "target_modules must name at least one module"),
-        ({"target_modules": "q_proj"}, "target_modules must be a tuple of module names, got the string 'q_proj'"),
+        ({"target_modules": ""}, "target_modules must name at least one module"),
+        ({"target_modules": "(q_proj"}, r"target_modules: '\(q_proj' is not a regular expression"),
+        ({"target_modules": "All-Linear"}, 'spell out the modules that "all-linear" stands for'),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be >= 1, got 0"),
         ({"rank_pattern": {"(": 2}}, "is not a regular expression"),
         ({"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\['q_proj'\] must be finite and > 0"),
@@ -49,6 +51,14 @@ def test_targets_are_whole_names_between_dots():
     config = LoraConfig(target_modules=("q_proj", "0.mlp.up_proj"))
     names = ("q_proj", Q, "layers.0.mlp.up_proj", "xq_proj", "layers.10.mlp.up_proj", "q_proj.x", "a.qkv_q_proj")
     assert [config.matches(name) for name in names] == [True, True, True, False, False, False, False]
+
+
+def test_a_string_of_targets_is_a_regular_expression_over_the_whole_name():
+    config = LoraConfig(target_modules=r".*\.[01]\..*(q|up)_proj")
+    names = (Q, "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj", f"{Q}.x", "q_proj")
+    assert [config.matches(name) for name in names] == [True, True, False, False, False]
+    assert config.to_peft("b", found=[Q])["target_modules"] == config.target_modules
+    assert LoraConfig.from_peft(config.to_peft("b")).target_modules == config.target_modules
 
 
 def test_patterns_mean_what_they_mean_in_peft(make_base):
@@ -93,7 +103,7 @@ def test_every_peft_default_is_accepted_and_every_foreign_field_refused():
     default = json.loads(json.dumps(peft.LoraConfig(r=4, target_modules=["q_proj"]).to_dict(), default=list))
     assert LoraConfig.from_peft(default) == LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",))
     foreign = {
-        "use_dora": True, "bias": "all", "modules_to_save": ["lm_head"], "layers_to_transform": 0,
+        "bias": "all", "modules_to_save": ["lm_head"], "layers_to_transform": 0,
         "layers_pattern": "h", "fan_in_fan_out": True, "lora_bias": True, "target_parameters": ["experts"],
         "exclude_modules": ["v_proj"], "trainable_token_indices": [1], "layer_replication": [[0, 1]],
         "alora_invocation_tokens": [1], "use_qalora": True, "qalora_group_size": 32, "kasa_config": {"beta": 1},
@@ -103,14 +113,15 @@ def test_every_peft_default_is_accepted_and_every_foreign_field_refused():
     for name, value in foreign.items():
         with pytest.raises(UnsupportedError, match=f"{name}="):
             LoraConfig.from_peft({**default, name: value})
-    for name, value in {"peft_type": "LOHA", "task_type": "SEQ_CLS", "target_modules": "q.*"}.items():
-        with pytest.raises(UnsupportedError, match=f"{name}='{value}' is not supported"):
+    for name, value in {"peft_type": "LOHA", "task_type": "SEQ_CLS", "target_modules": None}.items():
+        with pytest.raises(UnsupportedError, match=f"{name}={value!r} is not supported"):
             LoraConfig.from_peft({**default, name: value})
 
 
-def test_reads_what_peft_wrote(make_base, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}])
+def test_reads_what_peft_wrote(fields, make_base, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(make_base("gemma2"))
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **fields)
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -121,14 +132,16 @@ def test_reads_what_peft_wrote(make_base, tmp_path):
     assert adapter.config.scale_of(Q) == 1.5
     reference = peft.get_peft_model_state_dict(model)
     assert {f"base_model.model.{n}" for n in adapter.tensors} == set(reference)
+    assert any("magnitude" in name for name in reference) == adapter.config.use_dora
     for name, array in adapter.tensors.items():
         assert np.array_equal(array, reference[f"base_model.model.{name}"].numpy())
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_peft_reads_what_we_wrote(make_base, make_adapter, tmp_path, dtype):
+def test_peft_reads_what_we_wrote(make_base, make_adapter, tmp_path, dtype, use_dora):
     base = BaseCheckpoint.open(make_base("gemma2"))
-    adapter = make_adapter(base, dtype=dtype, **PATTERNS)
+    adapter = make_adapter(base, dtype=dtype, use_dora=use_dora, **PATTERNS)
     adapter.write(tmp_path, str(base.directory))
     assert Adapter.read(tmp_path).config == adapter.config
     with warnings.catch_warnings():
@@ -181,6 +194,32 @@ def test_validate_names_tensor_expected_and_found(base, make_adapter, edit, mess
     adapter.validate(base)
     with pytest.raises(AdapterError, match=message):
         _broken(adapter, edit).validate(base)
+
+
+MAGNITUDE = f"{Q}.lora_magnitude_vector"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(MAGNITUDE), f"{MAGNITUDE} is missing although {A} is there"),
+        (lambda t: (t.pop(A), t.pop(B)), f"{A} is missing although {MAGNITUDE} is there"),
+        (lambda t: t.update({MAGNITUDE: t[MAGNITUDE][:9]}), rf"{MAGNITUDE}: expected shape \(64,\) for .*found \(9,\)"),
+        (lambda t: t.update({MAGNITUDE: t[A]}), f"{MAGNITUDE}: expected 1 dimensions"),
+        (lambda t: t[MAGNITUDE].__setitem__(5, np.inf), f"{MAGNITUDE}: 1 of 64 values are not finite"),
+    ],
+)
+def test_a_dora_adapter_has_magnitudes(base, make_adapter, edit, message):
+    adapter = make_adapter(base, use_dora=True)
+    adapter.validate(base)
+    with pytest.raises(AdapterError, match=message):
+        _broken(adapter, edit).validate(base)
+
+
+def test_magnitudes_without_dora_are_refused(base, make_adapter):
+    tensors = make_adapter(base, use_dora=True).tensors
+    with pytest.raises(AdapterError, match=r"expected a name ending in .*, as use_dora is off"):
+        Adapter(make_adapter(base).config, tensors).validate(base)
 
 
 def test_validate_needs_weights_and_matrices(base, make_adapter):

@@ -46,6 +46,25 @@ def test_merged_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype):
 
 
 @pytest.mark.parametrize("dtype", TORCH)
+@pytest.mark.parametrize(("n_out", "n_in", "r"), [(576, 576, 16), (192, 1536, 4), (64, 80, 256), (37, 53, 3)])
+def test_dora_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype):
+    w_OI, b_OR, a_RI = _case(n_out, n_in, r, dtype)
+    w_OI[2] += 0.25  # a row of zeros has no direction
+    magnitude = torch.linspace(-0.5, 3, n_out)
+    adapted = w_OI + (b_OR @ a_RI) * (10 / 3)  # what peft's DoraLinearVariant.merge_unsafe does
+    factor = magnitude / torch.linalg.norm(adapted, dim=1)
+    expected = (factor.view(-1, 1) * adapted).to(TORCH[dtype])
+    merged = delta.dora_rows(_numpy(w_OI), b_OR.numpy(), a_RI.numpy(), 10 / 3, magnitude.numpy())
+    assert np.array_equal(_bits(merged), _bits(expected))
+
+
+@pytest.mark.parametrize("n_in", [3, *range(16, 25), 1007, 14336])
+def test_row_norms_equal_torch_bit_by_bit(n_in):
+    v_OI = torch.randn(2048, n_in, generator=torch.Generator().manual_seed(n_in))
+    assert np.array_equal(_bits(delta.row_norms(v_OI.numpy())), _bits(torch.linalg.norm(v_OI, dim=1)))
+
+
+@pytest.mark.parametrize("dtype", TORCH)
 def test_the_row_block_does_not_change_a_bit(dtype):
     w_OI, b_OR, a_RI = (_numpy(x) for x in _case(101, 67, 16, dtype))
     whole = delta.merged_rows(w_OI, b_OR, a_RI, 1.7)

@@ -25,6 +25,7 @@ CASES = {
     "alpha": {"lora_alpha": 10},
     "rslora": {"lora_alpha": 7, "use_rslora": True, "r": 8},
     "patterns": {"rank_pattern": {r"layers\.1\..*q_proj": 2, "v_proj": 6}, "alpha_pattern": {r"2\..*v_proj": 3}},
+    "dora": {"target_modules": EVERY, "use_dora": True, "use_rslora": True, "rank_pattern": {"up_proj": 7}},
     "every": {"target_modules": EVERY, "r": 16, "lora_alpha": 5.5},
 }
 
@@ -84,7 +85,7 @@ def test_everything_else_in_the_files_stays(make_base, make_adapter, tmp_path):
 def test_cast(make_base, make_adapter, tmp_path, stored, dtype, sharded):
     """Merged in float32 and rounded once: peft on a float32 model, cast afterwards."""
     base = BaseCheckpoint.open(make_base("llama", stored, sharded))
-    adapter = make_adapter(base)
+    adapter = make_adapter(base, use_dora=sharded)
     reference = _peft_merge(base, adapter, tmp_path / "adapter", dtype="float32")
     merged_directory = tmp_path / "merged"
     merged_directory.mkdir()
@@ -100,14 +101,15 @@ def test_cast(make_base, make_adapter, tmp_path, stored, dtype, sharded):
         assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in after.values())
 
 
-def test_blocks_do_not_change_the_result_and_bound_memory(make_adapter, tmp_path, monkeypatch):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_blocks_do_not_change_the_result_and_bound_memory(use_dora, make_adapter, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     weights = {"x.q_proj.weight": rng.normal(size=(1500, 1000)).astype(ml_dtypes.bfloat16)}
     (tmp_path / "base").mkdir()
     safetensors_file.write_arrays(tmp_path / "base" / "model.safetensors", weights, {})
     (tmp_path / "base" / "config.json").write_text("{}")
     base = BaseCheckpoint.open(tmp_path / "base")
-    adapter = make_adapter(base, target_modules=("q_proj",))
+    adapter = make_adapter(base, target_modules=("q_proj",), use_dora=use_dora)
     files = []
     for elements in (1 << 20, 10_000, 1):
         monkeypatch.setattr(merge_module.row_blocks, "__defaults__", (elements,))

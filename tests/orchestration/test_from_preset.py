@@ -8,7 +8,8 @@ from tiny import write_model
 
 from kithara_ray import KerasHubModel
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
-from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.adapter import Adapter, target_modules_of
+from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
 
 LINEAR = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
@@ -53,6 +54,59 @@ def test_options_reach_the_configuration(directory):
     )
 
 
+@pytest.fixture(scope="module")
+def adapted_by_peft(tiny_models):
+    """The names of the modules that PEFT adapts for `target_modules`; raises what PEFT raises."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    def adapted(targets):
+        base = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
+        model = get_peft_model(base, PeftConfig(r=2, target_modules=targets))
+        return {name for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
+
+    return adapted
+
+
+TARGETS = ["all-linear", ["q_proj", "up_proj"], ["layers.1.mlp.up_proj", "2.self_attn.k_proj", "down_proj"]]
+TARGETS += [r".*\.(q|v)_proj", r"model\.layers\.[02]\..*_proj", r".*(?<!o)_proj"]
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_targets_are_those_of_peft_and_recorded_so(targets, directory, adapted_by_peft):
+    base, model = BaseCheckpoint.open(directory), KerasHubModel.from_preset(directory, 2, target_modules=targets)
+    adapted = adapted_by_peft(targets)
+    assert set(target_modules_of(model.lora, base)) == adapted
+    recorded = model.lora.to_peft("base", adapted)["target_modules"]
+    assert adapted_by_peft(recorded) == adapted
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], r"lm_head|.*q_proj", r".*mlp.*", r".*\.[qv]"], ids=str)
+def test_targets_that_peft_refuses_or_that_are_not_linear_are_refused(targets, directory, adapted_by_peft):
+    with pytest.raises(ConfigError, match=r"target_modules: .* matches .*(an embedding|no linear layer)"):
+        KerasHubModel.from_preset(directory, 2, target_modules=targets)
+    if "embed_tokens" not in targets and "lm_head" not in targets:
+        with pytest.raises(ValueError, match=r"not supported|not found"):
+            adapted_by_peft(targets)
+
+
+def test_one_name_may_be_a_string_and_whole_modules_are_not_trained(directory):
+    assert KerasHubModel.from_preset(directory, 2, target_modules="q_proj").lora.target_modules == ("q_proj",)
+    with pytest.raises(ConfigError, match="'modules_to_save': embeddings, norms and heads are not trained beside LoRA"):
+        KerasHubModel.from_preset(directory, 2, modules_to_save=["lm_head"])
+
+
+def test_an_adapter_of_peft_whose_targets_are_a_regular_expression(directory, adapter):
+    rewrite(adapter, target_modules=r".*(self_attn\.q|mlp\.up)_proj")
+    model = KerasHubModel.from_preset(directory, adapter=str(adapter))
+    assert model.lora.matches("model.layers.2.mlp.up_proj")
+    rewrite(adapter, target_modules=r".*self_attn\.q_proj")
+    with pytest.raises(AdapterError, match=r"up_proj: not a target of target_modules='\.\*self_attn"):
+        KerasHubModel.from_preset(directory, adapter=str(adapter))
+
+
 def test_an_adapter_of_peft_brings_its_settings_and_tensors(directory, adapter):
     model = KerasHubModel.from_preset(directory, adapter=str(adapter))
     written = Adapter.read(adapter)
@@ -83,7 +137,10 @@ def test_what_cannot_be_honoured_is_named(directory, adapter):
     with pytest.raises(UnsupportedError, match="init_lora_weights=False"):
         KerasHubModel.from_preset(directory, lora_rank=8, init_lora_weights=False)
     rewrite(adapter, use_dora=True)
-    with pytest.raises(UnsupportedError, match="use_dora=True is not supported"):
+    with pytest.raises(AdapterError, match=r"lora_magnitude_vector is missing although .*lora_A.weight is there"):
+        KerasHubModel.from_preset(directory, adapter=str(adapter))
+    rewrite(adapter, use_dora=False, bias="all")
+    with pytest.raises(UnsupportedError, match="bias='all' is not supported"):
         KerasHubModel.from_preset(directory, adapter=str(adapter))
     shutil.rmtree(adapter)
     with pytest.raises(Exception, match="adapter") as caught:

@@ -11,9 +11,7 @@ from kithara_ray.errors import UnsupportedError
 from kithara_ray.model.families import gemma, gemma4, gpt_oss, llama, moe
 from kithara_ray.model.families.family import Family, completed, fields_needed
 
-FAMILIES: dict[str, Family] = (
-    llama.FAMILIES | gemma.FAMILIES | gemma4.FAMILIES | moe.FAMILIES | gpt_oss.FAMILIES
-)
+FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | gemma4.FAMILIES | moe.FAMILIES | gpt_oss.FAMILIES
 
 _REFUSED = {
     "gemma4": "it reads images; take a checkpoint of its text model, gemma4_text",

@@ -113,9 +113,7 @@ def _block_class() -> type:
             mask = self._compute_attention_mask(normed, padding_mask, vision_mask, cache, cache_update_index)
             cached = {}
             if cache is not None:
-                cached = dict(
-                    cache=cache, cache_update_index=cache_update_index, cache_update_mask=cache_update_mask
-                )
+                cached = dict(cache=cache, cache_update_index=cache_update_index, cache_update_mask=cache_update_mask)
             attended, new_cache = self.attention(normed, attention_mask=mask, positions=positions, **cached)
             x = x + self.post_attention_norm(attended)
             normed = self.pre_ffw_norm(x)

@@ -94,7 +94,8 @@ def _finish_qwen3_moe(config: Mapping, backbone) -> None:
         if block.is_sparse_mlp:
             route_in_float32(block.mlp._sparse_feedforward_gate_dense)
             continue
-        # The converter looks for a dense block's layers in the block itself. Set past Keras, which would track them twice.
+        # The converter looks for a dense block's layers in the block itself. Set past Keras, which would track them
+        # twice.
         for name in ("_feedforward_intermediate_dense", "_feedforward_output_dense", "_feedforward_gate_dense"):
             object.__setattr__(block, name, getattr(block.mlp, name))
 

@@ -1,0 +1,114 @@
+"""The command line `kithara-ray`, also `python -m kithara_ray`.
+
+Importing this module loads neither jax, keras nor ray: each command imports what it needs when it runs. Errors of
+`kithara_ray.errors` end a command with one message and exit code 1, usage errors with 2.
+"""
+
+import importlib.resources
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kithara_ray import __version__
+from kithara_ray.errors import ConfigError, KitharaRayError
+
+app = typer.Typer(
+    name="kithara-ray",
+    help="LoRA fine-tuning of open LLMs on Cloud TPU pods with Ray, KerasHub and JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kithara-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log more, and show the traceback of an error.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if debug:
+        logging.getLogger("kithara_ray").setLevel(logging.DEBUG)
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `kithara-ray init` writes one.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value: trainer.steps=10; may be given again."),
+]
+
+
+def _driver_environment() -> None:
+    """This process computes nothing: it must not take the accelerator from the workers of its host."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="The file to write.")] = Path("kithara_ray.yaml"),
+) -> None:
+    """Write a commented configuration to start from.
+
+    Example: kithara-ray init my_run.yaml
+    """
+    text = importlib.resources.files("kithara_ray").joinpath("template.yaml").read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists; remove it or give another name") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); give another name") from error
+    typer.echo(f"{path}: fill in model, source and exports; then `kithara-ray doctor {path}`")
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train as CONFIG says, then write its exports.
+
+    Example: kithara-ray train my_run.yaml --set trainer.steps=10
+    """
+    _driver_environment()
+    from kithara_ray import config as configuration
+
+    result, exports = configuration.build(configuration.load(config, overrides or ())).run()
+    typer.echo(f"loss {result.history[0]['loss']:.4f} -> {result.history[-1]['loss']:.4f}, run: {result.path}")
+    for destination in exports:
+        typer.echo(f"exported {destination}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. What is not an error of ours is a bug, and keeps its traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=given, prog_name="kithara-ray")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KitharaRayError as error:
+        if "--debug" in given:
+            raise
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

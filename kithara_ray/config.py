@@ -1,0 +1,296 @@
+"""A run written as YAML, one to one with the arguments of the Python API.
+
+    model:             KerasHubModel.from_preset(...)
+    train_dataloader:  Dataloader(...), its dataset: SFTDataset(...) or another by `type`
+    eval_dataloader:   the same
+    optimizer:         a Keras optimizer by name, with a schedule
+    trainer:           Trainer(...)
+    scaling_config:    ray.train.ScalingConfig(...)
+    run_config:        ray.train.RunConfig(...)
+    exports:           a list of save_in_hf_format(...)
+
+Sections are made from those signatures, so an argument is there as soon as Python has it.
+"""
+
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import ray.train
+from pydantic import Discriminator, Field, Tag, ValidationError
+
+import kithara_ray
+from kithara_ray.errors import ConfigError
+from kithara_ray.orchestration.data import Dataloader, _Dataset
+from kithara_ray.orchestration.model import KerasHubModel
+from kithara_ray.orchestration.trainer import Trainer, TrainResult
+from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.signatures import Section, section_of, told
+from kithara_ray.yaml_file import parse_scalar, read_yaml
+
+_OWN_SECTION = "it has a section of its own"
+_OLD = "Ray has retired it"
+
+MeshSection = section_of("MeshSection", MeshShape, {})
+ModelSection = section_of(
+    "ModelSection",
+    KerasHubModel.from_preset,
+    {},
+    # `Sequence` would take a text for its letters.
+    given_types={"target_modules": str | list[str], "init_lora_weights": bool | str},
+)
+DATASETS = {
+    name: value
+    for name in kithara_ray.__all__
+    if isinstance(value := getattr(kithara_ray, name), type) and issubclass(value, _Dataset)
+}
+DATASET_SECTIONS = {
+    name: section_of(
+        f"{name}Section",
+        dataset,
+        {
+            "tokenizer": "it takes a Python object; give tokenizer_handle",
+            "custom_formatting_fn": "it takes a Python function; write a script, or prepare the rows before",
+        },
+        given_types={"source": str | list[dict[str, Any]]},
+        type=(Literal[name], ...),
+    )
+    for name, dataset in DATASETS.items()
+}
+_AnyDataset = Annotated[
+    typing.Union[tuple(Annotated[section, Tag(name)] for name, section in DATASET_SECTIONS.items())],  # noqa: UP007
+    Discriminator("type"),
+]
+DataloaderSection = section_of("DataloaderSection", Dataloader, {}, given_types={"dataset": _AnyDataset})
+TrainerSection = section_of(
+    "TrainerSection",
+    Trainer,
+    dict.fromkeys(
+        ("model", "optimizer", "train_dataloader", "eval_dataloader", "scaling_config", "run_config"), _OWN_SECTION
+    ),
+    nested={MeshShape: MeshSection},
+)
+ScalingSection = section_of(
+    "ScalingSection",
+    ray.train.ScalingConfig,
+    {
+        "use_gpu": "training runs on TPUs, or on CPUs for trying things out",
+        "elastic_resize_monitor_interval_s": "the number of workers is fixed",
+    },
+    given_types={
+        "num_workers": int,
+        "resources_per_worker": dict[str, float] | None,
+        "placement_strategy": str,
+        "label_selector": dict[str, str] | list[dict[str, str]] | None,
+    },
+)
+FailureSection = section_of("FailureSection", ray.train.FailureConfig, {"fail_fast": _OLD})
+CheckpointSection = section_of(
+    "CheckpointSection", ray.train.CheckpointConfig, dict.fromkeys(("checkpoint_frequency", "checkpoint_at_end"), _OLD)
+)
+RunSection = section_of(
+    "RunSection",
+    ray.train.RunConfig,
+    dict.fromkeys(("sync_config", "verbose", "stop", "progress_reporter", "log_to_file"), _OLD),
+    given_types={
+        "failure_config": FailureSection | None,
+        "checkpoint_config": CheckpointSection | None,
+        "worker_runtime_env": dict[str, Any] | None,
+    },
+)
+ExportSection = section_of("ExportSection", KerasHubModel.save_in_hf_format, {})
+
+OptimizerName = Literal[
+    "AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "Ftrl", "Lion", "Lamb", "Adafactor"
+]
+
+
+class ScheduleSection(Section):
+    """How the learning rate changes over the run; see `kithara_ray.train.schedule`."""
+
+    name: Literal["constant", "linear", "cosine"]
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    total_steps: int | None = Field(None, ge=1)
+    final: float = Field(0.0, ge=0, le=1)
+
+
+class OptimizerSection(Section):
+    """A Keras optimizer: what is left out keeps Keras' default, but weight_decay, which is 0."""
+
+    name: OptimizerName = "AdamW"
+    learning_rate: float = Field(gt=0)
+    schedule: ScheduleSection | None = None
+    weight_decay: float = Field(0.0, ge=0)
+    global_clipnorm: float | None = Field(None, gt=0)
+    clipnorm: float | None = Field(None, gt=0)
+    clipvalue: float | None = Field(None, gt=0)
+    momentum: float | None = Field(None, ge=0)
+    beta_1: float | None = Field(None, ge=0, lt=1)
+    beta_2: float | None = Field(None, ge=0, lt=1)
+    epsilon: float | None = Field(None, gt=0)
+
+    def build(self, steps: int | None) -> Any:
+        """The Keras optimizer of a run of so many steps; None, a run counted in epochs."""
+        import inspect
+
+        import keras
+
+        kind = getattr(keras.optimizers, self.name)
+        known = inspect.signature(kind).parameters
+        settings = {name: value for name, value in self if name not in ("name", "schedule") and value is not None}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"optimizer.{name}: {self.name} has no such setting")
+        if self.schedule is not None:
+            settings["learning_rate"] = self._schedule(self.schedule, steps)
+        return kind(**settings)
+
+    def _schedule(self, schedule: ScheduleSection, steps: int | None) -> Any:
+        from kithara_ray.train.schedule import WarmupSchedule
+
+        total = schedule.total_steps or steps
+        if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
+            raise ConfigError("optimizer.schedule takes one of warmup_steps and warmup_ratio")
+        if total is None and (schedule.name != "constant" or schedule.warmup_ratio is not None):
+            raise ConfigError(
+                f"optimizer.schedule: {schedule.name} needs the number of steps, and the run is counted in epochs; "
+                "give trainer.steps, or optimizer.schedule.total_steps"
+            )
+        warmup = schedule.warmup_steps or round((schedule.warmup_ratio or 0) * (total or 0))
+        return WarmupSchedule(self.learning_rate, schedule.name, total, warmup, schedule.final)
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelSection
+    train_dataloader: DataloaderSection
+    eval_dataloader: DataloaderSection | None = None
+    optimizer: OptimizerSection
+    trainer: TrainerSection = Field(default_factory=TrainerSection)
+    scaling_config: ScalingSection | None = None
+    run_config: RunSection | None = None
+    exports: list[ExportSection] = Field(default_factory=list)
+
+
+@dataclass
+class Job:
+    """The handles that a configuration describes.
+
+    Attributes:
+        exports: arguments of `model.save_in_hf_format`, a dict an export.
+    """
+
+    model: KerasHubModel
+    trainer: Trainer
+    exports: list[dict[str, Any]]
+
+    def run(self) -> tuple[TrainResult, list[str]]:
+        """Train, then write the exports; returns the result and where they are."""
+        result = self.trainer.train()
+        return result, [self.model.save_in_hf_format(**export) for export in self.exports]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A configuration checked against the API. Reads nothing but the file.
+
+    Args:
+        overrides: `a.b=value` each, the value in YAML.
+
+    Raises:
+        ConfigError: names file, line and key.
+    """
+    raw, lines = read_yaml(path)
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(told(error, Config, raw, str(path), lines))) from None
+
+
+def build(config: Config) -> Job:
+    """The Python handles. Raises what their constructors raise."""
+    model = KerasHubModel.from_preset(**config.model.given())
+    loaders = {
+        name: dataloader(getattr(config, name), config)
+        for name in ("train_dataloader", "eval_dataloader")
+        if getattr(config, name) is not None
+    }
+    settings = config.trainer.given()
+    if settings.get("mesh") is not None:
+        settings["mesh"] = MeshShape(**settings["mesh"].given())
+    trainer = Trainer(
+        model=model,
+        optimizer=config.optimizer.build(config.trainer.steps),
+        scaling_config=_ray_config(ray.train.ScalingConfig, config.scaling_config),
+        run_config=_ray_config(ray.train.RunConfig, config.run_config),
+        **loaders,
+        **settings,
+    )
+    return Job(model, trainer, [export.given() for export in config.exports])
+
+
+def dataloader(section: Any, config: Config) -> Dataloader:
+    """A Dataloader; its dataset takes the model's tokenizer where none is named."""
+    settings = section.given()
+    arguments = settings.pop("dataset").given()
+    kind = DATASETS[arguments.pop("type")]
+    arguments.setdefault("tokenizer_handle", config.model.preset_handle)
+    return Dataloader(kind(**arguments), **settings)
+
+
+def _ray_config(kind: type, section: Section | None) -> Any:
+    if section is None:
+        return None
+    settings = section.given()
+    for name, inner in (("failure_config", ray.train.FailureConfig), ("checkpoint_config", ray.train.CheckpointConfig)):
+        if settings.get(name) is not None:
+            settings[name] = inner(**settings[name].given())
+    try:
+        return kind(**settings)
+    except (ValueError, TypeError) as error:  # Ray's own refusals
+        raise ConfigError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """`a.b=value` into the raw content."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {text!r}: expected key.key=value, e.g. --set trainer.steps=10")
+    place: Any = raw
+    for number, key in enumerate(keys):
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise ConfigError(
+                    f"--set {text!r}: {'.'.join(keys[:number])} is a list of {len(place)}; give 0, 1, ..."
+                )
+            key = int(key)
+        elif not isinstance(place, dict):
+            raise ConfigError(f"--set {text!r}: {'.'.join(keys[:number])} is a value, nothing stands under it")
+        if number == len(keys) - 1:
+            place[key] = parse_scalar(value)
+        elif isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+
+
+def require_absolute(config: Config) -> None:
+    """Paths that a run writes to, of a configuration that runs in another directory than the one it was written in.
+
+    Raises:
+        ConfigError: one of them is relative.
+    """
+    written = {f"exports.{number}.output_dir": export.output_dir for number, export in enumerate(config.exports)}
+    if config.run_config is not None:
+        written["run_config.storage_path"] = config.run_config.storage_path
+    for key, path in written.items():
+        if path is not None and "://" not in path and not path.startswith("/"):
+            raise ConfigError(
+                f"{key}: {path!r} is relative, and a submitted job runs in a copy of the directory that is removed "
+                "afterwards; give an absolute path of the head node, or a URL"
+            )

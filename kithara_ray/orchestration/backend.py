@@ -1,0 +1,63 @@
+"""How a worker's process is set up before the training loop: Ray's JAX backend, with limits and signals of ours.
+
+Ray passes no time limits to `jax.distributed.initialize`, and a process that waits in a collective for a peer that is
+gone waits for as long as JAX thinks right; here that is said.
+"""
+
+import functools
+import signal
+import threading
+from dataclasses import dataclass
+
+import ray
+from ray.train.v2.jax.config import JaxConfig, _JaxBackend
+
+# Set by SIGTERM: what a machine that is taken away gets some seconds before.
+terminated = threading.Event()
+
+
+@dataclass
+class WorkerBackend(JaxConfig):
+    """Attributes:
+    initialize_timeout_s: until all processes have met.
+    heartbeat_timeout_s: after so long without a sign of life from a process, JAX ends the others.
+    """
+
+    # Ray's switch for jax.distributed, on CPUs too; without it N workers are N independent runs.
+    use_tpu: bool = True
+    initialize_timeout_s: int = 300
+    heartbeat_timeout_s: int = 100
+
+    @property
+    def backend_cls(self):
+        return _Backend
+
+
+class _Backend(_JaxBackend):
+    def on_start(self, worker_group, backend_config: WorkerBackend):
+        limits = (backend_config.initialize_timeout_s, backend_config.heartbeat_timeout_s)
+        ray.get(worker_group.execute_async(_set_up_process, *limits))
+        super().on_start(worker_group, backend_config)
+
+    def on_shutdown(self, worker_group, backend_config: WorkerBackend):
+        """Ray waits here for JAX's farewell, 30 s where a process is dead; a loop that ends well says it itself."""
+
+
+def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int) -> None:
+    """In the main thread of the worker's process, which alone may handle signals; the loop runs in another."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    import jax
+
+    jax.distributed.initialize = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=initialize_timeout_s,
+        heartbeat_timeout_seconds=heartbeat_timeout_s,
+    )
+
+
+def _on_sigterm(signum, frame) -> None:
+    """The first is a notice: the loop saves and leaves. The second ends the process."""
+    if terminated.is_set():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    terminated.set()

@@ -1,0 +1,157 @@
+"""Who has stopped making progress. Ranks tell the coordinator what they are doing; here that is judged.
+
+An actor that is stuck in a collective still answers Ray, and its peers are stuck with it: of all that wait, the one to
+name is the one that no longer tells anything, else the one that is behind, else the one that does something else than
+to wait for the others in a step.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+BEAT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds without progress after which a run is ended.
+
+    Attributes:
+        step_timeout_s: between two steps, batches of an evaluation, or batches of data. None never ends a run.
+        startup_timeout_s: of each phase before the first step.
+        save_timeout_s: how long a save may take, beyond step_timeout_s.
+        silence_timeout_s: without any word from a process.
+    """
+
+    step_timeout_s: float | None
+    startup_timeout_s: float
+    save_timeout_s: float
+    silence_timeout_s: float
+
+    def of(self, phase: str) -> float:
+        if self.step_timeout_s is None:
+            return float("inf")
+        if phase in ("step", "data", "eval"):
+            return self.step_timeout_s
+        return self.step_timeout_s + self.save_timeout_s if phase == "save" else self.startup_timeout_s
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What one rank tells: who and where it is, what it does, since when.
+
+    Attributes:
+        phase: "data", "step", "eval", "save", or one of start-up's.
+        step: the step it is at; 0 before the first.
+        since_s: seconds since it last made progress, by its own clock.
+    """
+
+    rank: int
+    host: str
+    node_id: str
+    pid: int
+    phase: str
+    step: int
+    since_s: float
+
+    @property
+    def doing(self) -> str:
+        place = f" of step {self.step}" if self.step and self.phase != "step" else ""
+        return f"step {self.step}" if self.phase == "step" else f"{self.phase}{place}"
+
+
+@dataclass
+class Watch:
+    """The last beat of every rank, and when it came."""
+
+    limits: Limits
+    beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
+    # Processes that are being ended; what they still tell does not count.
+    condemned: set[tuple[str, int]] = field(default_factory=set)
+
+    def hear(self, beat: Beat, now: float) -> None:
+        if (beat.node_id, beat.pid) in self.condemned:
+            return
+        known = self.beats.get(beat.rank)
+        if known is not None and known[0].pid != beat.pid:
+            # Another attempt: its peers of the last one are gone.
+            self.beats.clear()
+        self.beats[beat.rank] = (beat, now)
+
+    def verdict(self, now: float) -> str | None:
+        """Why the run must be ended, or None."""
+        if not self.beats:
+            return None
+        silent = [(now - came, beat) for beat, came in self.beats.values() if beat.phase != "end"]
+        if not silent:
+            return None
+        silence_s, beat = max(silent, key=lambda pair: pair[0])
+        if silence_s > self.limits.silence_timeout_s:
+            return self._sentence(beat, f"has given no sign of life for {silence_s:.0f} s; it was in {beat.doing}")
+        late = [beat for beat, _ in self.beats.values() if beat.since_s > self.limits.of(beat.phase)]
+        if not late:
+            return None
+        if silence_s > 5 * BEAT_S:
+            return self._sentence(beat, f"has given no sign of life for {silence_s:.0f} s; it was in {beat.doing}")
+        behind = min((beat for beat, _ in self.beats.values()), key=lambda b: (b.step, b.phase == "step", -b.since_s))
+        return self._sentence(behind, f"has made no progress for {behind.since_s:.0f} s; it is in {behind.doing}")
+
+    def _sentence(self, beat: Beat, what: str) -> str:
+        others = [b for b, _ in sorted(self.beats.values(), key=lambda pair: pair[0].rank) if b.rank != beat.rank]
+        shown = ", ".join(f"rank {b.rank} in {b.doing}" for b in others[:4]) + (", ..." if len(others) > 4 else "")
+        where = f"rank {beat.rank} on {beat.host} (process {beat.pid})"
+        return f"{where} {what}" + (f"; {shown}" if others else "")
+
+    def condemn(self) -> list[tuple[str, int]]:
+        """(node, process) of all ranks, which are to be ended; the next attempt begins with an empty table."""
+        processes = [(beat.node_id, beat.pid) for beat, _ in self.beats.values()]
+        self.condemned.update(processes)
+        self.beats.clear()
+        return processes
+
+
+class Heart:
+    """A rank's thread that tells the coordinator what the rank is doing, and hears what it is asked to do.
+
+    Args:
+        send: takes (Beat, Limits), returns what the coordinator asks of all ranks: "stop" or nothing.
+    """
+
+    def __init__(self, rank: int, limits: Limits, send: Callable[[Beat, Limits], str | None]):
+        import os
+        import socket
+
+        import ray
+
+        node_id = ray.get_runtime_context().get_node_id()
+        self._who: dict[str, Any] = dict(rank=rank, host=socket.gethostname(), node_id=node_id, pid=os.getpid())
+        self._limits, self._send = limits, send
+        self._at = ("start", 0, time.monotonic())
+        self.asked: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+        self._thread.start()
+
+    def at(self, phase: str, step: int = 0) -> None:
+        """The rank makes progress: it begins this now."""
+        self._at = (phase, step, time.monotonic())
+
+    def stop(self) -> None:
+        """The loop has ended well; silence is no failure from now on."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            self._tell(*self._at)
+        self._tell("end", self._at[1], time.monotonic())
+
+    def _tell(self, phase: str, step: int, since: float) -> None:
+        beat = Beat(**self._who, phase=phase, step=step, since_s=time.monotonic() - since)
+        try:
+            self.asked = self._send(beat, self._limits) or self.asked
+        except Exception:
+            # The coordinator is away: Ray starts it again, and training needs it only at the end.
+            return

@@ -1,0 +1,170 @@
+"""One YAML document, read safely: YAML 1.2's scalars, no tags that build objects, bounded in size and expansion.
+
+PyYAML speaks YAML 1.1, in which `1e-4` is a text, `no` is false, `1:30` is 90 and a date is an object. Here a plain
+scalar is null, true or false, a number, or a text, as in YAML 1.2's core schema.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from kithara_ray.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+MAX_ALIASES = 100
+MAX_VALUES = 20_000  # after aliases are followed
+
+Where = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+_TAG = "tag:yaml.org,2002:"
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def _integer(loader: yaml.Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text, base)
+
+
+def _number(loader: yaml.Loader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node).lower()
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_constructor(_TAG + "int", _integer)
+_Loader.add_constructor(_TAG + "float", _number)
+
+
+def read_yaml(path: str | Path) -> tuple[dict, dict[Where, int]]:
+    """The mapping in a YAML file, and the line of each of its keys, by path. Raises ConfigError."""
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing YAML file") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_BYTES:,} bytes; a configuration is a page")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> tuple[dict, dict[Where, int]]:
+    """As `read_yaml`, of a text; `name` is what errors call it."""
+    try:
+        _check_events(text, name)
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if not isinstance(root, yaml.MappingNode):
+                raise ConfigError(f"{name}: expected sections such as 'model:', found {_what(root)}")
+            _check_expansion(root, name)
+            lines: dict[Where, int] = {}
+            _check_keys(root, (), lines, name)
+            return loader.construct_document(root), lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_scalar(text: str) -> Any:
+    """What a value given on the command line is in YAML: `1e-4` a number, `[a, b]` a list. Raises ConfigError."""
+    return parse_yaml(f"value: {text}", "--set")[0]["value"]
+
+
+def _check_events(text: str, name: str) -> None:
+    """Depth, aliases and tags, before anything is built. A tag (!!name) makes of a value what it does not look like."""
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+        elif isinstance(event, yaml.AliasEvent):
+            aliases += 1
+        if getattr(event, "tag", None):
+            raise ConfigError(f"{name}:{event.start_mark.line + 1}: the tag {event.tag!r} is not taken; leave it out")
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{name}:{event.start_mark.line + 1}: nested more than {MAX_DEPTH} deep")
+        if aliases > MAX_ALIASES:
+            raise ConfigError(f"{name}:{event.start_mark.line + 1}: more than {MAX_ALIASES} aliases (*name)")
+
+
+def _check_expansion(root: yaml.Node, name: str) -> None:
+    """Refuse what grows without bound when its aliases are followed, and what holds itself."""
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = math.inf  # what is met again before it is known holds itself
+        children = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+        sizes[id(node)] = 1 + sum(size(child) for child in children)
+        return sizes[id(node)]
+
+    if size(root) > MAX_VALUES:
+        raise ConfigError(f"{name}: more than {MAX_VALUES:,} values once its aliases are followed")
+
+
+def _check_keys(node: yaml.Node, where: Where, lines: dict[Where, int], name: str) -> None:
+    """Keys are texts and stand once; notes their lines."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, child in enumerate(node.value):
+            lines[*where, number] = child.start_mark.line + 1
+            _check_keys(child, (*where, number), lines, name)
+        return
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, child in node.value:
+        line = key.start_mark.line + 1
+        if key.tag == _TAG + "merge":
+            continue
+        if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
+            raise ConfigError(f"{name}:{line}: a key must be a text, found {_what(key)}; put it in quotes")
+        place = (*where, key.value)
+        if place in lines:
+            raise ConfigError(f"{name}:{line}: {key.value!r} is given twice, first in line {lines[place]}")
+        lines[place] = line
+        _check_keys(child, place, lines, name)
+
+
+def _what(node: yaml.Node | None) -> str:
+    if node is None:
+        return "nothing"
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value) if len(node.value) < 60 else "a text"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"

@@ -1,0 +1,181 @@
+"""Every option of PEFT against PEFT: logits, gradients of a step, and the adapter's files, of random factors."""
+
+import warnings
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+from tiny import VOCABULARY
+from transformers import AutoModelForCausalLM
+
+from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.export import Layout, export
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model.causal_lm import build
+from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.train.step import loss_and_gradients
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.[12]\..*down_proj": 8},
+    "alpha_pattern": {"down_proj": 3},
+}
+# qwen2 has biases; kernels of llama, qwen2 and gemma2 have their dims in different orders.
+OPTIONS = {
+    "LoRA": ("qwen2", dict(target_modules=LINEAR)),
+    "rsLoRA": ("llama", dict(use_rslora=True)),
+    "DoRA": ("qwen2", dict(use_dora=True, target_modules=LINEAR)),
+    "DoRA, rsLoRA, patterns": ("gemma2", dict(use_dora=True, use_rslora=True, target_modules=LINEAR, **PATTERNS)),
+    "patterns": ("llama", dict(target_modules=("q_proj", "down_proj"), **PATTERNS)),
+    "dotted endings": ("llama", dict(target_modules=("layers.1.self_attn.k_proj", "2.mlp.up_proj"))),
+    "dropout, evaluated": ("llama", dict(lora_dropout=0.5)),
+}
+MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2)}
+
+TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 20)).astype(np.int32)
+POSITIONS = np.tile(np.arange(6, 19, dtype=np.int32), (4, 1))
+BATCH = {
+    "token_ids": TOKENS,
+    "segment_ids": np.ones_like(TOKENS),
+    "target_positions": POSITIONS,
+    "target_ids": np.take_along_axis(TOKENS, POSITIONS + 1, axis=1),
+    "target_weights": (np.random.default_rng(1).random(POSITIONS.shape) < 0.7).astype(np.float32),
+}
+
+
+def random_adapter(shapes, magnitudes):
+    """Factors that change the logits by much, small enough that float32's noise stays small.
+
+    Magnitudes stand near the rows' norms, as training leaves them.
+    """
+    rng = np.random.default_rng(1)
+    return {
+        name: (
+            rng.uniform(0.8, 1.2, shape) * magnitudes[name] if name in magnitudes else rng.normal(0, 0.1, shape)
+        ).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def row_norms(base, shapes):
+    """From the files' rows, in float64."""
+    names = (name for name in shapes if name.endswith(".lora_magnitude_vector"))
+    weight = lambda name: base.view(name.removesuffix(".lora_magnitude_vector") + ".weight")  # noqa: E731
+    return {name: np.linalg.norm(weight(name).astype(np.float64), axis=1) for name in names}
+
+
+def whole(model, factors):
+    """Sharded, stacked arrays by the names of the adapter's tensors."""
+    tensors = {name: np.full(shape, np.nan, np.float32) for name, shape in model.adapter_shapes.items()}
+    for shard in model.adapter_shards(factors, 0):
+        tensors[shard.name][tuple(slice(*bounds) for bounds in shard.bounds)] = shard.data
+    return tensors
+
+
+def named(parameters):
+    """PEFT's parameters, or their gradients, by the names of the adapter's tensors."""
+    plain = lambda name: name.removeprefix("base_model.model.").replace(".default", "")  # noqa: E731
+    names = {plain(name): parameter for name, parameter in parameters if "lora_" in name}
+    return {n.removesuffix(".weight") if "magnitude" in n else n: p for n, p in names.items()}
+
+
+def step_of_torch(model):
+    """Logits and gradients of the mean loss over the trained tokens."""
+    logits = model(torch.tensor(TOKENS).long()).logits
+    picked = torch.gather(logits, 1, torch.tensor(POSITIONS).long()[..., None].expand(-1, -1, VOCABULARY))
+    targets, weights = torch.tensor(BATCH["target_ids"]).long(), torch.tensor(BATCH["target_weights"])
+    each = torch.nn.functional.cross_entropy(picked.reshape(-1, VOCABULARY), targets.reshape(-1), reduction="none")
+    ((each * weights.reshape(-1)).sum() / weights.sum()).backward()
+    return logits.detach().numpy(), {n: p.grad.numpy() for n, p in named(model.named_parameters()).items()}
+
+
+def loaded_by_peft(base, directory, **options):
+    plain = AutoModelForCausalLM.from_pretrained(base.directory, attn_implementation="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # missing or unexpected keys are warnings in peft
+        return peft.PeftModel.from_pretrained(plain, directory, **options)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
+    family, fields = OPTIONS[option]
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MESHES.get(family))
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, **fields})
+    model = build(base.config, config, mesh, "float32")
+    tensors = random_adapter(model.adapter_shapes, row_norms(base, model.adapter_shapes))
+    adapter = Adapter(config, tensors)
+    export(base, adapter, str(tmp_path / "out"), Layout.ADAPTER, base_name=str(base.directory))
+
+    batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in BATCH.items()}
+
+    @jax.jit
+    def compute(factors, frozen):
+        logits = model.logits_BTV(factors, frozen, batch["token_ids"], batch["segment_ids"])
+        return logits, loss_and_gradients(model, factors, frozen, batch)[1]
+
+    factors, frozen = model.place_factors(tensors), model.load(base)
+    ours, gradients = compute(factors, frozen)
+
+    reference = loaded_by_peft(base, tmp_path / "out", is_trainable=True)
+    read = named(reference.named_parameters())
+    assert read.keys() == tensors.keys()
+    assert all(np.array_equal(read[name].detach().numpy(), tensor) for name, tensor in tensors.items())
+    # In training mode, but for dropout, whose draws are torch's own.
+    theirs, their_gradients = step_of_torch(reference.train(not config.lora_dropout))
+    np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
+    with torch.no_grad(), reference.disable_adapter():
+        plain = reference(torch.tensor(TOKENS).long()).logits.numpy()
+    assert np.abs(ours - plain).max() > 0.1
+
+    gradients = whole(model, gradients)
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        norm = np.linalg.norm(gradient)
+        assert norm > 1e-4, name
+        assert np.linalg.norm(gradients[name] - gradient) < 1e-4 * norm, name
+
+
+@pytest.mark.parametrize("options", [{}, {"stack_factors": False}, {"scan": False}], ids=str)
+def test_first_magnitudes_are_the_rows_norms_and_change_nothing(options, tiny_models):
+    base, mesh = BaseCheckpoint.open(tiny_models["gemma2"]), make_mesh()
+    config = LoraConfig(r=4, use_dora=True, target_modules=LINEAR)
+    model = build(base.config, config, mesh, "float32", **options)
+    frozen = model.load(base)
+    tensors = whole(model, model.initial_factors(0, frozen))
+    norms = row_norms(base, model.adapter_shapes)
+    assert len(norms) == len(LINEAR) * base.config["num_hidden_layers"]
+    for name, norm in norms.items():
+        np.testing.assert_allclose(tensors[name], norm, rtol=1e-6)
+    if not options:
+        place = [jax.device_put(BATCH[name], batch_sharding(mesh)) for name in ("token_ids", "segment_ids")]
+        ours = jax.jit(model.logits_BTV)(model.initial_factors(0, frozen), frozen, *place)
+        plain = build(base.config, None, mesh, "float32")
+        np.testing.assert_allclose(ours, jax.jit(plain.logits_BTV)({}, frozen, *place), atol=1e-5)
+
+
+def test_dropout_before_the_magnitude_is_peft_s(tiny_models, tmp_path):
+    """With DoRA the dropped input goes through the kernel too. One layer, both libraries dropping the same elements."""
+    base, mesh = BaseCheckpoint.open(tiny_models["qwen2"]), make_mesh(devices=jax.devices()[:1])
+    config = LoraConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=0.4, target_modules=("0.self_attn.q_proj",))
+    model = build(base.config, config, mesh, "float32", scan=False)
+    tensors = random_adapter(model.adapter_shapes, row_norms(base, model.adapter_shapes))
+    Adapter(config, tensors).write(tmp_path, str(base.directory))
+    from kithara_ray.model import dropout, lora
+
+    x = np.random.default_rng(2).normal(size=(3, 7, 64)).astype(np.float32)
+    (layer,) = {id(slot.layers[0]): slot.layers[0] for slot in model.factor_slots}.values()
+    factors, frozen = model.place_factors(tensors), model.load(base)
+    with model.bind(factors, frozen, unstack=True), dropout.dropping(jax.random.key(0)):
+        kept = np.asarray(lora.dropped(x, 0.4, layer._lora_number))
+        ours = np.asarray(layer(x))
+    reference = loaded_by_peft(base, tmp_path).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    reference.lora_dropout["default"].forward = lambda _: torch.tensor(kept)
+    with torch.no_grad():
+        theirs = reference.train()(torch.tensor(x)).numpy()
+    np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, atol=2e-5)
+    with torch.no_grad():
+        assert np.abs(reference.eval()(torch.tensor(x)).numpy() - theirs).max() > 0.1
