@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+<<<<<<< HEAD
 .PHONY: quickstart test lint families clean bench-step bench-load
+=======
+.PHONY: quickstart test lint clean bench-step bench-load bench-export
+>>>>>>> main
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -20,7 +24,7 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(BIN)/pip install -q torch==2.13.0
-	@$(BIN)/pip install -q -e ".[test]"
+	@$(BIN)/pip install -q -e ".[test,stores]"
 	@touch $@
 
 quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, score it, write the three exports
@@ -44,6 +48,9 @@ bench-step: $(VENV)/.bench  ## a training step beside torch + peft and beside Ke
 
 bench-load: $(VENV)/.bench  ## loading a base onto two hosts beside KerasHub's from_preset; 2 minutes
 	@$(BIN)/python benchmarks/load.py
+
+bench-export: $(VENV)/.bench  ## a merge of 1.1 GB beside peft's and beside cp, and the head's memory against size; 5 minutes, 4 GB of disk
+	@$(BIN)/python benchmarks/export.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -93,16 +93,31 @@ class BaseCheckpoint:
 
     def part(self, file: Path) -> "BaseCheckpoint":
         """One weight file of it alone."""
-        infos = {name: info for name, info in self.tensors.items() if info.file == file}
-        return BaseCheckpoint(self.directory, self.config, infos, (file,), self.source)
+        return self.only(name for name, info in self.tensors.items() if info.file == file)
 
-    def moved(self, file: Path) -> "BaseCheckpoint":
-        """A part whose weight file is at another path, with all its bytes. Raises CheckpointError if it is another."""
-        found = read_header(file)[0]
-        expected = {name: dataclasses.replace(info, file=file) for name, info in self.tensors.items()}
-        if found != expected:
-            raise CheckpointError(f"{self.source}/{file.name}: its header has changed; start the export again")
-        return BaseCheckpoint(self.directory, self.config, expected, (file,))
+    def only(self, names: Iterable[str]) -> "BaseCheckpoint":
+        """Some of its tensors, and the files that they are in."""
+        infos = {name: self.tensors[name] for name in names}
+        files = tuple(sorted({info.file for info in infos.values()}))
+        return BaseCheckpoint(self.directory, self.config, infos, files, self.source)
+
+    def in_file_order(self) -> list[TensorInfo]:
+        return sorted(self.tensors.values(), key=lambda info: (info.file, info.offset, info.nbytes))
+
+    def moved(self, directory: Path) -> "BaseCheckpoint":
+        """A part whose weight files are in another directory. Raises CheckpointError if they are not the same files."""
+        expected = {
+            name: dataclasses.replace(info, file=directory / info.file.name) for name, info in self.tensors.items()
+        }
+        files = tuple(directory / file.name for file in self.files)
+        for file in files:
+            found = read_header(file)[0]
+            for info in expected.values():
+                if info.file == file and found.get(info.name) != info:
+                    raise CheckpointError(
+                        f"{self.source}/{file.name}: its header has changed ({info.name}); start the export again"
+                    )
+        return BaseCheckpoint(self.directory, self.config, expected, files)
 
     @property
     def names(self) -> tuple[str, ...]:

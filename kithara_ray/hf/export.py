@@ -4,15 +4,22 @@ Everything is written to a staging directory, read back and proved there, descri
 then published. A failed proof raises ExportError and publishes nothing.
 """
 
+import contextlib
 import fnmatch
+import hashlib
+import json
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
+
+from kithara_ray import __version__ as VERSION
 from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.adapter import Adapter
@@ -20,7 +27,7 @@ from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
-from kithara_ray.hf.part import Part, Written, digest, parts_of, write_part, write_serially
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, write_part, write_serially
 from kithara_ray.hf.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 
@@ -59,6 +66,9 @@ def export(
     dtype: str = "auto",
     base_name: str,
     run: Mapping[str, object] | None = None,
+    max_shard_size: int | str | None = None,
+    check_finite: bool = False,
+    resume: bool = False,
     write: Callable[[list[Part]], Iterable[Written]] = write_serially,
 ) -> str:
     """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns the destination.
@@ -66,7 +76,11 @@ def export(
     base_name: what adapter_config.json names as its base, a hub name, a path, or an hf:// handle with a revision.
     dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
     written: the adapter's in ADAPTER, base and adapter in SEPARATE, the merged weights in MERGED (factors stay exact).
-    run: what is known of the training; written as run.json. write: what runs the parts, one per weight file.
+    run: what is known of the training; written as run.json.
+    max_shard_size: bytes, or text like "5GB", of one weight file; the base's own files by default.
+    check_finite: refuse a NaN or an infinity in a written weight, also one that the base has.
+    resume: go on from what a killed or failed export of the same left at `destination`, and leave what there is if
+    this one fails. write: what runs the parts, one per weight file.
     Raises DestinationError, AdapterError, UnsupportedError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
@@ -76,8 +90,10 @@ def export(
         check_mergeable(base, adapter)
     elif layout is Layout.SEPARATE and tag:
         refuse_quantized(base)
-    with publish.staged(destination) as stage:
-        report, files = _write(base, adapter, stage, layout, dtype, base_name, write)
+    files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
+    settings = _Settings(layout, dtype, base_name, files, check_finite, write)
+    with publish.staged(destination, _plan(base, adapter, settings), resume) as stage:
+        report, files = _write(base, adapter, stage, settings)
         if run:
             write_json(stage.directory / RUN, dict(run))
         (stage.directory / CARD).write_text(model_card(base_name, adapter, report), encoding="utf-8")
@@ -96,25 +112,45 @@ def _layout(layout: Layout | str) -> Layout:
         raise ConfigError(f"layout must be one of {', '.join(Layout)}, got {layout!r}") from None
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of `export` that decide what is written, and who writes it."""
+
+    layout: Layout
+    dtype: str
+    base_name: str
+    files: dict[str, str]
+    check_finite: bool
+    write: Callable[[list[Part]], Iterable[Written]]
+
+
+def _plan(base: BaseCheckpoint, adapter: Adapter, settings: _Settings) -> str:
+    """A digest of all that decides the bytes of the weight files but the base's own bytes, which parts compare."""
+    config = repr(adapter.config)
+    what = [VERSION, settings.layout, settings.dtype, settings.files, config, base.source, settings.check_finite]
+    what.append(base.directory.name if base.source else str(base.directory))  # a cache's name tells the version
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    for name in sorted(adapter.tensors):
+        digest.update(name.encode() + np.ascontiguousarray(adapter.tensors[name]).view(np.uint8).tobytes())
+    return digest.hexdigest()
+
+
 def _write(
-    base: BaseCheckpoint,
-    adapter: Adapter,
-    stage: publish.Stage,
-    layout: Layout,
-    dtype: str,
-    base_name: str,
-    write: Callable[[list[Part]], Iterable[Written]],
+    base: BaseCheckpoint, adapter: Adapter, stage: publish.Stage, settings: _Settings
 ) -> tuple[dict[str, object], dict[str, dict]]:
     """Fill and prove the stage; returns the report without its file list, and the weight files' digests."""
+    layout, dtype, base_name = settings.layout, settings.dtype, settings.base_name
     checks, counts, written = [], {}, []
     if layout is not Layout.ADAPTER:
         merged = adapter if layout is Layout.MERGED else None
-        written = _write_base(base, merged, stage, dtype, write)
+        written = _write_base(base, merged, stage, settings)
         counts = {key: sum(file.counts[key] for file in written) for key in written[0].counts}
         checks.append("checkpoint reopened; untouched tensors equal the base's bit by bit")
         if merged:
             formula = "magnitude * (W + scale * B @ A) / its norm" if adapter.config.use_dora else "W + scale * B @ A"
             checks.append(f"sampled rows of every merged tensor equal {formula} in float64 up to rounding")
+        if settings.check_finite:
+            checks.append("every written weight is finite")
     if layout is not Layout.MERGED:
         target = stage.directory / ADAPTER_DIRECTORY if layout is Layout.SEPARATE else stage.directory
         final = adapter.cast(NUMPY_DTYPES[CAST_TAGS[dtype]]) if check_dtype(dtype) else adapter
@@ -146,28 +182,46 @@ def _write(
 
 
 def _write_base(
-    base: BaseCheckpoint,
-    merged: Adapter | None,
-    stage: publish.Stage,
-    dtype: str,
-    write: Callable[[list[Part]], Iterable[Written]],
+    base: BaseCheckpoint, merged: Adapter | None, stage: publish.Stage, settings: _Settings
 ) -> list[Written]:
     """The weight files, by `write`, then config.json and the index; proven as one checkpoint."""
-    if stage.is_remote:
-        stage.placed += [file.name for file in base.files]
-    written = list(write(parts_of(base, merged, stage.target, dtype)))
-    if sorted(file.name for file in written) != sorted(file.name for file in base.files):
-        raise ExportError(f"{len(written)} of {len(base.files)} weight files were written; start the export again")
-    configs = write_base_config(base, stage.directory, dtype)
-    if not stage.is_remote:
-        prove_checkpoint(stage.directory, base, check_dtype(dtype))
-        return written
-    with tempfile.TemporaryDirectory(prefix="kithara_ray_proof_") as scratch:
-        stage.headers_of_placed(Path(scratch))
-        for path in configs:
-            shutil.copyfile(path, Path(scratch, path.name))
-        prove_checkpoint(Path(scratch), base, check_dtype(dtype))
-    return written
+    dtype, files = settings.dtype, settings.files
+    parts = parts_of(base, merged, stage.target, dtype, files, settings.check_finite)
+    stage.expect([part.name for part in parts])
+    written = _taken_up(stage, parts)
+    for file in settings.write([part for part in parts if part.name not in written]):
+        stage.add(file.name, file.record())
+        written[file.name] = file
+    if written.keys() != {part.name for part in parts}:
+        raise ExportError(f"{len(written)} of {len(parts)} weight files were written; start the export again")
+    configs = write_base_config(base, stage.directory, dtype, files)
+    with contextlib.ExitStack() as stack:
+        directory = stage.directory
+        if stage.is_remote:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kithara_ray_proof_")))
+            stage.read_headers(directory)
+            for path in configs:
+                shutil.copyfile(path, directory / path.name)
+        prove_checkpoint(directory, base, check_dtype(dtype), files)
+    return [written[part.name] for part in parts]
+
+
+def _taken_up(stage: publish.Stage, parts: list[Part]) -> dict[str, Written]:
+    """The weight files that an earlier run left, checked once more: against the base where that is at hand, and, if
+    local, byte by byte."""
+    taken, kept = {}, stage.kept()
+    for part in parts:
+        if part.name not in kept:
+            continue
+        written = Written.of(part.name, kept[part.name])
+        same_base = part.base.source or part.base.digests() == written.digests
+        if same_base and (stage.is_remote or digest(stage.directory / part.name) == written.file):
+            taken[part.name] = written
+        else:
+            stage.drop(part.name)
+    if taken:
+        log.info("resumed: files=%d of %d", len(taken), len(parts))
+    return taken
 
 
 def _fingerprint(base: BaseCheckpoint, written: list[Written]) -> str | None:
@@ -196,4 +250,11 @@ def _carry_over(base: BaseCheckpoint, directory: Path, patterns: tuple[str, ...]
 
 
 def _files(directory: Path) -> Iterator[str]:
-    return (p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file())
+    names = (p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file())
+    return (name for name in names if name != publish.MARKER)
+
+
+def digest(path: Path) -> dict[str, object]:
+    """Size and SHA-256 of a file, as a report names them."""
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -9,14 +9,14 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from kithara_ray.errors import AdapterError, ConfigError, ExportError, UnsupportedError
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
-from kithara_ray.hf.checkpoint import CONFIG, INDEX, BaseCheckpoint, TensorInfo, read_json
+from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, TensorInfo, read_json
 from kithara_ray.hf.delta import dora_rows, merged_rows
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, read_header, write_blocks
 
@@ -86,25 +86,37 @@ def merge(base: BaseCheckpoint, adapter: Adapter, directory: Path, dtype: str = 
     return (*files, *write_config(base, directory, dtype))
 
 
-def write_config(base: BaseCheckpoint, directory: Path, dtype: str = "auto") -> tuple[Path, ...]:
-    """config.json and, for a sharded base, the index of the weight files; copies unless dtype casts."""
+def write_config(
+    base: BaseCheckpoint, directory: Path, dtype: str = "auto", files: Mapping[str, str] | None = None
+) -> tuple[Path, ...]:
+    """config.json and, for a sharded checkpoint, the index of the weight files; copies where nothing changes.
+
+    files: tensor -> weight file, where they are not the base's.
+    """
     directory, tag = Path(directory), check_dtype(dtype)
     written = [directory / CONFIG]
     if tag is None:
         shutil.copyfile(base.directory / CONFIG, directory / CONFIG)
     else:
         write_json(directory / CONFIG, _with_dtype(base.config, dtype, top=True))
-    if (base.directory / INDEX).is_file():
+    theirs = {name: info.file.name for name, info in base.tensors.items()}
+    files = theirs if files is None else dict(files)
+    has_index = (base.directory / INDEX).is_file()
+    if has_index and tag is None and files == theirs:
         written.append(directory / INDEX)
-        index = read_json(base.directory / INDEX)
-        if tag is None:
-            shutil.copyfile(base.directory / INDEX, directory / INDEX)
-        else:
-            infos = base.tensors.values()
-            total_bytes = sum(math.prod(i.shape) * NUMPY_DTYPES[_out_tag(i, tag)].itemsize for i in infos)
-            index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_bytes}
-            write_json(directory / INDEX, index)
+        shutil.copyfile(base.directory / INDEX, directory / INDEX)
+    elif set(files.values()) != {SINGLE}:
+        written.append(directory / INDEX)
+        index = read_json(base.directory / INDEX) if has_index else {}
+        total_bytes = sum(out_bytes(info, tag) for info in base.tensors.values())
+        metadata = {**(index.get("metadata") or {}), "total_size": total_bytes}
+        write_json(directory / INDEX, {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))})
     return tuple(written)
+
+
+def out_bytes(info: TensorInfo, tag: str | None) -> int:
+    """What a tensor takes once it is written, cast to `tag`, if any."""
+    return math.prod(info.shape) * NUMPY_DTYPES[_out_tag(info, tag)].itemsize
 
 
 def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, directory: Path, dtype: str = "auto") -> Path:
@@ -112,15 +124,27 @@ def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, direct
 
     The caller has called check_mergeable. Raises AdapterError, ExportError.
     """
-    tag, target = check_dtype(dtype), Path(directory) / file.name
-    infos = [info for info in base.tensors.values() if info.file == file]
-    targets = {m + WEIGHT_SUFFIX: m for m in adapter.modules} if adapter else {}
-    for name in targets:
+    for name in (module + WEIGHT_SUFFIX for module in adapter.modules) if adapter else ():
         if name not in base.tensors:
-            raise AdapterError(f"{targets[name]}: the base at {base.directory} has no tensor {name!r}; wrong base?")
+            module = name.removesuffix(WEIGHT_SUFFIX)
+            raise AdapterError(f"{module}: the base at {base.directory} has no tensor {name!r}; wrong base?")
+    return write_tensors(base.part(file), adapter, Path(directory) / file.name, dtype)
+
+
+def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, dtype: str = "auto") -> Path:
+    """All tensors of `base`, which may be some of a checkpoint's, as one weight file, merged where the adapter has
+    their module. A file of the base as it stands is copied and patched, any other is written tensor by tensor.
+
+    Raises AdapterError, ExportError.
+    """
+    tag = check_dtype(dtype)
+    infos = base.in_file_order()
+    targets = {m + WEIGHT_SUFFIX: m for m in adapter.modules} if adapter else {}
     merged = [info for info in infos if info.name in targets]
-    if tag is None or all(_out_tag(info, tag) == info.dtype for info in infos):
-        copy_file(file, target)
+    headers = [read_header(file) for file in base.files]
+    is_whole = len(headers) == 1 and headers[0][0].keys() == base.tensors.keys()
+    if is_whole and all(_out_tag(info, tag) == info.dtype for info in infos):
+        copy_file(base.files[0], target)
         with target.open("r+b") as stream:
             for info in merged:
                 stream.seek(info.offset)
@@ -129,7 +153,7 @@ def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, direct
     else:
         entries = [(info.name, _out_tag(info, tag), info.shape) for info in infos]
         blocks = (b for i in infos for b in _tensor_blocks(i, adapter, targets.get(i.name), _out_tag(i, tag)))
-        write_blocks(target, entries, blocks, read_header(file)[1])
+        write_blocks(target, entries, blocks, headers[0][1])
     log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)
     return target
 

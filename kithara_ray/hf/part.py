@@ -4,82 +4,173 @@ A part is pickled with the headers and the factors that concern its file, a few 
 to the destination through the process that runs it, in blocks, and never through the one that made it.
 """
 
-import hashlib
+import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
-from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import check_dtype, merge_file
+from kithara_ray.hf.checkpoint import SINGLE, BaseCheckpoint
+from kithara_ray.hf.merge import check_dtype, out_bytes, write_tensors
 from kithara_ray.hf.proof import prove_file
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Part:
     """What is to be written: one weight file.
 
-    base: that file of the base. adapter: the modules of it that are merged in; None copies or casts.
-    target: the directory or URL that the file goes to. dtype: as of `export`.
+    base: the tensors that go into it. adapter: the modules of it that are merged in; None copies or casts.
+    name: of the file. target: the directory or URL that it goes to. dtype: as of `export`.
+    check_finite: refuse a NaN or an infinity in what is written, wherever it comes from.
     """
 
     base: BaseCheckpoint
     adapter: Adapter | None
+    name: str
     target: str
     dtype: str
+    check_finite: bool = False
 
     @property
     def runs_anywhere(self) -> bool:
         """Whether it needs no directory of this host."""
         return self.base.source is not None and storage.is_url(self.target)
 
+    @property
+    def out_bytes(self) -> int:
+        """Of the written tensors."""
+        tag = check_dtype(self.dtype)
+        return sum(out_bytes(info, tag) for info in self.base.tensors.values())
+
 
 @dataclass(frozen=True)
 class Written:
-    """What was written and proven. counts: see `prove_file`. digests: of the base's tensors, for its fingerprint."""
+    """What was written and proven.
+
+    file: its size and SHA-256. counts: see `prove_file`. digests: of the base's tensors, for its fingerprint.
+    receipt: how the destination names what it holds, see `publish.put_file`.
+    """
 
     name: str
     file: dict[str, object]
     counts: dict[str, int]
     digests: dict[str, bytes]
+    receipt: dict[str, object] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """As plain data, without the name."""
+        hexadecimal = {tensor: digest.hex() for tensor, digest in self.digests.items()}
+        return {"file": self.file, "counts": self.counts, "digests": hexadecimal, "receipt": self.receipt}
+
+    @classmethod
+    def of(cls, name: str, record: Mapping[str, dict]) -> "Written":
+        digests = {tensor: bytes.fromhex(digest) for tensor, digest in record["digests"].items()}
+        return cls(name, record["file"], record["counts"], digests, record["receipt"])
 
 
-def parts_of(base: BaseCheckpoint, adapter: Adapter | None, target: str, dtype: str) -> list[Part]:
-    """One part a weight file. The caller has checked that the adapter fits."""
+def parse_size(size: int | str) -> int:
+    """Bytes of 5_000_000_000, "5GB" or "500 MiB". Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    if not match or match[2] not in UNITS or not float(match[1]) * UNITS[match[2]] >= 1:
+        raise ConfigError(f'max_shard_size must be bytes or text like "5GB" or "500MB", got {size!r}')
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def files_of(base: BaseCheckpoint, dtype: str = "auto", max_shard_bytes: int | None = None) -> dict[str, str]:
+    """Tensor -> weight file of an export, in the order in which they lie there: the base's own files, or new ones of
+    at most `max_shard_bytes` of tensors; a larger tensor has a file to itself."""
+    infos = base.in_file_order()
+    if max_shard_bytes is None:
+        return {info.name: info.file.name for info in infos}
+    tag, numbers, number, filled = check_dtype(dtype), {}, 1, 0
+    for info in infos:
+        size_bytes = out_bytes(info, tag)
+        if filled and filled + size_bytes > max_shard_bytes:
+            number, filled = number + 1, 0
+        numbers[info.name] = number
+        filled += size_bytes
+    if number == 1:
+        return dict.fromkeys(numbers, SINGLE)
+    return {name: f"model-{which:05d}-of-{number:05d}.safetensors" for name, which in numbers.items()}
+
+
+def parts_of(
+    base: BaseCheckpoint,
+    adapter: Adapter | None,
+    target: str,
+    dtype: str,
+    files: Mapping[str, str],
+    check_finite: bool = False,
+) -> list[Part]:
+    """One part a weight file of `files_of`. The caller has checked that the adapter fits."""
+    names: dict[str, list[str]] = {}
+    for tensor, file in files.items():
+        names.setdefault(file, []).append(tensor)
     parts = []
-    for file in base.files:
-        part = base.part(file)
+    for file, tensors in names.items():
+        part = base.only(tensors)
         targets = [m for m in adapter.modules if m + WEIGHT_SUFFIX in part.tensors] if adapter else []
-        parts.append(Part(part, adapter.only(targets) if targets else None, target, dtype))
+        merged = adapter.only(targets) if targets else None
+        parts.append(Part(part, merged, file, target, dtype, check_finite))
     return parts
 
 
 def write_part(part: Part) -> Written:
     """Fetch (from a URL), merge, prove, digest and put (to a URL). Raises CheckpointError, ExportError,
-    DestinationError. May be run again: it writes the same bytes."""
+    DestinationError. May be run again, even while an earlier run goes on: it puts the same bytes."""
+    base, is_remote = part.base, storage.is_url(part.target)
     with tempfile.TemporaryDirectory(prefix="kithara_ray_part_") as scratch:
-        base = part.base
+        _check_room(part, scratch)
         if base.source:
-            downloaded = Path(scratch, "base")
-            downloaded.mkdir()
-            base = base.moved(storage.fetch_file(base.source, base.files[0].name, downloaded))
-        remote = storage.is_url(part.target)
-        file = merge_file(base, part.adapter, base.files[0], Path(scratch if remote else part.target), part.dtype)
-        counts = prove_file(file, base, part.adapter, check_dtype(part.dtype))
-        written = Written(file.name, digest(file), counts, base.digests())
-        if remote:
-            publish.put_file(file, storage.join(part.target, file.name))
-    return written
+            directory = Path(scratch, "base")
+            directory.mkdir()
+            base = fetch_part(base, directory)
+        directory = Path(scratch if is_remote else part.target)
+        file = directory / (part.name if is_remote else f".{part.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            write_tensors(base, part.adapter, file, part.dtype)
+            counts, sha256 = prove_file(file, base, part.adapter, check_dtype(part.dtype), part.check_finite)
+            described = {"bytes": file.stat().st_size, "sha256": sha256}
+            receipt = {}
+            if is_remote:
+                receipt = publish.put_file(file, part.target, part.name)
+            else:
+                os.replace(file, directory / part.name)
+        finally:
+            file.unlink(missing_ok=True)
+        return Written(part.name, described, counts, base.digests(), receipt)
+
+
+def _check_room(part: Part, scratch: str) -> None:
+    """A part with a URL at one end takes disk for its whole files, at both ends twice."""
+    infos = part.base.tensors.values()
+    needed = sum(info.nbytes for info in infos) if part.base.source else 0
+    needed += part.out_bytes if storage.is_url(part.target) else 0
+    free = shutil.disk_usage(scratch).free
+    if needed and needed + SPARE_BYTES > free:
+        raise ExportError(
+            f"{part.name}: {needed:,} bytes of temporary files are needed in {tempfile.gettempdir()} of this host, "
+            f"{free:,} are free; set TMPDIR to a larger disk, or export fewer files at a time (parallel_threads)"
+        )
+
+
+def fetch_part(base: BaseCheckpoint, directory: Path) -> BaseCheckpoint:
+    """The tensors of a part whose weights are at a URL, and nothing else of its files, into `directory`."""
+    for file in base.files:
+        spans = [(i.offset, i.offset + i.nbytes) for i in base.in_file_order() if i.file == file]
+        storage.fetch_tensors(base.source, file.name, directory, spans)
+    return base.moved(directory)
 
 
 def write_serially(parts: Iterable[Part]) -> Iterator[Written]:
     """In this process, one after another."""
     return map(write_part, parts)
-
-
-def digest(path: Path) -> dict[str, object]:
-    """Size and SHA-256 of a file, as a report names them."""
-    with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

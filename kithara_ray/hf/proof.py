@@ -4,8 +4,11 @@ The merged rows are checked against float64 arithmetic, not against the code tha
 Legend: O out features, I in features, R rank.
 """
 
+import hashlib
 import logging
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -20,6 +23,7 @@ from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_heade
 log = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 16
+HASH_AHEAD = 8  # blocks that wait to be hashed
 UNIT_ROUNDOFF_32 = 2.0**-24
 
 
@@ -43,22 +47,30 @@ def prove_adapter(directory: Path, adapter: Adapter) -> None:
             )
 
 
-def prove_checkpoint(directory: Path, base: BaseCheckpoint, tag: str | None) -> None:
-    """The written checkpoint opens, and its headers say the base's names, shapes and (cast to `tag`, if any) dtypes."""
+def prove_checkpoint(
+    directory: Path, base: BaseCheckpoint, tag: str | None, files: Mapping[str, str] | None = None
+) -> None:
+    """The written checkpoint opens, and its headers say the base's names, shapes and (cast to `tag`, if any) dtypes.
+
+    files: tensor -> weight file, where they are not the base's.
+    """
     try:
         written = BaseCheckpoint.open(directory)
     except CheckpointError as error:
         raise ExportError(f"the written checkpoint does not read back: {error}") from error
     _prove_headers(written.tensors, base, tag)
-    moved = [n for n in base.names if written.tensors[n].file.name != base.tensors[n].file.name]
+    files = {name: info.file.name for name, info in base.tensors.items()} if files is None else files
+    moved = [n for n in base.names if written.tensors[n].file.name != files[n]]
     if moved:
         raise ExportError(f"{directory}: {moved[0]} is in {written.tensors[moved[0]].file.name}, expected elsewhere")
 
 
-def prove_file(written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: str | None) -> dict[str, int]:
+def prove_file(
+    written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: str | None, check_finite: bool = False
+) -> tuple[dict[str, int], str]:
     """One written weight file against the base's (a `part`): every tensor there, untouched ones equal bit by bit
     (after the cast to `tag`, if any), the adapter's modules equal to W + scale * B @ A, or what DoRA makes of it.
-    Returns how many tensors were untouched, merged, and changed by it.
+    Returns how many tensors were untouched, merged, and changed by it, and the file's SHA-256. The file is read once.
     """
     try:
         tensors, _ = read_header(written)
@@ -67,17 +79,63 @@ def prove_file(written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag
     _prove_headers(tensors, base, tag)
     targets = {module + WEIGHT_SUFFIX: module for module in adapter.modules} if adapter else {}
     counts = {"untouched": 0, "merged": 0, "merged_and_changed": 0}
-    for name in base.names:
-        info, found = base.tensors[name], tensors[name]
-        if name in targets:
-            _prove_merged(info, found, adapter, targets[name])
-            counts["merged"] += 1
-            counts["merged_and_changed"] += not _equal_after_cast(info, found)
-        elif not _equal_after_cast(info, found):
-            raise ExportError(f"{name}: not a target, but its written bytes differ from the base's")
-        else:
-            counts["untouched"] += 1
-    return counts
+    with _Hasher() as hasher:
+        hasher.add_header(written)
+        for found in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+            info = base.tensors[found.name]
+            is_equal = _read_and_compare(info, found, hasher, check_finite)
+            if found.name in targets:
+                _prove_merged(info, found, adapter, targets[found.name])
+                counts["merged"] += 1
+                counts["merged_and_changed"] += not is_equal
+            elif not is_equal:
+                raise ExportError(f"{found.name}: not a target, but its written bytes differ from the base's")
+            else:
+                counts["untouched"] += 1
+        return counts, hasher.hexdigest()
+
+
+class _Hasher:
+    """SHA-256 of blocks in order, in a thread beside the one that reads and compares them."""
+
+    def __init__(self):
+        self._sha256 = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: deque[Future] = deque()
+
+    def __enter__(self) -> "_Hasher":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._pool.shutdown()
+
+    def add(self, block: bytes | bytearray | memoryview) -> None:
+        """The block must not be changed any more."""
+        while len(self._pending) >= HASH_AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._sha256.update, block))
+
+    def add_header(self, file: Path) -> None:
+        with file.open("rb") as stream:
+            length = stream.read(8)
+            self.add(length + stream.read(int.from_bytes(length, "little")))
+
+    def hexdigest(self) -> str:
+        while self._pending:
+            self._pending.popleft().result()
+        return self._sha256.hexdigest()
+
+
+def _read_and_compare(info: TensorInfo, found: TensorInfo, hasher: _Hasher, check_finite: bool) -> bool:
+    """Whether the written tensor equals the base's after the cast; every block that was read is hashed."""
+    is_equal = True
+    for (begin, before), (_, after) in zip(row_blocks(info), row_blocks(found), strict=True):
+        hasher.add(after.reshape(-1).view(np.uint8).data)
+        is_equal = is_equal and _same_bits(cast(before, found.numpy_dtype), after)
+        if check_finite and found.dtype in FLOAT_TAGS and not np.isfinite(after).all():
+            row = begin + int(np.argwhere(~np.isfinite(after))[0][0])
+            raise ExportError(f"{found.name}: row {row} of the written tensor holds a NaN or an infinity")
+    return is_equal
 
 
 def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag: str | None) -> None:
@@ -92,14 +150,13 @@ def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag:
             )
 
 
-def _equal_after_cast(info: TensorInfo, found: TensorInfo) -> bool:
-    blocks = zip(row_blocks(info), row_blocks(found), strict=True)
-    return all(_same_bits(cast(before, found.numpy_dtype), after) for (_, before), (_, after) in blocks)
-
-
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and np.array_equal(
-        np.ascontiguousarray(one).reshape(-1).view(np.uint8), np.ascontiguousarray(other).reshape(-1).view(np.uint8)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    one_8, other_8 = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (one, other))
+    whole = one_8.size // 8 * 8  # words compare faster than bytes
+    return np.array_equal(one_8[:whole].view(np.uint64), other_8[:whole].view(np.uint64)) and np.array_equal(
+        one_8[whole:], other_8[whole:]
     )
 
 

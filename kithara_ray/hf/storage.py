@@ -42,6 +42,7 @@ CACHE_VARIABLE = "KITHARA_RAY_CACHE"
 DEFAULT_CACHE = "~/.cache/kithara_ray"
 WEIGHTS = "*.safetensors"
 HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors library itself
+RANGE_BYTES = 32 << 20  # of one ranged read, held in memory
 
 
 def is_url(handle: str) -> bool:
@@ -155,16 +156,50 @@ def fetch_headers(handle: str) -> tuple[Path, str | None]:
     return _fetch_remote(handle, weights=False), handle.rstrip("/")
 
 
-def fetch_file(source: str, name: str, directory: Path) -> Path:
-    """One file of the model at the URL `source`, whole, into `directory`. Raises CheckpointError."""
+def fetch_tensors(source: str, name: str, directory: Path, spans: list[tuple[int, int]]) -> Path:
+    """Of one weight file of the model at the URL `source`, the header and the byte ranges [begin, end) in ascending
+    order, into a sparse file of the same size in `directory`. Raises CheckpointError."""
     fs, root = filesystem(source, CheckpointError)
-    remote = f"{root}/{name}"
+    remote, local = f"{root}/{name}", directory / name
     try:
         size_bytes = int(fs.info(remote)["size"])
     except Exception as error:
         raise CheckpointError(f"{source}/{name}: not found ({cause_of(error)}); was the base changed?") from error
-    _download(fs, remote, directory / name, size_bytes)
-    return directory / name
+    fetch_header(fs, remote, local, size_bytes)
+    spans = _joined(spans)
+    if spans == [(read_header_bytes(local), size_bytes)]:  # all of it: as one stream
+        _download(fs, remote, local, size_bytes)
+        return local
+    with local.open("r+b") as stream:
+        for begin, end in spans:
+            stream.seek(begin)
+            for start in range(begin, end, RANGE_BYTES):
+                stop = min(end, start + RANGE_BYTES)
+                try:
+                    data = fs.cat_file(remote, start=start, end=stop)
+                except Exception as error:
+                    raise CheckpointError(f"{remote}: download failed ({cause_of(error)}); try again") from error
+                if len(data) != stop - start:
+                    raise CheckpointError(f"{remote}: {len(data)} of {stop - start} bytes arrived; try again")
+                stream.write(data)
+    return local
+
+
+def read_header_bytes(path: Path) -> int:
+    """Where the tensors' bytes begin in a safetensors file."""
+    with path.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Adjacent ranges as one; empty ones left out."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        elif end > begin:
+            joined.append((begin, end))
+    return joined
 
 
 def _fetch_remote(url: str, weights: bool = True) -> Path:
@@ -180,7 +215,7 @@ def _fetch_remote(url: str, weights: bool = True) -> Path:
     sizes = {name: int(entry["size"]) for name, entry in sorted(entries.items()) if is_model_file(name)}
     if not sizes:
         raise CheckpointError(f"{url}: no model files there; give a directory with config.json and safetensors")
-    versions = [[name, sizes[name], _version(entries[name])] for name in sizes]
+    versions = [[name, sizes[name], version_of(entries[name])] for name in sizes]
     key = hashlib.sha256(json.dumps([url.rstrip("/"), versions]).encode()).hexdigest()[:32]
     key += "" if weights else ".headers"
     cache = cache_dir()
@@ -218,7 +253,7 @@ def fetch_header(fs: Any, remote: str, local: Path, size_bytes: int) -> None:
         stream.truncate(size_bytes)
 
 
-def _version(entry: dict) -> str:
+def version_of(entry: dict) -> str:
     """What changes when an object is overwritten: generation, checksum or time, as far as the backend tells."""
     fields = ("generation", "etag", "ETag", "md5Hash", "crc32c", "mtime", "updated", "LastModified", "created")
     return "|".join(f"{field}={entry[field]}" for field in fields if entry.get(field) is not None)

@@ -3,6 +3,7 @@
 It needs no accelerator, no JAX and no model: shards are numpy arrays, and an export is a file operation.
 """
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kithara_ray.hf import storage
+from kithara_ray.hf import publish
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
+from kithara_ray.orchestration.export_tasks import write_on_cluster
+from kithara_ray.orchestration.remote import head_node_id
 from kithara_ray.sharding.gather import Shard, assemble
 
 logger = logging.getLogger(__name__)
@@ -59,11 +62,27 @@ class Coordinator:
         tensors: dict[str, np.ndarray],
         destination: str,
         layout: Layout,
-        dtype: str,
+        max_files: int | None = None,
+        **options: Any,
     ) -> str:
-        """Write one of the three layouts; see `kithara_ray.hf.export`."""
-        checkpoint = BaseCheckpoint.open(storage.fetch(base))
-        return export(checkpoint, Adapter(config, tensors), destination, layout, dtype=dtype, base_name=base)
+        """Write one of the three layouts, each weight file in a task of its own; see `kithara_ray.hf.export`.
+
+        Of a base on an object store or the Hub, headers are all that is read here. max_files: at once.
+        """
+        checkpoint = BaseCheckpoint.at(base)
+        return export(
+            checkpoint,
+            Adapter(config, tensors),
+            destination,
+            layout,
+            base_name=base,
+            write=functools.partial(write_on_cluster, max_files=max_files),
+            **options,
+        )
+
+    def check_destination(self, destination: str) -> None:
+        """See `kithara_ray.hf.publish`."""
+        publish.check_destination(destination)
 
     def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base: str) -> None:
         """The trained adapter into the run's directory."""
@@ -74,7 +93,7 @@ class Coordinator:
 
 def start_coordinator() -> ray.actor.ActorHandle:
     """A coordinator on the head node, which holds no CPU: it must start beside a full cluster."""
-    head = next((node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]), None)
+    head = head_node_id()
     options = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}, "max_concurrency": 2}
     if head is not None:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from kithara_ray.errors import AdapterError, ConfigError, KitharaRayError, UnsupportedError
+from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
 from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.card import split_reference
@@ -19,6 +19,7 @@ from kithara_ray.model.options import PRECISIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.orchestration.coordinator import start_coordinator
 from kithara_ray.orchestration.paths import absolute
+from kithara_ray.orchestration.remote import remote_get
 
 # Kithara's arguments that mean nothing here, and what to do instead.
 _ELSEWHERE = {
@@ -49,16 +50,6 @@ def _check_only_adapter(function: Callable, given: dict[str, Any]) -> None:
             raise ConfigError(
                 f"from_preset: {name}={value!r} beside adapter=: the adapter brings its own; leave it out"
             )
-
-
-def remote_get(reference: Any) -> Any:
-    """`ray.get`, with an error of our own raised as itself and not as Ray's wrapper of it."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, KitharaRayError):
-            raise error.cause from None
-        raise
 
 
 class KerasHubModel:
@@ -179,6 +170,10 @@ class KerasHubModel:
         only_save_adapters: bool = False,
         save_adapters_separately: bool = False,
         parallel_threads: int | None = None,
+        *,
+        max_shard_size: int | str | None = None,
+        check_finite: bool = False,
+        resume: bool = False,
     ) -> str:
         """Write the trained model for transformers, PEFT and vLLM; the coordinator on the head node does it.
 
@@ -189,7 +184,12 @@ class KerasHubModel:
         Args:
             output_dir: a new or empty directory, local to the head node, or `gs://...`, `s3://...`.
             dtype: of the written base; "auto" keeps the base's.
-            parallel_threads: accepted for Kithara's scripts; files are copied, not converted.
+            parallel_threads: weight files that are written at once; two a node by default. Each takes disk for two of
+                them in its node's TMPDIR where a URL is involved.
+            max_shard_size: bytes, or text like "5GB", of a weight file; as in the base by default.
+            check_finite: refuse a NaN or an infinity in a written weight, the base's own too.
+            resume: go on from what a killed or failed export of the same left there: weight files that are proven are
+                kept. If this one fails, it leaves what there is.
 
         Returns: where it was written.
 
@@ -211,9 +211,22 @@ class KerasHubModel:
                 self.adapter,
                 absolute(str(output_dir)),
                 layout,
-                dtype,
+                max_files=parallel_threads,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                check_finite=check_finite,
+                resume=resume,
             )
         )
+
+    def check_destination(self, output_dir: str) -> None:
+        """Ask before a long training whether `save_in_hf_format` could write there: the head node's credentials are
+        probed by creating and deleting an object.
+
+        Raises:
+            DestinationError: it is there and not empty, or cannot be written.
+        """
+        remote_get(self.coordinator().check_destination.remote(absolute(str(output_dir))))
 
     @property
     def base_name(self) -> str:

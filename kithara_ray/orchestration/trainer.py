@@ -21,9 +21,10 @@ from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
 from kithara_ray.orchestration import preflight
 from kithara_ray.orchestration.data import Dataloader
-from kithara_ray.orchestration.model import KerasHubModel, remote_get, start_ray
+from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
+from kithara_ray.orchestration.remote import remote_get
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
 from kithara_ray.sharding.shape import MeshShape

@@ -154,16 +154,16 @@ def _flip(path, offset: int) -> None:
         stream.write(bytes([byte ^ 0x40]))
 
 
-def _flip_tensor(directory, name: str, element: int = 0) -> None:
-    info = safetensors_file.read_header(directory / "model.safetensors")[0][name]
+def _flip_tensor(path, name: str, element: int = 0) -> None:
+    info = safetensors_file.read_header(path)[0][name]
     _flip(info.file, info.offset + 4 * element + 3)
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 DAMAGE = {
-    "untouched": (lambda d: _flip_tensor(d, "lm_head.weight", 77), "lm_head.weight: not a target, but its written"),
-    "merged": (lambda d: _flip_tensor(d, Q), r"q_proj.weight\[0, 0\]: the written file holds"),
-    "torn": (lambda d: (d / "model.safetensors").write_bytes(b"torn"), "does not read back.*too short"),
+    "untouched": (lambda path: _flip_tensor(path, "lm_head.weight", 77), "lm_head.weight: not a target, but its"),
+    "merged": (lambda path: _flip_tensor(path, Q), r"q_proj.weight\[0, 0\]: the written file holds"),
+    "torn": (lambda path: path.write_bytes(b"torn"), "does not read back.*too short"),
 }
 
 
@@ -171,14 +171,14 @@ DAMAGE = {
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_damaged_merge_is_not_published(base, make_adapter, tmp_path, monkeypatch, damage, dtype):
     edit, message = DAMAGE[damage]
-    original = part_module.merge_file
+    original = part_module.write_tensors
 
-    def merge_and_damage(base, adapter, file, directory, dtype):
-        written = original(base, adapter, file, directory, dtype)
-        edit(directory)
+    def merge_and_damage(base, adapter, target, dtype):
+        written = original(base, adapter, target, dtype)
+        edit(target)
         return written
 
-    monkeypatch.setattr(part_module, "merge_file", merge_and_damage)
+    monkeypatch.setattr(part_module, "write_tensors", merge_and_damage)
     with pytest.raises(ExportError, match=message):
         export(base, make_adapter(base), str(tmp_path / "out"), Layout.MERGED, dtype=dtype, base_name="n")
     assert list(tmp_path.iterdir()) == []
@@ -186,7 +186,7 @@ def test_a_damaged_merge_is_not_published(base, make_adapter, tmp_path, monkeypa
 
 def test_a_lost_config_is_not_published(base, make_adapter, tmp_path, monkeypatch):
     original = export_module.write_base_config
-    lose = lambda b, d, t: [path.unlink() for path in original(b, d, t)]  # noqa: E731
+    lose = lambda *a: [path.unlink() for path in original(*a)]  # noqa: E731
     monkeypatch.setattr(export_module, "write_base_config", lose)
     with pytest.raises(ExportError, match=r"does not read back.*config.json is missing"):
         export(base, make_adapter(base), str(tmp_path / "out"), Layout.MERGED, base_name="n")
@@ -198,7 +198,7 @@ def test_a_lost_config_is_not_published(base, make_adapter, tmp_path, monkeypatc
 def test_a_wrong_merge_is_not_published(make_base, make_adapter, tmp_path, monkeypatch, dtype, wrong):
     base = BaseCheckpoint.open(make_base("llama", dtype))
     adapter = make_adapter(base)
-    original = part_module.merge_file
+    original = part_module.write_tensors
 
     def merge_wrongly(base, adapter, *rest):
         tensors = {name: array.copy() for name, array in adapter.tensors.items()}
@@ -213,7 +213,7 @@ def test_a_wrong_merge_is_not_published(make_base, make_adapter, tmp_path, monke
                 array *= -1
         return original(base, Adapter(adapter.config, tensors), *rest)
 
-    monkeypatch.setattr(part_module, "merge_file", merge_wrongly)
+    monkeypatch.setattr(part_module, "write_tensors", merge_wrongly)
     with pytest.raises(ExportError, match=r"W \+ scale \* B @ A is"):
         export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="n")
     assert list(tmp_path.iterdir()) == []
@@ -224,7 +224,7 @@ def test_two_units_in_the_last_place_are_noticed(make_base, make_adapter, tmp_pa
     adapter = make_adapter(base)
     export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="n")
     written = tmp_path / "out/model.safetensors"
-    assert proof.prove_file(written, base, adapter, None)["merged"] == 6
+    assert proof.prove_file(written, base, adapter, None)[0]["merged"] == 6
     raw = bytearray(written.read_bytes())
     raw[safetensors_file.read_header(written)[0][Q].offset] ^= 2  # two units in the last place of one bfloat16
     written.write_bytes(raw)
