@@ -3,11 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-<<<<<<< HEAD
-.PHONY: quickstart test lint families clean bench-step bench-load
-=======
-.PHONY: quickstart test lint clean bench-step bench-load bench-export
->>>>>>> main
+.PHONY: quickstart test lint families clean bench-step bench-load bench-export
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
