@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import readme_families
 import torch
+from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_equal, logits, reference
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from tiny import SIZES, TARGETS, VOCABULARY, write_model
+from tiny import SIZES, TARGETS, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import ConfigError, UnsupportedError
@@ -20,40 +21,9 @@ from kithara_ray.model.causal_lm import build
 from kithara_ray.model.families import FAMILIES, family_of
 from kithara_ray.model.families.family import completed
 from kithara_ray.model.generate import Decoder
-from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.model.targets import linear_modules_of
+from kithara_ray.sharding.mesh import make_mesh
 from kithara_ray.sharding.shape import MeshShape
-
-LORA = {family: LoraConfig(r=4, lora_alpha=12, target_modules=targets) for family, targets in TARGETS.items()}
-TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 24)).astype(np.int32)
-# The last row is padded, as a batch's rows are.
-SEGMENTS = np.ones_like(TOKENS)
-SEGMENTS[3, 15:] = 0
-
-
-def adapter_of(model, seed=1):
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in model.adapter_shapes.items()}
-
-
-def logits(directory, adapter=None, **options):
-    base = BaseCheckpoint.open(directory)
-    mesh = make_mesh(options.pop("mesh", None))
-    lora = LORA[base.config["model_type"]] if adapter is not None else None
-    model = build(base.config, lora, mesh, "float32", **options)
-    factors = model.place_factors(adapter) if adapter is not None else {}
-    place = lambda array: jax.device_put(array, batch_sharding(mesh))  # noqa: E731
-    return np.asarray(jax.jit(model.logits_BTV)(factors, model.load(base), place(TOKENS), place(SEGMENTS)))
-
-
-def reference(model):
-    with torch.no_grad():
-        return model.eval()(torch.tensor(TOKENS).long(), attention_mask=torch.tensor(SEGMENTS).long()).logits.numpy()
-
-
-def assert_equal(ours, theirs, atol):
-    """On real tokens; what padding computes is nobody's."""
-    real = SEGMENTS.astype(bool)
-    np.testing.assert_allclose(ours[real], theirs[real], atol=atol, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +186,7 @@ LLAMA3_ROPE = dict(
         original_max_position_embeddings=16,
     )
 )
+PLAIN_ROPE = dict(rope_type="default", rope_theta=300.0)
 UNTIED = dict(tie_word_embeddings=False, rms_norm_eps=1e-3)
 
 
@@ -227,6 +198,10 @@ CORRECTED = [
     ("mistral", dict(sliding_window=None, head_dim=None)),
     ("qwen2", UNTIED),
     ("qwen3", UNTIED),
+    ("mixtral", dict(sliding_window=None)),
+    ("qwen3_moe", dict(norm_topk_prob=False, mlp_only_layers=[], decoder_sparse_step=2, tie_word_embeddings=True)),
+    ("gpt_oss", dict(layer_types=["full_attention"] + ["sliding_attention"] * 2, rope_parameters=PLAIN_ROPE)),
+    ("gemma4_text", dict(attention_k_eq_v=False, num_global_key_value_heads=None, final_logit_softcapping=None)),
 ]
 
 
@@ -247,7 +222,8 @@ def test_layers_compute_in_the_precision_that_was_asked_for(every_family, tiny_m
     before = keras.config.dtype_policy().name
     backbone = build(config, LORA[every_family], make_mesh(), "mixed_bfloat16").model.backbone
     linear = [layer for layer in backbone._flatten_layers() if hasattr(layer, "lora_A")]
-    assert len(linear) == len(TARGETS[every_family]) * config["num_hidden_layers"]
+    modules = linear_modules_of(BaseCheckpoint.open(tiny_models[every_family]))
+    assert len(linear) == len(modules)
     assert {layer.compute_dtype for layer in [*linear, *backbone.transformer_layers]} == {"bfloat16"}
     assert keras.config.dtype_policy().name == before
 
@@ -256,6 +232,8 @@ def test_fields_that_a_config_leaves_out_are_those_of_transformers(every_family)
     given = dict(model_type=every_family, num_hidden_layers=9, use_sliding_window=True)
     ours = completed(FAMILIES[every_family], given)
     theirs = AutoConfig.for_model(**given).to_dict()
+    # What converters look for under the name of before.
+    theirs["num_experts"] = theirs.get("num_local_experts")
     assert ours == {name: theirs[name] for name in ours}
 
 
@@ -303,6 +281,29 @@ REFUSED = {
     "theta": ("gemma2", dict(rope_theta=5e5), "rotates with rope_theta 10000 only"),
     "layers": ("gemma2", dict(layer_types=["full_attention"] * 5), "alternates sliding and full attention"),
     "quantised": ("llama", dict(quantization_config={"quant_method": "gptq"}), "a base quantised by 'gptq'"),
+    "quantised otherwise": ("gpt_oss", dict(quantization_config={"quant_method": "fp8"}), "a base quantised by 'fp8'"),
+    "mixtral head_dim": ("mixtral", dict(head_dim=8), "derives head_dim as hidden_size / num_attention_heads"),
+    "mixtral router loss": ("mixtral", dict(output_router_logits=True), "adds the routers' loss to the model's"),
+    "mixtral jitter": ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1 .* computes it as 0.0 only"),
+    "mixtral top k": ("mixtral", dict(num_experts_per_tok=6), "num_experts_per_tok=6 .* there are 5 experts"),
+    "qwen3_moe window": (
+        "qwen3_moe",
+        dict(use_sliding_window=True, sliding_window=8),
+        "use_sliding_window=True .* forgets the window where it decodes",
+    ),
+    "gpt_oss rope": ("gpt_oss", dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), "'linear' is dropped"),
+    "gpt_oss mscale": ("gpt_oss", dict(rope_parameters={"rope_type": "yarn", "mscale": 1.0}), "KerasHub has no mscale"),
+    "gpt_oss bias": ("gpt_oss", dict(attention_bias=False), "attention_bias=False .* computes it as True only"),
+    "gemma4 sharing": ("gemma4_text", dict(num_kv_shared_layers=2), "blocks that share keys and values"),
+    "gemma4 per layer": ("gemma4_text", dict(hidden_size_per_layer_input=8), "embeddings of each block's own"),
+    "gemma4 experts": ("gemma4_text", dict(enable_moe_block=True), "experts beside the MLP are not supported"),
+    "gemma4 rope": ("gemma4_text", dict(rope_parameters=LINEAR_YARN), "full layers 'proportional' and sliding ones"),
+    "gemma4 both ways": ("gemma4_text", dict(use_bidirectional_attention="all"), "computes it as None only"),
+    "gemma4 layers": (
+        "gemma4_text",
+        dict(per_layer_config={"0": {"head_dim": 64}}),
+        "a head_dim and num_key_value_heads of all full layers alone",
+    ),
 }
 
 
@@ -335,22 +336,3 @@ def test_a_target_that_matches_nothing(tiny_models):
     config = BaseCheckpoint.open(tiny_models["llama"]).config
     with pytest.raises(ConfigError, match="'wq' matches no linear layer of this model; it has down_proj"):
         build(config, LoraConfig(target_modules=("wq",)), make_mesh(), "float32")
-
-
-def test_each_process_reads_only_the_slices_it_owns(tiny_models, monkeypatch):
-    """What is read of the file, on a device of four, is a quarter of every split weight."""
-    from kithara_ray.model import weights
-
-    base = BaseCheckpoint.open(tiny_models["gemma2"])
-    model = build(base.config, None, make_mesh(), "float32")
-    read = []
-    original = np.ascontiguousarray
-    monkeypatch.setattr(weights.np, "ascontiguousarray", lambda a, **k: read.append(a.size) or original(a, **k))
-    frozen = model.load(base)
-    monkeypatch.undo()
-    split = [array for array in frozen if not array.sharding.is_fully_replicated]
-    assert len(split) >= 9
-    for array in split:
-        assert {shard.data.size for shard in array.addressable_shards} == {array.size // 4}
-    # A replicated array is read once for its four devices, or once each; a split one never twice.
-    assert sum(read) <= sum(a.size for a in split) + 4 * sum(a.size for a in frozen if a.sharding.is_fully_replicated)
