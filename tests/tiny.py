@@ -8,6 +8,7 @@ VOCABULARY = 320
 TEXT = ["what is 1 + 2 ? three", "the sum of two and five is seven", "0 1 2 3 4 5 6 7 8 9"] * 4
 
 # Rows are longer than the windows.
+_ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))
 _SMALL = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
 SIZES = {
     # SmolLM2's shape: 3 query heads a key head, tied embeddings, epsilon 1e-5.
@@ -28,6 +29,7 @@ SIZES = {
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=8,
+        rms_norm_eps=1e-4,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
@@ -84,24 +86,25 @@ SIZES = {
             original_max_position_embeddings=64,
         ),
     ),
-    "mistral": dict(_SMALL, num_hidden_layers=3, head_dim=32, sliding_window=8, rms_norm_eps=1e-4),
-    "qwen2": dict(_SMALL, num_hidden_layers=3, rms_norm_eps=1e-4, tie_word_embeddings=True),
-    "qwen3": dict(_SMALL, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4, tie_word_embeddings=True),
+    "mistral": dict(_SMALL, **_ROPE, num_hidden_layers=3, head_dim=32, sliding_window=8, rms_norm_eps=1e-4),
+    "qwen2": dict(_SMALL, **_ROPE, num_hidden_layers=3, rms_norm_eps=1e-4, tie_word_embeddings=True),
+    "qwen3": dict(_SMALL, **_ROPE, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4, tie_word_embeddings=True),
     # Every second block does not rotate, and one is over.
-    "smollm3": dict(_SMALL, num_hidden_layers=3, no_rope_layer_interval=2, rms_norm_eps=1e-4),
+    "smollm3": dict(_SMALL, **_ROPE, num_hidden_layers=3, no_rope_layer_interval=2, rms_norm_eps=1e-4),
     # Experts that no number of devices divides.
     "mixtral": dict(
         _SMALL,
+        **_ROPE,
         num_hidden_layers=3,
         num_local_experts=5,
         num_experts_per_tok=3,
         sliding_window=8,
         rms_norm_eps=1e-4,
-        rope_parameters=dict(rope_type="default", rope_theta=500.0),
     ),
     # The second block is dense, and one is over.
     "qwen3_moe": dict(
         _SMALL,
+        **_ROPE,
         num_hidden_layers=3,
         mlp_only_layers=[1],
         num_experts=8,

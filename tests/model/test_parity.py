@@ -22,7 +22,7 @@ from kithara_ray.model.families import FAMILIES, family_of
 from kithara_ray.model.families.family import completed
 from kithara_ray.model.generate import Decoder
 from kithara_ray.model.targets import linear_modules_of
-from kithara_ray.sharding.mesh import make_mesh
+from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
 
@@ -45,9 +45,30 @@ def test_the_families_are_those_of_this_suite_and_readme_s_table_is_written_from
     assert readme_families.with_table(readme) == readme, "run `make families`"
 
 
-def test_base_logits(every_family, tiny_models):
-    directory = tiny_models[every_family]
-    assert_equal(logits(directory), reference(AutoModelForCausalLM.from_pretrained(directory)), 1e-4)
+@pytest.fixture(scope="module")
+def logits_of(tiny_models):
+    """family -> its logits as a function of adapter tensors: one program for several tests, weights split both ways."""
+
+    class Programs(dict):
+        def __missing__(self, family):
+            base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MeshShape(fsdp=2, tensor=2))
+            model = build(base.config, LORA[family], mesh, "float32")
+            frozen, compute = model.load(base), jax.jit(model.logits_BTV)
+            batch = [jax.device_put(array, batch_sharding(mesh)) for array in (TOKENS, SEGMENTS)]
+            self[family] = lambda adapter: np.asarray(compute(model.place_factors(adapter), frozen, *batch))
+            return self[family]
+
+    return Programs()
+
+
+def only(adapter, module=None):
+    """The adapter with all but one module's factors zero."""
+    return {name: tensor * (f".{module}." in name) for name, tensor in adapter.items()}
+
+
+def test_base_logits(every_family, tiny_models, logits_of, random_adapter):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[every_family])
+    assert_equal(logits_of[every_family](only(random_adapter[every_family])), reference(model), 1e-4)
 
 
 MESHES = [MeshShape(), MeshShape(data=2), MeshShape(fsdp=1, tensor=4)]
@@ -55,22 +76,26 @@ MESHES = [MeshShape(), MeshShape(data=2), MeshShape(fsdp=1, tensor=4)]
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_adapted_logits_on_every_mesh(family, mesh, tiny_models, random_adapter, tmp_path):
-    assert_adapted_logits(family, mesh, tiny_models, random_adapter, tmp_path)
+    adapter = random_adapter[family]
+    assert_adapted_logits(logits(tiny_models[family], adapter, mesh=mesh), family, adapter, tiny_models, tmp_path)
 
 
-def test_adapted_logits(every_family, tiny_models, random_adapter, tmp_path):
-    assert_adapted_logits(every_family, MeshShape(fsdp=2, tensor=2), tiny_models, random_adapter, tmp_path)
+def test_adapted_logits(every_family, tiny_models, random_adapter, logits_of, tmp_path):
+    adapter = random_adapter[every_family]
+    assert_adapted_logits(logits_of[every_family](adapter), every_family, adapter, tiny_models, tmp_path)
 
 
-def assert_adapted_logits(family, mesh, tiny_models, random_adapter, tmp_path):
+def assert_adapted_logits(ours, family, adapter, tiny_models, tmp_path):
+    """Equal to PEFT's, of the adapter's file, and to the bit what PEFT reads of that."""
     directory = tiny_models[family]
-    Adapter(LORA[family], random_adapter[family]).write(tmp_path, str(directory))
+    Adapter(LORA[family], adapter).write(tmp_path, str(directory))
     base = AutoModelForCausalLM.from_pretrained(directory)
     plain = reference(base)
     adapted = PeftModel.from_pretrained(base, tmp_path)
-    theirs = {name.removeprefix("base_model.model.") for name, _ in adapted.named_parameters() if "lora_" in name}
-    assert {name.replace(".default", "") for name in theirs} == random_adapter[family].keys()
-    ours = logits(directory, random_adapter[family], mesh=mesh)
+    named = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in adapted.named_parameters()}
+    theirs = {name: tensor.detach().numpy() for name, tensor in named.items() if "lora_" in name}
+    assert theirs.keys() == adapter.keys()
+    assert all((theirs[name] == tensor).all() for name, tensor in adapter.items())
     assert_equal(ours, reference(adapted), 2e-4)
     assert np.abs(ours - plain)[SEGMENTS.astype(bool)].max() > 0.1
 
@@ -91,19 +116,12 @@ def test_greedy_decoding(every_family, tiny_models, random_adapter, tmp_path):
         assert row == wanted[0].tolist()
 
 
-def test_every_target_is_alive(every_family, tiny_models, random_adapter):
+def test_every_target_is_alive(every_family, logits_of, random_adapter):
     """A side path that is not computed would be trained, exported and do nothing here."""
-    base, factors = BaseCheckpoint.open(tiny_models[every_family]), random_adapter[every_family]
-    model = build(base.config, LORA[every_family], make_mesh(), "float32")
-    frozen, compute = model.load(base), jax.jit(model.logits_BTV)
-
-    def with_only(module):
-        placed = model.place_factors({name: tensor * (f".{module}." in name) for name, tensor in factors.items()})
-        return np.asarray(compute(placed, frozen, TOKENS, SEGMENTS))
-
-    nothing = with_only("none of them")
+    compute, adapter = logits_of[every_family], random_adapter[every_family]
+    nothing = compute(only(adapter))
     for module in TARGETS[every_family]:
-        assert np.abs(with_only(module) - nothing).max() > 0.01, module
+        assert np.abs(compute(only(adapter, module)) - nothing).max() > 0.01, module
 
 
 # Blocks that the scan takes at a time: sliding and full ones, with and without rotation.
@@ -220,12 +238,16 @@ def test_gemma3_s_blocks_are_scanned_six_at_a_time(tiny_models):
 def test_layers_compute_in_the_precision_that_was_asked_for(every_family, tiny_models):
     config = json.loads((tiny_models[every_family] / "config.json").read_text())
     before = keras.config.dtype_policy().name
-    backbone = build(config, LORA[every_family], make_mesh(), "mixed_bfloat16").model.backbone
+    model = build(config, LORA[every_family], make_mesh(), "mixed_bfloat16")
+    backbone = model.model.backbone
     linear = [layer for layer in backbone._flatten_layers() if hasattr(layer, "lora_A")]
     modules = linear_modules_of(BaseCheckpoint.open(tiny_models[every_family]))
     assert len(linear) == len(modules)
     assert {layer.compute_dtype for layer in [*linear, *backbone.transformer_layers]} == {"bfloat16"}
     assert keras.config.dtype_policy().name == before
+    weights = model.abstract_frozen(np.dtype("bfloat16"))
+    out = jax.eval_shape(model.hidden_BTD, model.abstract_factors(), weights, TOKENS, SEGMENTS)
+    assert (out.shape, out.dtype) == ((*TOKENS.shape, config["hidden_size"]), "bfloat16")
 
 
 def test_fields_that_a_config_leaves_out_are_those_of_transformers(every_family):
