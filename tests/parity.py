@@ -41,3 +41,22 @@ def assert_equal(ours, theirs, atol):
     """On real tokens; what padding computes is nobody's."""
     real = SEGMENTS.astype(bool)
     np.testing.assert_allclose(ours[real], theirs[real], atol=atol, rtol=0)
+
+
+def by_name(model, arrays):
+    """Trained arrays by adapter tensor name, stacked ones taken apart."""
+    tensors = {}
+    for slot in model.factor_slots:
+        whole = np.asarray(arrays[slot.key])
+        tensors |= dict(zip(slot.names, whole if slot.stacked else [whole], strict=True))
+    return tensors
+
+
+def assert_close_as_one(ours, theirs):
+    """1e-5 as one vector; one tensor's own gradient can be a small difference of large terms."""
+    assert ours.keys() == theirs.keys()
+    norms = {name: np.linalg.norm(tensor) for name, tensor in theirs.items()}
+    errors = {name: np.linalg.norm(ours[name] - tensor) for name, tensor in theirs.items()}
+    assert all(norms.values())
+    assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values()))
+    assert all(errors[name] < 1e-4 * norms[name] for name in norms)

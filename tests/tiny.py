@@ -134,8 +134,9 @@ def write_model(directory: Path, family: str, **fields) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Experts amplify float32's noise: with 2.5, torch's own logits were 1.5e-4 from those of float64.
-            gain = 1.5 if family in MIXTURES else 2.5
+            # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,
+            # and its gradients of smollm3 1.1e-5.
+            gain = 1.5 if family in {*MIXTURES, "smollm3"} else 2.5
             std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])
             parameter.add_(torch.randn_like(parameter) * std)
         for name, buffer in model.named_buffers():

@@ -85,7 +85,7 @@ class CausalLM:
         """
         positions_BT = jnp.broadcast_to(jnp.arange(token_ids_BT.shape[1]), token_ids_BT.shape)
         given = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT, "position_ids": positions_BT}
-        inputs = {symbolic.name: given[symbolic.name] for symbolic in self.model.backbone.inputs}
+        inputs = {symbolic.name: jnp.asarray(given[symbolic.name]) for symbolic in self.model.backbone.inputs}
         with self.bind(factors, frozen, unstack=not self.scan):
             if not self.scan:
                 with dropping(dropout_key):

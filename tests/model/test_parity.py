@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import readme_families
 import torch
-from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_equal, logits, reference
+from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, logits, reference
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
 from tiny import SIZES, TARGETS, write_model
@@ -124,23 +124,19 @@ def test_every_target_is_alive(every_family, logits_of, random_adapter):
         assert np.abs(compute(only(adapter, module)) - nothing).max() > 0.01, module
 
 
-# Blocks that the scan takes at a time: sliding and full ones, with and without rotation.
+# Blocks that the scan takes at a time: sliding and full ones, with and without rotation, dense and of experts.
 PERIODS = dict.fromkeys(SIZES, 1) | dict(gemma2=2, gemma3_text=2, gemma4_text=3, gpt_oss=2, qwen3_moe=2, smollm3=2)
-ALL_SCANS = {"block": dict(remat="block"), "dots": dict(remat="dots"), "unstacked factors": dict(stack_factors=False)}
-SCANS = {family: ALL_SCANS if family in ("gemma2", "llama") else {"block": ALL_SCANS["block"]} for family in PERIODS}
+SCANS = {"block": dict(remat="block"), "dots": dict(remat="dots"), "unstacked factors": dict(stack_factors=False)}
 
 
-def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(every_family, tiny_models, random_adapter):
-    family = every_family
+def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny_models, random_adapter):
+    """Of two families all scans; tests/train/test_gradients.py has every family."""
     base = BaseCheckpoint.open(tiny_models[family])
     # Small enough that float32's own noise stays an order below what is asserted.
     adapter = {name: tensor / 4 for name, tensor in random_adapter[family].items()}
-    # Where weights are split, sums are in another order; smollm3 makes 2e-5 of that.
-    mesh = make_mesh(None if family in ("gemma2", "llama") else MeshShape(data=4))
     gradients, values = {}, {}
-    for name, options in ({"unrolled": dict(scan=False)} | SCANS[family]).items():
-        model = build(base.config, LORA[family], mesh, "float32", **options)
-        assert model.chain.period == PERIODS[family]
+    for name, options in ({"unrolled": dict(scan=False)} | SCANS).items():
+        model = build(base.config, LORA[family], make_mesh(), "float32", **options)
         factors, frozen = model.place_factors(adapter), model.load(base)
 
         def loss(factors, model=model, frozen=frozen):
@@ -148,17 +144,10 @@ def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(every_family
             return -jax.nn.log_softmax(logits)[:, :-1][np.arange(4)[:, None], np.arange(23), TOKENS[:, 1:]].mean()
 
         values[name], grads = jax.jit(jax.value_and_grad(loss))(factors)
-        gradients[name] = {shard.name: 0 for shard in model.adapter_shards(grads, 0)}
-        for slot in model.factor_slots:
-            whole = np.asarray(grads[slot.key])
-            gradients[name] |= dict(zip(slot.names, whole if slot.stacked else [whole], strict=True))
-    for name in SCANS[family]:
+        gradients[name] = by_name(model, grads)
+    for name in SCANS:
         assert float(values[name]) == pytest.approx(float(values["unrolled"]), rel=1e-5)
-        errors = {tensor: np.linalg.norm(gradients[name][tensor] - g) for tensor, g in gradients["unrolled"].items()}
-        norms = {tensor: np.linalg.norm(g) for tensor, g in gradients["unrolled"].items()}
-        assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values())), name
-        # One tensor's own gradient can be a small difference of large terms.
-        assert all(errors[tensor] < 1e-4 * norms[tensor] for tensor in norms), name
+        assert_close_as_one(gradients[name], gradients["unrolled"])
 
 
 def test_initial_factors_are_peft_s_and_depend_on_nothing_but_seed_and_name(tiny_models):
@@ -227,6 +216,11 @@ CORRECTED = [
 def test_fields_that_kerashub_drops_are_corrected(family, fields, tmp_path):
     directory = write_model(tmp_path / "model", family, **fields)
     assert_equal(logits(directory), reference(AutoModelForCausalLM.from_pretrained(directory)), 1e-4)
+
+
+def test_the_period_of_the_scan(every_family, tiny_models):
+    config = BaseCheckpoint.open(tiny_models[every_family]).config
+    assert build(config, None, make_mesh(), "float32").chain.period == PERIODS[every_family]
 
 
 def test_gemma3_s_blocks_are_scanned_six_at_a_time(tiny_models):

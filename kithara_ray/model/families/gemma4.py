@@ -34,7 +34,7 @@ def _complete(config: Mapping) -> dict:
         if kv_heads is not None and whole["attention_k_eq_v"]:
             own["num_key_value_heads"] = kv_heads
         full = (i for i, kind in enumerate(whole["layer_types"]) if kind == "full_attention")
-        whole["per_layer_config"] = {i: own for i in full}
+        whole["per_layer_config"] = {str(i): own for i in full}
     return whole
 
 

@@ -107,7 +107,9 @@ FAMILIES = {
         _check_mixtral,
         _correct_mixtral,
         _finish_mixtral,
-        complete=with_defaults(tie_word_embeddings=False, sliding_window=None, output_router_logits=False),
+        complete=with_defaults(
+            tie_word_embeddings=False, sliding_window=None, output_router_logits=False, rope_theta=1_000_000.0
+        ),
     ),
     "qwen3_moe": Family(
         "convert_qwen3_moe",
