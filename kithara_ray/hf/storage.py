@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ WEIGHTS = "*.safetensors"
 HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors library itself
 RANGE_BYTES = 32 << 20  # of one ranged read, held in memory
 
+Report = Callable[[int, int], None]  # (bytes that are here, bytes in all), called while a model is fetched
+
 
 def is_url(handle: str) -> bool:
     return "://" in handle
@@ -67,10 +69,11 @@ def is_model_file(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------- fetch
 
 
-def fetch(handle: str) -> Path:
+def fetch(handle: str, report: Report | None = None) -> Path:
     """The local directory of a model: itself when local, else downloaded once per host.
 
     handle: a local directory, `hf://org/name[@revision]`, or an fsspec URL such as `gs://bucket/dir`.
+    report: told how far a download is; not called where nothing is downloaded.
     Raises CheckpointError when there is nothing to fetch, UnsupportedError for a handle that cannot be honoured.
     """
     handle = str(handle)
@@ -78,9 +81,9 @@ def fetch(handle: str) -> Path:
     if not is_url(handle) or scheme == "file":
         return _fetch_local(rest if scheme == "file" and rest else handle)
     if scheme == "hf":
-        return _fetch_hub(handle, rest)
+        return _fetch_hub(handle, rest, report)
     _refuse_keras(handle)
-    return _fetch_remote(handle)
+    return _fetch_remote(handle, report=report)
 
 
 def _refuse_keras(handle: str) -> None:
@@ -105,7 +108,7 @@ def _fetch_local(handle: str) -> Path:
     raise CheckpointError(f"no directory at {path} for the handle {handle!r}; {advice}")
 
 
-def _fetch_hub(handle: str, rest: str) -> Path:
+def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -119,6 +122,7 @@ def _fetch_hub(handle: str, rest: str) -> Path:
                 revision=revision or None,
                 allow_patterns=list(MODEL_FILES),
                 ignore_patterns=["*/*", *REFUSED_FILES],  # no original/, onnx/, checkpoints of the training run
+                tqdm_class=_reporting_bar(report) if report else None,
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -126,6 +130,25 @@ def _fetch_hub(handle: str, rest: str) -> Path:
             f"{handle}: could not be fetched from the Hugging Face hub ({cause_of(error)}); check the "
             "name, the network, and for gated models that HF_TOKEN is set on every host"
         ) from error
+
+
+def _reporting_bar(report: Report) -> type:
+    """The hub's own progress bar, which also reports. It has one for bytes received and one for bytes written, whose
+    totals grow as files are begun: what is reported is the one that is further."""
+    from huggingface_hub.utils import tqdm
+
+    furthest = 0
+
+    class Reporting(tqdm):
+        def update(self, n=1):
+            nonlocal furthest
+            shown = super().update(n)
+            if self.unit == "B" and self.total and self.n > furthest:
+                furthest = int(self.n)
+                report(furthest, int(self.total))
+            return shown
+
+    return Reporting
 
 
 def cache_dir() -> Path:
@@ -202,7 +225,7 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _fetch_remote(url: str, weights: bool = True) -> Path:
+def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) -> Path:
     """Download into `<cache>/<hash of url and listing>` under a lock; renamed into place only when complete."""
     fs, root = filesystem(url, CheckpointError)
     try:
@@ -229,15 +252,23 @@ def _fetch_remote(url: str, weights: bool = True) -> Path:
         partial.mkdir()
         try:
             log.info("fetching %s: files=%d bytes=%d weights=%s", url, len(sizes), sum(sizes.values()), weights)
+            before = 0
             for name, size_bytes in sizes.items():
                 if weights or not fnmatch.fnmatchcase(name, WEIGHTS):
-                    _download(fs, f"{root}/{name}", partial / name, size_bytes)
+                    _download(fs, f"{root}/{name}", partial / name, size_bytes, _from(before, sizes, report))
+                    before += size_bytes
                 else:
                     fetch_header(fs, f"{root}/{name}", partial / name, size_bytes)
             os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _from(before: int, sizes: dict[str, int], report: Report | None) -> Report | None:
+    """A report of one file as a part of all of them, which `before` bytes are here of."""
+    total = sum(sizes.values())
+    return report and (lambda here, _: report(before + here, total))
 
 
 def fetch_header(fs: Any, remote: str, local: Path, size_bytes: int) -> None:
@@ -259,9 +290,12 @@ def version_of(entry: dict) -> str:
     return "|".join(f"{field}={entry[field]}" for field in fields if entry.get(field) is not None)
 
 
-def _download(fs: Any, remote: str, local: Path, size_bytes: int) -> None:
+def _download(fs: Any, remote: str, local: Path, size_bytes: int, report: Report | None = None) -> None:
+    import fsspec
+
+    hooks = {"report": lambda size, value, **_: report(value, size_bytes)} if report else {}
     try:
-        fs.get_file(remote, str(local))
+        fs.get_file(remote, str(local), callback=fsspec.Callback(hooks=hooks))
     except Exception as error:
         raise CheckpointError(f"{remote}: download failed ({cause_of(error)}); try again") from error
     if local.stat().st_size != size_bytes:

@@ -287,7 +287,10 @@ class CausalLM:
         return placed
 
     def weight_sharding(self, slot: weights.Slot) -> NamedSharding:
-        return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
+        try:
+            return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
+        except ConfigError as error:
+            raise ConfigError(f"{slot.ports[0].hf_name}: {error}") from error
 
     def factor_sharding(self, slot: lora.FactorSlot) -> NamedSharding:
         return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))

@@ -135,7 +135,9 @@ class KerasHubModel:
             "init_lora_weights": init_lora_weights,
         }
         handle = absolute(preset_handle)
-        base = BaseCheckpoint.open(storage.fetch(handle))
+        # Of an object store the headers alone: no weight comes to the driver.
+        directory, source = storage.fetch_headers(handle)
+        base = BaseCheckpoint.open(directory, source=source)
         family_of(base.config)
         if adapter is not None:
             _check_only_adapter(cls.from_preset, {"lora_rank": lora_rank, **settings})

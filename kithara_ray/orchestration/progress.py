@@ -75,6 +75,9 @@ class Progress:
         if kind == "phase":
             self._say(_PHASES[event["name"]])
             self._bar.update(self._task, description=_PHASES[event["name"]])
+        elif kind == "fetch":
+            self._say(f"fetched {event['here'] / 1e9:.2f} of {event['total'] / 1e9:.2f} GB")
+            self._bar.update(self._task, completed=event["here"], total=event["total"])
         elif kind == "started":
             share = event["trainable"] / event["parameters"]
             self._note(
@@ -83,7 +86,9 @@ class Progress:
             )
             phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in event["phases"].items() if seconds >= 0.5)
             self._note(f"ready after {sum(event['phases'].values()):.0f} s: {phases}")
-            self._bar.update(self._task, total=event["total_steps"], description="training")
+            self._bar.update(self._task, completed=0, total=event["total_steps"], description="training")
+        elif kind == "first_step":
+            self._note(f"the first step took {event['seconds']:.1f} s")
         elif kind == "resumed":
             for note in event["notes"]:
                 self._note(f"passed over a checkpoint: {note}")

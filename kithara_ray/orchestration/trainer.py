@@ -41,7 +41,7 @@ class TrainResult:
         history: a dict a logged step: step, loss, learning_rate, grad_norm, tokens_per_s (real tokens, no padding),
             step_time_s, input_wait_s (a step), epoch.
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
-        phases: seconds of each phase of start-up on rank 0.
+        phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
         path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps" or "early_stopping".
@@ -75,7 +75,7 @@ class Trainer:
         scaling_config: Ray's; one worker per host. None is one local worker.
         run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
-        mesh: axes of the device mesh; all devices on `fsdp` by default.
+        mesh: axes of the device mesh; by default the devices of a TPU slice on `fsdp`, the slices on `data`.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
             "dots", also the results of products with weights, faster where the memory is there.
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
@@ -159,7 +159,7 @@ class Trainer:
         self.run_config = run_config or RunConfig()
         self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
         self.cpu_devices_per_worker = cpu_devices_per_worker
-        self.mesh = mesh or MeshShape()
+        self.mesh = mesh
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
@@ -326,13 +326,16 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         return [{k: v for k, v in event.items() if k != "kind"} for event in events if event["kind"] == kind]
 
     history, evals, started = rows("step"), rows("eval"), rows("started")
+    phases = started[-1]["phases"] if started else {}
+    for event in rows("first_step"):
+        phases = phases | {"first_step": event["seconds"]}
     metrics = (history[-1] if history else {}) | (evals[-1] if evals else {})
     return TrainResult(
         metrics,
         history,
         path,
         evals,
-        started[-1]["phases"] if started else {},
+        phases,
         checkpoint=summary.get("checkpoint"),
         best_checkpoint=summary.get("best_checkpoint"),
         stopped=summary.get("stopped") or "steps",

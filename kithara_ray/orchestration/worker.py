@@ -18,6 +18,8 @@ from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
+_FETCH_REPORT_S = 2.0
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -65,7 +67,7 @@ class RunSpec:
     eval_steps_interval: int | None
     eval_epochs_interval: int | None
     max_eval_samples: int | None
-    mesh: MeshShape
+    mesh: MeshShape | None
     remat: str
     micro_batches: int
     seed: int
@@ -112,7 +114,7 @@ class Run:
             "import": round(importing, 2),
         }
         preflight.check_process_group(spec.num_workers, spec.platform)
-        self._input_wait_s = self._total_input_wait_s = 0.0
+        self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
         self.number, self.saving = 0, None
         self._record("begin")
 
@@ -129,7 +131,7 @@ class Run:
 
         spec = self.spec
         with self._phase("fetch"):
-            base = BaseCheckpoint.open(storage.fetch(spec.base))
+            base = BaseCheckpoint.open(storage.fetch(spec.base, self._report_fetch))
         with self._phase("build"):
             self.mesh = make_mesh(spec.mesh)
             self.model = build(
@@ -209,7 +211,7 @@ class Run:
     def train(self) -> None:
         """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
         last_logged, window_tokens, mark = self.number, 0, time.monotonic()
-        began = mark
+        began, before = mark, self.number
         while not self.is_finished:
             self.number += 1
             number = self.number
@@ -220,6 +222,9 @@ class Run:
                 waited = time.monotonic()
                 self._next_batch, self._next_tokens = self.data.batch(number)
                 self._input_wait_s += time.monotonic() - waited
+            if number == before + 1:
+                float(metrics["loss"])
+                self._record("first_step", seconds=round(time.monotonic() - began, 2))
             due = number % self.spec.log_steps_interval == 0 or number == self.total_steps
             evaluate = self.eval_data and (number == self.total_steps or self._is_evaluated(number))
             if due:
@@ -324,6 +329,13 @@ class Run:
             self.saving.note({"kind": kind, **values})
         if self.rank == 0:
             self.spec.coordinator.record.remote({"kind": kind, **values})
+
+    def _report_fetch(self, here: int, total: int) -> None:
+        """Now and then, how much of the base has been fetched onto rank 0's host."""
+        now = time.monotonic()
+        if now - self._fetch_reported >= _FETCH_REPORT_S or here == total:
+            self._fetch_reported = now
+            self._record("fetch", here=here, total=total)
 
     def _phase(self, name: str):
         return _Phase(self, name)

@@ -21,10 +21,10 @@ def load_tokenizer(handle: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from kithara_ray.hf.storage import fetch
+    from kithara_ray.hf.storage import fetch_headers
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(fetch(handle)), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(fetch_headers(handle)[0]), trust_remote_code=False)
     except (KitharaRayError, OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise DataError(_unloadable(handle, error)) from error
     except Exception as error:

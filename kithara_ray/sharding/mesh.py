@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kithara_ray.errors import ConfigError
@@ -24,15 +25,28 @@ _REPLICATE_BELOW = 2048
 
 
 def make_mesh(shape: MeshShape | None = None, devices: Sequence | None = None) -> Mesh:
-    """A mesh over all devices of all processes, in the order in which JAX lays out the topology."""
-    devices = jax.devices() if devices is None else list(devices)
-    sizes = (shape or MeshShape()).resolve(len(devices))
-    if devices[0].platform == "tpu":
-        from jax.experimental import mesh_utils
+    """A mesh over all devices of all processes, in the order in which JAX lays out the topology.
 
-        grid = mesh_utils.create_device_mesh(sizes, devices)
+    Without a shape, `data` counts the TPU slices and `fsdp` has the devices of one: between slices the network is slow,
+    and over `data` nothing but the factors' gradients is reduced.
+
+    Raises:
+        ConfigError: the shape does not fit the devices, or splits weights between slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, *inner = (shape or MeshShape(data=slices)).resolve(len(devices))
+    if data % slices:
+        raise ConfigError(
+            f"mesh data={data} over {slices} TPU slices: weights would be gathered between slices at every block; "
+            f"take a multiple of {slices} for data, or leave the mesh out"
+        )
+    if devices[0].platform != "tpu":
+        grid = np.array(devices).reshape(data, *inner)
+    elif slices == 1:
+        grid = mesh_utils.create_device_mesh((data, *inner), devices)
     else:
-        grid = np.array(devices).reshape(sizes)
+        grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inner), (slices, 1, 1), devices)
     return Mesh(grid, AXES)
 
 

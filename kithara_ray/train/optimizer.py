@@ -11,6 +11,8 @@ import jax
 import keras
 import numpy as np
 
+from kithara_ray.train import schedule  # noqa: F401 - Keras finds its class when a configuration names it
+
 Params = dict[str, jax.Array]
 
 

@@ -75,7 +75,7 @@ class Place:
         if self.is_local:
             self._move(local, Path(self.path(directory)), name)
         else:
-            self._again(lambda: put_file(local, url), url)
+            self._again(lambda: put_file(local, self.url(directory), name), url)
 
     def put_bytes(self, data: bytes, directory: str, name: str) -> None:
         with self.scratch() as scratch:

@@ -141,6 +141,21 @@ def _fetch_counting(url: str, counter: str) -> None:
     storage.fetch(url)
 
 
+def test_a_download_tells_how_far_it_is(memory, cache):
+    memory.pipe("/m/config.json", b"{}")
+    memory.pipe("/m/model.safetensors", b"x" * (12 << 20))
+    told = []
+    storage.fetch("memory://m", lambda here, total: told.append((here, total)))
+    total = (12 << 20) + 2
+    assert told[-1] == (total, total)
+    assert len(told) > 2
+    assert told == sorted(told)
+    assert {whole for _, whole in told} == {total}
+    told.clear()
+    storage.fetch("memory://m", lambda here, total: told.append((here, total)))
+    assert not told
+
+
 def test_two_processes_download_once(tmp_path, cache):
     """local:// is fsspec's local files under a scheme that is not taken as a local path."""
     (tmp_path / "m").mkdir()

@@ -108,6 +108,7 @@ def test_the_run_learned_and_trained_every_factor(trained):
     assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
     assert all(np.abs(tensor).max() > 1e-3 for name, tensor in model.adapter.items())
     assert {name.split(".")[-3] for name in model.adapter} == set(LAYERS)
+    assert {"tokenize", "schedule", "import", "build", "load", "compile", "first_step"} <= result.phases.keys()
 
 
 def test_sharded_logits_equal_peft_on_the_exported_adapter(trained):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import fsspec
 import pytest
 from tiny import write_model
 
@@ -114,6 +115,18 @@ def test_an_adapter_of_peft_brings_its_settings_and_tensors(directory, adapter):
     assert model.adapter.keys() == written.tensors.keys()
     assert all((model.adapter[name] == tensor).all() for name, tensor in written.tensors.items())
     assert any(tensor.any() for name, tensor in model.adapter.items() if "lora_B" in name)
+
+
+def test_no_weight_of_a_remote_base_comes_to_the_driver(directory, tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.put(directory, "/preset", recursive=True)
+    monkeypatch.setenv("KITHARA_RAY_CACHE", str(tmp_path / "cache"))
+    model = KerasHubModel.from_preset("memory://preset", lora_rank=4, target_modules="all-linear")
+    assert model.lora.target_modules == LINEAR
+    (weights,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert weights.stat().st_size > 500_000
+    assert weights.stat().st_blocks * 512 < 65_536
+    fs.rm("/preset", recursive=True)
 
 
 def rewrite(adapter, **fields):

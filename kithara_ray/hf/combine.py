@@ -1,0 +1,48 @@
+"""Several adapters of one base as one adapter: the weighted sum of their updates, exactly.
+
+    delta = sum over i of weight_i * scale_i * B_i @ A_i = concat(B_i) @ concat(weight_i * scale_i * A_i)
+
+Nothing is approximated: ranks add up, and the scale of the result is 1. This is peft's `add_weighted_adapter(...,
+combination_type="cat")`, with the factors multiplied in its order, so that merges agree bit by bit.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, Adapter
+from kithara_ray.hf.lora_config import LoraConfig
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """One adapter; float32. A module that only some have gets the sum of theirs.
+
+    Raises: ConfigError for a weight that is no finite number, UnsupportedError for DoRA, whose update is no product.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise ConfigError(f"combine needs a weight for each adapter, got {len(adapters)} and {len(weights)}")
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if not np.isfinite(weight):
+            raise ConfigError(f"an adapter's weight must be finite, got {weight!r}")
+        if adapter.config.use_dora:
+            raise UnsupportedError("DoRA adapters are not combined: their update is no sum of products; merge it alone")
+    tensors, ranks = {}, {}
+    for module in sorted({module for adapter in adapters for module in adapter.modules}):
+        parts = [(a, w) for a, w in zip(adapters, weights, strict=True) if module in a.modules]
+        a_RI = [
+            adapter.a(module).astype(np.float32) * np.float32(weight) * np.float32(adapter.config.scale_of(module))
+            for adapter, weight in parts
+        ]
+        b_OR = [adapter.b(module).astype(np.float32) for adapter, _ in parts]
+        tensors[module + A_SUFFIX], tensors[module + B_SUFFIX] = np.concatenate(a_RI), np.concatenate(b_OR, axis=1)
+        ranks[module] = len(tensors[module + A_SUFFIX])
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {re.escape(module): found for module, found in ranks.items() if found != rank}
+    targets = sorted({target for adapter in adapters for target in adapter.config.target_modules})
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=tuple(targets), rank_pattern=others, alpha_pattern=dict(others)
+    )
+    return Adapter(config, tensors)

@@ -1,0 +1,83 @@
+"""What a finished, failed or running run has left in files: its newest adapter, or that of a step. No Ray, no JAX."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kithara_ray.errors import AdapterError, CheckpointError, ConfigError
+from kithara_ray.hf import storage
+from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
+from kithara_ray.hf.checkpoint import read_json
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.train import checkpoint
+from kithara_ray.train.checkpoint import Checkpoint
+from kithara_ray.train.place import Place
+
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+
+
+@dataclass
+class Trained:
+    """An adapter, and where it comes from.
+
+    base: the handle of its base as far as the files tell; None where they do not.
+    base_fingerprint: of the base that it was trained on; None where the files do not tell.
+    run: what is known of the training, for run.json.
+    """
+
+    adapter: Adapter
+    base: str | None
+    base_fingerprint: str | None
+    run: dict[str, Any]
+
+
+def read_trained(location: str, step: int | None = None) -> Trained:
+    """The adapter at `location`: a PEFT adapter, a run's directory, its directory of checkpoints, or one checkpoint.
+
+    A run that ended has `adapter/`, which is taken unless a step is asked for; else the newest checkpoint, or that of
+    `step`. Every file of the checkpoint is verified. Raises AdapterError, CheckpointError, ConfigError.
+    """
+    place = Place(str(location).rstrip("/"))
+    if step is None:
+        for directory in ("", ADAPTER):
+            if ADAPTER_CONFIG in place.files(directory):
+                return _read_adapter(storage.join(str(location), directory) if directory else str(location))
+    parent, _, name = str(location).rstrip("/").rpartition("/")
+    if re.fullmatch(r"step-\d{8,}-[0-9a-f]{8}", name) and checkpoint.MANIFEST in place.files(""):
+        return _read_checkpoint(Checkpoint.open(Place(parent), name), step)
+    for directory in (str(location), storage.join(str(location), CHECKPOINTS)):
+        found = checkpoint.committed(Place(directory))
+        chosen = [name for name in found if step is None or checkpoint.step_of(name) == step]
+        if chosen:
+            return _read_checkpoint(Checkpoint.open(Place(directory), chosen[0]), step)
+        if found:
+            steps = ", ".join(str(checkpoint.step_of(name)) for name in sorted(found))
+            raise ConfigError(f"{directory}: no checkpoint of step {step}; there are those of steps {steps}")
+    raise CheckpointError(
+        f"{location}: neither a PEFT adapter ({ADAPTER_CONFIG}), nor a run's directory with adapter/ or checkpoints/, "
+        "nor a checkpoint that was committed; give the run's path or its checkpoint_dir"
+    )
+
+
+def _read_adapter(location: str) -> Trained:
+    directory = storage.fetch(location)
+    config = read_json(directory / ADAPTER_CONFIG, AdapterError)
+    name, revision = config.get("base_model_name_or_path") or None, config.get("revision")
+    if name and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not storage.is_url(name):
+        name = f"hf://{name}" + (f"@{revision}" if revision else "")
+    return Trained(Adapter.read(directory), name, None, {"source": str(location)})
+
+
+def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
+    if step is not None and found.step != step:
+        raise ConfigError(f"{found.url} is of step {found.step}, asked for is {step}")
+    found.verify()
+    identity = found.manifest["identity"]
+    if not identity.get("lora"):
+        raise CheckpointError(f"{found.url} is not of a LoRA run: there is no adapter in it")
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    lora = {name: value for name, value in identity["lora"].items() if name in fields}
+    config = LoraConfig(**{**lora, "target_modules": tuple(lora["target_modules"])})
+    run = {"source": found.url, "step": found.step, "metrics": found.manifest["metrics"], "identity": identity}
+    return Trained(Adapter(config, found.adapter()), found.manifest.get("base"), identity.get("base"), run)
