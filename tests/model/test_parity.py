@@ -257,6 +257,18 @@ OLD_ROPE = {
     "llama": dict(rope_theta=5e5, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
     "gemma3_text": dict(rope_local_base_freq=1e3, rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 8.0}),
     "qwen3": dict(rope_theta=1e6, rope_scaling=None),
+    # As gpt-oss-20b has it.
+    "gpt_oss": dict(
+        rope_theta=150000,
+        rope_scaling=dict(
+            rope_type="yarn",
+            factor=32.0,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            truncate=False,
+            original_max_position_embeddings=4096,
+        ),
+    ),
 }
 
 
