@@ -11,7 +11,7 @@ ROOMS = {
     "errors": (["kithara_ray.errors"], HEAVY),
     "command line": (["kithara_ray.cli"], HEAVY | {"pydantic", "transformers"}),
     "hf": (
-        [f"kithara_ray.hf.{name}" for name in ("storage", "checkpoint", "adapter", "merge", "export")],
+        [f"kithara_ray.hf.{name}" for name in ("storage", "checkpoint", "adapter", "merge", "export", "combine")],
         HEAVY,
     ),
     "sft": (
@@ -28,6 +28,7 @@ ROOMS = {
         [f"kithara_ray.model.{name}" for name in ("runtime", "causal_lm", "weights", "lora", "generate")],
         {"ray", "torch"},
     ),
+    "train, what a run has left in files": (["kithara_ray.train.run_files"], HEAVY),
     "train": ([f"kithara_ray.train.{name}" for name in ("loss", "optimizer", "step")], {"ray", "torch"}),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],

@@ -97,3 +97,16 @@ def model_card(base_name: str, adapter: Adapter, report: dict) -> str:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report["notes"])]
     lines += ["", "`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
     return "\n".join(lines)
+
+
+def summary(destination: str, report: dict) -> str:
+    """An export_report.json in a few lines, for whoever started the export."""
+    weights = {name: entry for name, entry in report["files"].items() if name.endswith(".safetensors")}
+    size_gb = sum(entry["bytes"] for entry in weights.values()) / 1e9
+    lines = [f"exported {report['layout']} to {destination}: {len(weights)} weight files, {size_gb:.3g} GB"]
+    if counts := report["tensors"]:
+        merged = f"{counts['merged']} merged ({counts['merged_and_changed']} changed)"
+        lines.append(f"  tensors: {merged}, {counts['untouched']} as in the base")
+    lines += [f"  proven: {check}" for check in report["checks"]]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    return "\n".join([*lines, f"  {report['seconds']:.1f} s; every file's SHA-256 is in export_report.json"])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +28,11 @@ from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
-from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, write_part, write_serially
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, write_here, write_part
 from kithara_ray.hf.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 
-__all__ = ["Layout", "Part", "Written", "export", "write_part", "write_serially"]
+__all__ = ["Layout", "Part", "Written", "export", "write_here", "write_part"]
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,13 @@ class Layout(StrEnum):
     MERGED = "merged"
 
 
-def export(
+def export(base: BaseCheckpoint, adapter: Adapter, destination: str, layout: Layout, **options: Any) -> str:
+    """`export_with_report`, which see; returns the destination."""
+    export_with_report(base, adapter, destination, layout, **options)
+    return str(destination)
+
+
+def export_with_report(
     base: BaseCheckpoint,
     adapter: Adapter,
     destination: str,
@@ -69,9 +76,9 @@ def export(
     max_shard_size: int | str | None = None,
     check_finite: bool = False,
     resume: bool = False,
-    write: Callable[[list[Part]], Iterable[Written]] = write_serially,
-) -> str:
-    """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns the destination.
+    write: Callable[[list[Part]], Iterable[Written]] = write_here,
+) -> dict[str, Any]:
+    """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns export_report.json.
 
     base_name: what adapter_config.json names as its base, a hub name, a path, or an hf:// handle with a revision.
     dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
@@ -102,7 +109,7 @@ def export(
         report["seconds"] = round(time.perf_counter() - started_s, 3)
         write_json(stage.directory / REPORT, report)
     log.info("exported layout=%s destination=%s seconds=%.1f", layout, destination, report["seconds"])
-    return destination
+    return report
 
 
 def _layout(layout: Layout | str) -> Layout:

@@ -38,6 +38,7 @@ class Saving:
         settings: the run's Checkpointer.
         rank, num_ranks: of this process.
         tensors: array of a state -> the adapter tensors it is made of.
+        base: handle of the base, for whoever exports a checkpoint later.
         step: how many steps the state that the run begins with has seen.
         finished: why the run that was found has ended; None: it goes on.
         events: the history up to now; rank 0's is written.
@@ -49,6 +50,7 @@ class Saving:
     rank: int
     num_ranks: int
     tensors: Mapping[str, Sequence[str]]
+    base: str | None = None
     step: int = 0
     finished: str | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -162,6 +164,7 @@ class Saving:
         if self.saver.last_step != step or finished != self.finished:
             document = {
                 "identity": self._identity,
+                "base": self.base,
                 "tensors": dict(self.tensors),
                 "metrics": self._metrics,
                 "evaluations": self.evaluations,

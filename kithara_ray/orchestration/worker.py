@@ -185,7 +185,7 @@ class Run:
 
         spec = self.spec
         tensors = {f"params/{slot.key}": slot.names for slot in self.model.factor_slots}
-        self.saving = Saving(spec.checkpointer, self.rank, spec.num_workers, tensors)
+        self.saving = Saving(spec.checkpointer, self.rank, spec.num_workers, tensors, spec.base)
         self.saving.look(
             lambda: {
                 "base": base.fingerprint(),
