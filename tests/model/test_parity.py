@@ -126,17 +126,22 @@ def test_every_target_is_alive(every_family, logits_of, random_adapter):
 
 # Blocks that the scan takes at a time: sliding and full ones, with and without rotation, dense and of experts.
 PERIODS = dict.fromkeys(SIZES, 1) | dict(gemma2=2, gemma3_text=2, gemma4_text=3, gpt_oss=2, qwen3_moe=2, smollm3=2)
-SCANS = {"block": dict(remat="block"), "dots": dict(remat="dots"), "unstacked factors": dict(stack_factors=False)}
+ALL_SCANS = {"block": dict(remat="block"), "dots": dict(remat="dots"), "unstacked factors": dict(stack_factors=False)}
+SCANS = {family: ALL_SCANS if family in ("gemma2", "llama") else {"block": ALL_SCANS["block"]} for family in PERIODS}
 
 
-def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny_models, random_adapter):
-    """Of two families all scans; tests/train/test_gradients.py has every family."""
+def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(every_family, tiny_models, random_adapter):
+    family = every_family
     base = BaseCheckpoint.open(tiny_models[family])
     # Small enough that float32's own noise stays an order below what is asserted.
     adapter = {name: tensor / 4 for name, tensor in random_adapter[family].items()}
+    # Where weights are split, sums are in another order: noise of float32. smollm3's gradients differ by 1.3e-5 then,
+    # and torch's in float32 by 1.1e-5 from those in float64, from which the scan's are 0.8e-5 on either mesh.
+    mesh = make_mesh(None if family in ("gemma2", "llama") else MeshShape(data=4))
     gradients, values = {}, {}
-    for name, options in ({"unrolled": dict(scan=False)} | SCANS).items():
-        model = build(base.config, LORA[family], make_mesh(), "float32", **options)
+    for name, options in ({"unrolled": dict(scan=False)} | SCANS[family]).items():
+        model = build(base.config, LORA[family], mesh, "float32", **options)
+        assert model.chain.period == PERIODS[family]
         factors, frozen = model.place_factors(adapter), model.load(base)
 
         def loss(factors, model=model, frozen=frozen):
@@ -145,7 +150,7 @@ def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny
 
         values[name], grads = jax.jit(jax.value_and_grad(loss))(factors)
         gradients[name] = by_name(model, grads)
-    for name in SCANS:
+    for name in SCANS[family]:
         assert float(values[name]) == pytest.approx(float(values["unrolled"]), rel=1e-5)
         assert_close_as_one(gradients[name], gradients["unrolled"])
 
@@ -216,11 +221,6 @@ CORRECTED = [
 def test_fields_that_kerashub_drops_are_corrected(family, fields, tmp_path):
     directory = write_model(tmp_path / "model", family, **fields)
     assert_equal(logits(directory), reference(AutoModelForCausalLM.from_pretrained(directory)), 1e-4)
-
-
-def test_the_period_of_the_scan(every_family, tiny_models):
-    config = BaseCheckpoint.open(tiny_models[every_family]).config
-    assert build(config, None, make_mesh(), "float32").chain.period == PERIODS[every_family]
 
 
 def test_gemma3_s_blocks_are_scanned_six_at_a_time(tiny_models):
