@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint families clean bench-step bench-load bench-export
+.PHONY: quickstart test lint families clean bench-step bench-load bench-export bench-tpu
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -47,6 +47,9 @@ bench-load: $(VENV)/.bench  ## loading a base onto two hosts beside KerasHub's f
 
 bench-export: $(VENV)/.bench  ## a merge of 1.1 GB beside peft's and beside cp, and the head's memory against size; 5 minutes, 4 GB of disk
 	@$(BIN)/python benchmarks/export.py
+
+bench-tpu: $(VENV)/.bench  ## reference models compiled for TPU slices, without one; half an hour
+	@$(BIN)/python benchmarks/tpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

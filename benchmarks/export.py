@@ -192,15 +192,23 @@ def clean(*names: str) -> None:
         shutil.rmtree(ROOT / name, ignore_errors=True)
 
 
-def main() -> None:
-    sizes = {"quarter": SMALL | {"layers": 1, "files": 1}, "half": SMALL | {"layers": 4, "files": 2}, "base": SMALL}
-    heads = {"sparse_small": SMALL, "sparse_8b": LLAMA_8B, "sparse_70b": LLAMA_70B}
+SIZES = {"quarter": SMALL | {"layers": 1, "files": 1}, "half": SMALL | {"layers": 4, "files": 2}, "base": SMALL}
+HEADS = {"sparse_small": SMALL, "sparse_8b": LLAMA_8B, "sparse_70b": LLAMA_70B}
+
+
+def prepare() -> dict:
     shutil.rmtree(ROOT, ignore_errors=True)
+    for name, size in (SIZES | HEADS).items():
+        write_base(ROOT / name, size, sparse=name in HEADS)
+        write_adapter(ROOT / f"{name}-adapter", size)
+    return {}
+
+
+def main() -> None:
+    if not ROOT.exists():
+        prepare()
     try:
-        for name, size in (sizes | heads).items():
-            write_base(ROOT / name, size, sparse=name in heads)
-            write_adapter(ROOT / f"{name}-adapter", size)
-        measure(sizes, heads)
+        measure(SIZES, HEADS)
     finally:
         shutil.rmtree(ROOT, ignore_errors=True)
 
@@ -256,5 +264,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         main()
     else:
-        contender = {"ours": ours, "peft": peft, "copy": copy, "head": head}[sys.argv[1]]
+        contender = {"prepare": prepare, "ours": ours, "peft": peft, "copy": copy, "head": head}[sys.argv[1]]
         print(json.dumps(contender(*sys.argv[2:])))

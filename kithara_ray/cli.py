@@ -95,6 +95,34 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         typer.echo(f"exported {destination}")
 
 
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    slice: Annotated[str | None, typer.Option("--slice", help="E.g. v5e-16; default: of scaling_config.")] = None,
+    slices: Annotated[str | None, typer.Option(help="Several, by commas: the largest batch on each.")] = None,
+    seq: Annotated[str | None, typer.Option(help="Sequence lengths, by commas; default: of the dataset.")] = None,
+    rank: Annotated[str | None, typer.Option(help="LoRA ranks, by commas; default: of the model.")] = None,
+    price: Annotated[float | None, typer.Option(help="Per chip and hour, for the cost.")] = None,
+    epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of the data set, for the cost of an epoch.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Do not compile.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What CONFIG needs on a TPU slice and how fast it can be there, from the TPU's compiler; no TPU is needed.
+
+    Of the base only config.json is read. Example: kithara-ray plan my_run.yaml --slice v5e-16
+    """
+    _driver_environment()
+    from kithara_ray import plan_command
+
+    made = plan_command.run(
+        config, overrides or (), slice, slices, seq, rank, price, epoch_tokens, compile=not estimate
+    )
+    typer.echo(made.json()) if as_json else Console(soft_wrap=True).print(made.table())
+    if made.fits is False:
+        raise typer.Exit(1)
+
+
 Format = Annotated[str, typer.Option(help="adapter, separate (base, and the adapter in adapter/) or merged.")]
 Destination = Annotated[str, typer.Option("--to", metavar="DEST", help="A new directory, gs://..., s3://...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 of all that is written; auto: as in the base.")]

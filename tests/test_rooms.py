@@ -30,6 +30,7 @@ ROOMS = {
     ),
     "train, what a run has left in files": (["kithara_ray.train.run_files"], HEAVY),
     "train": ([f"kithara_ray.train.{name}" for name in ("loss", "optimizer", "step")], {"ray", "torch"}),
+    "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],
         {"keras", "keras_hub", "torch", "tensorflow"},
@@ -41,6 +42,7 @@ UPWARD = {
     "sharding": ("hf", "sft", "model", "train", "orchestration"),
     "model": ("sft", "train", "orchestration"),
     "train": ("sft", "orchestration"),
+    "plan": ("sft", "orchestration"),
 }
 
 

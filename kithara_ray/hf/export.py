@@ -24,7 +24,7 @@ from kithara_ray import __version__ as VERSION
 from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.adapter import Adapter
-from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_reference
+from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_reference, stop_notes
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
@@ -103,7 +103,7 @@ def export_with_report(
         report, files = _write(base, adapter, stage, settings)
         if run:
             write_json(stage.directory / RUN, dict(run))
-        (stage.directory / CARD).write_text(model_card(base_name, adapter, report), encoding="utf-8")
+        (stage.directory / CARD).write_text(model_card(base_name, adapter, report, run), encoding="utf-8")
         files |= {name: digest(stage.directory / name) for name in _files(stage.directory) if name not in files}
         report["files"] = dict(sorted(files.items()))
         report["seconds"] = round(time.perf_counter() - started_s, 3)
@@ -167,6 +167,7 @@ def _write(
     carried = TOKENIZER_FILES + LICENCE_FILES + (MODEL_EXTRAS if layout is not Layout.ADAPTER else ())
     _carry_over(base, stage.directory, carried)
     notes = _notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
+    notes += stop_notes(base)
     for note in notes:
         log.warning("%s", note)
     report = {

@@ -23,7 +23,7 @@ from keras.src.backend.common import global_state
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model import attention, lora, ports, stack, weights
+from kithara_ray.model import attention, embedding, lora, ports, stack, weights
 from kithara_ray.model.dropout import dropping
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, REMAT
@@ -327,7 +327,7 @@ def build(
         precision: "float32", "bfloat16" or "mixed_bfloat16" (activations in bfloat16).
         scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
         remat: what the scanned blocks keep for the backward pass: "block", their input alone; "dots", also
-            the results of products with weights.
+            the results of products with weights; "nested", the inputs of a few of them.
         stack_factors: train the factors of the scanned blocks as stacked arrays; for optimizers that treat every
             element by itself.
 
@@ -350,6 +350,7 @@ def build(
         targets = lora.inject(backbone, recorded, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
+    embedding.install(backbone.token_embedding, mesh)
     slots = weights.slots(backbone, recorded, chain if scan else None)
     factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
     dropout = lora_config.lora_dropout if lora_config else 0.0

@@ -19,6 +19,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
 from kithara_ray.orchestration.export_tasks import write_on_cluster
 from kithara_ray.orchestration.remote import head_node_id
+from kithara_ray.orchestration.snapshots import Snapshots, SnapshotWriter
 from kithara_ray.sharding.gather import Shard, assemble
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,17 @@ class Coordinator:
     def __init__(self):
         self._events: list[dict[str, Any]] = []
         self._shards: dict[int, list[Shard]] = {}
+        self._snapshots = SnapshotWriter()
 
     def start_run(self) -> None:
         """Forget what an earlier attempt or run has sent."""
         self._events, self._shards = [], {}
+        self._snapshots.forget()
 
     def record(self, event: dict[str, Any]) -> None:
         """One event of rank 0: a logged step, a phase of start-up."""
+        if event["kind"] == "begin":
+            self._snapshots.forget()
         self._events.append(event)
 
     def events(self, start: int) -> list[dict[str, Any]]:
@@ -46,6 +51,16 @@ class Coordinator:
     def put_shards(self, rank: int, shards: list[Shard]) -> None:
         """What one rank held of the adapter."""
         self._shards[rank] = shards
+
+    def check_snapshots(self, settings: Snapshots, may_resume: bool) -> None:
+        """See `Snapshots.check`."""
+        settings.check(may_resume)
+
+    def put_snapshot(self, step: int, rank: int, shards: list[Shard], destination: str, **about: Any) -> None:
+        """What one rank held of the adapter after a step; see `SnapshotWriter.put`."""
+        event = self._snapshots.put(step, rank, shards, destination, **about)
+        if event is not None:
+            self._events.append(event)
 
     def adapter(self, shapes: dict[str, tuple[int, ...]], num_ranks: int) -> dict[str, np.ndarray]:
         """The whole adapter, its shards checked to tile every tensor exactly once.

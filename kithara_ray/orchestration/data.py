@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray.data
 
@@ -127,7 +127,8 @@ class Dataloader:
 
     Args:
         dataset: SFTDataset or TextCompletionDataset.
-        per_device_batch_size: rows per device; the global batch is this x all devices.
+        per_device_batch_size: rows per device; the global batch is this x all devices. "auto" takes the largest
+            power of two that fits the TPU slice of the run, see `kithara_ray.plan`.
         shuffle: each epoch in an order of its own, a function of (seed, epoch).
         seed: of the shuffle.
         packing: put as many rows of the dataset as fit into each sequence of `max_seq_len` tokens. They do not see each
@@ -137,14 +138,18 @@ class Dataloader:
     def __init__(
         self,
         dataset: _Dataset,
-        per_device_batch_size: int,
+        per_device_batch_size: int | Literal["auto"],
         dataset_is_sharded_per_host: bool = False,
         shuffle: bool = True,
         seed: int = 0,
         packing: bool = False,
     ):
-        if not isinstance(per_device_batch_size, int) or per_device_batch_size < 1:
-            raise ConfigError(f"per_device_batch_size must be an integer >= 1, got {per_device_batch_size!r}")
+        number = isinstance(per_device_batch_size, int) and per_device_batch_size >= 1
+        if not number and per_device_batch_size != "auto":
+            raise ConfigError(
+                f"per_device_batch_size must be an integer >= 1, got {per_device_batch_size!r}; "
+                'on a TPU slice it may be "auto"'
+            )
         if dataset_is_sharded_per_host:
             raise UnsupportedError(
                 "dataset_is_sharded_per_host=True: the hosts share one dataset here, and each reads only its own rows; "

@@ -68,6 +68,7 @@ class KerasHubModel:
         self.lora = lora
         self.precision = precision
         self.adapter: dict[str, np.ndarray] | None = None
+        self.run: dict[str, Any] | None = None
         self._coordinator = None
         self._generator = None
 
@@ -218,6 +219,7 @@ class KerasHubModel:
                 max_shard_size=max_shard_size,
                 check_finite=check_finite,
                 resume=resume,
+                run=self.run,
             )
         )
 

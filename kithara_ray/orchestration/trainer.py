@@ -16,15 +16,17 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.jax import JaxConfig, JaxTrainer
 
 from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration import planned, preflight
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
 from kithara_ray.sharding.shape import MeshShape
@@ -45,6 +47,7 @@ class TrainResult:
         path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps" or "early_stopping".
+        exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
     """
 
     metrics: dict[str, float]
@@ -55,6 +58,7 @@ class TrainResult:
     checkpoint: str | None = None
     best_checkpoint: str | None = None
     stopped: str = "steps"
+    exports: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -77,10 +81,14 @@ class Trainer:
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; by default the devices of a TPU slice on `fsdp`, the slices on `data`.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
-            "dots", also the results of products with weights, faster where the memory is there.
+            "dots", also the results of products with weights, faster where the memory is there; "nested", the inputs
+            of a few blocks, slower by a forward pass, for the largest models.
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.
+        export_every_steps: write the adapter of every so many steps while training goes on, as a PEFT directory.
+        export_dir: where these go, `<export_dir>/step-000100`: local to the head node, or `gs://...`, `s3://...`;
+            `adapters` in the run's directory by default.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
     """
@@ -108,6 +116,8 @@ class Trainer:
         remat: str = "block",
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
+        export_every_steps: int | None = None,
+        export_dir: str | None = None,
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
     ):
@@ -128,6 +138,7 @@ class Trainer:
             "max_eval_samples": max_eval_samples,
             "cpu_devices_per_worker": cpu_devices_per_worker,
             "gradient_accumulation_steps": gradient_accumulation_steps,
+            "export_every_steps": export_every_steps,
         }
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -158,6 +169,7 @@ class Trainer:
             )
         self.run_config = run_config or RunConfig()
         self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
+        self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config)
         self.cpu_devices_per_worker = cpu_devices_per_worker
         self.mesh = mesh
         self.remat = remat
@@ -171,6 +183,8 @@ class Trainer:
 
         Raises:
             DataError: a bad row, or nothing to train on.
+            ConfigError: the step does not fit the chips of the TPU slice; what to try.
+            DestinationError: `export_dir` cannot be written, or holds adapters of another run.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
         """
@@ -178,15 +192,21 @@ class Trainer:
         self.model.release()
         coordinator = self.model.coordinator()
         ray.get(coordinator.start_run.remote())
+        if self.snapshots is not None:
+            remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
+            if self.scaling_config.use_tpu:
+                progress.phase("plan")
+            spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
             progress.phase("schedule")
             self._check_cluster()
             result = self._fit(spec)
         events = remote_get(coordinator.events.remote(0))
         tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
         self.model.set_adapter(tensors)
+        self.model.run = _about(spec, one_history(events))
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
@@ -214,6 +234,7 @@ class Trainer:
             platform=self._platform(),
             num_workers=self.scaling_config.num_workers,
             checkpointer=self.checkpointer,
+            snapshots=self.snapshots,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
@@ -267,6 +288,17 @@ class Trainer:
             raise _named(error) from error
 
 
+def _snapshots(every: int | None, directory: str | None, run_config: RunConfig) -> Snapshots | None:
+    if every is None:
+        if directory is not None:
+            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
+        return None
+    if directory is not None and directory.startswith("hf://"):
+        raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")
+    default = join(str(run_config.storage_path), run_config.name, "adapters")
+    return Snapshots(every, absolute(str(directory or default)))
+
+
 def _portable(optimizer: Any) -> tuple[str, Any]:
     """An optimizer as it is carried to the workers."""
     if hasattr(optimizer, "stateless_apply") and hasattr(optimizer, "get_config"):
@@ -285,7 +317,8 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
 def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
     return DataSpec(
         store=tokenize(loader.dataset),
-        rows_per_device=loader.per_device_batch_size * micro_batches,
+        # "auto" begins with one row; see planned.fitted.
+        rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size) * micro_batches,
         packed_len=loader.dataset.max_seq_len if loader.packing else None,
         shuffle=loader.shuffle,
         seed=loader.seed,
@@ -319,6 +352,33 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """How a model was trained, as plain data: for run.json and the model card of its exports."""
+
+    def last(kind: str) -> dict[str, Any]:
+        rows = [event for event in events if event["kind"] == kind]
+        return {name: value for name, value in rows[-1].items() if name != "kind"} if rows else {}
+
+    kind, value = spec.optimizer
+    config = value["config"] if kind == "keras" else {}
+    plain = {name: item for name, item in config.items() if isinstance(item, (int, float, str)) and name != "name"}
+    about = {
+        "optimizer": value["class_name"] if kind == "keras" else kind,
+        "optimizer_settings": plain,
+        "rows_per_device_and_step": spec.train.rows_per_device,
+        "micro_batches": spec.micro_batches,
+        "workers": spec.num_workers,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "data_fingerprint": spec.train.store.content,
+        "rows": len(spec.train.store.lengths),
+        "packed_to": spec.train.packed_len,
+        "last_step": {name: last("step")[name] for name in ("step", "epoch", "loss") if name in last("step")},
+        "evaluation": last("eval"),
+    }
+    return {name: value for name, value in about.items() if value not in (None, "", {})}
+
+
 def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) -> TrainResult:
     events = one_history(events)
 
@@ -339,4 +399,5 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         checkpoint=summary.get("checkpoint"),
         best_checkpoint=summary.get("best_checkpoint"),
         stopped=summary.get("stopped") or "steps",
+        exports=rows("export"),
     )

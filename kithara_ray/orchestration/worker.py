@@ -12,6 +12,7 @@ import ray
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.checkpointer import Checkpointer
+from kithara_ray.orchestration.snapshots import Snapshots, SnapshotSender
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
@@ -51,6 +52,7 @@ class RunSpec:
         micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
         checkpointer: where the run is saved and goes on from; None saves nothing.
+        snapshots: adapters written while it goes on; None writes none.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
@@ -74,6 +76,7 @@ class RunSpec:
     platform: str
     num_workers: int
     checkpointer: Checkpointer | None
+    snapshots: Snapshots | None
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
@@ -115,7 +118,7 @@ class Run:
         }
         preflight.check_process_group(spec.num_workers, spec.platform)
         self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
-        self.number, self.saving = 0, None
+        self.number, self.saving, self.snapshots = 0, None, None
         self._record("begin")
 
     def build(self) -> None:
@@ -173,6 +176,10 @@ class Run:
                 self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        if spec.snapshots is not None:
+            about = {"num_ranks": spec.num_workers, "shapes": self.model.adapter_shapes}
+            about |= {"config": spec.lora, "base": spec.base}
+            self.snapshots = SnapshotSender(spec.snapshots, spec.coordinator, self.rank, about)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
 
     @property
@@ -237,6 +244,10 @@ class Run:
                 mark = time.monotonic()
             if self.saving is not None and self._save(number, bool(evaluate)):
                 mark = time.monotonic()
+            if self.snapshots is not None:
+                self.snapshots.after(number, lambda: self.model.adapter_shards(self.state["params"], self.rank))
+        if self.snapshots is not None:
+            self.snapshots.wait()
         self._training_s = time.monotonic() - began
 
     def _save(self, number: int, evaluated: bool) -> bool:

@@ -38,6 +38,7 @@ def summed_loss(
         batch["target_ids"],
         batch["target_weights"],
         model.vocabulary,
+        model.mesh.size,
     )
     return total, jnp.sum(batch["target_weights"])
 

@@ -103,7 +103,7 @@ TRAINER = {
     "an optimizer's name": (dict(optimizer="adamw"), ConfigError, "optimizer must be a keras.* got str"),
     "tensorboard": (dict(tensorboard_dir="/tmp/x"), UnsupportedError, "tensorboard_dir= is not available yet"),
     "checkpointer": (dict(checkpointer=object()), ConfigError, "checkpointer must be a Checkpointer, got object"),
-    "remat": (dict(remat="all"), ConfigError, "remat must be one of block, dots, got 'all'"),
+    "remat": (dict(remat="all"), ConfigError, "remat must be one of block, dots, nested, got 'all'"),
     "a GPU": (dict(scaling_config=ScalingConfig(use_gpu=True)), UnsupportedError, "use_gpu=True"),
     "elastic": (dict(scaling_config=ScalingConfig(num_workers=(1, 2))), UnsupportedError, "a fixed number of workers"),
 }

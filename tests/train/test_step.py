@@ -40,6 +40,7 @@ def batch(mesh, rows=B):
 @pytest.mark.parametrize("chunk_logits", [1, 4 * 320 * 2, 2**25])
 def test_chunked_loss_is_the_plain_one_with_its_gradient(chunk_logits, monkeypatch):
     monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss_module, "_DEVICE_LOGITS", chunk_logits)
     hidden = RNG.normal(size=(B, K, 12)).astype(np.float32)
     head = RNG.normal(size=(12, V)).astype(np.float32)
     targets = RNG.integers(0, V, (B, K))
