@@ -135,7 +135,7 @@ SCANS = {"gemma2": ALL_SCANS, "gemma4_text": {"block": ALL_SCANS["block"]}, "lla
 def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny_models, random_adapter):
     """tests/train/test_gradients.py has the other families, against torch in float64.
 
-    Where weights are split, sums are in another order, which is noise of float32: smollm3's gradients differed by 1.3e-5
+    Where weights are split, sums are in another order, noise of float32: smollm3's gradients differed by 1.3e-5
     then, and torch's in float32 by 1.1e-5 from those in float64, from which the scan's were 0.8e-5 on either mesh.
     """
     base = BaseCheckpoint.open(tiny_models[family])
