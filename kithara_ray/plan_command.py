@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray import config as configuration
-from kithara_ray.errors import ConfigError
+from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.lora_config import ALL_LINEAR, LoraConfig
 from kithara_ray.plan import Plan, plan, slice_of
 from kithara_ray.plan.chips import slice_of_topology
@@ -112,8 +112,10 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     model = given.model.given()
     if model.get("adapter") is not None:
         raise ConfigError("plan: model.adapter brings its own LoRA settings; give lora_rank and target_modules instead")
+    if model.get("lora_rank") is None:
+        raise UnsupportedError("plan: a run that trains all weights is not planned; give model.lora_rank")
     lora = LoraConfig(
-        r=model.get("lora_rank") or LoraConfig.r,
+        r=model["lora_rank"],
         target_modules=_targets(model.get("target_modules", LoraConfig.target_modules)),
         **{name: model[name] for name in _LORA if model.get(name) is not None},
     )

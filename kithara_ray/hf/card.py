@@ -33,6 +33,9 @@ _WHAT = {
 }
 
 
+_TRAINED = "A model whose weights were all trained, from"
+
+
 def split_reference(base_name: str) -> tuple[str, str | None]:
     """(name, revision) of `hf://org/name@revision`; any other handle is its own name."""
     if not base_name.startswith("hf://"):
@@ -134,6 +137,21 @@ def _shown(value: object) -> str:
         return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def trained_card(base_name: str, report: dict) -> str:
+    """README.md of a model whose weights were all trained, from its export's report."""
+    name, revision = split_reference(base_name)
+    front = ["---", *([f"base_model: {name}"] if base_name.startswith("hf://") else []), "library_name: transformers"]
+    front += ["pipeline_tag: text-generation", "tags:", "- kithara-ray", "---"]
+    lines = [*front, "", f"# {name.rstrip('/').rpartition('/')[2]}, trained", "", f"{_TRAINED} `{name}`"]
+    lines[-1] += f" at revision `{revision}`." if revision else "."
+    dtype = "as in the base" if report["dtype"] == "auto" else report["dtype"]
+    lines += ["", f"{report['tensors']['trained']} tensors, dtype {dtype}.", "", "## Load", "", "```python"]
+    lines += [_LOAD["merged"], "```", "", "```sh", _SERVE["merged"], "```", ""]
+    lines += ["## Checked before it was published", "", *(f"- {check}" for check in report["checks"]), ""]
+    lines += ["`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
+    return "\n".join(lines)
 
 
 def summary(destination: str, report: dict) -> str:

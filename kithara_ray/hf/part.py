@@ -33,7 +33,8 @@ class Part:
     """What is to be written: one weight file.
 
     base: the tensors that go into it. adapter: the modules of it that are merged in; None copies or casts.
-    name: of the file. target: the directory or URL that it goes to. dtype: as of `export`.
+    name: of the file. target: the directory or URL that it goes to.
+    dtype: as of `export`, or a safetensors tag a tensor.
     check_finite: refuse a NaN or an infinity in what is written, wherever it comes from.
     """
 
@@ -41,7 +42,7 @@ class Part:
     adapter: Adapter | None
     name: str
     target: str
-    dtype: str
+    dtype: str | Mapping[str, str]
     check_finite: bool = False
 
     @property
@@ -111,7 +112,7 @@ def parts_of(
     base: BaseCheckpoint,
     adapter: Adapter | None,
     target: str,
-    dtype: str,
+    dtype: str | Mapping[str, str],
     files: Mapping[str, str],
     check_finite: bool = False,
 ) -> list[Part]:
@@ -162,6 +163,12 @@ def _syncing(file: Path) -> Iterator[None]:
         synced = pool.submit(os.fsync, stream.fileno())
         yield
         synced.result()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """What tasks that were killed have left in a local target; none may be running any more."""
+    for path in directory.glob(".*.safetensors.*"):
+        path.unlink()
 
 
 def _check_room(part: Part, scratch: str) -> None:

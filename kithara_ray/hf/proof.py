@@ -18,7 +18,7 @@ import numpy as np
 from kithara_ray.errors import AdapterError, CheckpointError, ExportError, UnsupportedError
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import FLOAT_TAGS, cast, row_blocks
+from kithara_ray.hf.merge import FLOAT_TAGS, cast, out_tag, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
 
 log = logging.getLogger(__name__)
@@ -167,10 +167,10 @@ def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag:
         names = sorted(tensors.keys() ^ base.tensors.keys())
         raise ExportError(f"{base.directory}: {len(names)} tensors were lost or added, first {names[0]!r}")
     for name, info in base.tensors.items():
-        out_tag, found = tag if tag and info.dtype in FLOAT_TAGS else info.dtype, tensors[name]
-        if (found.dtype, found.shape) != (out_tag, info.shape):
+        expected, found = out_tag(info, tag), tensors[name]
+        if (found.dtype, found.shape) != (expected, info.shape):
             raise ExportError(
-                f"{name}: expected {out_tag} {info.shape}, the written file has {found.dtype} {found.shape}"
+                f"{name}: expected {expected} {info.shape}, the written file has {found.dtype} {found.shape}"
             )
 
 

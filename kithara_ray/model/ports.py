@@ -257,6 +257,20 @@ def record_ports(converter: str, model, config: Mapping) -> list[Port]:
     return recorder.ports
 
 
+def check_invertible(recorded: Sequence[Port], config: Mapping) -> None:
+    """What is trained of these ports can be written back to the tensors they are read from; see layout.py.
+
+    Raises:
+        UnsupportedError: the base is quantised, or a variable is made of several tensors or of a single number.
+    """
+    several = next((port.hf_name for port in recorded if len(port.pieces) > 1 or not port.shape), None)
+    if config.get("quantization_config") or several:
+        what = "quantised weights" if several is None else f"{several} and others like it"
+        raise UnsupportedError(
+            f"lora_rank=None: {what} of this {config['model_type']} model cannot be written back; give lora_rank="
+        )
+
+
 def is_seed(variable) -> bool:
     """Dropout layers own a seed state; it holds no weight and the rate is 0."""
     return "seed_generator" in variable.path

@@ -18,7 +18,7 @@ from kithara_ray.model.stack import Chain
 
 @dataclass(frozen=True)
 class Slot:
-    """One frozen array: a port, or the same variable of every step of the scan, stacked.
+    """One array of weights: a port, or the same variable of every step of the scan, stacked.
 
     Attributes:
         ports: one, or one for each step.
@@ -33,6 +33,11 @@ class Slot:
     split_first: tuple[int, ...] = ()
 
     @property
+    def key(self) -> str:
+        """What the array is called in a state: the name of its first tensor."""
+        return self.ports[0].hf_name
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.ports), *self.ports[0].shape) if self.stacked else self.ports[0].shape
 
@@ -44,7 +49,7 @@ class Slot:
 
 
 def slots(backbone: keras.Model, ports: Sequence[Port], chain: Chain | None) -> list[Slot]:
-    """The frozen arrays of a model: its ports, those of the chain's scanned blocks stacked by step."""
+    """The arrays of a model's weights: its ports, those of the chain's scanned blocks stacked by step."""
     by_variable = {id(port.variable): port for port in ports}
     rows = {id(layer._kernel): _produced_dims(layer) for layer in backbone._flatten_layers() if _is_linear(layer)}
     peers = chain.peers() if chain is not None else {}

@@ -48,12 +48,17 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
     Raises:
         ConfigError: it does not fit, and what to try; or `auto` where the slice is not known.
     """
+    if spec.lora is None:
+        if auto:
+            raise ConfigError('per_device_batch_size="auto": plans are of LoRA runs, this one trains all weights')
+        return spec
     found = slice_of_run(scaling, spec.platform)
-    if found is None:
+    # All weights trained is another program, which is not planned.
+    if found is None or spec.lora is None:
         if auto:
             raise ConfigError(
                 'per_device_batch_size="auto" is found for a known TPU slice (use_tpu=True with topology and '
-                "accelerator_type); give a number here"
+                "accelerator_type) and LoRA; give a number here"
             )
         return spec
     where, slices = found

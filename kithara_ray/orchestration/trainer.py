@@ -12,16 +12,15 @@ from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.jax import JaxConfig, JaxTrainer
 
-from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import planned, preflight
+from kithara_ray.orchestration import planned
 from kithara_ray.orchestration.data import Dataloader
+from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
@@ -44,7 +43,8 @@ class TrainResult:
             step_time_s, input_wait_s (a step), epoch.
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
-        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
+        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, or `model/` the
+            trained weights as a Hugging Face model, in the dtype that they were trained in.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps" or "early_stopping".
         exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
@@ -65,7 +65,7 @@ class Trainer:
     """Trains a model on a Ray cluster.
 
     Args:
-        model: what to train; it holds the trained adapter afterwards.
+        model: what to train; afterwards it holds the trained adapter, or knows where the trained weights are.
         optimizer: a `keras.optimizers.Optimizer` or an `optax.GradientTransformation`.
         train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices
             x `gradient_accumulation_steps`.
@@ -136,7 +136,6 @@ class Trainer:
             "eval_steps_interval": eval_steps_interval,
             "eval_epochs_interval": eval_epochs_interval,
             "max_eval_samples": max_eval_samples,
-            "cpu_devices_per_worker": cpu_devices_per_worker,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "export_every_steps": export_every_steps,
         }
@@ -158,28 +157,23 @@ class Trainer:
         self.eval_steps_interval, self.eval_epochs_interval = eval_steps_interval, eval_epochs_interval
         self.max_eval_samples = max_eval_samples
         self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
-        if not isinstance(self.scaling_config.num_workers, int) or self.scaling_config.num_workers < 1:
-            raise UnsupportedError(
-                f"ScalingConfig(num_workers={self.scaling_config.num_workers!r}): a fixed number of workers >= 1 is "
-                "needed; the group's size decides the global batch"
-            )
-        if self.scaling_config.use_gpu:
-            raise UnsupportedError(
-                "ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out"
-            )
         self.run_config = run_config or RunConfig()
         self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
+        self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
         self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config)
-        self.cpu_devices_per_worker = cpu_devices_per_worker
+        if self.snapshots is not None and model.lora is None:
+            raise UnsupportedError(
+                "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
+                "checkpointer, or lora_rank="
+            )
         self.mesh = mesh
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
-        self.cluster_timeout_s = cluster_timeout_s
         self.progress = progress
 
     def train(self) -> TrainResult:
-        """Run to the end; `model` holds the trained adapter afterwards.
+        """Run to the end; `model` has what was trained afterwards.
 
         Raises:
             DataError: a bad row, or nothing to train on.
@@ -201,12 +195,15 @@ class Trainer:
                 progress.phase("plan")
             spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
             progress.phase("schedule")
-            self._check_cluster()
-            result = self._fit(spec)
+            self.group.wait()
+            result = self.group.run(train_loop, {"spec": spec})
         events = remote_get(coordinator.events.remote(0))
+        self.model.run = _about(spec, one_history(events))
+        if self.model.lora is None:
+            self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
+            return _result(events, result.path, result.return_value)
         tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
         self.model.set_adapter(tensors)
-        self.model.run = _about(spec, one_history(events))
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
@@ -214,7 +211,7 @@ class Trainer:
 
     def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
-            base=self.model.preset_handle,
+            base=self.model.weights_handle,
             lora=self.model.lora,
             precision=self.model.precision,
             adapter=self.model.adapter,
@@ -231,61 +228,15 @@ class Trainer:
             remat=self.remat,
             micro_batches=self.gradient_accumulation_steps,
             seed=self.seed,
-            platform=self._platform(),
-            num_workers=self.scaling_config.num_workers,
+            platform=self.group.platform,
+            num_workers=self.group.num_workers,
+            directory=join(self.group.storage, self.run_config.name),
             checkpointer=self.checkpointer,
             snapshots=self.snapshots,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
         )
-
-    def _worker_env(self) -> dict[str, str]:
-        """The workers' environment: the run's own, over what no accelerator needs."""
-        # JAX_PLATFORMS is always given: workers of a local cluster inherit the driver's, which may keep off the TPU.
-        env = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu" if self.scaling_config.use_tpu else "cpu"}
-        if not self.scaling_config.use_tpu:
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
-        runtime_env = self.run_config.worker_runtime_env or {}
-        return env | dict(runtime_env.get("env_vars", {}))
-
-    def _platform(self) -> str:
-        """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
-        return self._worker_env()["JAX_PLATFORMS"].split(",")[0]
-
-    def _check_cluster(self) -> None:
-        scaling = self.scaling_config
-        preflight.wait_for_cluster(
-            scaling.num_workers,
-            scaling._resources_per_worker_not_none,
-            self.cluster_timeout_s,
-            preflight.slice_heads(scaling),
-        )
-
-    def _fit(self, spec: RunSpec):
-        runtime_env = dict(self.run_config.worker_runtime_env or {})
-        runtime_env["env_vars"] = self._worker_env()
-        run_config = RunConfig(
-            name=self.run_config.name,
-            storage_path=absolute(str(self.run_config.storage_path)),
-            storage_filesystem=self.run_config.storage_filesystem,
-            failure_config=self.run_config.failure_config,
-            callbacks=self.run_config.callbacks,
-            worker_runtime_env=runtime_env,
-            logging_config=self.run_config.logging_config,
-        )
-        trainer = JaxTrainer(
-            train_loop,
-            train_loop_config={"spec": spec},
-            # use_tpu is Ray's switch for jax.distributed; without it N workers are N independent runs.
-            jax_config=JaxConfig(use_tpu=True),
-            scaling_config=self.scaling_config,
-            run_config=run_config,
-        )
-        try:
-            return trainer.fit()
-        except TrainingFailedError as error:
-            raise _named(error) from error
 
 
 def _snapshots(every: int | None, directory: str | None, run_config: RunConfig) -> Snapshots | None:
@@ -305,7 +256,15 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
         import keras
 
         with without_tensorflow():
-            return "keras", keras.optimizers.serialize(optimizer)
+            serialized = keras.optimizers.serialize(optimizer)
+        if getattr(optimizer, "_exclude_from_weight_decay", None):
+            raise UnsupportedError(
+                "optimizer.exclude_from_weight_decay(var_list=...): the variables are made on the workers; give "
+                "var_names=[...], patterns of Hugging Face's tensor names such as 'norm' or 'embed_tokens'"
+            )
+        # The name of train.optimizer.NO_DECAY, which a driver does not import.
+        pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+        return "keras", serialized | ({"exclude_from_weight_decay": pattern.pattern} if pattern else {})
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return "optax", optimizer
     raise ConfigError(
@@ -323,20 +282,6 @@ def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
         shuffle=loader.shuffle,
         seed=loader.seed,
     )
-
-
-def _named(error: TrainingFailedError) -> KitharaRayError:
-    """The failure of the first rank that has one of our own errors, or of the first rank."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, KitharaRayError):
-            return cause
-    if failures:
-        rank, failure = sorted(failures.items())[0]
-        cause = getattr(failure, "_base_exc", failure)
-        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
-    return TrainingError(f"the run failed: {error}")
 
 
 def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

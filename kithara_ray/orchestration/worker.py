@@ -43,21 +43,22 @@ class RunSpec:
     """Everything a worker needs, as the driver decided it.
 
     Attributes:
-        base: handle or directory of the base checkpoint.
-        lora: what is adapted.
+        base: handle or directory of the base checkpoint, or of weights that were trained before.
+        lora: what is adapted; None trains all weights.
         adapter: tensors to go on from; None starts from PEFT's initial factors.
         optimizer: ("keras", config) or ("optax", transformation).
         steps, epochs: one of them is None.
         platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
         micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
+        directory: the run's.
         checkpointer: where the run is saved and goes on from; None saves nothing.
         snapshots: adapters written while it goes on; None writes none.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
     base: str
-    lora: LoraConfig
+    lora: LoraConfig | None
     precision: str
     adapter: Mapping[str, np.ndarray] | None
     optimizer: tuple[str, Any]
@@ -75,6 +76,7 @@ class RunSpec:
     seed: int
     platform: str
     num_workers: int
+    directory: str
     checkpointer: Checkpointer | None
     snapshots: Snapshots | None
     called: float
@@ -134,7 +136,7 @@ class Run:
 
         spec = self.spec
         with self._phase("fetch"):
-            base = BaseCheckpoint.open(storage.fetch(spec.base, self._report_fetch))
+            self.base = base = BaseCheckpoint.open(storage.fetch(spec.base, self._report_fetch))
         with self._phase("build"):
             self.mesh = make_mesh(spec.mesh)
             self.model = build(
@@ -144,6 +146,7 @@ class Run:
                 spec.precision,
                 remat=spec.remat,
                 stack_factors=is_elementwise(*spec.optimizer),
+                train_weights=spec.lora is None,
             )
             self.optimizer = self._make_optimizer()
         self.data = self._stream(spec.train)
@@ -153,18 +156,22 @@ class Run:
             with self._phase("look"):
                 self._look_for_checkpoint(base)
         with self._phase("load"):
-            self.frozen = None if self.is_finished else self.model.load(base)
-            if spec.adapter is None:
-                params = self.model.initial_factors(spec.seed, self.frozen)
+            if spec.lora is None:
+                # A run that has ended needs them too: a checkpoint is read into their place.
+                params, self.frozen = self.model.as_params(self.model.load(base)), []
             else:
-                params = self.model.place_factors(spec.adapter)
+                self.frozen = None if self.is_finished else self.model.load(base)
+                if spec.adapter is None:
+                    params = self.model.initial_factors(spec.seed, self.frozen)
+                else:
+                    params = self.model.place_factors(spec.adapter)
             self.state = step.initial_state(self.model, self.optimizer, params)
             if self.saving is not None:
                 self.state = self.saving.restore(self.state)
             if self.is_finished:
                 return
         with self._phase("compare"):
-            self.model.check_copies(self.frozen)
+            self.model.check_copies(self.state["params"], self.frozen)
         batch, self._next_tokens = self.data.batch(self.number)
         self._next_batch = batch
         with self._phase("compile"):
@@ -197,7 +204,7 @@ class Run:
             lambda: {
                 "base": base.fingerprint(),
                 "precision": spec.precision,
-                "lora": dataclasses.asdict(spec.lora),
+                "lora": spec.lora and dataclasses.asdict(spec.lora),
                 "optimizer": optimizer_identity(*spec.optimizer),
                 "seed": spec.seed,
                 "data": sequence_identity(self.data.order, spec.train.store.content, spec.train.packed_len),
@@ -283,12 +290,17 @@ class Run:
         return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss)), "eval_tokens": weight}
 
     def finish(self) -> dict[str, Any]:
-        """Send this rank's part of the adapter."""
+        """Send this rank's part of the adapter, or of the weights."""
         if self.saving is not None and self.number == self.saving.step:
             # Nothing was trained; what is there may be of a run that was to be longer or shorter.
             self.saving.save(self.number, self.state, finished=self.saving.finished or "steps")
-        shards = self.model.adapter_shards(self.state["params"], self.rank)
-        ray.get(self.spec.coordinator.put_shards.remote(self.rank, shards))
+        params, coordinator = self.state["params"], self.spec.coordinator
+        if self.spec.lora is None:
+            from kithara_ray.orchestration.handover import send_weights
+
+            send_weights(coordinator, self.spec.base, self.base, self.model, params, self.rank, self.spec.directory)
+        else:
+            ray.get(coordinator.put_shards.remote(self.rank, self.model.adapter_shards(params, self.rank)))
         self._record("finished", input_wait_s=self._total_input_wait_s, training_s=self._training_s)
         summary = {"shapes": self.model.adapter_shapes}
         if self.saving is not None:

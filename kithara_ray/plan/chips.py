@@ -75,6 +75,11 @@ class Slice:
         return self.name.startswith("cpu-")
 
     @property
+    def hosts(self) -> int:
+        """Four chips to a host; CPU devices are of one process."""
+        return 1 if self.is_cpu else -(-self.chips // 4)
+
+    @property
     def accelerator_type(self) -> str:
         """TPU_ACCELERATOR_TYPE of a host of this slice."""
         return f"{self.chip.accelerator}-{self.chips * self.chip.per_name}"

@@ -23,7 +23,7 @@ from kithara_ray.plan.terms import Counts
 def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that is known of one request's program.
 
-    Keys: `devices`, `hosts`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes`, `rows`, and of a
+    Keys: `devices`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes`, `rows`, and of a
     compiled one `memory`, `compile_s`, `cost`, `cost_analysis`; of a refused one `refusal` and `refused_bytes`.
     """
     from kithara_ray.model import runtime
@@ -57,7 +57,6 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     batch = step.abstract_batch(model, rows, request["seq_len"], request["predictions"])
     found = {
         "devices": mesh.size,
-        "hosts": len({device.process_index for device in devices}),
         "mesh": dict(mesh.shape),
         "counts": dataclasses.asdict(counts_of(model, request["config"])),
         "bytes": {
@@ -131,7 +130,9 @@ def _devices(request: Mapping[str, Any]) -> list:
         return jax.devices()[: request["devices"]]
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(request["topology"], "tpu").devices)
+    # A host has four chips unless told; a slice of one chip has a host of one.
+    one = {"chips_per_host_bounds": (1, 1, 1)} if request["devices"] == 1 else {}
+    return list(topologies.get_topology_desc(request["topology"], "tpu", **one).devices)
 
 
 def _on_one_device(tree: Any) -> int:

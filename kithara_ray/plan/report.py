@@ -113,7 +113,7 @@ def assemble(
     return Plan(
         slice=where.name,
         chips=where.chips,
-        hosts=found["hosts"],
+        hosts=where.hosts,
         mesh=found["mesh"],
         settings={
             "model_type": request["config"].get("model_type"),
@@ -138,7 +138,7 @@ def assemble(
         tokens_per_s_bound=tokens / bound if bound else None,
         mfu_bound=model_flops / peak / bound if bound else None,
         compile_s=found.get("compile_s"),
-        host=_host(found, counts),
+        host=_host(found, where, counts),
         adapter_bytes=found["adapter_bytes"],
         checkpoint_bytes=found["state_bytes"],
         cost=_cost(price_per_chip_hour, tokens_per_epoch, where.chips, tokens, bound),
@@ -205,10 +205,10 @@ def _times(where: Slice, flops: float, traffic: float | None, collectives: Mappi
     return times
 
 
-def _host(found, counts: Counts) -> dict[str, int]:
+def _host(found, where: Slice, counts: Counts) -> dict[str, int]:
     """A host reads its own slices of one array at a time; an export streams the base tensor by tensor."""
     return {
-        "ram_bytes_load": _PROCESS_BYTES + found["largest_array_bytes"] // found["hosts"],
+        "ram_bytes_load": _PROCESS_BYTES + found["largest_array_bytes"] // where.hosts,
         "disk_bytes_base": counts.weights_bytes,
         "disk_bytes_merged_export": counts.weights_bytes,
     }

@@ -65,6 +65,13 @@ def test_experts_and_routers_are_refused_by_name(tiny_models):
             check_targets(LoraConfig(target_modules=(target,)), linear_modules_of(base), other_modules_of(base))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gemma4_text"])
+def test_weights_that_could_not_be_written_back_are_not_trained(family, tiny_models):
+    base = BaseCheckpoint.open(tiny_models[family])
+    with pytest.raises(UnsupportedError, match=f"lora_rank=None: model.layers.* of this {family} model cannot be written"):
+        build(base.config, None, make_mesh(), "float32", train_weights=True)
+
+
 def pack(tmp_path, base, rng):
     """gpt_oss' files with experts of random MXFP4, and the same with what transformers makes of them."""
     from safetensors.torch import save_file

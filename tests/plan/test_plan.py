@@ -240,7 +240,7 @@ def _facts(**changes):
     attention = ((8, 128, None),) * 10
     counts = terms.Counts(10**9, 10**8, 10**6, attention, 2048, 10, 10, 2 * 10**9, 10**9, 10**8, 8192, 10**9)
     facts = {
-        "devices": 4, "hosts": 1, "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "counts": dataclasses.asdict(counts),
+        "devices": 4, "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "counts": dataclasses.asdict(counts),
         "bytes": {"frozen": 5 * 10**9, "adapter": 10**6, "optimizer": 10**6, "batch": 10**4},
         "adapter_bytes": 4 * 10**6, "state_bytes": 12 * 10**6, "largest_array_bytes": 10**9, "rows": 4,
     }  # fmt: skip
