@@ -68,7 +68,7 @@ def test_experts_and_routers_are_refused_by_name(tiny_models):
 @pytest.mark.parametrize("family", ["mixtral", "gemma4_text"])
 def test_weights_that_could_not_be_written_back_are_not_trained(family, tiny_models):
     base = BaseCheckpoint.open(tiny_models[family])
-    with pytest.raises(UnsupportedError, match=f"lora_rank=None: model.layers.* of this {family} model cannot be written"):
+    with pytest.raises(UnsupportedError, match=f"lora_rank=None: model.* of this {family} model cannot"):
         build(base.config, None, make_mesh(), "float32", train_weights=True)
 
 
