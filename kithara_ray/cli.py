@@ -95,6 +95,28 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         typer.echo(f"exported {destination}")
 
 
+data = typer.Typer(help="Look at the data of a run.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def preview(
+    config: ConfigPath,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    overrides: Overrides = None,
+) -> None:
+    """Show rows of the training data with what is learned marked, their lengths, and how well they pack.
+
+    Example: kithara-ray data preview my_run.yaml --rows 5
+    """
+    _driver_environment()
+    from kithara_ray import config as configuration
+
+    loaded = configuration.load(config, overrides or ())
+    dataset = configuration.dataloader(loaded.train_dataloader, loaded).dataset
+    Console(highlight=False).print(dataset.preview(rows).render())
+
+
 @app.command()
 def plan(
     config: ConfigPath,

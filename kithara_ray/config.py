@@ -54,7 +54,7 @@ DATASET_SECTIONS = {
             "tokenizer": "it takes a Python object; give tokenizer_handle",
             "custom_formatting_fn": "it takes a Python function; write a script, or prepare the rows before",
         },
-        given_types={"source": str | list[dict[str, Any]]},
+        given_types={"source": str | list[str] | list[dict[str, Any]]},
         type=(Literal[name], ...),
     )
     for name, dataset in DATASETS.items()

@@ -15,7 +15,10 @@ ROOMS = {
         HEAVY,
     ),
     "sft": (
-        [f"kithara_ray.sft.{name}" for name in ("formats", "tokenize", "tokenizer", "collate", "order")],
+        [
+            f"kithara_ray.sft.{name}"
+            for name in ("formats", "chat", "files", "tokenize", "tokenizer", "collate", "order", "buckets", "preview")
+        ],
         HEAVY,
     ),
     "sharding": (

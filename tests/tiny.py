@@ -135,10 +135,13 @@ def write_model(directory: Path, family: str, **fields) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,
-            # and its gradients of smollm3 1.1e-5.
-            gain = 1.5 if family in {*MIXTURES, "smollm3"} else 2.5
+            # and its gradients of smollm3 1.1e-5, of gemma4_text 2.3e-5.
+            gain = 1.5 if family in {*MIXTURES, "gemma4_text", "smollm3"} else 2.5
             std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])
             parameter.add_(torch.randn_like(parameter) * std)
+            if family == "gemma4_text" and "q_norm" in name:
+                # What scales its attention, which has no other factor.
+                parameter.mul_(0.25)
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.5)

@@ -155,6 +155,11 @@ class KerasHubModel:
             return cls(handle, None, precision)
         return cls(handle, _lora_config(lora_rank, base, **settings), precision)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the base knows, by its config.json."""
+        return BaseCheckpoint.at(self.preset_handle).config.get("vocab_size")
+
     @classmethod
     def _with_adapter(
         cls, handle: str, base: BaseCheckpoint, adapter: str, precision: str, allow_other_base: bool

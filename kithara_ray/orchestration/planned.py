@@ -103,8 +103,7 @@ def _refusal(made: Plan) -> str:
 def arguments_of(spec: Any, slices: int = 1) -> tuple[str, int, dict[str, Any]]:
     """(base, T, settings of `plan`) of a run's spec; of one slice where it runs on several."""
     data = spec.train
-    packed = data.packed_len is not None
-    shape = data.store.packed_shape(spec.platform, data.packed_len) if packed else data.store.batch_shape(spec.platform)
+    shape = data.store.shapes(spec.platform, data.packed_len, data.buckets)[-1]
     mesh = spec.mesh or MeshShape()
     if slices > 1 and mesh.data % slices == 0:
         mesh = dataclasses.replace(mesh, data=mesh.data // slices)

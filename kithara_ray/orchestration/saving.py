@@ -1,5 +1,6 @@
 """One rank's view of a run's checkpoints: what to go on from, when to save, when to stop early."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -210,4 +211,7 @@ def sequence_identity(order: Any, content: str, packed_len: int | None) -> dict[
         "packed_len": packed_len,
         "shuffle": order.shuffle,
         "seed": order.seed,
+        "shuffle_rows": order.shuffle_rows,
+        "parts": [dataclasses.astuple(part) for part in order.parts],
+        "grouped_by_length": getattr(order, "lengths", None) is not None,
     }

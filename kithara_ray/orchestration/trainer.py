@@ -142,6 +142,7 @@ class Trainer:
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
+        _check_endless(train_dataloader, eval_dataloader, steps, max_eval_samples)
         if steps is None and epochs is None:
             epochs = 1
         if eval_dataloader is not None and eval_steps_interval is None and eval_epochs_interval is None:
@@ -216,8 +217,8 @@ class Trainer:
             precision=self.model.precision,
             adapter=self.model.adapter,
             optimizer=self.optimizer,
-            train=_data_spec(self.train_dataloader, self.gradient_accumulation_steps),
-            eval=_data_spec(self.eval_dataloader) if self.eval_dataloader else None,
+            train=self._data(self.train_dataloader, self.gradient_accumulation_steps),
+            eval=self._data(self.eval_dataloader) if self.eval_dataloader else None,
             steps=self.steps,
             epochs=self.epochs,
             log_steps_interval=self.log_steps_interval,
@@ -236,6 +237,22 @@ class Trainer:
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
+        )
+
+    def _data(self, loader: Dataloader, micro_batches: int = 1) -> DataSpec:
+        dataset = loader.dataset
+        if dataset.is_endless and loader is self.eval_dataloader:
+            dataset = dataset.head(self.max_eval_samples)
+        return DataSpec(
+            store=tokenize(dataset, self.model.vocabulary),
+            # "auto" begins with one row; see planned.fitted.
+            rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size)
+            * micro_batches,
+            packed_len=loader.dataset.max_seq_len if loader.packing else None,
+            buckets=loader.length_buckets,
+            shuffle=loader.shuffle,
+            shuffle_rows=loader.shuffle_rows,
+            seed=loader.seed,
         )
 
 
@@ -273,15 +290,11 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
     )
 
 
-def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
-    return DataSpec(
-        store=tokenize(loader.dataset),
-        # "auto" begins with one row; see planned.fitted.
-        rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size) * micro_batches,
-        packed_len=loader.dataset.max_seq_len if loader.packing else None,
-        shuffle=loader.shuffle,
-        seed=loader.seed,
-    )
+def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int | None, rows: int | None) -> None:
+    if train.dataset.is_endless and steps is None:
+        raise ConfigError("the training data streams, so nobody knows when an epoch ends; give steps=")
+    if evaluation is not None and evaluation.dataset.is_endless and rows is None:
+        raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
 
 def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -316,7 +329,7 @@ def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
         "precision": spec.precision,
         "seed": spec.seed,
         "data_fingerprint": spec.train.store.content,
-        "rows": len(spec.train.store.lengths),
+        "rows": spec.train.store.num_rows,
         "packed_to": spec.train.packed_len,
         "last_step": {name: last("step")[name] for name in ("step", "epoch", "loss") if name in last("step")},
         "evaluation": last("eval"),

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import ray
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.checkpointer import Checkpointer
+from kithara_ray.orchestration.endless import WINDOW_ROWS, EndlessOrder, EndlessStore, EndlessStream
 from kithara_ray.orchestration.snapshots import Snapshots, SnapshotSender
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
@@ -19,6 +20,8 @@ from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
+# Batches that are made while steps run.
+_AHEAD = 2
 _FETCH_REPORT_S = 2.0
 
 
@@ -29,12 +32,16 @@ class DataSpec:
     Attributes:
         rows_per_device: of one step, all its micro-batches together.
         packed_len: tokens of a row into which several samples are packed; None packs nothing.
+        buckets: without packing, to how many lengths batches may be padded; each is a program to compile.
+        shuffle_rows: see `kithara_ray.sft.order`.
     """
 
-    store: TokenStore
+    store: TokenStore | EndlessStore
     rows_per_device: int
     packed_len: int | None
+    buckets: int
     shuffle: bool
+    shuffle_rows: int | None
     seed: int
 
 
@@ -172,15 +179,26 @@ class Run:
                 return
         with self._phase("compare"):
             self.model.check_copies(self.state["params"], self.frozen)
-        batch, self._next_tokens = self.data.batch(self.number)
-        self._next_batch = batch
+        self._next_batch, self._next_tokens = self.data.batch(self.number)
         with self._phase("compile"):
-            self.step = step.compile_step(
-                self.model, self.optimizer, self.state, self.frozen, batch, spec.micro_batches, spec.seed
+            # The largest first: if one does not fit, it is that.
+            self.step = ByLength(
+                (
+                    step.compile_step(
+                        self.model, self.optimizer, self.state, self.frozen, shape, spec.micro_batches, spec.seed
+                    )
+                    for shape in self._batch_shapes(self.data)
+                ),
+                self.data.shapes,
             )
             if self.eval_data:
-                eval_batch, _ = self.eval_data.batch(0)
-                self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
+                self.evaluate_step = ByLength(
+                    (
+                        step.compile_eval(self.model, self.state["params"], self.frozen, shape)
+                        for shape in self._batch_shapes(self.eval_data)
+                    ),
+                    self.eval_data.shapes,
+                )
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
         total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
         if spec.snapshots is not None:
@@ -291,6 +309,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Send this rank's part of the adapter, or of the weights."""
+        self.data.close()
         if self.saving is not None and self.number == self.saving.step:
             # Nothing was trained; what is there may be of a run that was to be longer or shorter.
             self.saving.save(self.number, self.state, finished=self.saving.finished or "steps")
@@ -314,19 +333,33 @@ class Run:
         kind, value = self.spec.optimizer
         return KerasOptimizer(value) if kind == "keras" else OptaxOptimizer(value)
 
-    def _stream(self, data: DataSpec) -> HostStream:
+    def _stream(self, data: DataSpec) -> HostStream | EndlessStream:
         from kithara_ray.sharding.mesh import batch_sharding
 
-        limit = self.spec.max_eval_samples if data is self.spec.eval else None
+        rows = data.rows_per_device * self.mesh.size
+        is_eval = data is self.spec.eval
+        if isinstance(data.store, EndlessStore):
+            shapes = data.store.shapes(self.spec.platform, data.packed_len, data.buckets)
+            order = EndlessOrder(rows, data.seed, data.shuffle, data.shuffle_rows or WINDOW_ROWS)
+            packed = data.packed_len is not None
+            return EndlessStream(data.store, order, shapes, batch_sharding(self.mesh), packed, _AHEAD)
+        limit = self.spec.max_eval_samples if is_eval else None
         store = data.store.head(limit) if limit else data.store
-        common = {"batch_rows": data.rows_per_device * self.mesh.size, "seed": data.seed, "shuffle": data.shuffle}
+        shapes = store.shapes(self.spec.platform, data.packed_len, data.buckets)
+        common = {"batch_rows": rows, "seed": data.seed, "shuffle": data.shuffle, "shuffle_rows": data.shuffle_rows}
+        common["parts"] = () if is_eval else store.parts
         if data.packed_len is None:
-            shape = store.batch_shape(self.spec.platform)
-            order = BatchOrder(store.num_rows, **common)
+            order = BatchOrder(size=store.num_rows, lengths=store.lengths if len(shapes) > 1 else None, **common)
         else:
-            shape = store.packed_shape(self.spec.platform, data.packed_len)
-            order = PackedOrder(store.lengths, store.trained, *shape, **common)
-        return HostStream(store, order, shape, batch_sharding(self.mesh))
+            room = {"seq_len": shapes[0][0], "predictions": shapes[0][1]}
+            order = PackedOrder(lengths=store.lengths, trained=store.trained, **room, **common)
+        return HostStream(store, order, shapes, batch_sharding(self.mesh), ahead=0 if is_eval else _AHEAD)
+
+    def _batch_shapes(self, data: HostStream):
+        """Of the batches that may come, the largest first."""
+        from kithara_ray.train.step import abstract_batch
+
+        return (abstract_batch(self.model, data.order.batch_rows, *shape) for shape in reversed(data.shapes))
 
     def _log(self, step: int, values: dict[str, float], tokens: int, seconds: float, steps: int) -> None:
         row = {
@@ -362,6 +395,21 @@ class Run:
 
     def _phase(self, name: str):
         return _Phase(self, name)
+
+
+class ByLength:
+    """One program for each length that batches are padded to.
+
+    Args:
+        programs: compiled for batches of these shapes, the largest first.
+        shapes: (T, K), ascending.
+    """
+
+    def __init__(self, programs: Iterable[Callable], shapes: tuple[tuple[int, int], ...]):
+        self._programs = dict(zip((length for length, _ in reversed(shapes)), programs, strict=True))
+
+    def __call__(self, state, frozen, batch):
+        return self._programs[batch["token_ids"].shape[1]](state, frozen, batch)
 
 
 class _Phase:
