@@ -119,9 +119,7 @@ def run(
             args, kwargs = node.arguments.fill_in(known)
             outputs = node.outputs
             if node.operation is first:
-                result = _run_chain(
-                    chain, args[0], kwargs, values_of, scanned, gather, place, remat, dropout_key
-                )
+                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, remat, dropout_key)
                 # A block may also give its keys and values, for other blocks; none here takes them.
                 outputs = last._inbound_nodes[0].outputs[:1]
             else:

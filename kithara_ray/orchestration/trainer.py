@@ -215,6 +215,7 @@ class Trainer:
             base=self.model.weights_handle,
             lora=self.model.lora,
             precision=self.model.precision,
+            quantize=self.model.quantize,
             adapter=self.model.adapter,
             optimizer=self.optimizer,
             train=self._data(self.train_dataloader, self.gradient_accumulation_steps),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class RunSpec:
     base: str
     lora: LoraConfig | None
     precision: str
+    quantize: str | None
     adapter: Mapping[str, np.ndarray] | None
     optimizer: tuple[str, Any]
     train: DataSpec
@@ -153,6 +155,7 @@ class Run:
                 spec.precision,
                 remat=spec.remat,
                 stack_factors=is_elementwise(*spec.optimizer),
+                quantize=spec.quantize,
                 train_weights=spec.lora is None,
             )
             self.optimizer = self._make_optimizer()
@@ -200,7 +203,8 @@ class Run:
                     self.eval_data.shapes,
                 )
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
-        total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        adapter = trainable if spec.lora is not None else 0
+        total = adapter + sum(math.prod(slot.shape) for slot in self.model.slots)
         if spec.snapshots is not None:
             about = {"num_ranks": spec.num_workers, "shapes": self.model.adapter_shapes}
             about |= {"config": spec.lora, "base": spec.base}
@@ -222,6 +226,7 @@ class Run:
             lambda: {
                 "base": base.fingerprint(),
                 "precision": spec.precision,
+                "quantize": spec.quantize,
                 "lora": spec.lora and dataclasses.asdict(spec.lora),
                 "optimizer": optimizer_identity(*spec.optimizer),
                 "seed": spec.seed,

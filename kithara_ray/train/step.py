@@ -168,7 +168,7 @@ def compile_step(
     state_in = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
         step,
-        in_shardings=(state_in, [array.sharding for array in frozen], batch_sharding(model.mesh)),
+        in_shardings=(state_in, jax.tree.map(lambda leaf: leaf.sharding, frozen), batch_sharding(model.mesh)),
         out_shardings=(state_in, replicated(model.mesh)),
         donate_argnums=0,
     )
