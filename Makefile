@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean bench-step bench-load bench-export
+.PHONY: quickstart test lint clean bench-step bench-load bench-export bench-tpu bench-data bench-sft
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -42,8 +42,17 @@ bench-step: $(VENV)/.bench  ## a training step beside torch + peft and beside Ke
 bench-load: $(VENV)/.bench  ## loading a base onto two hosts beside KerasHub's from_preset; 2 minutes
 	@$(BIN)/python benchmarks/load.py
 
+bench-data: $(VENV)/.bench  ## rows to packed tokens beside datasets.map + TRL, and data of four times the object store; 5 minutes
+	@$(BIN)/python benchmarks/data.py
+
+bench-sft: $(VENV)/.bench  ## fine-tuning on short rows beside TRL padded, padding-free and packed; 8 minutes
+	@$(BIN)/python benchmarks/sft.py
+
 bench-export: $(VENV)/.bench  ## a merge of 1.1 GB beside peft's and beside cp, and the head's memory against size; 5 minutes, 4 GB of disk
 	@$(BIN)/python benchmarks/export.py
+
+bench-tpu: $(VENV)/.bench  ## reference models compiled for TPU slices, without one; half an hour
+	@$(BIN)/python benchmarks/tpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

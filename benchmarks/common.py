@@ -44,7 +44,7 @@ def middle(values: list[float]) -> str:
     return f"{statistics.median(values):.4g} ({min(values):.4g}-{max(values):.4g})"
 
 
-def machine() -> dict:
+def machine(more: tuple[str, ...] = ()) -> dict:
     """Where and with what a figure was measured."""
     with open("/proc/cpuinfo") as lines:
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
@@ -54,13 +54,13 @@ def machine() -> dict:
         "cores": os.cpu_count(),
         "memory_gb": round(memory_gb, 1),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: metadata.version(name) for name in (*PACKAGES, *more)},
     }
 
 
-def write(name: str, command: str, table: list[str], figures: dict) -> None:
-    """benchmarks/results/<name>.md and .json."""
-    where = machine()
+def write(name: str, command: str, table: list[str], figures: dict, packages: tuple[str, ...] = ()) -> None:
+    """benchmarks/results/<name>.md and .json; `packages` are named beside those of all."""
+    where = machine(packages)
     out = HERE / "results"
     out.mkdir(exist_ok=True)
     versions = ", ".join(f"{package} {version}" for package, version in where["packages"].items())

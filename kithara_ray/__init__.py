@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kithara_ray.orchestration.checkpointer import Checkpointer
-    from kithara_ray.orchestration.data import Dataloader, SFTDataset, TextCompletionDataset
+    from kithara_ray.orchestration.data import Dataloader, SFTDataset, TextCompletionDataset, mix
     from kithara_ray.orchestration.model import KerasHubModel
     from kithara_ray.orchestration.trainer import Trainer, TrainResult
     from kithara_ray.sharding.shape import MeshShape
@@ -22,6 +22,7 @@ _HOMES = {
     "TextCompletionDataset": "kithara_ray.orchestration.data",
     "TrainResult": "kithara_ray.orchestration.trainer",
     "Trainer": "kithara_ray.orchestration.trainer",
+    "mix": "kithara_ray.orchestration.data",
 }
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "TextCompletionDataset",
     "TrainResult",
     "Trainer",
+    "mix",
 ]
 __version__ = "0.1.0"
 

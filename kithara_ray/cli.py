@@ -95,6 +95,139 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         typer.echo(f"exported {destination}")
 
 
+data = typer.Typer(help="Look at the data of a run.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def preview(
+    config: ConfigPath,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    overrides: Overrides = None,
+) -> None:
+    """Show rows of the training data with what is learned marked, their lengths, and how well they pack.
+
+    Example: kithara-ray data preview my_run.yaml --rows 5
+    """
+    _driver_environment()
+    from kithara_ray import config as configuration
+
+    loaded = configuration.load(config, overrides or ())
+    dataset = configuration.dataloader(loaded.train_dataloader, loaded).dataset
+    Console(highlight=False).print(dataset.preview(rows).render())
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    slice: Annotated[str | None, typer.Option("--slice", help="E.g. v5e-16; default: of scaling_config.")] = None,
+    slices: Annotated[str | None, typer.Option(help="Several, by commas: the largest batch on each.")] = None,
+    seq: Annotated[str | None, typer.Option(help="Sequence lengths, by commas; default: of the dataset.")] = None,
+    rank: Annotated[str | None, typer.Option(help="LoRA ranks, by commas; default: of the model.")] = None,
+    price: Annotated[float | None, typer.Option(help="Per chip and hour, for the cost.")] = None,
+    epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of the data set, for the cost of an epoch.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Do not compile.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What CONFIG needs on a TPU slice and how fast it can be there, from the TPU's compiler; no TPU is needed.
+
+    Of the base only config.json is read. Example: kithara-ray plan my_run.yaml --slice v5e-16
+    """
+    _driver_environment()
+    from kithara_ray import plan_command
+
+    made = plan_command.run(
+        config, overrides or (), slice, slices, seq, rank, price, epoch_tokens, compile=not estimate
+    )
+    typer.echo(made.json()) if as_json else Console(soft_wrap=True).print(made.table())
+    if made.fits is False:
+        raise typer.Exit(1)
+
+
+Format = Annotated[str, typer.Option(help="adapter, separate (base, and the adapter in adapter/) or merged.")]
+Destination = Annotated[str, typer.Option("--to", metavar="DEST", help="A new directory, gs://..., s3://...")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 of all that is written; auto: as in the base.")]
+ShardSize = Annotated[str | None, typer.Option(help='Of a weight file, like "5GB"; the base\'s own files by default.')]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed or failed export left at DEST.")]
+Finite = Annotated[bool, typer.Option("--check-finite", help="Refuse a NaN or an infinity in a written weight.")]
+OnCluster = Annotated[bool, typer.Option("--cluster", help="A Ray task a weight file, on the cluster of RAY_ADDRESS.")]
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, a checkpoint, or a PEFT adapter.")],
+    to: Destination,
+    format: Format = "merged",
+    base: Annotated[str | None, typer.Option(help="The base, where RUN does not name it or it has moved.")] = None,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the end of the run or the newest one.")] = None,
+    dtype: Dtype = "auto",
+    max_shard_size: ShardSize = None,
+    resume: Resume = False,
+    check_finite: Finite = False,
+    cluster: OnCluster = False,
+) -> None:
+    """Export what a finished or failed run has trained. Needs no accelerator.
+
+    Example: kithara-ray export runs/my_run --to gs://bucket/merged --format merged
+    """
+    from kithara_ray.train.run_files import check_base, read_trained
+
+    trained = read_trained(run, step)
+    handle = base or trained.base
+    if handle is None:
+        raise ConfigError(f"{run} does not name its base; give --base hf://org/name or a directory")
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
+    options |= {"run": trained.run, "check": lambda opened: check_base(opened, trained)}
+    _export(handle, trained.adapter, to, format, cluster, **options)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="hf://org/name, a directory, gs://... or s3://...")],
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="ADAPTER[:WEIGHT]", help="A PEFT LoRA adapter; given again, the weighted sum of all."),
+    ],
+    to: Destination,
+    format: Format = "merged",
+    dtype: Dtype = "auto",
+    max_shard_size: ShardSize = None,
+    resume: Resume = False,
+    check_finite: Finite = False,
+    cluster: OnCluster = False,
+) -> None:
+    """Merge any PEFT LoRA adapter, or a weighted sum of several, into its base. Needs neither Ray nor an accelerator.
+
+    Example: kithara-ray merge --base hf://org/name --adapter a:0.7 --adapter b:0.3 --to merged
+    """
+    from kithara_ray.hf.combine import combine, read_weighted
+
+    adapters, weights = zip(*map(read_weighted, adapter), strict=True)
+    combined = adapters[0] if weights == (1.0,) else combine(adapters, weights)
+    run = {"adapters": list(adapter)}
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
+    _export(base, combined, to, format, cluster, run=run, **options)
+
+
+def _export(base: str, adapter, to: str, format: str, cluster: bool, check=lambda base: None, **options) -> None:
+    from kithara_ray.hf.card import summary
+    from kithara_ray.hf.checkpoint import BaseCheckpoint
+    from kithara_ray.hf.export import export_with_report
+
+    if cluster:
+        _driver_environment()
+        from kithara_ray.orchestration.export_tasks import write_on_cluster
+        from kithara_ray.orchestration.model import start_ray
+
+        start_ray()
+        options["write"] = write_on_cluster
+    opened = BaseCheckpoint.at(base)
+    check(opened)
+    report = export_with_report(opened, adapter, to, format, base_name=base, **options)
+    typer.echo(summary(to, report))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. What is not an error of ours is a bug, and keeps its traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)

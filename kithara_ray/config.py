@@ -54,7 +54,7 @@ DATASET_SECTIONS = {
             "tokenizer": "it takes a Python object; give tokenizer_handle",
             "custom_formatting_fn": "it takes a Python function; write a script, or prepare the rows before",
         },
-        given_types={"source": str | list[dict[str, Any]]},
+        given_types={"source": str | list[str] | list[dict[str, Any]]},
         type=(Literal[name], ...),
     )
     for name, dataset in DATASETS.items()
@@ -189,7 +189,10 @@ class Job:
     exports: list[dict[str, Any]]
 
     def run(self) -> tuple[TrainResult, list[str]]:
-        """Train, then write the exports; returns the result and where they are."""
+        """Train, then write the exports; returns the result and where they are. Destinations are probed first."""
+        for export in self.exports:
+            if not export.get("resume"):
+                self.model.check_destination(export["output_dir"])
         result = self.trainer.train()
         return result, [self.model.save_in_hf_format(**export) for export in self.exports]
 

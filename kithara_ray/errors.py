@@ -8,6 +8,7 @@
     ├── AdapterError           (ValueError)  adapter files or arrays, gathered or read
     ├── DestinationError       (OSError)     where an export is to be written
     ├── ExportError                          an export that could not be finished or proven
+    ├── PlanError                            a step that did not compile for a planned slice
     ├── ClusterError                         resources, topology, process group
     └── TrainingError                        a run that failed after it had started
 
@@ -46,6 +47,10 @@ class DestinationError(KitharaRayError, OSError):
 
 class ExportError(KitharaRayError):
     """An export could not be finished or did not prove itself."""
+
+
+class PlanError(KitharaRayError):
+    """A step did not compile for the slice it was planned for, for another reason than memory."""
 
 
 class ClusterError(KitharaRayError):

@@ -75,6 +75,22 @@ class Injector:
 
         aiohttp.ClientSession._request = request
 
+    def watch_hub(self) -> None:
+        import httpx2 as httpx
+
+        original = httpx.Client.send
+
+        def send(client, request, **kwargs):
+            if request.method in ("GET", "HEAD") or request.url.path.startswith("/api/validate"):
+                return original(client, request, **kwargs)
+            self.before(f"{request.method} {request.url}")
+            number = len(self.seen)
+            response = original(client, request, **kwargs)
+            self.after(number)
+            return response
+
+        httpx.Client.send = send
+
     def watch_files(self) -> None:
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -111,7 +127,9 @@ def export(job: dict) -> dict:
 
     base, adapter = BaseCheckpoint.at(job["base"]), Adapter.read(job["adapter"])
     injector = Injector(job.get("mode"), job.get("at"))
-    if "://" in job["url"]:
+    if job["url"].startswith("hf://"):
+        injector.watch_hub()
+    elif "://" in job["url"]:
         injector.watch_requests()
     else:
         injector.watch_files()
@@ -180,6 +198,8 @@ def serve() -> None:
     import botocore.loaders
     import botocore.session
     import gcsfs  # noqa: F401
+    import huggingface_hub.hf_api
+    import huggingface_hub.hf_file_system  # noqa: F401
     import s3fs
 
     import kithara_ray.hf.export  # noqa: F401

@@ -11,11 +11,14 @@ ROOMS = {
     "errors": (["kithara_ray.errors"], HEAVY),
     "command line": (["kithara_ray.cli"], HEAVY | {"pydantic", "transformers"}),
     "hf": (
-        [f"kithara_ray.hf.{name}" for name in ("storage", "checkpoint", "adapter", "merge", "export")],
+        [f"kithara_ray.hf.{name}" for name in ("storage", "checkpoint", "adapter", "merge", "export", "combine")],
         HEAVY,
     ),
     "sft": (
-        [f"kithara_ray.sft.{name}" for name in ("formats", "tokenize", "tokenizer", "collate", "order")],
+        [
+            f"kithara_ray.sft.{name}"
+            for name in ("formats", "chat", "files", "tokenize", "tokenizer", "collate", "order", "buckets", "preview")
+        ],
         HEAVY,
     ),
     "sharding": (
@@ -28,7 +31,9 @@ ROOMS = {
         [f"kithara_ray.model.{name}" for name in ("runtime", "causal_lm", "weights", "lora", "generate")],
         {"ray", "torch"},
     ),
+    "train, what a run has left in files": (["kithara_ray.train.run_files"], HEAVY),
     "train": ([f"kithara_ray.train.{name}" for name in ("loss", "optimizer", "step")], {"ray", "torch"}),
+    "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],
         {"keras", "keras_hub", "torch", "tensorflow"},
@@ -40,6 +45,7 @@ UPWARD = {
     "sharding": ("hf", "sft", "model", "train", "orchestration"),
     "model": ("sft", "train", "orchestration"),
     "train": ("sft", "orchestration"),
+    "plan": ("sft", "orchestration"),
 }
 
 

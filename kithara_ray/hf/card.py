@@ -1,5 +1,8 @@
 """What an export says to people: its README.md (a Hugging Face model card), and notes for who will serve it."""
 
+import json
+from collections.abc import Mapping
+
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 
@@ -28,6 +31,9 @@ _WHAT = {
     "separate": "A copy of the base, with a LoRA adapter of it in `adapter/`:",
     "merged": "A model with a LoRA adapter merged into its weights:",
 }
+
+
+_TRAINED = "A model whose weights were all trained, from"
 
 
 def split_reference(base_name: str) -> tuple[str, str | None]:
@@ -65,8 +71,31 @@ def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
     return notes
 
 
-def model_card(base_name: str, adapter: Adapter, report: dict) -> str:
-    """README.md of an export from its report."""
+def stop_notes(base: BaseCheckpoint) -> list[str]:
+    """Whether a server stops where the tokenizer's end of sequence stands: answers are trained to end there."""
+    try:
+        config = json.loads((base.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        added = json.loads((base.directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        end = config["eos_token"]
+        text = end["content"] if isinstance(end, dict) else end
+        number = next(token["id"] for token in added if token["content"] == text)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return []  # no tokenizer of this kind beside the base: nothing to compare
+    generation = base.directory / "generation_config.json"
+    stops: set[int] = set()
+    for settings in (base.config, json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}):
+        found = settings.get("eos_token_id")
+        stops |= set(found) if isinstance(found, list) else {found}
+    if number in stops:
+        return []
+    return [
+        f"the tokenizer ends sequences with {text!r} ({number}), which is no eos_token_id of the base's config.json or "
+        f"generation_config.json ({sorted(stop for stop in stops if stop is not None)}): give it as a stop token"
+    ]
+
+
+def model_card(base_name: str, adapter: Adapter, report: dict, run: Mapping[str, object] | None = None) -> str:
+    """README.md of an export from its report, and from what is known of the training."""
     layout, config = report["layout"], adapter.config
     name, revision = split_reference(base_name)
     is_hub = base_name.startswith("hf://")
@@ -90,6 +119,9 @@ def model_card(base_name: str, adapter: Adapter, report: dict) -> str:
     }
     lines = [*front, "", f"# {name.rstrip('/').rpartition('/')[2]}, fine-tuned", "", f"{_WHAT[layout]} `{name}`.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items() if value), ""]
+    if run:
+        lines += ["## Training", "", "| | |", "|---|---|"]
+        lines += [f"| {key.replace('_', ' ')} | {_shown(value)} |" for key, value in run.items()] + [""]
     lines += ["## Load", "", "```python", _LOAD[layout], "```", "", "```sh"]
     lines += [_SERVE[layout].format(base=name, rank=rank), "```", "", "## Checked before it was published", ""]
     lines += [f"- {check}" for check in report["checks"]]
@@ -97,3 +129,39 @@ def model_card(base_name: str, adapter: Adapter, report: dict) -> str:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report["notes"])]
     lines += ["", "`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
     return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    """A cell of a table."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def trained_card(base_name: str, report: dict) -> str:
+    """README.md of a model whose weights were all trained, from its export's report."""
+    name, revision = split_reference(base_name)
+    front = ["---", *([f"base_model: {name}"] if base_name.startswith("hf://") else []), "library_name: transformers"]
+    front += ["pipeline_tag: text-generation", "tags:", "- kithara-ray", "---"]
+    lines = [*front, "", f"# {name.rstrip('/').rpartition('/')[2]}, trained", "", f"{_TRAINED} `{name}`"]
+    lines[-1] += f" at revision `{revision}`." if revision else "."
+    dtype = "as in the base" if report["dtype"] == "auto" else report["dtype"]
+    lines += ["", f"{report['tensors']['trained']} tensors, dtype {dtype}.", "", "## Load", "", "```python"]
+    lines += [_LOAD["merged"], "```", "", "```sh", _SERVE["merged"], "```", ""]
+    lines += ["## Checked before it was published", "", *(f"- {check}" for check in report["checks"]), ""]
+    lines += ["`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
+    return "\n".join(lines)
+
+
+def summary(destination: str, report: dict) -> str:
+    """An export_report.json in a few lines, for whoever started the export."""
+    weights = {name: entry for name, entry in report["files"].items() if name.endswith(".safetensors")}
+    size_gb = sum(entry["bytes"] for entry in weights.values()) / 1e9
+    lines = [f"exported {report['layout']} to {destination}: {len(weights)} weight files, {size_gb:.3g} GB"]
+    if counts := report["tensors"]:
+        merged = f"{counts['merged']} merged ({counts['merged_and_changed']} changed)"
+        lines.append(f"  tensors: {merged}, {counts['untouched']} as in the base")
+    lines += [f"  proven: {check}" for check in report["checks"]]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    return "\n".join([*lines, f"  {report['seconds']:.1f} s; every file's SHA-256 is in export_report.json"])

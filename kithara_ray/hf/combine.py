@@ -13,8 +13,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from kithara_ray.hf.lora_config import LoraConfig
+
+
+def read_weighted(text: str) -> tuple[Adapter, float]:
+    """`ADAPTER` or `ADAPTER:WEIGHT`, the adapter being a directory or URL; the weight is 1 by default."""
+    handle, _, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:  # no weight: a colon of a URL, or none
+        handle, weight = text, 1.0
+    return Adapter.read(storage.fetch(handle or text)), weight
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -41,8 +52,14 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         ranks[module] = len(tensors[module + A_SUFFIX])
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(module): found for module, found in ranks.items() if found != rank}
-    targets = sorted({target for adapter in adapters for target in adapter.config.target_modules})
+    targets = sorted({target for adapter in adapters for target in _targets_of(adapter)})
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=tuple(targets), rank_pattern=others, alpha_pattern=dict(others)
     )
     return Adapter(config, tensors)
+
+
+def _targets_of(adapter: Adapter) -> tuple[str, ...]:
+    """Its entries of target_modules; a regular expression is spelled out, since two cannot stand in one list."""
+    targets = adapter.config.target_modules
+    return adapter.modules if isinstance(targets, str) else targets

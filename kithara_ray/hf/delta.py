@@ -27,6 +27,8 @@ MERGE_DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 
 MKL_K_BLOCK = 192  # measured with torch 2.13 (MKL 2024.2, AVX2): R <= 192 is one chain
 CHAIN_ELEMENTS = 1 << 15  # float64 scratch of 256 KiB each: stays in the L2 cache
+CACHED_ELEMENTS = 1 << 18  # of the 16-bit path: its float32 scratch is 1 MiB each
+ONE_THREAD_PRODUCTS = 1 << 17  # multiplications up to which OpenBLAS' sgemm uses one thread
 UNIT_ROUNDOFF = 2.0**-24
 LOW_BITS = (1 << 29) - 1  # what float64 has below float32's last bit
 TIE = 1 << 28
@@ -110,7 +112,12 @@ def merged_rows(
     with np.errstate(over="ignore", invalid="ignore"):
         if out_dtype == FLOAT32:
             return w_OI + chain_product(b_OR, a_RI) * scale_32
-        return _merged_16(w_OI, b_OR, a_RI, scale_32, out_dtype)
+        merged_OI = np.empty(w_OI.shape, out_dtype)
+        rows = max(1, CACHED_ELEMENTS // max(1, w_OI.shape[1]))
+        for begin in range(0, len(w_OI), rows):
+            part = slice(begin, begin + rows)
+            merged_OI[part] = _merged_16(w_OI[part], b_OR[part], a_RI, scale_32, out_dtype)
+        return merged_OI
 
 
 def dora_rows(
@@ -153,6 +160,16 @@ def row_norms(v_OI: np.ndarray) -> np.ndarray:
     return np.sqrt(total)
 
 
+def _blas_product(b_OR: np.ndarray, a_RI: np.ndarray) -> np.ndarray:
+    """B @ A as the BLAS rounds it, in pieces so small that OpenBLAS keeps to this thread: for R of 16 its other threads
+    take more time to wait for than they save, three times the processor time of all else here."""
+    product_OI = np.empty((len(b_OR), a_RI.shape[1]), np.float32)
+    rows = max(1, ONE_THREAD_PRODUCTS // max(1, a_RI.size))
+    for begin in range(0, len(b_OR), rows):
+        np.matmul(b_OR[begin : begin + rows], a_RI, out=product_OI[begin : begin + rows])
+    return product_OI
+
+
 def _merged_16(
     w_OI: np.ndarray, b_OR: np.ndarray, a_RI: np.ndarray, scale: np.float32, out_dtype: np.dtype
 ) -> np.ndarray:
@@ -168,10 +185,11 @@ def _merged_16(
     relative = (2.2 * r + 2) * UNIT_ROUNDOFF
     error_OI = np.multiply.outer((b_norm_O * relative).astype(np.float32), a_norm_I.astype(np.float32))
     error_OI += np.float32(1e-37)  # a BLAS may flush subnormals
-    product_OI = b_OR @ a_RI
+    product_OI = _blas_product(b_OR, a_RI)
     low_OI = rounded(product_OI - error_OI, w_OI)
     high_OI = rounded(np.add(product_OI, error_OI, out=error_OI), w_OI)
-    o_N, i_N = np.nonzero(low_OI.view(np.uint16) != high_OI.view(np.uint16))
-    if len(o_N):
+    differ_N = np.flatnonzero(low_OI.view(np.uint16) != high_OI.view(np.uint16))
+    if len(differ_N):
+        o_N, i_N = np.divmod(differ_N, low_OI.shape[1])
         low_OI[o_N, i_N] = rounded(_chain_elements(b_OR, a_RI, o_N, i_N), w_OI[o_N, i_N])
     return low_OI

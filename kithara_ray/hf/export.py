@@ -12,10 +12,11 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,15 @@ from kithara_ray import __version__ as VERSION
 from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.adapter import Adapter
-from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_reference
+from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_reference, stop_notes
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
-from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, write_part, write_serially
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here, write_part
 from kithara_ray.hf.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 
-__all__ = ["Layout", "Part", "Written", "export", "write_part", "write_serially"]
+__all__ = ["Layout", "Part", "Written", "export", "write_here", "write_part"]
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,13 @@ class Layout(StrEnum):
     MERGED = "merged"
 
 
-def export(
+def export(base: BaseCheckpoint, adapter: Adapter, destination: str, layout: Layout, **options: Any) -> str:
+    """`export_with_report`, which see; returns the destination."""
+    export_with_report(base, adapter, destination, layout, **options)
+    return str(destination)
+
+
+def export_with_report(
     base: BaseCheckpoint,
     adapter: Adapter,
     destination: str,
@@ -69,9 +76,9 @@ def export(
     max_shard_size: int | str | None = None,
     check_finite: bool = False,
     resume: bool = False,
-    write: Callable[[list[Part]], Iterable[Written]] = write_serially,
-) -> str:
-    """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns the destination.
+    write: Callable[[list[Part]], Iterable[Written]] = write_here,
+) -> dict[str, Any]:
+    """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns export_report.json.
 
     base_name: what adapter_config.json names as its base, a hub name, a path, or an hf:// handle with a revision.
     dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
@@ -91,18 +98,17 @@ def export(
     elif layout is Layout.SEPARATE and tag:
         refuse_quantized(base)
     files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
-    settings = _Settings(layout, dtype, base_name, files, check_finite, write)
+    settings = Settings(layout, dtype, base_name, files, check_finite, write)
     with publish.staged(destination, _plan(base, adapter, settings), resume) as stage:
         report, files = _write(base, adapter, stage, settings)
         if run:
             write_json(stage.directory / RUN, dict(run))
-        (stage.directory / CARD).write_text(model_card(base_name, adapter, report), encoding="utf-8")
-        files |= {name: digest(stage.directory / name) for name in _files(stage.directory) if name not in files}
-        report["files"] = dict(sorted(files.items()))
+        (stage.directory / CARD).write_text(model_card(base_name, adapter, report, run), encoding="utf-8")
+        report["files"] = dict(sorted((files | other_files(stage.directory, files)).items()))
         report["seconds"] = round(time.perf_counter() - started_s, 3)
         write_json(stage.directory / REPORT, report)
     log.info("exported layout=%s destination=%s seconds=%.1f", layout, destination, report["seconds"])
-    return destination
+    return report
 
 
 def _layout(layout: Layout | str) -> Layout:
@@ -113,8 +119,12 @@ def _layout(layout: Layout | str) -> Layout:
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """The arguments of `export` that decide what is written, and who writes it."""
+class Settings:
+    """The arguments of `export` that decide what is written, and who writes it.
+
+    files: as of `part.files_of`. tags: a safetensors tag a tensor, in place of `dtype`, where there are values of
+    other dtypes than the base's; config.json and the index are then those of `like`.
+    """
 
     layout: Layout
     dtype: str
@@ -122,9 +132,11 @@ class _Settings:
     files: dict[str, str]
     check_finite: bool
     write: Callable[[list[Part]], Iterable[Written]]
+    tags: Mapping[str, str] | None = None
+    like: BaseCheckpoint | None = None
 
 
-def _plan(base: BaseCheckpoint, adapter: Adapter, settings: _Settings) -> str:
+def _plan(base: BaseCheckpoint, adapter: Adapter, settings: Settings) -> str:
     """A digest of all that decides the bytes of the weight files but the base's own bytes, which parts compare."""
     config = repr(adapter.config)
     what = [VERSION, settings.layout, settings.dtype, settings.files, config, base.source, settings.check_finite]
@@ -136,14 +148,14 @@ def _plan(base: BaseCheckpoint, adapter: Adapter, settings: _Settings) -> str:
 
 
 def _write(
-    base: BaseCheckpoint, adapter: Adapter, stage: publish.Stage, settings: _Settings
+    base: BaseCheckpoint, adapter: Adapter, stage: publish.Stage, settings: Settings
 ) -> tuple[dict[str, object], dict[str, dict]]:
     """Fill and prove the stage; returns the report without its file list, and the weight files' digests."""
     layout, dtype, base_name = settings.layout, settings.dtype, settings.base_name
     checks, counts, written = [], {}, []
     if layout is not Layout.ADAPTER:
         merged = adapter if layout is Layout.MERGED else None
-        written = _write_base(base, merged, stage, settings)
+        written = write_weights(base, merged, stage, settings)
         counts = {key: sum(file.counts[key] for file in written) for key in written[0].counts}
         checks.append("checkpoint reopened; untouched tensors equal the base's bit by bit")
         if merged:
@@ -160,6 +172,7 @@ def _write(
     carried = TOKENIZER_FILES + LICENCE_FILES + (MODEL_EXTRAS if layout is not Layout.ADAPTER else ())
     _carry_over(base, stage.directory, carried)
     notes = _notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
+    notes += stop_notes(base)
     for note in notes:
         log.warning("%s", note)
     report = {
@@ -181,12 +194,13 @@ def _write(
     return report, {file.name: file.file for file in written}
 
 
-def _write_base(
-    base: BaseCheckpoint, merged: Adapter | None, stage: publish.Stage, settings: _Settings
+def write_weights(
+    base: BaseCheckpoint, merged: Adapter | None, stage: publish.Stage, settings: Settings
 ) -> list[Written]:
     """The weight files, by `write`, then config.json and the index; proven as one checkpoint."""
     dtype, files = settings.dtype, settings.files
-    parts = parts_of(base, merged, stage.target, dtype, files, settings.check_finite)
+    like = settings.like or base
+    parts = parts_of(base, merged, stage.target, settings.tags or dtype, files, settings.check_finite)
     stage.expect([part.name for part in parts])
     written = _taken_up(stage, parts)
     for file in settings.write([part for part in parts if part.name not in written]):
@@ -194,7 +208,8 @@ def _write_base(
         written[file.name] = file
     if written.keys() != {part.name for part in parts}:
         raise ExportError(f"{len(written)} of {len(parts)} weight files were written; start the export again")
-    configs = write_base_config(base, stage.directory, dtype, files)
+    remove_leftovers(stage.directory)
+    configs = write_base_config(like, stage.directory, dtype, files)
     with contextlib.ExitStack() as stack:
         directory = stage.directory
         if stage.is_remote:
@@ -202,7 +217,7 @@ def _write_base(
             stage.read_headers(directory)
             for path in configs:
                 shutil.copyfile(path, directory / path.name)
-        prove_checkpoint(directory, base, check_dtype(dtype), files)
+        prove_checkpoint(directory, like, check_dtype(dtype), files)
     return [written[part.name] for part in parts]
 
 
@@ -249,9 +264,15 @@ def _carry_over(base: BaseCheckpoint, directory: Path, patterns: tuple[str, ...]
             copy_file(path, directory / path.name)
 
 
-def _files(directory: Path) -> Iterator[str]:
+def carry_over(base: BaseCheckpoint, directory: Path) -> None:
+    """All that a whole model brings beside its weights and config.json."""
+    _carry_over(base, directory, TOKENIZER_FILES + LICENCE_FILES + MODEL_EXTRAS)
+
+
+def other_files(directory: Path, known: Iterable[str]) -> dict[str, dict]:
+    """Size and SHA-256 of the files in a stage's directory that are not known yet."""
     names = (p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file())
-    return (name for name in names if name != publish.MARKER)
+    return {name: digest(directory / name) for name in names if name != publish.MARKER and name not in known}
 
 
 def digest(path: Path) -> dict[str, object]:

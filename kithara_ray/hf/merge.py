@@ -29,8 +29,13 @@ MERGE_TAGS = ("F32", "BF16", "F16")
 _COPY_BYTES = 1 << 30
 
 
-def check_dtype(dtype: str) -> str | None:
-    """The safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError."""
+def check_dtype(dtype: str | Mapping[str, str]) -> str | Mapping[str, str] | None:
+    """The safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError.
+
+    A mapping gives every tensor a tag of its own, and is what comes back.
+    """
+    if isinstance(dtype, Mapping):
+        return dtype
     if dtype != "auto" and dtype not in CAST_TAGS:
         raise ConfigError(f'dtype must be "auto", "float32", "bfloat16" or "float16", got {dtype!r}')
     return CAST_TAGS.get(dtype)
@@ -114,9 +119,9 @@ def write_config(
     return tuple(written)
 
 
-def out_bytes(info: TensorInfo, tag: str | None) -> int:
+def out_bytes(info: TensorInfo, tag: str | Mapping[str, str] | None) -> int:
     """What a tensor takes once it is written, cast to `tag`, if any."""
-    return math.prod(info.shape) * NUMPY_DTYPES[_out_tag(info, tag)].itemsize
+    return math.prod(info.shape) * NUMPY_DTYPES[out_tag(info, tag)].itemsize
 
 
 def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, directory: Path, dtype: str = "auto") -> Path:
@@ -143,7 +148,7 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
     merged = [info for info in infos if info.name in targets]
     headers = [read_header(file) for file in base.files]
     is_whole = len(headers) == 1 and headers[0][0].keys() == base.tensors.keys()
-    if is_whole and all(_out_tag(info, tag) == info.dtype for info in infos):
+    if is_whole and all(out_tag(info, tag) == info.dtype for info in infos):
         copy_file(base.files[0], target)
         with target.open("r+b") as stream:
             for info in merged:
@@ -151,14 +156,17 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
                 for block in _tensor_blocks(info, adapter, targets[info.name], info.dtype):
                     stream.write(memoryview(block.reshape(-1).view(np.uint8)))
     else:
-        entries = [(info.name, _out_tag(info, tag), info.shape) for info in infos]
-        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, targets.get(i.name), _out_tag(i, tag)))
+        entries = [(info.name, out_tag(info, tag), info.shape) for info in infos]
+        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, targets.get(i.name), out_tag(i, tag)))
         write_blocks(target, entries, blocks, headers[0][1])
     log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)
     return target
 
 
-def _out_tag(info: TensorInfo, tag: str | None) -> str:
+def out_tag(info: TensorInfo, tag: str | Mapping[str, str] | None) -> str:
+    """What a tensor is written as: floating ones in `tag`, if there is one."""
+    if isinstance(tag, Mapping):
+        return tag[info.name]
     return tag if tag and info.dtype in FLOAT_TAGS else info.dtype
 
 
@@ -176,9 +184,9 @@ def row_blocks(info: TensorInfo, elements: int = MERGE_ELEMENTS) -> Iterator[tup
             yield begin, np.frombuffer(raw, info.numpy_dtype).reshape(n, columns)
 
 
-def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None, out_tag: str) -> Iterator[np.ndarray]:
-    """The tensor's rows, merged when `module` is given, in the dtype of `out_tag`."""
-    out_dtype = NUMPY_DTYPES[out_tag]
+def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None, tag: str) -> Iterator[np.ndarray]:
+    """The tensor's rows, merged when `module` is given, in the dtype of `tag`."""
+    out_dtype = NUMPY_DTYPES[tag]
     for begin, w_OI in row_blocks(info):
         if module is None:
             out_OI = cast(w_OI, out_dtype)
@@ -190,7 +198,7 @@ def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None
             else:
                 out_OI = merged_rows(w_OI, b_OR, adapter.a(module), scale, out_dtype)
         if (module is not None or out_dtype != w_OI.dtype) and info.dtype in FLOAT_TAGS:
-            _check_finite(info, w_OI, out_OI, out_tag)
+            _check_finite(info, w_OI, out_OI, tag)
         yield out_OI
 
 

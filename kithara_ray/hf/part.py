@@ -4,12 +4,15 @@ A part is pickled with the headers and the factors that concern its file, a few 
 to the destination through the process that runs it, in blocks, and never through the one that made it.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import tempfile
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from kithara_ray.hf.proof import prove_file
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SPARE_BYTES = 64 << 20
+FILES_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Part:
     """What is to be written: one weight file.
 
     base: the tensors that go into it. adapter: the modules of it that are merged in; None copies or casts.
-    name: of the file. target: the directory or URL that it goes to. dtype: as of `export`.
+    name: of the file. target: the directory or URL that it goes to.
+    dtype: as of `export`, or a safetensors tag a tensor.
     check_finite: refuse a NaN or an infinity in what is written, wherever it comes from.
     """
 
@@ -37,7 +42,7 @@ class Part:
     adapter: Adapter | None
     name: str
     target: str
-    dtype: str
+    dtype: str | Mapping[str, str]
     check_finite: bool = False
 
     @property
@@ -107,7 +112,7 @@ def parts_of(
     base: BaseCheckpoint,
     adapter: Adapter | None,
     target: str,
-    dtype: str,
+    dtype: str | Mapping[str, str],
     files: Mapping[str, str],
     check_finite: bool = False,
 ) -> list[Part]:
@@ -138,7 +143,8 @@ def write_part(part: Part) -> Written:
         file = directory / (part.name if is_remote else f".{part.name}.{uuid.uuid4().hex[:8]}")
         try:
             write_tensors(base, part.adapter, file, part.dtype)
-            counts, sha256 = prove_file(file, base, part.adapter, check_dtype(part.dtype), part.check_finite)
+            with contextlib.nullcontext() if is_remote else _syncing(file):
+                counts, sha256 = prove_file(file, base, part.adapter, check_dtype(part.dtype), part.check_finite)
             described = {"bytes": file.stat().st_size, "sha256": sha256}
             receipt = {}
             if is_remote:
@@ -148,6 +154,21 @@ def write_part(part: Part) -> Written:
         finally:
             file.unlink(missing_ok=True)
         return Written(part.name, described, counts, base.digests(), receipt)
+
+
+@contextlib.contextmanager
+def _syncing(file: Path) -> Iterator[None]:
+    """The file goes to the disk while the block reads it from memory."""
+    with file.open("rb") as stream, ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, stream.fileno())
+        yield
+        synced.result()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """What tasks that were killed have left in a local target; none may be running any more."""
+    for path in directory.glob(".*.safetensors.*"):
+        path.unlink()
 
 
 def _check_room(part: Part, scratch: str) -> None:
@@ -171,6 +192,14 @@ def fetch_part(base: BaseCheckpoint, directory: Path) -> BaseCheckpoint:
     return base.moved(directory)
 
 
-def write_serially(parts: Iterable[Part]) -> Iterator[Written]:
-    """In this process, one after another."""
-    return map(write_part, parts)
+def write_here(parts: Iterable[Part]) -> Iterator[Written]:
+    """In this process, two at a time: one merges while the other is proven. When one fails, nothing is written any
+    more after this has ended."""
+    waiting, running = deque(parts), set()
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        while waiting or running:
+            while waiting and len(running) < FILES_AT_ONCE:
+                running.add(pool.submit(write_part, waiting.popleft()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()

@@ -6,8 +6,9 @@ Legend: O out features, I in features, R rank.
 
 import hashlib
 import logging
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,13 +18,14 @@ import numpy as np
 from kithara_ray.errors import AdapterError, CheckpointError, ExportError, UnsupportedError
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import FLOAT_TAGS, cast, row_blocks
+from kithara_ray.hf.merge import FLOAT_TAGS, cast, out_tag, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
 
 log = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 16
 HASH_AHEAD = 8  # blocks that wait to be hashed
+BLOCK_BYTES = 1 << 20
 UNIT_ROUNDOFF_32 = 2.0**-24
 
 
@@ -128,14 +130,36 @@ class _Hasher:
 
 def _read_and_compare(info: TensorInfo, found: TensorInfo, hasher: _Hasher, check_finite: bool) -> bool:
     """Whether the written tensor equals the base's after the cast; every block that was read is hashed."""
-    is_equal = True
-    for (begin, before), (_, after) in zip(row_blocks(info), row_blocks(found), strict=True):
-        hasher.add(after.reshape(-1).view(np.uint8).data)
-        is_equal = is_equal and _same_bits(cast(before, found.numpy_dtype), after)
+    is_equal, position, size = True, 0, max(1, math.prod(found.shape[1:]))
+    blocks = _raw_pairs(info, found) if info.dtype == found.dtype else _cast_pairs(info, found)
+    for before, after in blocks:
+        hasher.add(after.view(np.uint8).data)
+        is_equal = is_equal and _same_bits(before, after)
         if check_finite and found.dtype in FLOAT_TAGS and not np.isfinite(after).all():
-            row = begin + int(np.argwhere(~np.isfinite(after))[0][0])
+            row = (position + int(np.flatnonzero(~np.isfinite(after))[0])) // size
             raise ExportError(f"{found.name}: row {row} of the written tensor holds a NaN or an infinity")
+        position += after.size
     return is_equal
+
+
+def _raw_pairs(info: TensorInfo, found: TensorInfo) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same elements of both, flat; each written block is a private copy, the base's is overwritten by the next."""
+    dtype, base_block = info.numpy_dtype, np.empty(min(info.nbytes, BLOCK_BYTES), np.uint8)
+    with info.file.open("rb", buffering=0) as base, found.file.open("rb", buffering=0) as written:
+        base.seek(info.offset)
+        written.seek(found.offset)
+        for begin in range(0, info.nbytes, BLOCK_BYTES):
+            n = min(BLOCK_BYTES, info.nbytes - begin)
+            written_block = np.empty(n, np.uint8)
+            for stream, block in ((base, base_block[:n]), (written, written_block)):
+                if stream.readinto(block) != n:
+                    raise ExportError(f"{stream.name}: ended within {info.name!r}; it changed under the export")
+            yield base_block[:n].view(dtype), written_block.view(dtype)
+
+
+def _cast_pairs(info: TensorInfo, found: TensorInfo) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for (_, before), (_, after) in zip(row_blocks(info), row_blocks(found), strict=True):
+        yield cast(before, found.numpy_dtype).reshape(-1), after.reshape(-1)
 
 
 def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag: str | None) -> None:
@@ -143,10 +167,10 @@ def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag:
         names = sorted(tensors.keys() ^ base.tensors.keys())
         raise ExportError(f"{base.directory}: {len(names)} tensors were lost or added, first {names[0]!r}")
     for name, info in base.tensors.items():
-        out_tag, found = tag if tag and info.dtype in FLOAT_TAGS else info.dtype, tensors[name]
-        if (found.dtype, found.shape) != (out_tag, info.shape):
+        expected, found = out_tag(info, tag), tensors[name]
+        if (found.dtype, found.shape) != (expected, info.shape):
             raise ExportError(
-                f"{name}: expected {out_tag} {info.shape}, the written file has {found.dtype} {found.shape}"
+                f"{name}: expected {expected} {info.shape}, the written file has {found.dtype} {found.shape}"
             )
 
 

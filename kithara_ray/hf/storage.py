@@ -112,24 +112,19 @@ def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repo_id, _, revision = rest.partition("@")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise CheckpointError(f"{handle}: expected hf://org/name or hf://org/name@revision")
+    repo_id, revision = _repo_of(handle)
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 repo_id,
-                revision=revision or None,
+                revision=revision,
                 allow_patterns=list(MODEL_FILES),
                 ignore_patterns=["*/*", *REFUSED_FILES],  # no original/, onnx/, checkpoints of the training run
                 tqdm_class=_reporting_bar(report) if report else None,
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{handle}: could not be fetched from the Hugging Face hub ({cause_of(error)}); check the "
-            "name, the network, and for gated models that HF_TOKEN is set on every host"
-        ) from error
+        raise _not_from_hub(handle, error) from error
 
 
 def _reporting_bar(report: Report) -> type:
@@ -171,12 +166,60 @@ def fetch_headers(handle: str) -> tuple[Path, str | None]:
     """(directory, source) of a model whose weights are left where they are.
 
     Of a URL, the directory holds all small files, and of each weight file its header alone, in a sparse file of the
-    true size; source is the URL. A local or hf:// model is there as a whole: source is None.
+    true size; source is the URL, of a Hub's model with the commit. A local model, or a Hub's that this host has
+    fetched already, is there as a whole: source is None.
     """
-    if not is_url(handle) or handle.startswith(("file://", "hf://")):
+    if not is_url(handle) or handle.startswith("file://"):
         return fetch(handle), None
     _refuse_keras(handle)
+    if handle.startswith("hf://"):
+        fetched = _fetched_from_hub(handle)
+        if fetched is not None:
+            return fetched, None
+        handle = _with_commit(handle)
     return _fetch_remote(handle, weights=False), handle.rstrip("/")
+
+
+def _fetched_from_hub(handle: str) -> Path | None:
+    """Where a Hub's model lies in this host's cache with all its weights."""
+    import huggingface_hub
+
+    repo_id, revision = _repo_of(handle)
+    try:
+        directory = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+        index = directory / "model.safetensors.index.json"
+        weights = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    except (OSError, ValueError, KeyError):
+        return None
+    needed = ["config.json", *weights]
+    return directory if all((directory / name).is_file() for name in needed) else None
+
+
+def _with_commit(handle: str) -> str:
+    """hf://org/name@<commit>: a branch may move while files are read."""
+    import huggingface_hub
+
+    repo_id, revision = _repo_of(handle)
+    try:
+        commit = huggingface_hub.HfApi().model_info(repo_id, revision=revision).sha
+    except Exception as error:
+        raise _not_from_hub(handle, error) from error
+    return f"hf://{repo_id}@{commit}"
+
+
+def _repo_of(handle: str) -> tuple[str, str | None]:
+    """(org/name, revision) of hf://org/name[@revision]."""
+    repo_id, _, revision = handle.removeprefix("hf://").partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise CheckpointError(f"{handle}: expected hf://org/name or hf://org/name@revision")
+    return repo_id, revision or None
+
+
+def _not_from_hub(handle: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{handle}: could not be fetched from the Hugging Face hub ({cause_of(error)}); check the "
+        "name, the network, and for gated models that HF_TOKEN is set on every host"
+    )
 
 
 def fetch_tensors(source: str, name: str, directory: Path, spans: list[tuple[int, int]]) -> Path:

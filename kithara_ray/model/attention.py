@@ -207,11 +207,21 @@ def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
     if mesh.devices.flat[0].platform == "tpu":
         attend = partial(splash_attention, mesh=mesh)
     for block in blocks:
-        layer = next((layer for layer in block._flatten_layers() if type(layer).__name__ in _SETTINGS), None)
-        if layer is None:
-            raise UnsupportedError(f"the attention of {type(block).__name__} is not known")
         _hand_over_segments(block)
-        _attend_by_segments(layer, _SETTINGS[type(layer).__name__](block, layer), attend)
+        _attend_by_segments(_layer_of(block), settings_of(block), attend)
+
+
+def settings_of(block: keras.layers.Layer) -> Settings:
+    """What a decoder block's attention computes."""
+    layer = _layer_of(block)
+    return _SETTINGS[type(layer).__name__](block, layer)
+
+
+def _layer_of(block: keras.layers.Layer) -> keras.layers.Layer:
+    layer = next((layer for layer in block._flatten_layers() if type(layer).__name__ in _SETTINGS), None)
+    if layer is None:
+        raise UnsupportedError(f"the attention of {type(block).__name__} is not known")
+    return layer
 
 
 def _hand_over_segments(block: keras.layers.Layer) -> None:

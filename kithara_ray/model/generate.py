@@ -1,77 +1,136 @@
-"""Greedy decoding with KerasHub's own KV cache.
+"""Greedy decoding with KerasHub's own KV cache, on weights that stay where they are.
 
-B  prompts    T  max_length
+    B  prompts    T  max_length    L  blocks    K  key heads    H  head width
+
+A step's activations are a token a prompt, the weights are the model: activations go to the weights. Every linear layer
+is given the rows of all `fsdp` and `tensor` devices and computes the part of its output that its part of the weight
+gives; what comes out is split by rows again, as the cache is. No device ever holds a whole weight.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
+import keras
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.errors import ConfigError
 from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
+from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, replicated
 
 # Lengths are rounded up to this, so that prompts of similar length share a compiled program.
 _LENGTH_MULTIPLE = 16
 
 
-def prompt_ids(inputs: Any, tokenizer: Any) -> list[list[int]]:
-    """Token ids of a text, a list of texts, an array or list of ids, or a list of these."""
-    if isinstance(inputs, (str, np.ndarray)) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], int)):
-        inputs = [inputs]
-    if not isinstance(inputs, list) or not inputs:
-        raise ConfigError(f"generate: inputs must be a text, token ids or a list of these, got {type(inputs).__name__}")
-    rows = [_encode(item, tokenizer) if isinstance(item, str) else [int(i) for i in item] for item in inputs]
-    for number, row in enumerate(rows):
-        if not row:
-            raise DataError(f"generate: prompt {number} is empty")
-    return rows
-
-
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    """With the special tokens that the tokenizer adds by itself, unless the text is rendered with its BOS already."""
-    rendered = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not rendered)["input_ids"]
-
-
 class Decoder:
-    """Greedy decoding of one model with these arrays."""
+    """Greedy decoding of one model, built with `scan=False`, with these arrays. All processes call it together."""
 
     def __init__(self, model: CausalLM, factors: Factors, frozen: Frozen):
         self._model, self._factors, self._frozen = model, factors, frozen
         model.model.compile(sampler="greedy")
+        if model.mesh.size > 1:
+            _keep_weights_in_place(model)
 
         def step(factors, frozen, token_ids_BT, padding_mask_BT, stop):
             with model.bind(factors, frozen, unstack=True):
                 inputs = {"token_ids": token_ids_BT, "padding_mask": padding_mask_BT}
                 return model.model.generate_step(inputs, stop_token_ids=stop)
 
-        self._step = jax.jit(step, static_argnames="stop")
+        self.step = jax.jit(step, static_argnames="stop", out_shardings=replicated(model.mesh))
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], max_length: int, stop_token_ids: tuple[int, ...]
     ) -> list[list[int]]:
         """Prompt and continuation of every prompt, the stop token included, at most `max_length` tokens."""
+        out = self.step(self._factors, self._frozen, *self.batch(prompts, max_length), stop_token_ids or None)
+        ids, keep = np.asarray(out["token_ids"]), np.asarray(out["padding_mask"])
+        return [
+            _cut(ids[row][keep[row]].tolist(), len(prompt), max_length, stop_token_ids)
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def batch(self, prompts: Sequence[Sequence[int]], max_length: int) -> tuple[jax.Array, jax.Array]:
+        """(token ids, which of them are given), (B, T) with as many rows as the mesh divides.
+
+        Rows that fill up repeat the last prompt, so they end when it does and begin no earlier.
+        """
         longest = max(len(prompt) for prompt in prompts)
         if longest >= max_length:
             raise ConfigError(f"generate: max_length={max_length} leaves no token beside a prompt of {longest} tokens")
-        length = -(-max_length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        token_ids = np.zeros((len(prompts), length), np.int32)
-        mask = np.zeros((len(prompts), length), bool)
-        for row, prompt in enumerate(prompts):
+        ways = self._model.mesh.shape["data"] * self._model.mesh.shape["fsdp"]
+        shape = -(-len(prompts) // ways) * ways, -(-max_length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        token_ids, given = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row in range(shape[0]):
+            prompt = prompts[min(row, len(prompts) - 1)]
             token_ids[row, : len(prompt)] = prompt
-            mask[row, : len(prompt)] = True
-        out = self._step(self._factors, self._frozen, jnp.asarray(token_ids), jnp.asarray(mask), stop_token_ids or None)
-        ids, keep = np.asarray(out["token_ids"]), np.asarray(out["padding_mask"])
-        return [
-            _cut(ids[row][keep[row]].tolist(), len(prompts[row]), max_length, stop_token_ids)
-            for row in range(len(prompts))
-        ]
+            given[row, : len(prompt)] = True
+        sharding = batch_sharding(self._model.mesh)
+        return tuple(
+            jax.make_array_from_callback(shape, sharding, lambda index, array=array: array[index])
+            for array in (token_ids, given)
+        )
 
 
 def _cut(row: list[int], prompt: int, max_length: int, stop: tuple[int, ...]) -> list[int]:
     row = row[:max_length]
     end = next((i for i in range(prompt, len(row)) if row[i] in stop), None)
     return row if end is None else row[: end + 1]
+
+
+# --- where things are ------------------------------------------------------------------------------------------------
+
+
+def _keep_weights_in_place(model: CausalLM) -> None:
+    """Wrap the layers of a model that is used for nothing else."""
+    split_of = {id(slot.ports[0].variable): tuple(model.weight_sharding(slot).spec) for slot in model.slots}
+
+    def constrain(array, *spec):
+        return jax.lax.with_sharding_constraint(array, NamedSharding(model.mesh, PartitionSpec(*spec)))
+
+    def by_rows(array):
+        return constrain(array, BATCH_AXES)
+
+    for layer in model.model.backbone._flatten_layers():
+        if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
+            _wrap(layer, constrain, by_rows, _output_split(layer, split_of.get(id(layer._kernel), ())))
+
+    embedding = model.model.backbone.token_embedding
+    look_up = embedding.call
+
+    def call(inputs, reverse=False):
+        if not reverse:
+            return by_rows(constrain(look_up(inputs), "data"))
+        logits = look_up(constrain(inputs, "data"), reverse=True)
+        return constrain(logits, "data", *[None] * (logits.ndim - 2), model.vocabulary_axes)
+
+    embedding.call = call
+    with_cache = model.model.call_with_cache
+
+    def call_with_cache(*args, **kwargs):
+        logits, hidden, cache_BL2TKH = with_cache(*args, **kwargs)
+        heads = "tensor" if cache_BL2TKH.shape[-2] % model.mesh.shape["tensor"] == 0 else None
+        return logits, hidden, constrain(cache_BL2TKH, BATCH_AXES, None, None, None, heads)
+
+    model.model.call_with_cache = call_with_cache
+
+
+def _wrap(layer: keras.layers.Layer, constrain: Callable, by_rows: Callable, output_split: tuple) -> None:
+    inner = layer.call
+
+    def call(inputs, *args, **kwargs):
+        # Where the weight's part gives it first; a layout by rows alone would have the weight gathered.
+        output = inner(constrain(inputs, "data"), *args, **kwargs)
+        # A router is given rows and positions as one dim.
+        between = [None] * (output.ndim - 1 - len(output_split))
+        return by_rows(constrain(output, "data", *between, *output_split))
+
+    layer.call = call
+
+
+def _output_split(layer: keras.layers.Layer, kernel_split: tuple) -> tuple:
+    """How the last dims of a linear layer's output are split when its kernel is."""
+    if isinstance(layer, keras.layers.Dense):
+        return (kernel_split[1] if kernel_split else None,)
+    kernel, output = layer.equation.split(",")[1].split("->")
+    split = dict(zip(kernel, kernel_split, strict=True)) if kernel_split else {}
+    return tuple(split.get(label) for label in output[1:])

@@ -18,12 +18,14 @@ import keras
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model.dropout import dropping
+from kithara_ray.model.options import groups_of
 
 Gather = Callable[[keras.Variable, jax.Array], jax.Array]
 
 _POLICIES = {
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "nested": None,
 }
 
 # Attributes of a layer that differ between equal layers.
@@ -117,9 +119,7 @@ def run(
             args, kwargs = node.arguments.fill_in(known)
             outputs = node.outputs
             if node.operation is first:
-                result = _run_chain(
-                    chain, args[0], kwargs, values_of, scanned, gather, place, _POLICIES[remat], dropout_key
-                )
+                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, remat, dropout_key)
                 outputs = last._inbound_nodes[0].outputs
             else:
                 result = node.operation(*args, **kwargs)
@@ -128,7 +128,7 @@ def run(
     return known[id(backbone.outputs[0])]
 
 
-def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy, dropout_key):
+def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, remat, dropout_key):
     def call(block, x, values, key):
         own = zip(block.variables, values, strict=True)
         pairs = [(variable, gather(variable, value)) for variable, value in own]
@@ -136,7 +136,7 @@ def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy, drop
             return place(block(x, **kwargs))
 
     def rematerialised(block, *operands):
-        return jax.checkpoint(functools.partial(call, block), policy=policy)(*operands)
+        return jax.checkpoint(functools.partial(call, block), policy=_POLICIES[remat])(*operands)
 
     def body(x, step):
         values, key = step
@@ -149,7 +149,21 @@ def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, policy, drop
     if dropout_key is not None:
         *keys, last_key = jax.random.split(dropout_key, chain.steps + 1)
         keys = jnp.stack(keys)
-    x, _ = jax.lax.scan(body, place(x), (scanned, keys))
+    groups = groups_of(chain.steps) if remat == "nested" else 1
+    x = _scan_in_groups(body, place(x), (scanned, keys), groups)
     for block in behind:
         x = rematerialised(block, x, values_of(block), last_key)
     return x
+
+
+def _scan_in_groups(body, x, steps, groups: int) -> jax.Array:
+    """`lax.scan` over the steps; in groups, of which only the inputs are kept, where there are several."""
+    if groups == 1:
+        return jax.lax.scan(body, x, steps)[0]
+
+    @jax.checkpoint
+    def group(x, part):
+        return jax.lax.scan(body, x, part)[0]
+
+    grouped = jax.tree.map(lambda array: array.reshape(groups, array.shape[0] // groups, *array.shape[1:]), steps)
+    return jax.lax.scan(lambda x, part: (group(x, part), None), x, grouped)[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
 from kithara_ray.hf import storage
@@ -15,11 +16,13 @@ from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import family_of
-from kithara_ray.model.options import PRECISIONS
+from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.orchestration.coordinator import start_coordinator
+from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.sharding.shape import MeshShape
 
 # Kithara's arguments that mean nothing here, and what to do instead.
 _ELSEWHERE = {
@@ -42,14 +45,12 @@ def _lora_config(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig
     return lora
 
 
-def _check_only_adapter(function: Callable, given: dict[str, Any]) -> None:
-    """An adapter brings its own settings; one of them given beside it is a contradiction or does nothing."""
+def _check_unset(function: Callable, given: dict[str, Any], why: str) -> None:
+    """An argument that contradicts another, or does nothing beside it, is refused."""
     defaults = inspect.signature(function).parameters
     for name, value in given.items():
         if value != defaults[name].default:
-            raise ConfigError(
-                f"from_preset: {name}={value!r} beside adapter=: the adapter brings its own; leave it out"
-            )
+            raise ConfigError(f"from_preset: {name}={value!r} {why}; leave it out")
 
 
 class KerasHubModel:
@@ -57,17 +58,22 @@ class KerasHubModel:
 
     Attributes:
         preset_handle: where the base is.
-        lora: what is adapted.
+        lora: what is adapted; None trains all weights.
         precision: Keras dtype policy of the computation.
+        quantize: what the frozen kernels are held as while the adapter is trained: "int8", or None as in the base.
         adapter: the trained tensors by name, float32, A (r, in), B (out, r) and DoRA's magnitudes (out,); None before
             training.
+        trained: of a model whose weights are trained, the directory that holds them; None before training.
     """
 
-    def __init__(self, preset_handle: str, lora: LoraConfig, precision: str):
+    def __init__(self, preset_handle: str, lora: LoraConfig | None, precision: str, quantize: str | None = None):
         self.preset_handle = preset_handle
         self.lora = lora
         self.precision = precision
+        self.quantize = quantize
         self.adapter: dict[str, np.ndarray] | None = None
+        self.trained: str | None = None
+        self.run: dict[str, Any] | None = None
         self._coordinator = None
         self._generator = None
 
@@ -88,15 +94,18 @@ class KerasHubModel:
         init_lora_weights: str | bool = True,
         adapter: str | None = None,
         allow_other_base: bool = False,
+        quantize: str | None = None,
         **unknown: Any,
     ) -> "KerasHubModel":
         r"""A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
 
         Args:
             preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.
-            lora_rank: rank of the factors.
+            lora_rank: rank of the factors; None trains all weights.
             precision: "mixed_bfloat16" (activations bfloat16), "bfloat16" or "float32". The frozen base keeps its
-                checkpoint's dtype in memory; factors and optimizer state are float32.
+                checkpoint's dtype in memory; factors and optimizer state are float32. Weights that are trained, and
+                their optimizer state, are float32 too; with "bfloat16" they are bfloat16, in which small updates round
+                away.
             lora_alpha: the update is scaled by alpha / rank; the default is alpha = rank, as in Kithara.
             lora_dropout: share of what the side paths are given that is dropped in training.
             target_modules: the layers to adapt, as PEFT names them: a list of names or of dotted endings
@@ -109,6 +118,9 @@ class KerasHubModel:
             adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
                 LoRA settings; give none of them beside it.
             allow_other_base: take an adapter whose adapter_config.json names another base.
+            quantize: "int8" holds the frozen kernels of linear layers as int8 with a scale for each output channel
+                while the adapter is trained: a quarter of float32's memory, half of bfloat16's. Embedding, head and
+                norms stay. Exports and `generate` are of the base as it is.
 
         Raises:
             ConfigError: an argument is wrong; a target matches nothing.
@@ -123,6 +135,8 @@ class KerasHubModel:
             )
         if precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if quantize not in QUANTIZATIONS:
+            raise ConfigError(f'quantize must be "int8" or None, got {quantize!r}')
         settings = {
             "lora_alpha": lora_alpha,
             "lora_dropout": lora_dropout,
@@ -138,15 +152,33 @@ class KerasHubModel:
         base = BaseCheckpoint.at(handle)
         family_of(base.config)
         if adapter is not None:
-            _check_only_adapter(cls.from_preset, {"lora_rank": lora_rank, **settings})
-            return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base)
+            _check_unset(
+                cls.from_preset, {"lora_rank": lora_rank, **settings}, "beside adapter=: the adapter brings its own"
+            )
+            return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base, quantize)
         if lora_rank is None:
-            raise UnsupportedError("lora_rank=None (training all weights) is not available yet; give lora_rank=16")
-        return cls(handle, _lora_config(lora_rank, base, **settings), precision)
+            _check_unset(
+                cls.from_preset,
+                settings | {"quantize": quantize},
+                "without lora_rank=, which trains all weights and no adapter",
+            )
+            return cls(handle, None, precision)
+        return cls(handle, _lora_config(lora_rank, base, **settings), precision, quantize)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the base knows, by its config.json."""
+        return BaseCheckpoint.at(self.preset_handle).config.get("vocab_size")
 
     @classmethod
     def _with_adapter(
-        cls, handle: str, base: BaseCheckpoint, adapter: str, precision: str, allow_other_base: bool
+        cls,
+        handle: str,
+        base: BaseCheckpoint,
+        adapter: str,
+        precision: str,
+        allow_other_base: bool,
+        quantize: str | None,
     ) -> "KerasHubModel":
         directory = storage.fetch(adapter)
         loaded = Adapter.read(directory)
@@ -159,7 +191,7 @@ class KerasHubModel:
             )
         loaded.validate(base)
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
-        model = cls(handle, loaded.config, precision)
+        model = cls(handle, loaded.config, precision, quantize)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
         return model
 
@@ -181,6 +213,8 @@ class KerasHubModel:
             save_adapters_separately=True    the base, and the adapter in `<output_dir>/adapter`
             neither                          base and adapter merged into one model
 
+        Where all weights were trained there is no adapter: they are written as the base's files are.
+
         Args:
             output_dir: a new or empty directory, local to the head node, or `gs://...`, `s3://...`.
             dtype: of the written base; "auto" keeps the base's.
@@ -194,29 +228,37 @@ class KerasHubModel:
         Returns: where it was written.
 
         Raises:
-            ConfigError: nothing has been trained.
+            ConfigError: nothing has been trained, or there is no adapter.
             DestinationError: `output_dir` exists and is not empty, or cannot be written.
             ExportError: what was written did not prove itself; nothing is left behind.
         """
-        if self.adapter is None:
+        if self.lora is None and (only_save_adapters or save_adapters_separately):
+            raise ConfigError(
+                "only_save_adapters and save_adapters_separately are for lora_rank=: all weights of this model are "
+                "trained, there is no adapter; leave both out"
+            )
+        if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
+        destination = absolute(str(output_dir))
+        options = {
+            "max_files": parallel_threads,
+            "dtype": dtype,
+            "max_shard_size": max_shard_size,
+            "check_finite": check_finite,
+            "resume": resume,
+            "run": self.run,
+        }
+        coordinator = self.coordinator()
+        if self.lora is None:
+            return remote_get(
+                coordinator.export_trained.remote(self.preset_handle, self.trained, destination, **options)
+            )
         if only_save_adapters:
             layout = Layout.ADAPTER
         else:
             layout = Layout.SEPARATE if save_adapters_separately else Layout.MERGED
         return remote_get(
-            self.coordinator().export.remote(
-                self.preset_handle,
-                self.lora,
-                self.adapter,
-                absolute(str(output_dir)),
-                layout,
-                max_files=parallel_threads,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                check_finite=check_finite,
-                resume=resume,
-            )
+            coordinator.export.remote(self.preset_handle, self.lora, self.adapter, destination, layout, **options)
         )
 
     def check_destination(self, output_dir: str) -> None:
@@ -227,6 +269,11 @@ class KerasHubModel:
             DestinationError: it is there and not empty, or cannot be written.
         """
         remote_get(self.coordinator().check_destination.remote(absolute(str(output_dir))))
+
+    @property
+    def weights_handle(self) -> str:
+        """Where the weights are that an adapter is put beside, or that training goes on from."""
+        return self.trained or self.preset_handle
 
     @property
     def base_name(self) -> str:
@@ -255,41 +302,52 @@ class KerasHubModel:
         tokenizer_handle: str | None = None,
         return_decoded: bool = True,
         skip_special_tokens: bool = True,
+        *,
+        scaling_config: ScalingConfig | None = None,
+        run_config: RunConfig | None = None,
+        cpu_devices_per_worker: int = 1,
+        mesh: MeshShape | None = None,
+        cluster_timeout_s: float = 300.0,
     ) -> list[str] | list[list[int]]:
         """Greedy continuation of prompts by the base with what has been trained so far.
 
         Runs in one actor, on the CPU of one node, which keeps the model until training changes it or `release()` is
-        called: for looking at small models. Large ones are served from an export.
+        called: for looking at small models. With `scaling_config` it runs on a group of workers as training does, which
+        share the weights and the cache, and which end with the answer; give it all prompts at once.
 
         Args:
-            inputs: a text, a list of texts, token ids, or a list of these.
+            inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the tokenizer's chat
+                template), or a list of these.
             max_length: prompt and continuation together, in tokens.
             stop_token_ids: where to stop; "auto" takes the tokenizer's EOS and those of generation_config.json.
             strip_prompt: give the continuation alone.
             tokenizer, tokenizer_handle: the base's own by default.
             return_decoded: texts; False gives token ids.
+            scaling_config, run_config, cpu_devices_per_worker, mesh, cluster_timeout_s: of the workers, as `Trainer`'s.
 
         Returns: one text, or list of token ids, a prompt.
         """
         start_ray()
         if tokenizer is not None and tokenizer_handle is not None:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
-        if self._generator is None:
-            from kithara_ray.orchestration.generator import start_generator
+        from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
 
-            self._generator = start_generator(self.preset_handle, self.lora, self.precision, self.adapter)
-        chosen = tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle)
-        return remote_get(
-            self._generator.generate.remote(
-                inputs,
-                chosen,
-                max_length=max_length,
-                stop_token_ids=stop_token_ids,
-                strip_prompt=strip_prompt,
-                return_decoded=return_decoded,
-                skip_special_tokens=skip_special_tokens,
-            )
+        weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
+        request = Request(
+            inputs=inputs,
+            tokenizer=tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle),
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            strip_prompt=strip_prompt,
+            return_decoded=return_decoded,
+            skip_special_tokens=skip_special_tokens,
         )
+        if scaling_config is not None:
+            group = WorkerGroup(scaling_config, run_config or RunConfig(), cpu_devices_per_worker, cluster_timeout_s)
+            return generate_on_group(group, weights, request, mesh)
+        if self._generator is None:
+            self._generator = start_generator(weights)
+        return remote_get(self._generator.generate.remote(request))
 
     def release(self) -> None:
         """Give back the memory of `generate`'s actor."""
@@ -301,6 +359,11 @@ class KerasHubModel:
         """What training ended with."""
         self.release()
         self.adapter = tensors
+
+    def set_trained(self, directory: str) -> None:
+        """The same where all weights were trained: where they are."""
+        self.release()
+        self.trained = directory
 
 
 def start_ray() -> None:

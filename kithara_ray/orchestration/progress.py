@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 _POLL_S = 0.5
 _PHASES = {
     "tokenize": "tokenising the dataset",
+    "plan": "planning for the slice",
     "schedule": "waiting for the workers",
     "fetch": "reading the base checkpoint",
     "build": "building the model",
@@ -102,6 +103,8 @@ class Progress:
                 f"step={event['step']} eval_loss={event['eval_loss']:.4f} "
                 f"eval_perplexity={event['eval_perplexity']:.3f}"
             )
+        elif kind == "export":
+            self._note(f"step={event['step']} adapter: {event['error'] or event['path']}")
         elif kind == "finished":
             share = event["input_wait_s"] / max(event["training_s"], 1e-9)
             self._note(f"trained in {event['training_s']:.0f} s, of which {share:.1%} waited for input")

@@ -1,5 +1,6 @@
 """One rank's view of a run's checkpoints: what to go on from, when to save, when to stop early."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -38,6 +39,7 @@ class Saving:
         settings: the run's Checkpointer.
         rank, num_ranks: of this process.
         tensors: array of a state -> the adapter tensors it is made of.
+        base: handle of the base, for whoever exports a checkpoint later.
         step: how many steps the state that the run begins with has seen.
         finished: why the run that was found has ended; None: it goes on.
         events: the history up to now; rank 0's is written.
@@ -49,6 +51,7 @@ class Saving:
     rank: int
     num_ranks: int
     tensors: Mapping[str, Sequence[str]]
+    base: str | None = None
     step: int = 0
     finished: str | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -162,6 +165,7 @@ class Saving:
         if self.saver.last_step != step or finished != self.finished:
             document = {
                 "identity": self._identity,
+                "base": self.base,
                 "tensors": dict(self.tensors),
                 "metrics": self._metrics,
                 "evaluations": self.evaluations,
@@ -207,4 +211,7 @@ def sequence_identity(order: Any, content: str, packed_len: int | None) -> dict[
         "packed_len": packed_len,
         "shuffle": order.shuffle,
         "seed": order.seed,
+        "shuffle_rows": order.shuffle_rows,
+        "parts": [dataclasses.astuple(part) for part in order.parts],
+        "grouped_by_length": getattr(order, "lengths", None) is not None,
     }

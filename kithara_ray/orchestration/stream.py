@@ -6,10 +6,13 @@ The driver streams the source's blocks through tokenising tasks and keeps refere
 in the object store, which spills to disk by itself. A worker fetches only the rows that its own devices hold.
 """
 
+import collections
+import copy
 import dataclasses
+import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -18,9 +21,13 @@ import ray
 from jax.sharding import NamedSharding
 
 from kithara_ray.errors import DataError
-from kithara_ray.orchestration.data import _Dataset
+from kithara_ray.orchestration import sources
+from kithara_ray.orchestration.data import MixedDataset, _Dataset
+from kithara_ray.orchestration.prefetch import Prefetched
+from kithara_ray.orchestration.sources import Work
+from kithara_ray.sft.buckets import bucket_lengths
 from kithara_ray.sft.collate import collate
-from kithara_ray.sft.order import Order
+from kithara_ray.sft.order import Order, Part
 from kithara_ray.sft.tokenize import RowTokenizer, TokenizedBlock, TokenizedRow
 
 logger = logging.getLogger(__name__)
@@ -32,10 +39,13 @@ LENGTH_MULTIPLE = {"tpu": 128}
 _CPU_LENGTH_MULTIPLE = 8
 # Room for predictions in a pack, over the mean: the head's work grows with it, and what does not fit waits for a pack.
 _PREDICTIONS_MARGIN = 1.15
-_COUNTS = {
+# Of blocks that a process keeps mapped, at most.
+_KEPT_BYTES = 2**28
+COUNTS = {
     "dropped_untrained": "were dropped because truncation left nothing to train",
     "skipped_bad": "were skipped as bad",
     "truncated": "were truncated",
+    "unlearned_messages": "messages of the assistant were not learned, as the chat template shows them otherwise later",
 }
 
 
@@ -50,6 +60,8 @@ class TokenStore:
         starts: the number of the first row of each block, and the total, int64 (len(blocks) + 1,).
         pad_id: the tokenizer's.
         content: a hash of all tokens and masks in their order, however they are cut into blocks.
+        counts: rows that were dropped, skipped, truncated.
+        parts: of a mixture.
     """
 
     blocks: tuple[ray.ObjectRef, ...]
@@ -58,96 +70,123 @@ class TokenStore:
     starts: np.ndarray
     pad_id: int
     content: str = ""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @property
     def num_rows(self) -> int:
         return len(self.lengths)
 
-    def batch_shape(self, platform: str) -> tuple[int, int]:
-        """(T, K) of every batch: the longest row and the most trained tokens of a row, rounded up for the platform."""
-        return _rounded(int(self.lengths.max()), platform), _rounded(int(self.trained.max()), platform)
+    def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
+        """The shapes (T, K) that batches may have, ascending; the last holds every row.
+
+        Packed, one. Else up to `buckets`: T a length to pad to, K the most trained tokens of a row that is no longer.
+        """
+        if packed_len is not None:
+            return (self.packed_shape(platform, packed_len),)
+        bounds = bucket_lengths(self.lengths, buckets, _multiple(platform))
+        return tuple((t, rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
 
     def packed_shape(self, platform: str, max_seq_len: int) -> tuple[int, int]:
         """(T, K) of packed batches: `max_seq_len`, and a little more than the share of its tokens that is trained."""
-        seq_len = _rounded(max_seq_len, platform)
+        seq_len = rounded(max_seq_len, platform)
         share = self.trained.sum(dtype=np.int64) / self.lengths.sum(dtype=np.int64)
         predictions = max(int(self.trained.max()), int(_PREDICTIONS_MARGIN * share * seq_len))
-        return seq_len, min(seq_len, _rounded(predictions, platform))
+        return seq_len, min(seq_len, rounded(predictions, platform))
 
     def head(self, num_rows: int) -> "TokenStore":
         """The first rows alone."""
-        return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows])
+        return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows], parts=())
+
+    @classmethod
+    def joined(cls, stores: Sequence["TokenStore"], draws: Sequence[int]) -> "TokenStore":
+        """One after the other, as the parts of a mixture of which an epoch takes so many rows each."""
+        if len({store.pad_id for store in stores}) > 1:
+            raise DataError("the datasets of a mixture have tokenizers with different padding")
+        offsets = np.cumsum([0] + [store.num_rows for store in stores])
+        parts = [Part(int(a), int(b), n) for (a, b), n in zip(itertools.pairwise(offsets), draws, strict=True)]
+        return cls(
+            blocks=tuple(block for store in stores for block in store.blocks),
+            lengths=np.concatenate([store.lengths for store in stores]),
+            trained=np.concatenate([store.trained for store in stores]),
+            starts=np.concatenate([[0], *(s.starts[1:] + n for s, n in zip(stores, offsets[:-1], strict=True))]),
+            pad_id=stores[0].pad_id,
+            content=" ".join(store.content for store in stores),
+            counts={name: sum(store.counts[name] for store in stores) for name in COUNTS},
+            parts=tuple(parts),
+        )
 
 
-def _rounded(count: int, platform: str) -> int:
-    multiple = LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
-    return -(-count // multiple) * multiple
+def _multiple(platform: str) -> int:
+    return LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
+
+
+def rounded(count: int, platform: str) -> int:
+    return -(-count // _multiple(platform)) * _multiple(platform)
 
 
 @ray.remote(num_returns=2, num_cpus=1)
-def _tokenize_block(tokenize: RowTokenizer, block, first_row: int):
-    """One block of the source, tokenised; and what the driver must know of it."""
-    import pyarrow as pa
-
-    rows = block.to_pylist() if isinstance(block, pa.Table) else block.to_dict(orient="records")
-    tokenized = tokenize(rows, first_row)
-    counts = {name: getattr(tokenized, name) for name in _COUNTS}
-    trained = np.asarray([row.loss_mask.sum() for row in tokenized.rows()], np.int32)
-    return tokenized, (tokenized.lengths, trained, counts, list(tokenized.samples), tokenized.content())
+def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
+    """Some rows of the source, tokenised; and what the driver must know of them."""
+    tokenized = work.tokenize(tokenize, block, start, stop)
+    counts = {name: getattr(tokenized, name) for name in COUNTS}
+    summary = tokenized.lengths, tokenized.trained(), counts, list(tokenized.samples), tokenized.content()
+    return tokenized, summary
 
 
-def _source_blocks(dataset: _Dataset) -> Iterator[tuple[ray.ObjectRef, int, int]]:
-    """(reference, rows, number of the first row) of the source's blocks, in order, as Ray Data makes them."""
-    rows = dataset.rows()
-    # The default lets blocks come as they are ready; then the same data has another order every time.
-    rows.context.execution_options.preserve_order = True
-    rows.context.enable_progress_bars = False
-    # Ray Data tells of its progress bars and of each execution; what a user must know is in the run's own progress.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    first = 0
-    for bundle in rows.iter_internal_ref_bundles():
-        for entry in bundle.blocks:
-            count = entry.metadata.num_rows
-            yield entry.ref, count, first
-            first += count
+def tokenize(dataset: _Dataset | MixedDataset, vocabulary: int | None = None) -> TokenStore:
+    """Tokenise a dataset, or those of a mixture, by tasks on the cluster's CPUs.
 
-
-def tokenize(dataset: _Dataset) -> TokenStore:
-    """Tokenise a dataset by tasks on the cluster's CPUs.
+    Args:
+        vocabulary: tokens the model knows; a row with others is bad.
 
     Raises:
-        DataError: a bad row (its number and column), or no row that trains anything.
+        DataError: a bad row (its source, number and column), or no row that trains anything.
     """
-    row_tokenizer = dataset.row_tokenizer()
+    if isinstance(dataset, MixedDataset):
+        stores = [tokenize(part, vocabulary) for part in _named(dataset.datasets)]
+        return TokenStore.joined(stores, dataset.draws([store.num_rows for store in stores]))
+    row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
+    if dataset.is_endless:
+        from kithara_ray.orchestration.endless import start_reader
+
+        return start_reader(dataset, row_tokenizer)
     shared = ray.put(row_tokenizer)
-    blocks, summaries = [], []
-    total = 0
-    for block, count, first in _source_blocks(dataset):
-        if len(summaries) >= _MAX_TASKS:
-            ray.wait(summaries, num_returns=len(summaries) - _MAX_TASKS + 1, fetch_local=False)
-        tokens, summary = _tokenize_block.remote(shared, block, first)
-        blocks.append(tokens)
-        summaries.append(summary)
-        total += count
+    blocks, summaries, results = [], collections.deque(), []
     try:
-        results = ray.get(summaries)
+        for piece, part in sources.work(dataset.source, dataset.name):
+            if len(summaries) >= _MAX_TASKS:
+                results.append(ray.get(summaries.popleft()))
+            tokens, summary = tokenize_rows.remote(shared, piece, *part)
+            blocks.append(tokens)
+            summaries.append(summary)
+        results += ray.get(list(summaries))
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, DataError) else error from None
-    counts = {name: sum(result[2][name] for result in results) for name in _COUNTS}
+    counts = {name: sum(result[2][name] for result in results) for name in COUNTS}
     samples = [sample for result in results for sample in result[3]][:3]
     lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
+    total = len(lengths) + counts["dropped_untrained"] + counts["skipped_bad"]
     if any(counts.values()):
-        logger.warning("of %d rows %s; for example: %s", total, _describe(counts), "; ".join(samples) or "-")
+        logger.warning("of %d rows %s; for example: %s", total, describe(counts), "; ".join(samples) or "-")
     if not len(lengths):
-        what = f"of {total} rows {_describe(counts)}" if total else "the source has no rows"
+        what = f"of {total} rows {describe(counts)}: {samples[0]}" if samples else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     starts = np.cumsum([0] + [len(result[0]) for result in results])
     content = f"{sum(result[4] for result in results) % (1 << 128):032x}"
-    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content)
+    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content, counts)
 
 
-def _describe(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {_COUNTS[name]}" for name, count in counts.items() if count) or "none is usable"
+def _named(datasets: Sequence[_Dataset]) -> Iterator[_Dataset]:
+    """Each knowing which of the mixture it is."""
+    for number, dataset in enumerate(datasets):
+        named = copy.copy(dataset)
+        named.name = f"dataset {number} of the mixture"
+        yield named
+
+
+def describe(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {COUNTS[name]}" for name, count in counts.items() if count) or "none is usable"
 
 
 class HostStream:
@@ -156,51 +195,115 @@ class HostStream:
     Args:
         store: the tokenised dataset.
         order: which rows are in which batch.
-        shape: (T, K) of every batch.
+        shapes: (T, K) that batches may have, ascending; a batch has the first that holds its rows.
         sharding: of the batch; rows are split, positions whole.
+        ahead: batches that a thread makes before they are asked for, as long as steps are asked for in turn.
     """
 
-    def __init__(self, store: TokenStore, order: Order, shape: tuple[int, int], sharding: NamedSharding):
+    def __init__(
+        self,
+        store: TokenStore,
+        order: Order,
+        shapes: tuple[tuple[int, int], ...],
+        sharding: NamedSharding,
+        ahead: int = 0,
+    ):
         self.store = store
         self.order = order
         self.sharding = sharding
-        self.seq_len, self.predictions = shape
-        self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
+        self.shapes = shapes
+        self.ahead = ahead
+        self._made: Prefetched | None = None
+        self._next: int | None = None  # the step that comes next out of `_made`
+        self._rows = Rows(store)
 
     def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
         """The arrays of one global batch, and how many real tokens it has over all hosts."""
+        if not self.ahead:
+            return self._make(step)
+        if self._next != step:
+            if self._made is not None:
+                self._made.close()
+            self._made = Prefetched(self._make, itertools.count(step), self.ahead)
+        self._next = step + 1
+        return next(self._made)
+
+    def close(self) -> None:
+        """No more is asked for."""
+        if self._made is not None:
+            self._made.close()
+
+    def _make(self, step: int) -> tuple[dict[str, jax.Array], int]:
         packs = self.order.batch(step)
-        tokens = int(self.store.lengths[np.concatenate(packs)].sum())
-        parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        tokens = [int(self.store.lengths[pack].sum()) for pack in packs]
+        seq_len, predictions = self._shape(packs, tokens)
 
-        def part(index: tuple[slice, ...], name: str) -> np.ndarray:
-            start, stop, _ = index[0].indices(len(packs))
-            if (start, stop) not in parts:
-                own = [[self._row(int(row)) for row in pack] for pack in packs[start:stop]]
-                parts[start, stop] = collate(own, self.seq_len, self.predictions, self.store.pad_id)
-            return parts[start, stop][name]
+        def part(start: int, stop: int) -> dict[str, np.ndarray]:
+            own = [[self._rows.row(int(row)) for row in pack] for pack in packs[start:stop]]
+            return collate(own, seq_len, predictions, self.store.pad_id)
 
-        def array(name: str, width: int) -> jax.Array:
-            return jax.make_array_from_callback((len(packs), width), self.sharding, lambda index: part(index, name))
+        return place(part, len(packs), (seq_len, predictions), self.sharding), sum(tokens)
 
-        widths = dict.fromkeys(("token_ids", "segment_ids"), self.seq_len)
-        widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), self.predictions)
-        return {name: array(name, width) for name, width in widths.items()}, tokens
+    def _shape(self, packs: list[np.ndarray], tokens: list[int]) -> tuple[int, int]:
+        """The same on every host: it knows the sizes of all rows of the batch."""
+        trained = max(int(self.store.trained[pack].sum()) for pack in packs)
+        return next(shape for shape in self.shapes if shape[0] >= max(tokens) and shape[1] >= trained)
 
-    def _row(self, row: int) -> TokenizedRow:
+
+def place(
+    part: Callable[[int, int], dict[str, np.ndarray]], rows: int, shape: tuple[int, int], sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """The global arrays of a batch of so many rows and of (T, K), of which `part(start, stop)` makes what is needed."""
+    made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def own(index: tuple[slice, ...], name: str) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        if (start, stop) not in made:
+            made[start, stop] = part(start, stop)
+        return made[start, stop][name]
+
+    def array(name: str, width: int) -> jax.Array:
+        return jax.make_array_from_callback((rows, width), sharding, lambda index: own(index, name))
+
+    widths = dict.fromkeys(("token_ids", "segment_ids"), shape[0])
+    widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), shape[1])
+    return {name: array(name, width) for name, width in widths.items()}
+
+
+def _kept_bytes() -> int:
+    """An eighth of this node's object store at most: several processes may share it."""
+    here = ray.get_runtime_context().get_node_id()
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return min(_KEPT_BYTES, int(resources.get("object_store_memory", _KEPT_BYTES * 8)) // 8)
+
+
+class Rows:
+    """Rows of a store by their number, their blocks read when needed and the last used kept.
+
+    Blocks are the object store's own memory, mapped. What is kept of them is bounded, and rows are copied out: a block
+    that is mapped cannot leave the store for the disk.
+    """
+
+    def __init__(self, store: TokenStore, kept_bytes: int | None = None):
+        self.store, self.kept_bytes = store, _kept_bytes() if kept_bytes is None else kept_bytes
+        self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
+        self._bytes = 0
+
+    def row(self, row: int) -> TokenizedRow:
         number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
         block, ends = self._block(number)
         within = row - int(self.store.starts[number])
         stop = int(ends[within])
         start = stop - int(block.lengths[within])
-        return TokenizedRow(block.token_ids[start:stop], block.loss_mask[start:stop])
+        return TokenizedRow(block.token_ids[start:stop].copy(), block.loss_mask[start:stop].copy())
 
     def _block(self, number: int) -> tuple[TokenizedBlock, np.ndarray]:
-        """A block and the ends of its rows; the object store's own memory, mapped and not copied."""
         if number not in self._blocks:
             block = ray.get(self.store.blocks[number])
             self._blocks[number] = (block, np.cumsum(block.lengths))
+            self._bytes += block.nbytes
+            while self._bytes > self.kept_bytes and len(self._blocks) > 1:
+                _, (oldest, _) = self._blocks.popitem(last=False)
+                self._bytes -= oldest.nbytes
         self._blocks.move_to_end(number)
-        while len(self._blocks) > 64:
-            self._blocks.popitem(last=False)
         return self._blocks[number]

@@ -12,19 +12,20 @@ from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.jax import JaxConfig, JaxTrainer
 
-from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration import planned
 from kithara_ray.orchestration.data import Dataloader
+from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
 from kithara_ray.sharding.shape import MeshShape
@@ -42,9 +43,11 @@ class TrainResult:
             step_time_s, input_wait_s (a step), epoch.
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
-        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter.
+        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, or `model/` the
+            trained weights as a Hugging Face model, in the dtype that they were trained in.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps" or "early_stopping".
+        exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
     """
 
     metrics: dict[str, float]
@@ -55,13 +58,14 @@ class TrainResult:
     checkpoint: str | None = None
     best_checkpoint: str | None = None
     stopped: str = "steps"
+    exports: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
     """Trains a model on a Ray cluster.
 
     Args:
-        model: what to train; it holds the trained adapter afterwards.
+        model: what to train; afterwards it holds the trained adapter, or knows where the trained weights are.
         optimizer: a `keras.optimizers.Optimizer` or an `optax.GradientTransformation`.
         train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices
             x `gradient_accumulation_steps`.
@@ -77,10 +81,14 @@ class Trainer:
         cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
         mesh: axes of the device mesh; by default the devices of a TPU slice on `fsdp`, the slices on `data`.
         remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
-            "dots", also the results of products with weights, faster where the memory is there.
+            "dots", also the results of products with weights, faster where the memory is there; "nested", the inputs
+            of a few blocks, slower by a forward pass, for the largest models.
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.
+        export_every_steps: write the adapter of every so many steps while training goes on, as a PEFT directory.
+        export_dir: where these go, `<export_dir>/step-000100`: local to the head node, or `gs://...`, `s3://...`;
+            `adapters` in the run's directory by default.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         progress: show a progress bar, or lines where the output is not a terminal.
     """
@@ -108,6 +116,8 @@ class Trainer:
         remat: str = "block",
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
+        export_every_steps: int | None = None,
+        export_dir: str | None = None,
         cluster_timeout_s: float = 300.0,
         progress: bool = True,
     ):
@@ -126,12 +136,13 @@ class Trainer:
             "eval_steps_interval": eval_steps_interval,
             "eval_epochs_interval": eval_epochs_interval,
             "max_eval_samples": max_eval_samples,
-            "cpu_devices_per_worker": cpu_devices_per_worker,
             "gradient_accumulation_steps": gradient_accumulation_steps,
+            "export_every_steps": export_every_steps,
         }
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
+        _check_endless(train_dataloader, eval_dataloader, steps, max_eval_samples)
         if steps is None and epochs is None:
             epochs = 1
         if eval_dataloader is not None and eval_steps_interval is None and eval_epochs_interval is None:
@@ -147,30 +158,28 @@ class Trainer:
         self.eval_steps_interval, self.eval_epochs_interval = eval_steps_interval, eval_epochs_interval
         self.max_eval_samples = max_eval_samples
         self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
-        if not isinstance(self.scaling_config.num_workers, int) or self.scaling_config.num_workers < 1:
-            raise UnsupportedError(
-                f"ScalingConfig(num_workers={self.scaling_config.num_workers!r}): a fixed number of workers >= 1 is "
-                "needed; the group's size decides the global batch"
-            )
-        if self.scaling_config.use_gpu:
-            raise UnsupportedError(
-                "ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out"
-            )
         self.run_config = run_config or RunConfig()
         self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
-        self.cpu_devices_per_worker = cpu_devices_per_worker
+        self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
+        self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config)
+        if self.snapshots is not None and model.lora is None:
+            raise UnsupportedError(
+                "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
+                "checkpointer, or lora_rank="
+            )
         self.mesh = mesh
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
-        self.cluster_timeout_s = cluster_timeout_s
         self.progress = progress
 
     def train(self) -> TrainResult:
-        """Run to the end; `model` holds the trained adapter afterwards.
+        """Run to the end; `model` has what was trained afterwards.
 
         Raises:
             DataError: a bad row, or nothing to train on.
+            ConfigError: the step does not fit the chips of the TPU slice; what to try.
+            DestinationError: `export_dir` cannot be written, or holds adapters of another run.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
         """
@@ -178,13 +187,22 @@ class Trainer:
         self.model.release()
         coordinator = self.model.coordinator()
         ray.get(coordinator.start_run.remote())
+        if self.snapshots is not None:
+            remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
+            if self.scaling_config.use_tpu:
+                progress.phase("plan")
+            spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
             progress.phase("schedule")
-            self._check_cluster()
-            result = self._fit(spec)
+            self.group.wait()
+            result = self.group.run(train_loop, {"spec": spec})
         events = remote_get(coordinator.events.remote(0))
+        self.model.run = _about(spec, one_history(events))
+        if self.model.lora is None:
+            self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
+            return _result(events, result.path, result.return_value)
         tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
         self.model.set_adapter(tensors)
         path = os.path.join(result.path, "adapter")
@@ -194,13 +212,14 @@ class Trainer:
 
     def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
-            base=self.model.preset_handle,
+            base=self.model.weights_handle,
             lora=self.model.lora,
             precision=self.model.precision,
+            quantize=self.model.quantize,
             adapter=self.model.adapter,
             optimizer=self.optimizer,
-            train=_data_spec(self.train_dataloader, self.gradient_accumulation_steps),
-            eval=_data_spec(self.eval_dataloader) if self.eval_dataloader else None,
+            train=self._data(self.train_dataloader, self.gradient_accumulation_steps),
+            eval=self._data(self.eval_dataloader) if self.eval_dataloader else None,
             steps=self.steps,
             epochs=self.epochs,
             log_steps_interval=self.log_steps_interval,
@@ -211,60 +230,42 @@ class Trainer:
             remat=self.remat,
             micro_batches=self.gradient_accumulation_steps,
             seed=self.seed,
-            platform=self._platform(),
-            num_workers=self.scaling_config.num_workers,
+            platform=self.group.platform,
+            num_workers=self.group.num_workers,
+            directory=join(self.group.storage, self.run_config.name),
             checkpointer=self.checkpointer,
+            snapshots=self.snapshots,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
         )
 
-    def _worker_env(self) -> dict[str, str]:
-        """The workers' environment: the run's own, over what no accelerator needs."""
-        # JAX_PLATFORMS is always given: workers of a local cluster inherit the driver's, which may keep off the TPU.
-        env = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu" if self.scaling_config.use_tpu else "cpu"}
-        if not self.scaling_config.use_tpu:
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
-        runtime_env = self.run_config.worker_runtime_env or {}
-        return env | dict(runtime_env.get("env_vars", {}))
-
-    def _platform(self) -> str:
-        """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
-        return self._worker_env()["JAX_PLATFORMS"].split(",")[0]
-
-    def _check_cluster(self) -> None:
-        scaling = self.scaling_config
-        preflight.wait_for_cluster(
-            scaling.num_workers,
-            scaling._resources_per_worker_not_none,
-            self.cluster_timeout_s,
-            preflight.slice_heads(scaling),
+    def _data(self, loader: Dataloader, micro_batches: int = 1) -> DataSpec:
+        dataset = loader.dataset
+        if dataset.is_endless and loader is self.eval_dataloader:
+            dataset = dataset.head(self.max_eval_samples)
+        return DataSpec(
+            store=tokenize(dataset, self.model.vocabulary),
+            # "auto" begins with one row; see planned.fitted.
+            rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size)
+            * micro_batches,
+            packed_len=loader.dataset.max_seq_len if loader.packing else None,
+            buckets=loader.length_buckets,
+            shuffle=loader.shuffle,
+            shuffle_rows=loader.shuffle_rows,
+            seed=loader.seed,
         )
 
-    def _fit(self, spec: RunSpec):
-        runtime_env = dict(self.run_config.worker_runtime_env or {})
-        runtime_env["env_vars"] = self._worker_env()
-        run_config = RunConfig(
-            name=self.run_config.name,
-            storage_path=absolute(str(self.run_config.storage_path)),
-            storage_filesystem=self.run_config.storage_filesystem,
-            failure_config=self.run_config.failure_config,
-            callbacks=self.run_config.callbacks,
-            worker_runtime_env=runtime_env,
-            logging_config=self.run_config.logging_config,
-        )
-        trainer = JaxTrainer(
-            train_loop,
-            train_loop_config={"spec": spec},
-            # use_tpu is Ray's switch for jax.distributed; without it N workers are N independent runs.
-            jax_config=JaxConfig(use_tpu=True),
-            scaling_config=self.scaling_config,
-            run_config=run_config,
-        )
-        try:
-            return trainer.fit()
-        except TrainingFailedError as error:
-            raise _named(error) from error
+
+def _snapshots(every: int | None, directory: str | None, run_config: RunConfig) -> Snapshots | None:
+    if every is None:
+        if directory is not None:
+            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
+        return None
+    if directory is not None and directory.startswith("hf://"):
+        raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")
+    default = join(str(run_config.storage_path), run_config.name, "adapters")
+    return Snapshots(every, absolute(str(directory or default)))
 
 
 def _portable(optimizer: Any) -> tuple[str, Any]:
@@ -273,7 +274,15 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
         import keras
 
         with without_tensorflow():
-            return "keras", keras.optimizers.serialize(optimizer)
+            serialized = keras.optimizers.serialize(optimizer)
+        if getattr(optimizer, "_exclude_from_weight_decay", None):
+            raise UnsupportedError(
+                "optimizer.exclude_from_weight_decay(var_list=...): the variables are made on the workers; give "
+                "var_names=[...], patterns of Hugging Face's tensor names such as 'norm' or 'embed_tokens'"
+            )
+        # The name of train.optimizer.NO_DECAY, which a driver does not import.
+        pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+        return "keras", serialized | ({"exclude_from_weight_decay": pattern.pattern} if pattern else {})
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return "optax", optimizer
     raise ConfigError(
@@ -282,28 +291,11 @@ def _portable(optimizer: Any) -> tuple[str, Any]:
     )
 
 
-def _data_spec(loader: Dataloader, micro_batches: int = 1) -> DataSpec:
-    return DataSpec(
-        store=tokenize(loader.dataset),
-        rows_per_device=loader.per_device_batch_size * micro_batches,
-        packed_len=loader.dataset.max_seq_len if loader.packing else None,
-        shuffle=loader.shuffle,
-        seed=loader.seed,
-    )
-
-
-def _named(error: TrainingFailedError) -> KitharaRayError:
-    """The failure of the first rank that has one of our own errors, or of the first rank."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, KitharaRayError):
-            return cause
-    if failures:
-        rank, failure = sorted(failures.items())[0]
-        cause = getattr(failure, "_base_exc", failure)
-        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
-    return TrainingError(f"the run failed: {error}")
+def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int | None, rows: int | None) -> None:
+    if train.dataset.is_endless and steps is None:
+        raise ConfigError("the training data streams, so nobody knows when an epoch ends; give steps=")
+    if evaluation is not None and evaluation.dataset.is_endless and rows is None:
+        raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
 
 def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -317,6 +309,33 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             kept.append(event)
     return kept
+
+
+def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
+    """How a model was trained, as plain data: for run.json and the model card of its exports."""
+
+    def last(kind: str) -> dict[str, Any]:
+        rows = [event for event in events if event["kind"] == kind]
+        return {name: value for name, value in rows[-1].items() if name != "kind"} if rows else {}
+
+    kind, value = spec.optimizer
+    config = value["config"] if kind == "keras" else {}
+    plain = {name: item for name, item in config.items() if isinstance(item, (int, float, str)) and name != "name"}
+    about = {
+        "optimizer": value["class_name"] if kind == "keras" else kind,
+        "optimizer_settings": plain,
+        "rows_per_device_and_step": spec.train.rows_per_device,
+        "micro_batches": spec.micro_batches,
+        "workers": spec.num_workers,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "data_fingerprint": spec.train.store.content,
+        "rows": spec.train.store.num_rows,
+        "packed_to": spec.train.packed_len,
+        "last_step": {name: last("step")[name] for name in ("step", "epoch", "loss") if name in last("step")},
+        "evaluation": last("eval"),
+    }
+    return {name: value for name, value in about.items() if value not in (None, "", {})}
 
 
 def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) -> TrainResult:
@@ -339,4 +358,5 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         checkpoint=summary.get("checkpoint"),
         best_checkpoint=summary.get("best_checkpoint"),
         stopped=summary.get("stopped") or "steps",
+        exports=rows("export"),
     )

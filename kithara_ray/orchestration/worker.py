@@ -2,8 +2,9 @@
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,16 @@ import ray
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.checkpointer import Checkpointer
+from kithara_ray.orchestration.endless import WINDOW_ROWS, EndlessOrder, EndlessStore, EndlessStream
+from kithara_ray.orchestration.snapshots import Snapshots, SnapshotSender
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
+# Batches that are made while steps run.
+_AHEAD = 2
 _FETCH_REPORT_S = 2.0
 
 
@@ -28,12 +33,16 @@ class DataSpec:
     Attributes:
         rows_per_device: of one step, all its micro-batches together.
         packed_len: tokens of a row into which several samples are packed; None packs nothing.
+        buckets: without packing, to how many lengths batches may be padded; each is a program to compile.
+        shuffle_rows: see `kithara_ray.sft.order`.
     """
 
-    store: TokenStore
+    store: TokenStore | EndlessStore
     rows_per_device: int
     packed_len: int | None
+    buckets: int
     shuffle: bool
+    shuffle_rows: int | None
     seed: int
 
 
@@ -42,21 +51,24 @@ class RunSpec:
     """Everything a worker needs, as the driver decided it.
 
     Attributes:
-        base: handle or directory of the base checkpoint.
-        lora: what is adapted.
+        base: handle or directory of the base checkpoint, or of weights that were trained before.
+        lora: what is adapted; None trains all weights.
         adapter: tensors to go on from; None starts from PEFT's initial factors.
         optimizer: ("keras", config) or ("optax", transformation).
         steps, epochs: one of them is None.
         platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
         micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
+        directory: the run's.
         checkpointer: where the run is saved and goes on from; None saves nothing.
+        snapshots: adapters written while it goes on; None writes none.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
     base: str
-    lora: LoraConfig
+    lora: LoraConfig | None
     precision: str
+    quantize: str | None
     adapter: Mapping[str, np.ndarray] | None
     optimizer: tuple[str, Any]
     train: DataSpec
@@ -73,7 +85,9 @@ class RunSpec:
     seed: int
     platform: str
     num_workers: int
+    directory: str
     checkpointer: Checkpointer | None
+    snapshots: Snapshots | None
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
@@ -115,7 +129,7 @@ class Run:
         }
         preflight.check_process_group(spec.num_workers, spec.platform)
         self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
-        self.number, self.saving = 0, None
+        self.number, self.saving, self.snapshots = 0, None, None
         self._record("begin")
 
     def build(self) -> None:
@@ -131,7 +145,7 @@ class Run:
 
         spec = self.spec
         with self._phase("fetch"):
-            base = BaseCheckpoint.open(storage.fetch(spec.base, self._report_fetch))
+            self.base = base = BaseCheckpoint.open(storage.fetch(spec.base, self._report_fetch))
         with self._phase("build"):
             self.mesh = make_mesh(spec.mesh)
             self.model = build(
@@ -141,6 +155,8 @@ class Run:
                 spec.precision,
                 remat=spec.remat,
                 stack_factors=is_elementwise(*spec.optimizer),
+                quantize=spec.quantize,
+                train_weights=spec.lora is None,
             )
             self.optimizer = self._make_optimizer()
         self.data = self._stream(spec.train)
@@ -150,29 +166,49 @@ class Run:
             with self._phase("look"):
                 self._look_for_checkpoint(base)
         with self._phase("load"):
-            self.frozen = None if self.is_finished else self.model.load(base)
-            if spec.adapter is None:
-                params = self.model.initial_factors(spec.seed, self.frozen)
+            if spec.lora is None:
+                # A run that has ended needs them too: a checkpoint is read into their place.
+                params, self.frozen = self.model.as_params(self.model.load(base)), []
             else:
-                params = self.model.place_factors(spec.adapter)
+                self.frozen = None if self.is_finished else self.model.load(base)
+                if spec.adapter is None:
+                    params = self.model.initial_factors(spec.seed, self.frozen)
+                else:
+                    params = self.model.place_factors(spec.adapter)
             self.state = step.initial_state(self.model, self.optimizer, params)
             if self.saving is not None:
                 self.state = self.saving.restore(self.state)
             if self.is_finished:
                 return
         with self._phase("compare"):
-            self.model.check_copies(self.frozen)
-        batch, self._next_tokens = self.data.batch(self.number)
-        self._next_batch = batch
+            self.model.check_copies(self.state["params"], self.frozen)
+        self._next_batch, self._next_tokens = self.data.batch(self.number)
         with self._phase("compile"):
-            self.step = step.compile_step(
-                self.model, self.optimizer, self.state, self.frozen, batch, spec.micro_batches, spec.seed
+            # The largest first: if one does not fit, it is that.
+            self.step = ByLength(
+                (
+                    step.compile_step(
+                        self.model, self.optimizer, self.state, self.frozen, shape, spec.micro_batches, spec.seed
+                    )
+                    for shape in self._batch_shapes(self.data)
+                ),
+                self.data.shapes,
             )
             if self.eval_data:
-                eval_batch, _ = self.eval_data.batch(0)
-                self.evaluate_step = step.compile_eval(self.model, self.state["params"], self.frozen, eval_batch)
+                self.evaluate_step = ByLength(
+                    (
+                        step.compile_eval(self.model, self.state["params"], self.frozen, shape)
+                        for shape in self._batch_shapes(self.eval_data)
+                    ),
+                    self.eval_data.shapes,
+                )
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
-        total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        adapter = trainable if spec.lora is not None else 0
+        total = adapter + sum(math.prod(slot.shape) for slot in self.model.slots)
+        if spec.snapshots is not None:
+            about = {"num_ranks": spec.num_workers, "shapes": self.model.adapter_shapes}
+            about |= {"config": spec.lora, "base": spec.base}
+            self.snapshots = SnapshotSender(spec.snapshots, spec.coordinator, self.rank, about)
         self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
 
     @property
@@ -185,12 +221,13 @@ class Run:
 
         spec = self.spec
         tensors = {f"params/{slot.key}": slot.names for slot in self.model.factor_slots}
-        self.saving = Saving(spec.checkpointer, self.rank, spec.num_workers, tensors)
+        self.saving = Saving(spec.checkpointer, self.rank, spec.num_workers, tensors, spec.base)
         self.saving.look(
             lambda: {
                 "base": base.fingerprint(),
                 "precision": spec.precision,
-                "lora": dataclasses.asdict(spec.lora),
+                "quantize": spec.quantize,
+                "lora": spec.lora and dataclasses.asdict(spec.lora),
                 "optimizer": optimizer_identity(*spec.optimizer),
                 "seed": spec.seed,
                 "data": sequence_identity(self.data.order, spec.train.store.content, spec.train.packed_len),
@@ -237,6 +274,10 @@ class Run:
                 mark = time.monotonic()
             if self.saving is not None and self._save(number, bool(evaluate)):
                 mark = time.monotonic()
+            if self.snapshots is not None:
+                self.snapshots.after(number, lambda: self.model.adapter_shards(self.state["params"], self.rank))
+        if self.snapshots is not None:
+            self.snapshots.wait()
         self._training_s = time.monotonic() - began
 
     def _save(self, number: int, evaluated: bool) -> bool:
@@ -272,12 +313,18 @@ class Run:
         return {"eval_loss": loss, "eval_perplexity": float(np.exp(loss)), "eval_tokens": weight}
 
     def finish(self) -> dict[str, Any]:
-        """Send this rank's part of the adapter."""
+        """Send this rank's part of the adapter, or of the weights."""
+        self.data.close()
         if self.saving is not None and self.number == self.saving.step:
             # Nothing was trained; what is there may be of a run that was to be longer or shorter.
             self.saving.save(self.number, self.state, finished=self.saving.finished or "steps")
-        shards = self.model.adapter_shards(self.state["params"], self.rank)
-        ray.get(self.spec.coordinator.put_shards.remote(self.rank, shards))
+        params, coordinator = self.state["params"], self.spec.coordinator
+        if self.spec.lora is None:
+            from kithara_ray.orchestration.handover import send_weights
+
+            send_weights(coordinator, self.spec.base, self.base, self.model, params, self.rank, self.spec.directory)
+        else:
+            ray.get(coordinator.put_shards.remote(self.rank, self.model.adapter_shards(params, self.rank)))
         self._record("finished", input_wait_s=self._total_input_wait_s, training_s=self._training_s)
         summary = {"shapes": self.model.adapter_shapes}
         if self.saving is not None:
@@ -291,19 +338,33 @@ class Run:
         kind, value = self.spec.optimizer
         return KerasOptimizer(value) if kind == "keras" else OptaxOptimizer(value)
 
-    def _stream(self, data: DataSpec) -> HostStream:
+    def _stream(self, data: DataSpec) -> HostStream | EndlessStream:
         from kithara_ray.sharding.mesh import batch_sharding
 
-        limit = self.spec.max_eval_samples if data is self.spec.eval else None
+        rows = data.rows_per_device * self.mesh.size
+        is_eval = data is self.spec.eval
+        if isinstance(data.store, EndlessStore):
+            shapes = data.store.shapes(self.spec.platform, data.packed_len, data.buckets)
+            order = EndlessOrder(rows, data.seed, data.shuffle, data.shuffle_rows or WINDOW_ROWS)
+            packed = data.packed_len is not None
+            return EndlessStream(data.store, order, shapes, batch_sharding(self.mesh), packed, _AHEAD)
+        limit = self.spec.max_eval_samples if is_eval else None
         store = data.store.head(limit) if limit else data.store
-        common = {"batch_rows": data.rows_per_device * self.mesh.size, "seed": data.seed, "shuffle": data.shuffle}
+        shapes = store.shapes(self.spec.platform, data.packed_len, data.buckets)
+        common = {"batch_rows": rows, "seed": data.seed, "shuffle": data.shuffle, "shuffle_rows": data.shuffle_rows}
+        common["parts"] = () if is_eval else store.parts
         if data.packed_len is None:
-            shape = store.batch_shape(self.spec.platform)
-            order = BatchOrder(store.num_rows, **common)
+            order = BatchOrder(size=store.num_rows, lengths=store.lengths if len(shapes) > 1 else None, **common)
         else:
-            shape = store.packed_shape(self.spec.platform, data.packed_len)
-            order = PackedOrder(store.lengths, store.trained, *shape, **common)
-        return HostStream(store, order, shape, batch_sharding(self.mesh))
+            room = {"seq_len": shapes[0][0], "predictions": shapes[0][1]}
+            order = PackedOrder(lengths=store.lengths, trained=store.trained, **room, **common)
+        return HostStream(store, order, shapes, batch_sharding(self.mesh), ahead=0 if is_eval else _AHEAD)
+
+    def _batch_shapes(self, data: HostStream):
+        """Of the batches that may come, the largest first."""
+        from kithara_ray.train.step import abstract_batch
+
+        return (abstract_batch(self.model, data.order.batch_rows, *shape) for shape in reversed(data.shapes))
 
     def _log(self, step: int, values: dict[str, float], tokens: int, seconds: float, steps: int) -> None:
         row = {
@@ -339,6 +400,21 @@ class Run:
 
     def _phase(self, name: str):
         return _Phase(self, name)
+
+
+class ByLength:
+    """One program for each length that batches are padded to.
+
+    Args:
+        programs: compiled for batches of these shapes, the largest first.
+        shapes: (T, K), ascending.
+    """
+
+    def __init__(self, programs: Iterable[Callable], shapes: tuple[tuple[int, int], ...]):
+        self._programs = dict(zip((length for length, _ in reversed(shapes)), programs, strict=True))
+
+    def __call__(self, state, frozen, batch):
+        return self._programs[batch["token_ids"].shape[1]](state, frozen, batch)
 
 
 class _Phase:

@@ -1,7 +1,8 @@
 """Source rows to checked text: which columns hold it, how it is formatted first, and what makes a row bad.
 
 A row is a dict of column name to value. A format reads it into `{expected column: text}` or raises a DataError that
-names the row, the column, what was found and what to do. `row_index` is the row's place in the source, from 0.
+names the row, the column, what was found and what to do. `where` says which row it is: "line 18 of train.jsonl", or its
+number in the source, from 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.sft.chat import check_messages, check_tools
 
+REMEDY = 'drop it or pass on_bad_row="skip"'
 FORMATTING_STYLES = ("auto", "row", "batch")
 
 
@@ -33,7 +36,10 @@ class _Format:
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
     may_be_empty: ClassVar[tuple[str, ...]] = ()
+    # Columns of which a row's own value is a list, of dicts.
+    lists: ClassVar[tuple[str, ...]] = ()
 
     column_mapping: Mapping[str, str] = field(default_factory=dict)
     custom_formatting_fn: Callable[[dict], dict] | None = None
@@ -42,9 +48,9 @@ class _Format:
     def __post_init__(self):
         self.column_mapping = dict(self.column_mapping or {})
         for expected in self.column_mapping:
-            if expected not in self.columns:
+            if expected not in (known := self.columns + self.optional):
                 raise ConfigError(
-                    f"column_mapping maps {expected!r}, but the expected columns are {_names(self.columns)}; it goes "
+                    f"column_mapping maps {expected!r}, but the expected columns are {_names(known)}; it goes "
                     f'from expected name to source column, e.g. {{"{self.columns[0]}": "<the column that holds it>"}}'
                 )
         if self.custom_formatting_fn is not None and not callable(self.custom_formatting_fn):
@@ -52,51 +58,57 @@ class _Format:
         if self.formatting_style not in FORMATTING_STYLES:
             raise ConfigError(f"formatting_style must be one of {FORMATTING_STYLES}, got {self.formatting_style!r}")
 
-    def read(self, row: Mapping[str, Any], row_index: int) -> dict[str, str]:
-        """The row's text by expected column name. Raises DataError for a bad row."""
+    def read(self, row: Mapping[str, Any], where: Any) -> dict[str, Any]:
+        """The row's text by expected column name. Raises DataError for a bad row.
+
+        `where`: a number, or what says where the row is when it is written into a message.
+        """
+        where = f"row {where}" if isinstance(where, int) else where
         if not isinstance(row, Mapping):
-            raise DataError(f"row {row_index}: expected a dict of columns, got {type(row).__name__}")
+            raise DataError(f"{where}: expected a dict of columns, got {type(row).__name__}")
         if self.custom_formatting_fn is not None:
-            row = self._formatted(row, row_index)
-        return {column: self._text(row, column, row_index) for column in self.columns}
+            row = self._formatted(row, where)
+        return self._read(row, where)
+
+    def _read(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return {column: self._text(row, column, where) for column in self.columns}
 
     def source_column(self, column: str) -> str:
         return self.column_mapping.get(column, column)
 
-    def _text(self, row: Mapping[str, Any], column: str, row_index: int) -> str:
+    def _text(self, row: Mapping[str, Any], column: str, where: str) -> str:
         source = self.source_column(column)
-        where = f"row {row_index}: column {source!r}"
-        remedy = 'drop it or pass on_bad_row="skip"'
+        column_where = f"{where}: column {source!r}"
         if source not in row:
             raise DataError(
-                f"row {row_index}: no column {source!r}, found {_names(row)}; "
+                f"{where}: no column {source!r}, found {_names(row)}; "
                 f'pass column_mapping={{"{column}": "<the column that holds it>"}}'
             )
         value = row[source]
         if value is None or (isinstance(value, float) and value != value):  # a null of Arrow, or of pandas
-            raise DataError(f"{where} is null; {remedy}")
+            raise DataError(f"{column_where} is null; {REMEDY}")
         if not isinstance(value, str):
             raise DataError(
-                f"{where} is {type(value).__name__}, not text; convert it in custom_formatting_fn, or {remedy}"
+                f"{column_where} is {type(value).__name__}, not text; convert it in custom_formatting_fn, or {REMEDY}"
             )
         if not value.strip() and column not in self.may_be_empty:
-            raise DataError(f"{where} is {'blank' if value else 'empty'}; {remedy}")
+            raise DataError(f"{column_where} is {'blank' if value else 'empty'}; {REMEDY}")
         try:
             value.encode()
         except UnicodeEncodeError as error:  # a lone surrogate, which tokenizers refuse with less to go by
-            raise DataError(f"{where} is not valid Unicode at character {error.start}; {remedy}") from error
+            raise DataError(f"{column_where} is not valid Unicode at character {error.start}; {REMEDY}") from error
         return str(value)
 
-    def _formatted(self, row: Mapping[str, Any], row_index: int) -> Mapping[str, Any]:
+    def _formatted(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         if self.formatting_style == "row":
-            return self._as_row(row, row_index)
+            return self._as_row(row, where)
         if self.formatting_style == "batch":
-            return self._as_batch(row, row_index)
+            return self._as_batch(row, where)
 
         failures = []
         for style, attempt in (("row", self._as_row), ("batch", self._as_batch)):
             try:
-                result = attempt(row, row_index)
+                result = attempt(row, where)
             except DataError as error:
                 failures.append(error)
             else:
@@ -104,52 +116,83 @@ class _Format:
                 return result
         raise DataError(f"{failures[0]} (nor as a batch of one: {failures[1]})") from failures[0]
 
-    def _as_row(self, row: Mapping[str, Any], row_index: int) -> Mapping[str, Any]:
-        result = self._call(dict(row), "the row", row_index)
+    def _as_row(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        result = self._call(dict(row), "the row", where)
         for column in self._wanted(result):
-            if _is_list(result[column]):
+            if self._is_batch(column, result[column]):
                 raise DataError(
-                    f"row {row_index}: custom_formatting_fn, given the row, returned a list for column {column!r}; "
+                    f"{where}: custom_formatting_fn, given the row, returned a list for column {column!r}; "
                     f'return text, or pass formatting_style="batch"'
                 )
         return result
 
-    def _as_batch(self, row: Mapping[str, Any], row_index: int) -> Mapping[str, Any]:
-        result = self._call({name: [value] for name, value in row.items()}, "a batch of one", row_index)
+    def _as_batch(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        result = self._call({name: [value] for name, value in row.items()}, "a batch of one", where)
         one = {}
         for column in self._wanted(result):
-            if not _is_list(result[column]) or len(result[column]) != 1:
+            if not self._is_batch(column, result[column]) or len(result[column]) != 1:
                 found = f"{len(result[column])} values" if _is_list(result[column]) else type(result[column]).__name__
                 raise DataError(
-                    f"row {row_index}: custom_formatting_fn, given a batch of one, returned {found} for column "
+                    f"{where}: custom_formatting_fn, given a batch of one, returned {found} for column "
                     f"{column!r}; return a list of one value a row"
                 )
             one[column] = result[column][0]
         return one or dict(result)
 
-    def _call(self, argument: dict, what: str, row_index: int) -> Mapping[str, Any]:
+    def _call(self, argument: dict, what: str, where: str) -> Mapping[str, Any]:
         try:
             result = self.custom_formatting_fn(argument)
         except Exception as error:  # the user's code: whatever it raises belongs to this row
             raise DataError(
-                f"row {row_index}: custom_formatting_fn, given {what}, raised {type(error).__name__}: {error}"
+                f"{where}: custom_formatting_fn, given {what}, raised {type(error).__name__}: {error}"
             ) from error
         if not isinstance(result, Mapping):
             raise DataError(
-                f"row {row_index}: custom_formatting_fn, given {what}, returned {type(result).__name__}, not a dict"
+                f"{where}: custom_formatting_fn, given {what}, returned {type(result).__name__}, not a dict"
             )
         return result
 
     def _wanted(self, result: Mapping[str, Any]) -> list[str]:
-        return [name for name in map(self.source_column, self.columns) if name in result]
+        return [name for name in map(self.source_column, self.columns + self.optional) if name in result]
+
+    def _is_batch(self, source: str, value: Any) -> bool:
+        """Whether a column's value is a list of a batch's values, and not one row's own."""
+        lists = map(self.source_column, self.lists)
+        return _is_list(value) and (source not in lists or not len(value) or not isinstance(value[0], Mapping))
 
 
 @dataclass
 class PromptAnswer(_Format):
-    """Columns `prompt` and `answer`: the answer is learned. A prompt may be empty, an answer may not."""
+    """Columns `prompt` and `answer`: the answer is learned. A prompt may be empty, an answer may not.
+
+    Or a conversation: a row with a column `messages`, and no prompt, of which the assistant's messages are learned. It
+    may have `tools`, JSON schemas or JSON text, and `chat_template_kwargs`, a dict of further variables for the
+    template.
+    """
 
     columns: ClassVar[tuple[str, ...]] = ("prompt", "answer")
+    optional: ClassVar[tuple[str, ...]] = ("messages", "tools", "chat_template_kwargs")
     may_be_empty: ClassVar[tuple[str, ...]] = ("prompt",)
+    lists: ClassVar[tuple[str, ...]] = ("messages", "tools")
+
+    def _read(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        source = self.source_column("messages")
+        if "messages" not in self.column_mapping and (source not in row or self.source_column("prompt") in row):
+            return super()._read(row, where)
+        if source not in row:
+            raise DataError(f"{where}: no column {source!r}, found {_names(row)}; change column_mapping")
+        tools, options = (row.get(self.source_column(name)) for name in ("tools", "chat_template_kwargs"))
+        conversation = {}
+        for column, value, check in (("messages", row[source], check_messages), ("tools", tools, check_tools)):
+            if value is None and column == "messages":
+                raise DataError(f"{where}: column {source!r} is null; {REMEDY}")
+            try:
+                conversation[column] = check(value)
+            except DataError as error:
+                raise DataError(f"{where}: column {self.source_column(column)!r} {error}; {REMEDY}") from error
+        if options is not None and not isinstance(options, Mapping):
+            raise DataError(f"{where}: column 'chat_template_kwargs' is {type(options).__name__}, not a dict")
+        return conversation | {"options": options}
 
 
 @dataclass

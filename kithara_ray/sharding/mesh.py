@@ -67,7 +67,7 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
         whole_dims: so many leading dims stay whole (the dim of stacked blocks).
         prefer: dims to split, the first of them that divides; else the largest that does.
 
-    A weight under 2048 elements is replicated.
+    A vector (a norm's scale, a bias), and any weight under 2048 elements, is replicated.
 
     Raises:
         ConfigError: no dim of a larger weight divides evenly.
@@ -75,7 +75,7 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
     axes = tuple(axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
     ways = math.prod(mesh.shape[axis] for axis in axes)
     dims = range(whole_dims, len(shape))
-    if not axes or math.prod(shape[dim] for dim in dims) < _REPLICATE_BELOW:
+    if not axes or len(dims) < 2 or math.prod(shape[dim] for dim in dims) < _REPLICATE_BELOW:
         return replicated(mesh)
     candidates = [dim for dim in dims if shape[dim] % ways == 0]
     if not candidates:

@@ -14,15 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Logits of one chunk, over all rows of the global batch: 2**25 float32 are 128 MiB, split over the batch's devices.
+# Logits of one chunk, over all rows of the global batch: so many in all, 128 MiB of float32, or on each of the devices
+# they are split over, 64 MiB, whichever is more. On many devices a chunk of few would wait for its collectives.
 _CHUNK_LOGITS = 2**25
+_DEVICE_LOGITS = 2**24
 
 Head = Callable[[Any, jax.Array], jax.Array]
 
 
-def chunk_length(rows: int, predictions: int, vocabulary: int) -> int:
+def chunk_length(rows: int, predictions: int, vocabulary: int, devices: int = 1) -> int:
     """The largest divisor of `predictions` whose chunk of logits stays within bounds, at least 1."""
-    bound = max(1, _CHUNK_LOGITS // (rows * vocabulary))
+    bound = max(1, max(_CHUNK_LOGITS, _DEVICE_LOGITS * devices) // (rows * vocabulary))
     return max(c for c in range(1, predictions + 1) if predictions % c == 0 and c <= bound)
 
 
@@ -33,6 +35,7 @@ def summed_cross_entropy(
     targets_BK: jax.Array,
     weights_BK: jax.Array,
     vocabulary: int,
+    devices: int = 1,
 ) -> jax.Array:
     """Sum over predictions of weight * -log p(target), float32; differentiable in `trained` and `hidden_BKD`.
 
@@ -41,9 +44,10 @@ def summed_cross_entropy(
         trained: a pytree of the arrays of the head that are trained; empty where the head is frozen.
         targets_BK: int, the token to be predicted.
         weights_BK: float32, 0 where there is none.
+        devices: so many hold a part each of a chunk's logits.
     """
     rows, predictions, _ = hidden_BKD.shape
-    chunk = chunk_length(rows, predictions, vocabulary)
+    chunk = chunk_length(rows, predictions, vocabulary, devices)
     return _summed(head, chunk, trained, hidden_BKD, targets_BK, weights_BK)
 
 

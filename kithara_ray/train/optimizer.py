@@ -3,6 +3,7 @@
 A Keras optimizer is carried from the driver to the workers as its configuration; an optax transformation as itself.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,7 +29,10 @@ class Optimizer(Protocol):
         ...
 
 
-# Keras optimizers that treat every element by itself, so that factors may be stacked; the others see whole tensors.
+# In a serialised optimizer: what `exclude_from_weight_decay(var_names=...)` was given. Keras itself forgets it.
+NO_DECAY = "exclude_from_weight_decay"
+
+# Keras optimizers that treat every element by itself, so that arrays may be stacked; the others see whole tensors.
 _ELEMENTWISE = {"Adadelta", "Adagrad", "Adam", "AdamW", "Ftrl", "Lion", "Nadam", "RMSprop", "SGD"}
 
 
@@ -38,7 +42,10 @@ def is_elementwise(kind: str, value: Any) -> bool:
     Args:
         kind, value: ("keras", its serialised configuration) or ("optax", a transformation; it is a closed function).
     """
-    return kind == "keras" and value["class_name"] in _ELEMENTWISE and value["config"].get("clipnorm") is None
+    if kind != "keras" or value["class_name"] not in _ELEMENTWISE or value["config"].get("clipnorm") is not None:
+        return False
+    # A number in the pattern may tell one block from another.
+    return re.search(r"\d", value.get(NO_DECAY) or "") is None
 
 
 @dataclass
@@ -46,7 +53,7 @@ class KerasOptimizer:
     """A Keras optimizer over named arrays, through its `stateless_apply`; `init` comes first.
 
     Attributes:
-        config: what `keras.optimizers.serialize` gave.
+        config: what `keras.optimizers.serialize` gave, and NO_DECAY: a pattern of tensor names.
     """
 
     config: Mapping[str, Any]
@@ -54,7 +61,11 @@ class KerasOptimizer:
     def init(self, params: Params) -> dict[str, jax.Array]:
         """The optimizer's variables by their paths: what a checkpoint names them by."""
         # A fresh one each time: under a trace its variables' first values belong to that trace.
-        self._optimizer = keras.optimizers.deserialize(dict(self.config))
+        config = dict(self.config)
+        no_decay = config.pop(NO_DECAY, None)
+        self._optimizer = keras.optimizers.deserialize(config)
+        if no_decay is not None:
+            self._optimizer.exclude_from_weight_decay(var_names=[no_decay])
         self._order = list(params)
         self._optimizer.build([keras.Variable(value, name=name.replace("/", "_")) for name, value in params.items()])
         # Without the optimizer's own name, which Keras counts up in a process: adamw, adamw_1.

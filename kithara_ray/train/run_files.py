@@ -8,7 +8,7 @@ from typing import Any
 from kithara_ray.errors import AdapterError, CheckpointError, ConfigError
 from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
-from kithara_ray.hf.checkpoint import read_json
+from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.train import checkpoint
 from kithara_ray.train.checkpoint import Checkpoint
@@ -58,6 +58,15 @@ def read_trained(location: str, step: int | None = None) -> Trained:
         f"{location}: neither a PEFT adapter ({ADAPTER_CONFIG}), nor a run's directory with adapter/ or checkpoints/, "
         "nor a checkpoint that was committed; give the run's path or its checkpoint_dir"
     )
+
+
+def check_base(base: BaseCheckpoint, trained: Trained) -> None:
+    """Raises AdapterError when the base is not the one that was trained on, as far as both are known here."""
+    if trained.base_fingerprint and not base.source and base.fingerprint() != trained.base_fingerprint:
+        raise AdapterError(
+            f"{trained.run['source']} was trained on a base of fingerprint {trained.base_fingerprint}, "
+            f"{base.directory} has {base.fingerprint()}; give the base of the run"
+        )
 
 
 def _read_adapter(location: str) -> Trained:

@@ -1,7 +1,7 @@
 """The training step: one jitted function with explicit shardings, pure in its arrays.
 
-    state  = {"params": adapter factors, "opt": optimizer state, "step": int32}     donated
-    frozen = the base's arrays                                                              never donated or updated
+    state  = {"params": adapter factors, or all weights, "opt": optimizer state, "step": int32}     donated
+    frozen = the base's arrays, none where all weights are trained                  never donated or updated
     batch  = {"token_ids", "segment_ids" (B, T) int32, "target_positions", "target_ids" (B, K) int32,
               "target_weights" (B, K) float32}                            see kithara_ray.sft.collate
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
+from kithara_ray.model.causal_lm import CausalLM, Frozen, Params
 from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, replicated
 from kithara_ray.train.loss import summed_cross_entropy
 from kithara_ray.train.optimizer import Optimizer
@@ -26,26 +26,29 @@ Batch = dict[str, jax.Array]
 
 
 def summed_loss(
-    model: CausalLM, factors: Factors, frozen: Frozen, batch: Batch, dropout_key: jax.Array | None = None
+    model: CausalLM, params: Params, frozen: Frozen, batch: Batch, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of weighted cross-entropy, sum of weights), both float32 scalars over the global batch."""
-    hidden_BTD = model.hidden_BTD(factors, frozen, batch["token_ids"], batch["segment_ids"], dropout_key)
+    hidden_BTD = model.hidden_BTD(params, frozen, batch["token_ids"], batch["segment_ids"], dropout_key)
     hidden_BKD = jnp.take_along_axis(hidden_BTD, batch["target_positions"][..., None], axis=1)
+    head = model.head_weights(params, frozen)
+    trained, fixed = (head, []) if model.trains_weights else ([], head)
     total = summed_cross_entropy(
-        lambda _, hidden: model.head_V(frozen, hidden),
-        {},
+        lambda trained, hidden: model.head_V(trained or fixed, hidden),
+        trained,
         hidden_BKD,
         batch["target_ids"],
         batch["target_weights"],
         model.vocabulary,
+        model.mesh.size,
     )
     return total, jnp.sum(batch["target_weights"])
 
 
 def loss_and_gradients(
-    model: CausalLM, params: Factors, frozen: Frozen, batch: Batch, dropout_key=None, micro_batches: int = 1
-) -> tuple[jax.Array, Factors]:
-    """The mean loss over the batch's unmasked tokens and its gradients, float32.
+    model: CausalLM, params: Params, frozen: Frozen, batch: Batch, dropout_key=None, micro_batches: int = 1
+) -> tuple[jax.Array, Params]:
+    """The mean loss over the batch's unmasked tokens, float32, and its gradients, of the parameters' dtypes.
 
     With `micro_batches` the rows go through the model in so many parts, one after the other. Each part is divided by
     the tokens of the whole batch, so the parts add up to what the batch gives at once, however their tokens are spread.
@@ -61,10 +64,12 @@ def loss_and_gradients(
     def add(total, part):
         return jax.tree.map(jnp.add, total, of(*part)), None
 
-    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    # In float32 whatever the parameters are.
+    zeros = jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
     keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
     parts = jax.tree.map(partial(_micro_batches, model, micro_batches), batch)
-    return jax.lax.scan(add, zeros, (parts, keys))[0]
+    loss, grads = jax.lax.scan(add, zeros, (parts, keys))[0]
+    return loss, jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, params)
 
 
 def _micro_batches(model: CausalLM, parts: int, array_BX: jax.Array) -> jax.Array:
@@ -90,7 +95,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state["step"]) if model.dropout else None
     loss, grads = loss_and_gradients(model, state["params"], frozen, batch, key, micro_batches)
     params, opt = optimizer.update(grads, state["opt"], state["params"])
-    squares = sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))
+    squares = sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
     metrics = {
         "loss": loss,
         "learning_rate": optimizer.learning_rate(state["opt"]),
@@ -99,22 +104,22 @@ def train_step(
     return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
 
-def initial_state(model: CausalLM, optimizer: Optimizer, params: Factors) -> State:
-    """Step 0: the given factors and the optimizer's first state, made where it lives.
+def initial_state(model: CausalLM, optimizer: Optimizer, params: Params) -> State:
+    """Step 0: the given parameters and the optimizer's first state, made where it lives.
 
-    An optimizer array with a factor's shape is split as that factor is; any other is replicated.
+    An optimizer array with a parameter's shape is split as that parameter is; any other is replicated.
     """
 
-    def make():
+    def make(params):
         return {"opt": optimizer.init(params), "step": jnp.int32(0)}
 
-    shardings = _state_shardings(model, jax.eval_shape(make))
-    return {"params": params} | jax.jit(make, out_shardings=shardings)()
+    shardings = _state_shardings(model, jax.eval_shape(make, params))
+    return {"params": params} | jax.jit(make, out_shardings=shardings)(params)
 
 
 def abstract_state(model: CausalLM, optimizer: Optimizer) -> State:
     """What `initial_state` gives, without values: for compiling ahead of time."""
-    params = model.abstract_factors()
+    params = model.abstract_params()
 
     def make():
         zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in params.items()}
@@ -142,7 +147,7 @@ def abstract_batch(model: CausalLM, rows: int, seq_len: int, predictions: int) -
 
 
 def _state_shardings(model: CausalLM, shapes: State) -> State:
-    split = {slot.shape: model.factor_sharding(slot) for slot in model.factor_slots}
+    split = {leaf.shape: leaf.sharding for leaf in model.abstract_params().values()}
     return jax.tree.map(lambda leaf: split.get(leaf.shape, replicated(model.mesh)), shapes)
 
 
@@ -163,7 +168,7 @@ def compile_step(
     state_in = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
         step,
-        in_shardings=(state_in, [array.sharding for array in frozen], batch_sharding(model.mesh)),
+        in_shardings=(state_in, jax.tree.map(lambda leaf: leaf.sharding, frozen), batch_sharding(model.mesh)),
         out_shardings=(state_in, replicated(model.mesh)),
         donate_argnums=0,
     )
@@ -171,8 +176,8 @@ def compile_step(
 
 
 def compile_eval(
-    model: CausalLM, params: Factors, frozen: Frozen, batch: Batch
-) -> Callable[[Factors, Frozen, Batch], tuple[jax.Array, jax.Array]]:
+    model: CausalLM, params: Params, frozen: Frozen, batch: Batch
+) -> Callable[[Params, Frozen, Batch], tuple[jax.Array, jax.Array]]:
     """The evaluation step compiled: (summed loss, summed weight) of one batch."""
 
     def evaluate(params, frozen, batch):

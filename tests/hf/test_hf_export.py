@@ -295,3 +295,26 @@ def test_refused_before_anything_is_written(base, make_base, make_adapter, tmp_p
     assert np.array_equal(
         Adapter.read(f"{out}/adapter").tensors[Q.replace("weight", "lora_A.weight")], adapter.a(Q[:-7])
     )
+
+
+def test_what_a_server_would_not_stop_at_is_said(make_base, make_adapter, tmp_path):
+    """The tokenizer's end of sequence against config.json and generation_config.json."""
+    directory = tmp_path / "base"
+    shutil.copytree(make_base(), directory)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [{"id": 7, "content": "<end>"}]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    base = BaseCheckpoint.open(directory)
+    run = {"seed": 3, "eval": {"loss": 0.5}}
+    export(base, make_adapter(base), str(tmp_path / "out"), Layout.MERGED, base_name="n", run=run)
+    (note,) = json.loads((tmp_path / "out/export_report.json").read_text())["notes"]
+    assert note.startswith("the tokenizer ends sequences with '<end>' (7), which is no eos_token_id")
+    card = (tmp_path / "out/README.md").read_text()
+    assert note in card
+    assert "| seed | 3 |" in card
+    assert "| eval | loss 0.5 |" in card
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
+    export(base, make_adapter(base), str(tmp_path / "again"), Layout.MERGED, base_name="n")
+    assert json.loads((tmp_path / "again/export_report.json").read_text())["notes"] == []

@@ -245,3 +245,17 @@ def test_two_local_writers(directory, adapter, tmp_path):
 
     export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="n", write=meanwhile)
     assert (tmp_path / "out/config.json").exists()
+
+
+def test_what_a_killed_task_has_left_is_not_published(directory, adapter, tmp_path):
+    """It wrote under another name; the task that ran again put the whole file."""
+
+    def killed_once(parts):
+        for part in parts:
+            (tmp_path / ".out.staging" / f".{part.name}.0123abcd").write_bytes(b"half")
+            yield write_part(part)
+
+    base = BaseCheckpoint.open(directory)
+    export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="n", write=killed_once)
+    assert not list((tmp_path / "out").glob(".*"))
+    assert "model.safetensors" in json.loads((tmp_path / "out/export_report.json").read_text())["files"]

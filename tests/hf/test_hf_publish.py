@@ -54,8 +54,8 @@ def test_check_destination_remote(memory, monkeypatch):
         publish.check_destination("memory://bucket/full")
     with pytest.raises(DestinationError, match="exists and is not empty"):
         publish.check_destination("memory://bucket/full/x")
-    with pytest.raises(DestinationError, match="not written to the hub"):
-        publish.check_destination("hf://org/name")
+    with pytest.raises(DestinationError, match="expected hf://org/name, an empty repository"):
+        publish.check_destination("hf://name")
 
     def denied(*_, **__):
         raise PermissionError("403")

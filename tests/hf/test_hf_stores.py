@@ -146,13 +146,16 @@ def test_killed_at_every_operation(store, files, layout):
     assert readable == (0 if scheme == "local" else 1)  # before the marker is deleted
 
 
-@pytest.mark.parametrize("mode", ["fail", "lost"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "mode"), [("adapter", "fail"), ("separate", "fail"), ("merged", "fail"), ("merged", "lost")]
+)
 def test_failing_at_every_operation(store, files, layout, mode):
     """A failure is an error of ours and leaves the destination as it was."""
     scheme, server, new = store
     if scheme != "gs" and mode == "lost":
         pytest.skip("a local call does not lose its answer; s3:// would show what gs:// shows, for 20 s")
+    if scheme == "s3" and layout != "merged":
+        pytest.skip("what is put and taken back by the same code: one layout is enough where a request takes so long")
     common = {"action": "export", "layout": layout, **files}
     count = len(server.run(url=new(), **common)["mutations"])
     for at in range(1, count + 1):

@@ -21,6 +21,7 @@ from kithara_ray.model.causal_lm import build
 from kithara_ray.model.families import FAMILIES, family_of
 from kithara_ray.model.families.family import completed
 from kithara_ray.model.generate import Decoder
+from kithara_ray.model.options import groups_of
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
@@ -172,6 +173,23 @@ def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(every_family
         assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values())), name
         # One tensor's own gradient can be a small difference of large terms.
         assert all(errors[tensor] < 1e-4 * norms[tensor] for tensor in norms), name
+
+
+def test_groups_of_blocks_that_are_run_once_more_give_the_same(tmp_path):
+    """Four blocks: two groups of two."""
+    base = BaseCheckpoint.open(write_model(tmp_path / "four", "llama", num_hidden_layers=4))
+    found = {}
+    for remat in ("block", "nested"):
+        model = build(base.config, LORA, make_mesh(), "float32", remat=remat)
+        assert groups_of(model.chain.steps) == 2
+        factors, frozen = model.initial_factors(0), model.load(base)
+
+        def loss(factors, model=model, frozen=frozen):
+            return jax.nn.logsumexp(model.logits_BTV(factors, frozen, TOKENS, SEGMENTS), axis=-1).mean()
+
+        found[remat] = jax.jit(jax.value_and_grad(loss))(factors)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found["block"], found["nested"])
+    assert any(np.abs(grad).max() > 1e-3 for grad in found["nested"][1].values())
 
 
 def test_initial_factors_are_peft_s_and_depend_on_nothing_but_seed_and_name(tiny_models):

@@ -3,6 +3,7 @@
 import os
 
 import keras
+import numpy as np
 import optax
 import pytest
 import tiny
@@ -57,7 +58,11 @@ FROM_PRESET = {
     "rank 0": (dict(lora_rank=0), ConfigError, r"lora_rank must be >= 1, got 0"),
     "a negative rank": (dict(lora_rank=-3), ConfigError, r"lora_rank must be >= 1, got -3"),
     "a fractional rank": (dict(lora_rank=1.5), ConfigError, "lora_rank"),
-    "no rank": (dict(lora_rank=None), UnsupportedError, "lora_rank=None .* give lora_rank=16"),
+    "alpha without a rank": (
+        dict(lora_rank=None, lora_alpha=8),
+        ConfigError,
+        "lora_alpha=8 without lora_rank=, which trains all weights and no adapter; leave it out",
+    ),
     "alpha 0": (dict(lora_alpha=0), ConfigError, "lora_alpha"),
     "no such target": (
         dict(target_modules=["q_proj", "query"]),
@@ -103,7 +108,7 @@ TRAINER = {
     "an optimizer's name": (dict(optimizer="adamw"), ConfigError, "optimizer must be a keras.* got str"),
     "tensorboard": (dict(tensorboard_dir="/tmp/x"), UnsupportedError, "tensorboard_dir= is not available yet"),
     "checkpointer": (dict(checkpointer=object()), ConfigError, "checkpointer must be a Checkpointer, got object"),
-    "remat": (dict(remat="all"), ConfigError, "remat must be one of block, dots, got 'all'"),
+    "remat": (dict(remat="all"), ConfigError, "remat must be one of block, dots, nested, got 'all'"),
     "a GPU": (dict(scaling_config=ScalingConfig(use_gpu=True)), UnsupportedError, "use_gpu=True"),
     "elastic": (dict(scaling_config=ScalingConfig(num_workers=(1, 2))), UnsupportedError, "a fixed number of workers"),
 }
@@ -187,8 +192,6 @@ def test_saving_before_training(cluster, model, tmp_path):
 
 
 def test_a_destination_that_is_not_empty_is_left_alone(cluster, model, tmp_path):
-    import numpy as np
-
     from kithara_ray.hf.adapter import target_modules_of
     from kithara_ray.hf.checkpoint import BaseCheckpoint
 
@@ -214,6 +217,24 @@ def test_generate(cluster, model):
     with pytest.raises(ConfigError, match="inputs must be a text"):
         model.generate(3, max_length=8)
     model.release()
+
+
+def test_weight_decay_leaves_out_what_the_optimizer_says(model):
+    """Keras forgets it when it serialises; the names are those of the files."""
+    from kithara_ray.train.optimizer import KerasOptimizer, is_elementwise
+
+    optimizer = keras.optimizers.AdamW(0.5, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["norm", "bias"])
+    kind, value = trainer(model, optimizer=optimizer).optimizer
+    params = {f"model.layers.0.{name}.weight": np.ones(3, np.float32) for name in ("input_layernorm", "mlp.up_proj")}
+    ours = KerasOptimizer(value)
+    after, _ = ours.update({name: np.zeros(3, np.float32) for name in params}, ours.init(params), params)
+    assert [float(array[0]) for array in after.values()] == [1, 0.75]
+    assert is_elementwise(kind, value)
+    assert not is_elementwise(kind, value | {"exclude_from_weight_decay": "layers.1"})
+    optimizer.exclude_from_weight_decay(var_list=[keras.Variable(1.0)])
+    with pytest.raises(UnsupportedError, match=r"give var_names=\[...\], patterns of Hugging Face's tensor names"):
+        trainer(model, optimizer=optimizer)
 
 
 def test_optax_is_taken(model):

@@ -26,9 +26,7 @@ STEPS, EVERY = 8, 3
 
 def make_trainer(directory, out, workers=2, devices=2, failures=0, **kwargs):
     """22 rows in batches of 8: the epoch turns twice, and dropout depends on the step."""
-    model = KerasHubModel.from_preset(
-        str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32"
-    )
+    model = KerasHubModel.from_preset(str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32")
     data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
     held_out = SFTDataset(tiny.rows(5), tokenizer_handle=str(directory))
     options = dict(seed=2, checkpointer=Checkpointer(out / "checkpoints", save_interval_steps=EVERY, max_to_keep=2))

@@ -33,7 +33,8 @@ def test_part_of_a_column_mapping():
 
 def test_column_mapping_the_wrong_way_round():
     text = (
-        "column_mapping maps 'question', but the expected columns are 'prompt', 'answer'; it goes from expected name "
+        "column_mapping maps 'question', but the expected columns are 'prompt', 'answer', "
+        "'messages', 'tools', 'chat_template_kwargs'; it goes from expected name "
         'to source column, e.g. {"prompt": "<the column that holds it>"}'
     )
     with pytest.raises(ConfigError, match=re.escape(text)):

@@ -40,6 +40,7 @@ def batch(mesh, rows=B):
 @pytest.mark.parametrize("chunk_logits", [1, 4 * 320 * 2, 2**25])
 def test_chunked_loss_is_the_plain_one_with_its_gradient(chunk_logits, monkeypatch):
     monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss_module, "_DEVICE_LOGITS", chunk_logits)
     hidden = RNG.normal(size=(B, K, 12)).astype(np.float32)
     head = RNG.normal(size=(12, V)).astype(np.float32)
     targets = RNG.integers(0, V, (B, K))
@@ -112,10 +113,10 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_rows_alone(family, tiny_
 
 def run(directory, optimizer, steps=3, stack_factors=True):
     base, mesh = BaseCheckpoint.open(directory), make_mesh()
-    lora = LoraConfig(r=4, lora_alpha=12, target_modules=("q_proj", "down_proj"))
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=("q_proj", "down_proj"), use_dora=True)
     model = build(base.config, lora, mesh, "float32", stack_factors=stack_factors)
     frozen = model.load(base)
-    state = step.initial_state(model, optimizer, model.initial_factors(0))
+    state = step.initial_state(model, optimizer, model.initial_factors(0, frozen))
     data = batch(mesh)
     compiled = step.compile_step(model, optimizer, state, frozen, data)
     before = [np.asarray(array) for array in frozen]

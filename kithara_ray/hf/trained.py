@@ -1,0 +1,207 @@
+"""Trained weights as a Hugging Face model, written slice by slice as they come.
+
+A slice is a box of one tensor and goes to its place in its file. When all of a file has come, it is read back and every
+box compared with the checksum that its sender took. No tensor is held whole.
+"""
+
+import logging
+import math
+import threading
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kithara_ray.errors import ExportError
+from kithara_ray.hf import storage
+from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
+from kithara_ray.hf.merge import CAST_TAGS, FLOAT_TAGS, row_blocks
+from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, read_header
+
+log = logging.getLogger(__name__)
+
+Bounds = tuple[tuple[int, int], ...]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A box of one tensor.
+
+    Attributes:
+        name: the tensor's.
+        shape: the tensor's, with dims that may be split further: (N, H, D) of (N * H, D).
+        bounds: (start, stop) in each dim of `shape`.
+        data: the box.
+        rank: the process that held it.
+        checksum: `checksum` of the data, taken where it was.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bounds: Bounds
+    data: np.ndarray
+    rank: int
+    checksum: int
+
+
+def checksum(data: np.ndarray) -> int:
+    """Of an array's bytes, row-major."""
+    return zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+
+
+@dataclass
+class _File:
+    """One weight file that is being filled.
+
+    Attributes:
+        missing: elements that have not come.
+        arrived: (tensor, shape, bounds, checksum, rank) of every slice that has.
+    """
+
+    mapped: np.memmap
+    infos: dict[str, TensorInfo]
+    missing: int
+    arrived: list[tuple[str, tuple[int, ...], Bounds, int, int]] = field(default_factory=list)
+
+
+class TrainedWriter:
+    """The weight files of a base with the trained values in the base's place; filled by several threads.
+
+    Args:
+        base: names, shapes, files; and the values of what is not trained.
+        trained: names of the tensors that will come. A head that is tied to the embedding and stands in the file all
+            the same is written with it.
+        dtype: of what will come, "float32" or "bfloat16".
+        directory: where the files are written.
+        complete: called with each file once it is whole and proven.
+    """
+
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        trained: Collection[str],
+        dtype: str,
+        directory: Path,
+        complete: Callable[[Path], None] = lambda path: None,
+    ):
+        if base.source and not set(base.names) <= {*trained, HEAD}:
+            base = BaseCheckpoint.open(storage.fetch(base.source))
+        self._tag, self._trained, self._complete = CAST_TAGS[dtype], set(trained), complete
+        self._lock = threading.Lock()
+        self._files: dict[Path, _File] = {}
+        self._file_of: dict[str, Path] = {}
+        self._same: dict[str, tuple[str, ...]] = {}
+        if HEAD in base.tensors and HEAD not in self._trained:
+            if base.tensors[HEAD].shape == base.tensors[EMBEDDING].shape:
+                self._same[EMBEDDING] = (HEAD,)
+        expected = self._trained.union(*self._same.values())
+        for file in base.files:
+            self._create(base.part(file), expected, Path(directory, file.name))
+
+    def _create(self, part: BaseCheckpoint, expected: set[str], path: Path) -> None:
+        """A file of its full size with its header, and in it what is not trained."""
+        infos = sorted(part.tensors.values(), key=lambda info: (info.offset, info.nbytes))
+        tags = [self._tag if i.name in expected and i.dtype in FLOAT_TAGS else i.dtype for i in infos]
+        entries = [(info.name, tag, info.shape) for info, tag in zip(infos, tags, strict=True)]
+        header = pack_header(entries, read_header(part.files[0])[1])
+        size = sum(math.prod(shape) * NUMPY_DTYPES[tag].itemsize for _, tag, shape in entries)
+        with path.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + size)
+        written = read_header(path)[0]
+        mapped = np.memmap(path, np.uint8, "r+")
+        missing = 0
+        for info in infos:
+            if info.name in expected:
+                self._file_of[info.name] = path
+                missing += math.prod(info.shape)
+                continue
+            own = _array(mapped, written[info.name]).reshape(info.shape[0] if info.shape else 1, -1)
+            for begin, block in row_blocks(info):
+                own[begin : begin + len(block)] = block
+        self._files[path] = _File(mapped, written, missing)
+        if not missing:
+            self._finish(path)
+
+    def put(self, part: TensorSlice) -> None:
+        """Write one slice to its place.
+
+        Raises:
+            ExportError: it belongs nowhere; or it was its file's last, and the file does not hold what was sent.
+        """
+        if part.name not in self._trained:
+            raise ExportError(f"rank {part.rank} sent {part.name}, which is no tensor of this model")
+        for name in (part.name, *self._same.get(part.name, ())):
+            path = self._file_of[name]
+            file = self._files[path]
+            whole = _array(file.mapped, file.infos[name])
+            region = tuple(slice(*span) for span in part.bounds)
+            if math.prod(part.shape) != whole.size or part.data.dtype != whole.dtype:
+                raise ExportError(
+                    f"{name}: rank {part.rank} sent {part.data.dtype} of a tensor {part.shape}, "
+                    f"the file's is {whole.dtype} {whole.shape}"
+                )
+            whole.reshape(part.shape)[region] = part.data
+            with self._lock:
+                file.arrived.append((name, part.shape, part.bounds, part.checksum, part.rank))
+                file.missing -= part.data.size
+                is_last = file.missing == 0
+            if is_last:
+                self._finish(path)
+
+    def _finish(self, path: Path) -> None:
+        file = self._files[path]
+        file.mapped.flush()
+        file.mapped = None
+        _check_tiled(path.name, file)
+        reopened, infos = np.memmap(path, np.uint8, "r"), read_header(path)[0]
+        for name, shape, bounds, expected, rank in file.arrived:
+            region = tuple(slice(*span) for span in bounds)
+            if checksum(_array(reopened, infos[name]).reshape(shape)[region]) != expected:
+                raise ExportError(f"{path}: {name}{_show(bounds)} is not what rank {rank} sent")
+        del reopened
+        log.info("wrote %s: tensors=%d slices=%d", path.name, len(infos), len(file.arrived))
+        self._complete(path)
+
+    def check_complete(self, num_ranks: int) -> None:
+        """Everything has come, from `num_ranks` ranks.
+
+        Raises:
+            ExportError: names the tensor, and the ranks that were not heard.
+        """
+        heard = {entry[-1] for file in self._files.values() for entry in file.arrived}
+        silent = sorted(set(range(num_ranks)) - heard)
+        for path, file in self._files.items():
+            if file.missing:
+                who = f"nothing came from rank {silent}" if silent else f"heard from ranks {sorted(heard)}"
+                raise ExportError(f"{path.name}: {file.missing} elements of its tensors are missing; {who}")
+
+
+def _array(mapped: np.ndarray, info: TensorInfo) -> np.ndarray:
+    raw = mapped[info.offset : info.offset + info.nbytes]
+    return np.ndarray(info.shape, info.numpy_dtype, buffer=raw)
+
+
+def _check_tiled(filename: str, file: _File) -> None:
+    """As many elements have come as there are; without overlap they are all of them."""
+    of_tensor: dict[str, list] = {}
+    for name, shape, bounds, _, rank in file.arrived:
+        of_tensor.setdefault(name, []).append((bounds, shape, rank))
+    for name, parts in of_tensor.items():
+        if len({shape for _, shape, _ in parts}) != 1:
+            raise ExportError(f"{filename}: ranks sent slices of {name} by different shapes")
+        parts.sort()
+        for number, (bounds, _, rank) in enumerate(parts):
+            for other, _, other_rank in parts[number + 1 :]:
+                if other[:1] and other[0][0] >= bounds[0][1]:
+                    break  # sorted by the start of the first dim
+                if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(bounds, other, strict=True)):
+                    raise ExportError(f"{filename}: {name}{_show(other)} came twice, from rank {rank} and {other_rank}")
+
+
+def _show(bounds: Bounds) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in bounds) + "]"

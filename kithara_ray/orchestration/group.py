@@ -1,0 +1,119 @@
+"""One worker a host: what Ray is asked for, for training and for decoding alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train import Result, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.jax import JaxConfig, JaxTrainer
+
+from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
+from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration.paths import absolute
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """A group of workers before it is started.
+
+    Attributes:
+        scaling_config: Ray's; one worker per host.
+        run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
+        cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
+        cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
+    """
+
+    scaling_config: ScalingConfig
+    run_config: RunConfig
+    cpu_devices_per_worker: int
+    cluster_timeout_s: float
+
+    def __post_init__(self):
+        if not isinstance(self.num_workers, int) or self.num_workers < 1:
+            raise UnsupportedError(
+                f"ScalingConfig(num_workers={self.num_workers!r}): a fixed number of workers >= 1 is needed; the "
+                "group's size decides the global batch"
+            )
+        if self.scaling_config.use_gpu:
+            raise UnsupportedError(
+                "ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out"
+            )
+        devices = self.cpu_devices_per_worker
+        if not isinstance(devices, int) or devices < 1:
+            raise ConfigError(f"cpu_devices_per_worker must be an integer >= 1, got {devices!r}")
+
+    @property
+    def num_workers(self) -> int:
+        return self.scaling_config.num_workers
+
+    @property
+    def platform(self) -> str:
+        """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
+        return self.env()["JAX_PLATFORMS"].split(",")[0]
+
+    @property
+    def storage(self) -> str:
+        """Where the run's directory is made."""
+        return absolute(str(self.run_config.storage_path))
+
+    def env(self) -> dict[str, str]:
+        """The workers' environment: the run's own, over what no accelerator needs."""
+        # JAX_PLATFORMS is always given: workers of a local cluster inherit the driver's, which may keep off the TPU.
+        env = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu" if self.scaling_config.use_tpu else "cpu"}
+        if not self.scaling_config.use_tpu:
+            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
+        runtime_env = self.run_config.worker_runtime_env or {}
+        return env | dict(runtime_env.get("env_vars", {}))
+
+    def wait(self) -> None:
+        """Until the cluster has what it takes. Raises ClusterError."""
+        preflight.wait_for_cluster(
+            self.num_workers,
+            self.scaling_config._resources_per_worker_not_none,
+            self.cluster_timeout_s,
+            preflight.slice_heads(self.scaling_config),
+        )
+
+    def run(self, loop: Callable[[dict], Any], config: dict[str, Any]) -> Result:
+        """`loop(config)` in every worker, to its end.
+
+        Raises:
+            KitharaRayError: what a worker failed with, by its cause.
+        """
+        runtime_env = dict(self.run_config.worker_runtime_env or {})
+        runtime_env["env_vars"] = self.env()
+        trainer = JaxTrainer(
+            loop,
+            train_loop_config=config,
+            # use_tpu is Ray's switch for jax.distributed; without it N workers are N independent runs.
+            jax_config=JaxConfig(use_tpu=True),
+            scaling_config=self.scaling_config,
+            run_config=RunConfig(
+                name=self.run_config.name,
+                storage_path=self.storage,
+                storage_filesystem=self.run_config.storage_filesystem,
+                failure_config=self.run_config.failure_config,
+                callbacks=self.run_config.callbacks,
+                worker_runtime_env=runtime_env,
+                logging_config=self.run_config.logging_config,
+            ),
+        )
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise _named(error) from error
+
+
+def _named(error: TrainingFailedError) -> KitharaRayError:
+    """The failure of the first rank that has one of our own errors, or of the first rank."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", failure)
+        if isinstance(cause, KitharaRayError):
+            return cause
+    if failures:
+        rank, failure = sorted(failures.items())[0]
+        cause = getattr(failure, "_base_exc", failure)
+        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
+    return TrainingError(f"the run failed: {error}")

@@ -1,0 +1,7 @@
+"""Planning a run for a TPU slice, without one."""
+
+from kithara_ray.plan.chips import Slice, slice_of
+from kithara_ray.plan.planner import plan
+from kithara_ray.plan.report import Plan
+
+__all__ = ["Plan", "Slice", "plan", "slice_of"]

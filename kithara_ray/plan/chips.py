@@ -1,0 +1,138 @@
+"""TPU chips and slices: what their makers publish, and what their compiler allows.
+
+| generation | peak bf16, HBM, HBM bandwidth, interconnect                         |
+|------------|---------------------------------------------------------------------|
+| v5e        | https://docs.cloud.google.com/tpu/docs/v5e   (read 2026-11)         |
+| v5p        | https://docs.cloud.google.com/tpu/docs/v5p-training (read 2026-11)  |
+| v6e        | https://docs.cloud.google.com/tpu/docs/v6e   (read 2026-11)         |
+
+`hbm_bytes` is a little less than published: it is what libtpu says when it refuses a program ("available HBM").
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from kithara_ray.errors import ConfigError
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One generation's chip.
+
+    Attributes:
+        name: of the generation, as in `v5e-16` and as JAX calls its topologies.
+        accelerator: prefix of TPU_ACCELERATOR_TYPE.
+        hbm_bytes: what a program may use.
+        flops_per_s: bfloat16 products, the published peak.
+        hbm_bytes_per_s: published.
+        ici_bytes_per_s: what a chip can receive from its slice: half of the published bandwidth of both directions.
+        dims: of the slice's torus.
+        per_name: a slice's name counts so many to a chip (v5p's counts its cores).
+    """
+
+    name: str
+    accelerator: str
+    hbm_bytes: int
+    flops_per_s: float
+    hbm_bytes_per_s: float
+    ici_bytes_per_s: float
+    dims: int
+    per_name: int = 1
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "v5litepod", int(15.75 * _GIB), 197e12, 819e9, 200e9, dims=2),
+        Chip("v6e", "v6e", int(31.25 * _GIB), 918e12, 1638e9, 400e9, dims=2),
+        Chip("v5p", "v5p", int(95.74 * _GIB), 459e12, 2765e9, 600e9, dims=3, per_name=2),
+    )
+}
+_MAX_CHIPS = {"v5e": 256, "v6e": 256, "v5p": 6144}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice of one generation, or so many CPU devices.
+
+    Attributes:
+        name: e.g. "v5e-16", or "cpu-4".
+        chips: its number of chips.
+        chip: None where the generation is not known, and for CPU devices.
+        topology: JAX's name of it, e.g. "v5e:4x4"; None without a known chip.
+    """
+
+    name: str
+    chips: int
+    chip: Chip | None
+    topology: str | None
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name.startswith("cpu-")
+
+    @property
+    def hosts(self) -> int:
+        """Four chips to a host; CPU devices are of one process."""
+        return 1 if self.is_cpu else -(-self.chips // 4)
+
+    @property
+    def accelerator_type(self) -> str:
+        """TPU_ACCELERATOR_TYPE of a host of this slice."""
+        return f"{self.chip.accelerator}-{self.chips * self.chip.per_name}"
+
+
+def slice_of(name: str) -> Slice:
+    """The slice of a name: `v5e-16`, `v6e-8`, `v5p-8` (four chips of two cores), `v5litepod-16`, `cpu-4`.
+
+    A generation that is not in the table gives a slice without a chip, for which only an estimate can be made.
+
+    Raises:
+        ConfigError: no such name, or a number of chips that the generation does not come in.
+    """
+    found = re.fullmatch(r"([a-z0-9]+)-(\d+)", name.strip().lower())
+    if not found or int(found[2]) < 1:
+        raise ConfigError(f"slice must be a name such as v5e-16, v6e-8 or v5p-8, got {name!r}")
+    generation = {"v5litepod": "v5e", "tpuv5e": "v5e"}.get(found[1], found[1])
+    count = int(found[2])
+    chip = CHIPS.get(generation)
+    if chip is None:
+        return Slice(f"{generation}-{count}", count, None, None)
+    sizes = slice_sizes(generation)
+    if count not in sizes:
+        raise ConfigError(f"slice {name!r}: {generation} comes as {', '.join(f'{generation}-{n}' for n in sizes)}")
+    chips = count // chip.per_name
+    shape = "x".join(map(str, _torus(chips, chip.dims)))
+    return Slice(f"{generation}-{count}", chips, chip, f"{generation}:{shape}")
+
+
+def slice_sizes(generation: str) -> list[int]:
+    """The numbers in the names of a generation's usual slices, ascending: powers of two."""
+    chip = CHIPS[generation]
+    # A host of v5p has four chips, and no slice is smaller.
+    smallest = 1 if chip.dims == 2 else 4
+    chips = [2**n for n in range(13) if smallest <= 2**n <= _MAX_CHIPS[generation] and (chip.dims == 3 or n != 1)]
+    return [n * chip.per_name for n in chips]
+
+
+def slice_of_topology(topology: str, accelerator_type: str) -> Slice | None:
+    """The slice of Ray's `ScalingConfig(topology="4x4", accelerator_type="TPU-V5LITEPOD")`; None if it is not known."""
+    generation = accelerator_type.removeprefix("TPU-").lower()
+    generation = {"v5litepod": "v5e", "v5e": "v5e"}.get(generation, generation)
+    chip = CHIPS.get(generation)
+    if chip is None or not re.fullmatch(r"\d+(x\d+)*", topology):
+        return None
+    chips = math.prod(map(int, topology.split("x")))
+    return Slice(f"{generation}-{chips * chip.per_name}", chips, chip, f"{generation}:{topology}")
+
+
+def _torus(chips: int, dims: int) -> list[int]:
+    """The usual shape of a slice: its dims as equal as powers of two allow, the small ones first; in three dims the
+    last is the small one up to a cube of 2 (2x2x1), as libtpu names them."""
+    power = chips.bit_length() - 1
+    exponents = sorted((power + i) // dims for i in range(dims))
+    sizes = [2**e for e in exponents]
+    return sizes[::-1] if dims == 3 and chips < 8 else sizes

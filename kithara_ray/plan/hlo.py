@@ -1,0 +1,315 @@
+"""What a compiled program computes and moves, read from its text: loops counted as often as they run.
+
+XLA's own cost analysis counts the body of a loop once; here a computation counts as often as it is called, and a
+`while` calls its body as often as the constant in its condition says. Figures are of one device.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+_BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2} | {
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+}  # fmt: skip
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(")
+_CALLED = re.compile(r"\b(calls|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
+# Whose result is no new array in memory.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "opt-barrier", "optimization-barrier", "copy-done", "all-gather-done", "all-reduce-done",
+    "collective-permute-done", "async-done", "async-start", "async-update",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a result. `hbm` is false where the compiler keeps it in a nearer memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    hbm: bool
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.dims) * _BYTES.get(self.dtype, 4)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation. `literal` is what stands in its brackets: a constant's value, a parameter's number."""
+
+    name: str
+    arrays: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str
+    attributes: str
+    is_root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclass
+class Cost:
+    """What one device does in one run of the program.
+
+    Attributes:
+        matmul_flops: of all products, two to a multiply-add.
+        kernels: how often each kind of custom kernel runs, by its name without a number.
+        hbm_bytes: read and written by everything that runs, each operand and result once; an estimate, since a fused
+            slice of an array counts as what it takes of it.
+        collectives: kind -> bytes that a device receives.
+        collective_counts: kind -> how often one runs.
+    """
+
+    matmul_flops: float = 0.0
+    kernels: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    hbm_bytes: float = 0.0
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    collective_counts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+def cost_of(text: str) -> Cost:
+    """The cost of a program, of its `compiled.as_text()`."""
+    computations, entry = parse(text)
+    times = _times(computations, entry)
+    fused = {name for c in computations.values() for i in c.values() if i.opcode == "fusion" for name in _called(i)}
+    cost, seen = Cost(), {}
+    for name, computation in computations.items():
+        if not times[name]:
+            continue
+        for instruction in computation.values():
+            cost.matmul_flops += times[name] * _flops(instruction, computation)
+            if name not in fused:
+                cost.hbm_bytes += times[name] * _traffic(instruction, computation, computations)
+            if "tpu_custom_call" in instruction.attributes:
+                cost.kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times[name]
+            kind = next((k for k in COLLECTIVES if instruction.opcode in (k, f"{k}-start")), None)
+            if kind:
+                # One that is spread over several steps of a pipeline stands in each of them, under one channel.
+                channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+                key = kind, channel[1] if channel else instruction.name
+                seen.setdefault(key, []).append((times[name], name, instruction))
+    for (kind, _), found in seen.items():
+        runs, within, instruction = max(found, key=lambda f: f[0])
+        kind, received = _received(kind, within, instruction)
+        cost.collectives[kind] += runs * received
+        cost.collective_counts[kind] += runs
+    plain = (dict(d) for d in (cost.kernels, cost.collectives, cost.collective_counts))
+    cost.kernels, cost.collectives, cost.collective_counts = plain
+    return cost
+
+
+def arrays_of(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(dtype, dims) of every array named in a program."""
+    for dtype, dims, _ in _ARRAY.findall(text):
+        if dims and dtype in _BYTES:
+            yield dtype, tuple(map(int, dims.split(",")))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a program by name, and the name of the one it starts with."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" ") and (found := _COMPUTATION.match(line)):
+            current = computations.setdefault(found[2], {})
+            entry = found[2] if found[1] else entry
+        elif line == "}":
+            current = None
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current[found[2]] = _instruction(found, line[found.end() :])
+    return computations, entry
+
+
+def _instruction(found: re.Match, rest: str) -> Instruction:
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    end = _closing(rest, -1)
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
+    arrays = tuple(
+        Array(dtype, tuple(map(int, dims.split(","))) if dims else (), "S(" not in layout)
+        for dtype, dims, layout in _ARRAY.findall(shape)
+    )
+    return Instruction(found[2], arrays, opcode, operands, rest[:end], rest[end + 1 :], bool(found[1]))
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket opened at `start` closes; -1 is one that stands before the text."""
+    depth = 1 if start < 0 else 0
+    for place in range(max(start, 0), len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    raise ValueError(f"unbalanced brackets: {text[:80]}")
+
+
+def _called(instruction: Instruction) -> list[str]:
+    return [name for _, names in _CALLED.findall(instruction.attributes) for name in re.findall(r"%([\w.\-]+)", names)]
+
+
+def _times(computations: Mapping[str, Computation], entry: str) -> dict[str, float]:
+    """How often each computation runs."""
+    times: dict[str, float] = defaultdict(float)
+
+    def call(name: str, runs: float) -> None:
+        times[name] += runs
+        for instruction in computations[name].values():
+            trips = _trips(instruction, computations) if instruction.opcode == "while" else 1
+            for called in _called(instruction):
+                call(called, runs * trips)
+
+    call(entry, 1)
+    return times
+
+
+def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
+    """How often a loop's body runs: XLA's own count where it stands, else the constant that its counter is compared to.
+
+    A scan counts from 0 in steps of one. A loop without either counts once.
+    """
+    known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)[1]
+    found = [i for i in computations[condition].values() if i.opcode == "constant" and i.arrays[0].dims == ()]
+    limits = [int(m[1]) for i in found if (m := re.match(r"(\d+)", i.literal))]
+    return max(limits, default=1)
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
+
+
+def _flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode == "dot":
+        lhs = computation[instruction.operands[0]].arrays[0].dims
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+        return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(lhs[int(d)] for d in contracted.split(",") if d)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, computation)
+    return 0.0
+
+
+def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
+    """A TPU computes products as convolutions; only places where the window lies on the input are multiplied."""
+    lhs, rhs = (computation[name].arrays[0].dims for name in instruction.operands[:2])
+    out = instruction.arrays[0].dims
+    labels = re.search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", instruction.attributes)
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    given = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = sorted(label for label in labels[1] if label.isdigit())
+
+    def per_dim(name: str, default: str) -> list[str]:
+        return given[name].split("x") if name in given else [default] * len(spatial)
+
+    valid = 1
+    columns = zip(spatial, per_dim("size", "1"), per_dim("stride", "1"), per_dim("pad", "0_0"),
+                  per_dim("lhs_dilate", "1"), per_dim("rhs_dilate", "1"), strict=True)  # fmt: skip
+    for label, size, stride, pad, lhs_dilate, rhs_dilate in columns:
+        width, places = lhs[labels[1].index(label)], out[labels[3].index(label)]
+        low, spread = int(pad.split("_")[0]), int(lhs_dilate)
+        reach = [
+            place * int(stride) + tap * int(rhs_dilate) - low for place in range(places) for tap in range(int(size))
+        ]
+        valid *= sum(0 <= at <= (width - 1) * spread and at % spread == 0 for at in reach)
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    batch, features = lhs[labels[1].index("b")], rhs[labels[2].index("i")]
+    produced = rhs[labels[2].index("o")]
+    return 2.0 * batch / (int(groups[1]) if groups else 1) * features * produced * valid
+
+
+def _received(kind: str, within: str, instruction: Instruction) -> tuple[str, float]:
+    """What it is, and the bytes that one device of its group receives, by a ring."""
+    size = sum(array.nbytes for array in instruction.arrays)
+    if instruction.opcode.endswith("-start") and len(instruction.arrays) > 1:
+        size = max(array.nbytes for array in instruction.arrays)
+    ways = _group_size(instruction.attributes)
+    share = (ways - 1) / ways
+    if "all-reduce-scatter" in within:
+        return "reduce-scatter", size * share
+    if kind == "reduce-scatter":
+        return kind, size * (ways - 1)
+    return kind, size * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
+
+
+def _group_size(attributes: str) -> int:
+    """How many devices take part; the three ways in which XLA writes groups."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    return 2
+
+
+def _traffic(instruction: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
+    """Bytes that one instruction reads from and writes to HBM."""
+    if instruction.opcode in _FREE:
+        return 0.0
+    if instruction.opcode == "fusion":
+        return _fusion_traffic(instruction, computation, computations[_called(instruction)[0]])
+    written = sum(array.nbytes for array in instruction.arrays if array.hbm)
+    if instruction.opcode == "dynamic-slice":
+        return 2 * written
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _hbm_bytes(computation, instruction.operands[1])
+    if instruction.opcode in ("copy-start", "slice-start"):
+        written = max((array.nbytes for array in instruction.arrays if array.hbm), default=0)
+        return written
+    return written + sum(_hbm_bytes(computation, name) for name in set(instruction.operands))
+
+
+def _hbm_bytes(computation: Computation, name: str) -> int:
+    return sum(array.nbytes for array in computation[name].arrays if array.hbm)
+
+
+def _fusion_traffic(instruction: Instruction, computation: Computation, body: Computation) -> float:
+    """Operands and results, where a slice is taken or written only the slice."""
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    for inner in body.values():
+        for name in inner.operands:
+            users[name].append(inner)
+    parameters = sorted((i for i in body.values() if i.opcode == "parameter"), key=lambda i: int(i.literal))
+    total = 0.0
+    for parameter, operand in zip(parameters, instruction.operands, strict=False):
+        nbytes = _hbm_bytes(computation, operand)
+        total += min(nbytes, sum(_taken(parameter.name, user, nbytes) for user in users[parameter.name]))
+    root = next(i for i in body.values() if i.is_root)
+    results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for result, array in zip(results, instruction.arrays, strict=False):
+        if array.hbm:
+            total += _written(result, body, array.nbytes)
+    return total
+
+
+def _taken(name: str, user: Instruction, nbytes: int) -> float:
+    if user.opcode in ("dynamic-slice", "slice", "gather"):
+        return sum(array.nbytes for array in user.arrays)
+    if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        return 0.0
+    # A collective's own traffic; its buffers are handed through.
+    if user.opcode in COLLECTIVES or user.opcode in ("custom-call", "tuple"):
+        return 0.0
+    return nbytes
+
+
+def _written(result: Instruction, body: Computation, nbytes: int) -> float:
+    while result.opcode == "bitcast":
+        result = body[result.operands[0]]
+    if result.opcode == "dynamic-update-slice":
+        return sum(array.nbytes for array in body[result.operands[1]].arrays)
+    return 0.0 if result.opcode == "parameter" else nbytes

@@ -1,0 +1,207 @@
+"""What a run would need and could reach on a TPU slice that nobody has rented yet.
+
+`plan` compiles the very step that training would run, for the slice, with the TPU's own compiler (libtpu, which needs
+no TPU) in a process of its own, and reads the program. Where there is no libtpu, or the slice's generation is not
+known, the same model is built without compiling, and what only the compiler knows is estimated and labelled so.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kithara_ray.errors import ConfigError, PlanError, UnsupportedError
+from kithara_ray.hf import storage
+from kithara_ray.hf.checkpoint import CONFIG, read_json
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model.options import PRECISIONS, REMAT
+from kithara_ray.plan.chips import Slice, slice_of
+from kithara_ray.plan.report import Plan, assemble
+from kithara_ray.sharding.shape import MeshShape
+
+# What the step is made of, besides the request: the code of these rooms and the compilers.
+_ROOMS = ("model", "train", "sharding", "plan")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
+_ADAMW = {"module": "keras.optimizers", "class_name": "AdamW", "config": {"learning_rate": 1e-4}}
+# A TPU program's sequences are multiples of this.
+_LENGTH_MULTIPLE = 128
+# What "all-linear" stands for in every family that is supported; a directory without tensors does not say it by itself.
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def plan(
+    base: str | Path | Mapping[str, Any],
+    slice: str | Slice,
+    seq_len: int,
+    per_device_batch_size: int = 1,
+    *,
+    lora: LoraConfig | None = None,
+    optimizer: tuple[str, Any] | None = None,
+    mesh: MeshShape | None = None,
+    remat: str = "block",
+    precision: str = "mixed_bfloat16",
+    gradient_accumulation_steps: int = 1,
+    predictions: int | None = None,
+    price_per_chip_hour: float | None = None,
+    tokens_per_epoch: int | None = None,
+    compile: bool = True,
+    cache: bool = True,
+    timeout_s: float = 3600.0,
+) -> Plan:
+    """What a run of these settings needs on this slice, and the best it can reach.
+
+    Args:
+        base: a directory with a config.json (weights are not needed), a handle such as `hf://google/gemma-2-2b`, or
+            the parsed config.json.
+        slice: e.g. "v5e-16"; "cpu-4" plans for so many CPU devices of one process.
+        seq_len: T, rounded up as training does.
+        per_device_batch_size: rows of one device and micro-batch.
+        lora: what is adapted; rank 16 on q and v by default.
+        optimizer: ("keras", its serialised configuration); AdamW by default. An optax transformation is a closed
+            function: it is planned as AdamW, whose state is as large as that of most.
+        predictions: K, trained tokens of a row; all of them by default.
+        price_per_chip_hour: in any currency, for the cost.
+        tokens_per_epoch: of the data set, for the cost of an epoch.
+        compile: False only estimates.
+        cache: take an earlier result of the same program, and keep this one.
+
+    Raises:
+        ConfigError: an argument is wrong, or the model cannot be honoured.
+        PlanError: the program did not compile for another reason than memory.
+    """
+    where = slice if isinstance(slice, Slice) else slice_of(slice)
+    request = _request(
+        base, where, seq_len, per_device_batch_size, lora or LoraConfig(), optimizer, mesh or MeshShape(), remat,
+        precision, gradient_accumulation_steps, predictions,
+    )  # fmt: skip
+    why = _why_not_compiled(where, compile)
+    request |= {"compile": why is None, "topology": where.topology if why is None and not where.is_cpu else None}
+    found = _facts(request, where, cache, timeout_s)
+    return assemble(request, where, found, why, price_per_chip_hour, tokens_per_epoch)
+
+
+def _request(
+    base, where: Slice, seq_len, rows, lora, optimizer, mesh, remat, precision, micro, predictions
+) -> dict[str, Any]:
+    counts = {"seq_len": seq_len, "per_device_batch_size": rows, "gradient_accumulation_steps": micro}
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"plan: {name} must be an integer >= 1, got {value!r}")
+    if remat not in REMAT:
+        raise ConfigError(f"plan: remat must be one of {', '.join(REMAT)}, got {remat!r}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"plan: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    config = config_of(base)
+    seq_len = seq_len if where.is_cpu else -(-seq_len // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    kind, optimizer_config = optimizer or ("keras", _ADAMW)
+    return {
+        "config": config,
+        "devices": where.chips,
+        "seq_len": seq_len,
+        "per_device_batch_size": rows,
+        "gradient_accumulation_steps": micro,
+        "predictions": min(predictions or seq_len, seq_len),
+        "lora": dataclasses.asdict(lora),
+        "optimizer": optimizer_config if kind == "keras" else _ADAMW,
+        "mesh": dataclasses.asdict(mesh),
+        "remat": remat,
+        "precision": precision,
+        "base_dtype": "bfloat16" if precision == "bfloat16" else stored,
+    }
+
+
+def config_of(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a base; of a local directory that may hold nothing else."""
+    if isinstance(base, Mapping):
+        return dict(base)
+    directory = Path(str(base)).expanduser()
+    if not directory.is_dir():
+        directory = storage.fetch_headers(str(base))[0]
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(f"{directory}: {CONFIG} is missing; it is all that a plan needs of a model")
+    return read_json(directory / CONFIG, UnsupportedError)
+
+
+def _why_not_compiled(where: Slice, compile: bool) -> str | None:
+    if where.is_cpu and compile:
+        return None
+    if not compile:
+        return "it was asked for without compiling"
+    if where.chip is None:
+        return f"the chips of {where.name} are not known here"
+    if importlib.util.find_spec("libtpu") is None:
+        return "libtpu, the TPU's compiler, is not installed (pip install 'jax[tpu]'; it needs no TPU)"
+    return None
+
+
+# --- the other process -----------------------------------------------------------------------------------------------
+
+
+def _facts(request: dict[str, Any], where: Slice, cache: bool, timeout_s: float) -> dict[str, Any]:
+    kept = storage.cache_dir() / "plans" / f"{_key(request, where)}.json"
+    if cache and kept.is_file():
+        return json.loads(kept.read_text()) | {"cached": True}
+    with tempfile.TemporaryDirectory(prefix="kithara-plan-") as directory:
+        asked, answered = Path(directory, "request.json"), Path(directory, "result.json")
+        asked.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "kithara_ray.plan.program", str(asked), str(answered)]
+        try:
+            done = subprocess.run(command, env=_environment(request, where), capture_output=True, timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise PlanError(f"the step did not compile for {where.name} within {timeout_s:g} s") from error
+        if done.returncode or not answered.is_file():
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise PlanError(f"the step did not compile for {where.name}: {said[-1] if said else 'no message'}")
+        found = json.loads(answered.read_text())
+    if "config_error" in found:
+        kind, message = found["config_error"]
+        raise (UnsupportedError if kind == "UnsupportedError" else ConfigError)(message)
+    if cache:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: several plans may run beside each other.
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as half:
+            half.write(json.dumps(found))
+        os.replace(half.name, kept)
+    return found
+
+
+def _environment(request: Mapping[str, Any], where: Slice) -> dict[str, str]:
+    """Of a process that holds no accelerator and compiles for one."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_FLAGS"))}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if request["topology"] is None:
+        return env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={where.chips}"}
+    return env | {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": where.accelerator_type,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        # Nothing is run on a TPU, so no process need wait for another's.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+
+
+def _key(request: Mapping[str, Any], where: Slice) -> str:
+    digest = hashlib.sha256(json.dumps([request, where.name], sort_keys=True).encode())
+    package = Path(__file__).parents[1]
+    for room in _ROOMS:
+        for file in sorted((package / room).rglob("*.py")):
+            digest.update(file.read_bytes())
+    digest.update(json.dumps([_version(name) for name in _PACKAGES]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

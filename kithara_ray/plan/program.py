@@ -1,0 +1,207 @@
+"""The step built without weights and compiled for a slice, in a process of its own whose environment names the slice.
+
+    python -m kithara_ray.plan.program REQUEST.json RESULT.json
+
+`planner` writes the request and starts this; what it gives are facts about the program. What they mean for a user is
+`planner`'s.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kithara_ray.errors import ConfigError
+from kithara_ray.plan.terms import Counts
+
+
+def facts(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that is known of one request's program.
+
+    Keys: `devices`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes`, `rows`, and of a
+    compiled one `memory`, `compile_s`, `cost`, `cost_analysis`; of a refused one `refusal` and `refused_bytes`.
+    """
+    from kithara_ray.model import runtime
+
+    runtime.prepare()
+    import ml_dtypes
+    import numpy as np
+
+    from kithara_ray.model.causal_lm import build
+    from kithara_ray.sharding.mesh import make_mesh
+    from kithara_ray.sharding.shape import MeshShape
+    from kithara_ray.train import step
+    from kithara_ray.train.optimizer import KerasOptimizer, is_elementwise
+
+    devices = _devices(request)
+    mesh = make_mesh(MeshShape(**request["mesh"]), devices)
+    optimizer = KerasOptimizer(request["optimizer"])
+    model = build(
+        request["config"],
+        _lora(request["lora"]),
+        mesh,
+        request["precision"],
+        remat=request["remat"],
+        stack_factors=is_elementwise("keras", request["optimizer"]),
+    )
+    dtype = np.dtype(ml_dtypes.bfloat16 if request["base_dtype"] == "bfloat16" else request["base_dtype"])
+    state = step.abstract_state(model, optimizer)
+    frozen = model.abstract_frozen(dtype)
+    micro = request["gradient_accumulation_steps"]
+    rows = request["per_device_batch_size"] * micro * mesh.size
+    batch = step.abstract_batch(model, rows, request["seq_len"], request["predictions"])
+    found = {
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "counts": dataclasses.asdict(counts_of(model, request["config"])),
+        "bytes": {
+            "frozen": _on_one_device(frozen),
+            "adapter": _on_one_device(state["params"]),
+            "optimizer": _on_one_device(state["opt"]),
+            "batch": _on_one_device(batch),
+        },
+        "adapter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in state["params"].values()),
+        "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(state)),
+        "largest_array_bytes": max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in frozen),
+        "rows": rows,
+    }
+    return found | (_compiled(step, model, optimizer, state, frozen, batch, micro) if request["compile"] else {})
+
+
+def _lora(settings: Mapping[str, Any]):
+    from kithara_ray.hf.lora_config import LoraConfig
+
+    targets = settings["target_modules"]
+    return LoraConfig(**{**settings, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
+
+
+def _compiled(step, model, optimizer, state, frozen, batch, micro: int) -> dict[str, Any]:
+    import jax
+
+    from kithara_ray.plan.hlo import cost_of
+
+    started = time.monotonic()
+    try:
+        compiled = step.compile_step(model, optimizer, state, frozen, batch, micro)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"refusal": str(error).splitlines()[0], "refused_bytes": refused_bytes(str(error))}
+    seconds = time.monotonic() - started
+    memory = compiled.memory_analysis()
+    sizes = ("argument", "output", "alias", "temp", "generated_code")
+    return {
+        "compile_s": round(seconds, 1),
+        "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in sizes},
+        "cost": dataclasses.asdict(cost_of(compiled.as_text())),
+    }
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def refused_bytes(message: str) -> dict[str, int | None]:
+    """What the compiler says a program would need and what there is, from its refusal; None where it does not say.
+
+    `temporaries` or `total`, whichever it counts, and `available`.
+    """
+    amount = r"([\d.]+)([KMG]?)"
+    forms = {
+        "total": rf"Used {amount} of {amount} hbm",
+        "temporaries": rf"HLO temporaries \({amount}\) exceeds available HBM \({amount}\)",
+    }
+    for name, form in forms.items():
+        if found := re.search(form, message):
+            needed, there = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+            return {name: needed, "available": there}
+    return {"available": None}
+
+
+def _devices(request: Mapping[str, Any]) -> list:
+    """The slice's devices, none of which need exist; for a CPU plan or an estimate so many of this process'."""
+    if request["topology"] is None:
+        import jax
+
+        return jax.devices()[: request["devices"]]
+    from jax.experimental import topologies
+
+    # A host has four chips unless told; a slice of one chip has a host of one.
+    one = {"chips_per_host_bounds": (1, 1, 1)} if request["devices"] == 1 else {}
+    return list(topologies.get_topology_desc(request["topology"], "tpu", **one).devices)
+
+
+def _on_one_device(tree: Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in _leaves(tree))
+
+
+def _leaves(tree: Any) -> list:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def counts_of(model, config: Mapping[str, Any]) -> Counts:
+    """What a built model's tokens are multiplied with; of experts the ones that a token is sent to."""
+    from kithara_ray.model import attention
+
+    names = {id(port.variable): port.variable.path for slot in model.slots for port in slot.ports}
+    in_blocks = {id(variable) for block in model.chain.blocks for variable in block.variables}
+    size = lambda variable: math.prod(variable.shape)  # noqa: E731
+    ports = [port.variable for slot in model.slots for port in slot.ports]
+    itemsize = {id(p.variable): _itemsize(p.variable) for slot in model.slots for p in slot.ports}
+    experts = config.get("num_local_experts") or config.get("num_experts") or 1
+    active = (config.get("num_experts_per_tok") or experts) / experts
+
+    def multiplied(variable) -> float:
+        if len(variable.shape) < 2:
+            return 0
+        # An expert's matrix stands in an array whose first dim counts the experts.
+        routed = experts > 1 and len(variable.shape) == 3 and variable.shape[0] == experts
+        return size(variable) * (active if routed else 1)
+
+    blocks = [v for v in ports if id(v) in in_blocks]
+    tables = [v for v in ports if names[id(v)].rpartition("/")[2] in ("embeddings", "reverse_embeddings")]
+    heads = [v for v in tables if names[id(v)].endswith("reverse_embeddings")] or tables
+    of_block = [
+        sum(size(v) * itemsize[id(v)] for v in block.variables if id(v) in itemsize) for block in model.chain.blocks
+    ]
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    settings = [attention.settings_of(block) for block in model.chain.blocks]
+    return Counts(
+        blocks=int(sum(multiplied(v) for v in blocks)),
+        head=size(heads[0]),
+        lora=sum(math.prod(shape) for shape in model.adapter_shapes.values()),
+        attention=tuple((config["num_attention_heads"], width, s.window) for s in settings),
+        hidden=config["hidden_size"],
+        layers=len(model.chain.blocks),
+        steps=model.chain.steps,
+        weights_bytes=sum(size(v) * itemsize[id(v)] for v in ports),
+        blocks_bytes=sum(of_block),
+        widest_bytes=max(of_block),
+        intermediate=int(config.get("intermediate_size") or 4 * config["hidden_size"]),
+        parameters=sum(size(v) for v in ports),
+    )
+
+
+def _itemsize(variable) -> int:
+    import numpy as np
+
+    return 2 if str(variable.dtype) in ("bfloat16", "float16") else np.dtype(str(variable.dtype)).itemsize
+
+
+def main(request_path: str, result_path: str) -> None:
+    request = json.loads(Path(request_path).read_text())
+    try:
+        result = facts(request)
+    except ConfigError as error:
+        result = {"config_error": [type(error).__name__, str(error)]}
+    Path(result_path).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

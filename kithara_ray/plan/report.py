@@ -1,0 +1,294 @@
+"""A plan: what is known of a program, turned into what a user asks."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kithara_ray.plan import terms
+from kithara_ray.plan.chips import Slice, slice_of, slice_sizes
+from kithara_ray.plan.terms import Counts
+
+_GIB = 2**30
+# A worker's process before it holds an array: python, jax, keras, keras-hub and Ray.
+_PROCESS_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on a slice, and the best it can reach there. Bytes and FLOPs; seconds.
+
+    Attributes:
+        slice, chips, hosts, mesh: where.
+        compiled: whether the TPU's compiler compiled this very step; else memory is an estimate.
+        estimated_because: why it did not; None where it did, or where it refused.
+        fits: None where the chip's memory is not known.
+        refusal: the compiler's own words where the program does not fit.
+        hbm_bytes_per_chip: frozen, adapter, optimizer, batch, temporaries (of which `kept_activations`), program, total
+            and available.
+        flops_per_token: of the ideal program by term, its `total`, and `program`: what was compiled.
+        flops_per_step, hbm_traffic_bytes_per_step: of one chip.
+        collective_bytes_per_step: received by one chip, by kind, `total`, and `fsdp_minimum`: every weight once
+            forward, once backward, the adapter's gradients once.
+        step_time_s: lower bounds by part: compute, hbm, interconnect.
+        step_time_s_bound: the largest of them; `bound_by` names it.
+        tokens_per_step: padding included.
+        host: ram_bytes_load of a host; disk_bytes of the base, of an adapter and of a merged export.
+        cost: per_hour, per_million_tokens and per_epoch at the bound, in the price's currency; None without a price.
+    """
+
+    slice: str
+    chips: int
+    hosts: int
+    mesh: dict[str, int]
+    settings: dict[str, Any]
+    compiled: bool
+    estimated_because: str | None
+    fits: bool | None
+    refusal: str | None
+    hbm_bytes_per_chip: dict[str, int | None]
+    flops_per_token: dict[str, float]
+    flops_per_step: float
+    hbm_traffic_bytes_per_step: float | None
+    collective_bytes_per_step: dict[str, float]
+    step_time_s: dict[str, float]
+    step_time_s_bound: float | None
+    bound_by: str | None
+    tokens_per_step: int
+    tokens_per_s_bound: float | None
+    mfu_bound: float | None
+    compile_s: float | None
+    host: dict[str, int]
+    adapter_bytes: int
+    checkpoint_bytes: int
+    cost: dict[str, float | None] | None = None
+    advice: list[str] = field(default_factory=list)
+
+    def json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def verdict(self) -> str:
+        """One line, e.g. "needs 21.3 of 15.8 GiB per chip of v5e-4: try v5e-8"."""
+        hbm = self.hbm_bytes_per_chip
+        label = "" if self.compiled or self.refusal else " (estimated)"
+        if hbm["available"] is None:
+            return f"needs {_gib(hbm['total'])} GiB per chip of {self.slice}{label}"
+        needs = f"needs {_gib(hbm['total'])} of {_gib(hbm['available'])} GiB per chip of {self.slice}{label}"
+        return needs if self.fits else f"{needs}: try {', or '.join(self.advice)}"
+
+    def table(self):
+        """A `rich` table."""
+        from rich.table import Table
+
+        table = Table(title=self.verdict(), show_header=False, title_justify="left")
+        for name, value in _rows(self):
+            table.add_row(name, value)
+        return table
+
+
+def assemble(
+    request: Mapping[str, Any],
+    where: Slice,
+    found: Mapping[str, Any],
+    why: str | None,
+    price_per_chip_hour: float | None = None,
+    tokens_per_epoch: int | None = None,
+) -> Plan:
+    """The plan from the facts of `program.facts`."""
+    counts = Counts(**found["counts"] | {"attention": tuple(map(tuple, found["counts"]["attention"]))})
+    seq_len, tokens = request["seq_len"], found["rows"] * request["seq_len"]
+    flops = terms.flops_per_token(counts, seq_len, request["predictions"], request["remat"])
+    hbm = _hbm(request, where, found, counts)
+    program = _program_flops(request, found, counts)
+    flops["program"] = flops["total"] if program is None else program * found["devices"] / tokens
+    collectives = _collectives(found, counts)
+    per_chip = flops["program"] * tokens / found["devices"]
+    traffic = found["cost"]["hbm_bytes"] if "cost" in found else None
+    times = _times(where, per_chip, traffic, collectives)
+    bound = max(times.values(), default=None)
+    peak = where.chip.flops_per_s if where.chip else None
+    model_flops = terms.model_flops_per_token(flops) * tokens / found["devices"]
+    fits = None if hbm["available"] is None else "refusal" not in found and hbm["total"] <= hbm["available"]
+    return Plan(
+        slice=where.name,
+        chips=where.chips,
+        hosts=where.hosts,
+        mesh=found["mesh"],
+        settings={
+            "model_type": request["config"].get("model_type"),
+            "parameters": counts.parameters,
+            "trainable": counts.lora,
+            **{name: request[name] for name in _SETTINGS},
+            "lora_rank": request["lora"]["r"],
+        },
+        compiled="memory" in found,
+        estimated_because=why,
+        fits=fits,
+        refusal=found.get("refusal"),
+        hbm_bytes_per_chip=hbm,
+        flops_per_token=flops,
+        flops_per_step=per_chip,
+        hbm_traffic_bytes_per_step=traffic,
+        collective_bytes_per_step=collectives,
+        step_time_s=times,
+        step_time_s_bound=bound,
+        bound_by=max(times, key=times.get) if times else None,
+        tokens_per_step=tokens,
+        tokens_per_s_bound=tokens / bound if bound else None,
+        mfu_bound=model_flops / peak / bound if bound else None,
+        compile_s=found.get("compile_s"),
+        host=_host(found, where, counts),
+        adapter_bytes=found["adapter_bytes"],
+        checkpoint_bytes=found["state_bytes"],
+        cost=_cost(price_per_chip_hour, tokens_per_epoch, where.chips, tokens, bound),
+        advice=[] if fits in (None, True) else _advice(request, where, hbm),
+    )
+
+
+_SETTINGS = (
+    "seq_len", "predictions", "per_device_batch_size", "gradient_accumulation_steps", "remat", "precision",
+)  # fmt: skip
+
+
+def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
+    width = 4 if request["precision"] == "float32" else 2
+    rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
+    parts = dict(found["bytes"])
+    parts["kept_activations"] = terms.kept_bytes(counts, request["seq_len"], rows, width, request["remat"])
+    arguments = sum(found["bytes"].values())
+    if "memory" in found:
+        memory = found["memory"]
+        # The compiler pads and tiles: its own figures, and the parts of the arguments as they are stored.
+        parts |= {"temporaries": memory["temp"], "program": memory["generated_code"]}
+        total = memory["argument"] + memory["temp"] + memory["output"] - memory["alias"] + memory["generated_code"]
+    else:
+        refused = found.get("refused_bytes") or {}
+        shape = request["seq_len"], rows, found["mesh"]["tensor"], width
+        estimate = int(terms.estimated_temporaries(counts, *shape, request["remat"]))
+        parts |= {"temporaries": refused.get("temporaries") or estimate, "program": None}
+        total = refused.get("total") or arguments + parts["temporaries"]
+    available = where.chip.hbm_bytes if where.chip else None
+    return parts | {"total": total, "available": available}
+
+
+def _program_flops(request, found, counts: Counts) -> float | None:
+    """Of one device and step."""
+    if "cost" not in found:
+        return None
+    rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
+    kernels = sum(
+        runs * terms.kernel_flops(name, counts, request["seq_len"], rows) / found["mesh"]["tensor"]
+        for name, runs in found["cost"]["kernels"].items()
+    )
+    return found["cost"]["matmul_flops"] + kernels
+
+
+def _collectives(found, counts: Counts) -> dict[str, float]:
+    ways = found["mesh"]["fsdp"] * found["mesh"]["tensor"]
+    least = terms.least_collective_bytes(counts, ways, found["adapter_bytes"])
+    if "cost" not in found:
+        return {"total": least, "fsdp_minimum": least}
+    kinds = found["cost"]["collectives"]
+    return {**kinds, "total": sum(kinds.values()), "fsdp_minimum": least}
+
+
+def _times(where: Slice, flops: float, traffic: float | None, collectives: Mapping[str, float]) -> dict[str, float]:
+    if where.chip is None:
+        return {}
+    times = {
+        "compute": flops / where.chip.flops_per_s,
+        "interconnect": collectives["total"] / where.chip.ici_bytes_per_s,
+    }
+    if traffic is not None:
+        times["hbm"] = traffic / where.chip.hbm_bytes_per_s
+    return times
+
+
+def _host(found, where: Slice, counts: Counts) -> dict[str, int]:
+    """A host reads its own slices of one array at a time; an export streams the base tensor by tensor."""
+    return {
+        "ram_bytes_load": _PROCESS_BYTES + found["largest_array_bytes"] // where.hosts,
+        "disk_bytes_base": counts.weights_bytes,
+        "disk_bytes_merged_export": counts.weights_bytes,
+    }
+
+
+def _cost(price, tokens_per_epoch, chips: int, tokens_per_step: int, bound: float | None):
+    if price is None:
+        return None
+    per_hour = price * chips
+    per_token = per_hour / 3600 * bound / tokens_per_step if bound else None
+    return {
+        "price_per_chip_hour": price,
+        "per_hour": per_hour,
+        "per_million_tokens": per_token and per_token * 1e6,
+        "per_epoch": per_token * tokens_per_epoch if per_token and tokens_per_epoch else None,
+    }
+
+
+def _advice(request, where: Slice, hbm) -> list[str]:
+    """What would make it smaller, the cheapest first."""
+    found = []
+    if request["remat"] != "nested":
+        found.append('remat="block"' if request["remat"] == "dots" else 'remat="nested"')
+    rows = request["per_device_batch_size"]
+    if rows > 1:
+        found.append(f"per_device_batch_size={rows // 2} with gradient_accumulation_steps=2")
+    elif hbm["kept_activations"] > hbm["frozen"]:
+        found.append(f"max_seq_len={request['seq_len'] // 2}")
+    if where.chip and hbm["frozen"] > hbm["available"] / 8:
+        generation = where.chip.name
+        larger = [n for n in slice_sizes(generation) if n > where.chips * where.chip.per_name]
+        found += [slice_of(f"{generation}-{larger[0]}").name] if larger else []
+    return found or ["a slice whose chips have more memory"]
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / _GIB:.2f}" if nbytes < _GIB else f"{nbytes / _GIB:.1f}"
+
+
+def _rows(plan: Plan):
+    """Name and value of each line of the table."""
+    hbm, flops = plan.hbm_bytes_per_chip, plan.flops_per_token
+    kind = "compiled" if plan.compiled else "refused by the compiler" if plan.refusal else "estimated"
+    yield (
+        "slice",
+        f"{plan.slice}: {plan.chips} chips, {plan.hosts} hosts, mesh "
+        + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
+    )
+    yield "how it is known", kind + (f": {plan.estimated_because}" if plan.estimated_because else "")
+    if plan.refusal:
+        yield "", plan.refusal
+    for name in ("frozen", "adapter", "optimizer", "batch", "temporaries", "kept_activations", "program", "total"):
+        if hbm.get(name) is not None:
+            label = f"HBM per chip: {name}" if name != "kept_activations" else "    of which kept activations"
+            yield label, f"{hbm[name] / _GIB:.3f} GiB"
+    yield (
+        "FLOPs per token",
+        f"{flops['program'] / 1e9:.2f} G; ideal {flops['total'] / 1e9:.2f} G: "
+        + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in flops.items() if name not in ("total", "program")),
+    )
+    moved = plan.collective_bytes_per_step
+    yield (
+        "moved to each chip",
+        f"{moved['total'] / 1e9:.2f} GB a step (FSDP moves {moved['fsdp_minimum'] / 1e9:.2f}): "
+        + (
+            ", ".join(f"{k} {v / 1e9:.2f}" for k, v in moved.items() if k not in ("total", "fsdp_minimum"))
+            or "estimated"
+        ),
+    )
+    if plan.step_time_s_bound:
+        parts = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in plan.step_time_s.items())
+        yield "step time", f">= {plan.step_time_s_bound * 1e3:.0f} ms, bound by {plan.bound_by} ({parts})"
+        yield "tokens/s", f"<= {plan.tokens_per_s_bound:,.0f}; MFU <= {plan.mfu_bound:.0%}"
+    if plan.compile_s is not None:
+        yield "compile", f"{plan.compile_s:.0f} s on this machine"
+    yield (
+        "host",
+        f"RAM to load {plan.host['ram_bytes_load'] / 1e9:.1f} GB, base {plan.host['disk_bytes_base'] / 1e9:.1f} GB",
+    )
+    yield "adapter, checkpoint", f"{plan.adapter_bytes / 1e6:.1f} MB, {plan.checkpoint_bytes / 1e6:.1f} MB"
+    if plan.cost:
+        shown = {name: value for name, value in plan.cost.items() if value is not None}
+        yield "cost at the bound", ", ".join(f"{name} {value:.4g}" for name, value in shown.items())

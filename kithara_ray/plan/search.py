@@ -1,0 +1,57 @@
+"""The largest batch that fits, and a grid of settings."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from kithara_ray.plan.chips import Slice, slice_of
+from kithara_ray.plan.planner import plan
+from kithara_ray.plan.report import Plan
+
+# A step's rows beyond this add nothing: the chip is busy long before.
+_MAX_ROWS = 64
+
+
+def largest_batch(base: Any, where: str | Slice, seq_len: int, **settings: Any) -> Plan | None:
+    """The plan of the largest power of two of rows a device that fits; None if one row does not.
+
+    What a row adds is read off the plan of one row (its kept activations and its share of the temporaries), so that
+    two or three programs are compiled and not seven.
+    """
+    best = plan(base, where, seq_len, 1, **settings)
+    if not best.fits:
+        return None
+    hbm = best.hbm_bytes_per_chip
+    room = hbm["available"] - hbm["total"]
+    rows = 2 * _power_of_two(1 + room // max(1, hbm["temporaries"]))
+    tried: dict[int, Plan] = {}
+    while 1 < rows <= _MAX_ROWS and rows not in tried:
+        tried[rows] = plan(base, where, seq_len, rows, **settings)
+        if tried[rows].fits:
+            best, rows = tried[rows], rows * 2
+        elif rows // 2 > best.settings["per_device_batch_size"]:
+            rows //= 2
+        else:
+            break
+    return best
+
+
+def _power_of_two(count: int) -> int:
+    """The largest that is not above `count`, within what is tried."""
+    return min(_MAX_ROWS // 2, 2 ** (max(1, int(count)).bit_length() - 1))
+
+
+def grid(slices: Sequence[str], seq_lens: Sequence[int], ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """The points of a sweep, the smallest slice first."""
+    ordered = sorted(slices, key=lambda name: (slice_of(name).chips, name))
+    points = itertools.product(seq_lens, ranks, ordered)
+    return [{"slice": name, "seq_len": seq_len, "rank": rank} for seq_len, rank, name in points]
+
+
+def smallest_that_fits(points: Iterable[Mapping[str, Any]], plans: Iterable[Plan | None]) -> dict[tuple[int, int], str]:
+    """(seq_len, rank) -> the slice of fewest chips on which one row a chip fits."""
+    found: dict[tuple[int, int], str] = {}
+    for point, made in zip(points, plans, strict=True):
+        if made is not None and made.fits:
+            found.setdefault((point["seq_len"], point["rank"]), point["slice"])
+    return found

@@ -1,0 +1,309 @@
+"""Plans: programs read by known amounts, one whole plan on CPU devices against a run, and what is said when."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny import SIZES, VOCABULARY
+
+from kithara_ray.errors import ConfigError
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.plan import hlo, plan, planner, slice_of, terms
+from kithara_ray.plan.chips import CHIPS, slice_of_topology, slice_sizes
+from kithara_ray.plan.program import refused_bytes
+from kithara_ray.plan.report import assemble
+from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
+from kithara_ray.sharding.mesh import make_mesh
+
+CONFIG = dict(SIZES["gemma2"], model_type="gemma2", vocab_size=VOCABULARY, rms_norm_eps=1e-6)
+T = 32
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "topology", "accelerator"),
+    [
+        ("v5e-1", 1, "v5e:1x1", "v5litepod-1"),
+        ("v5e-8", 8, "v5e:2x4", "v5litepod-8"),
+        ("v5litepod-16", 16, "v5e:4x4", "v5litepod-16"),
+        ("v6e-32", 32, "v6e:4x8", "v6e-32"),
+        ("v5p-8", 4, "v5p:2x2x1", "v5p-8"),
+        ("v5p-64", 32, "v5p:2x4x4", "v5p-64"),
+    ],
+)
+def test_slices(name, chips, topology, accelerator):
+    found = slice_of(name)
+    assert (found.chips, found.topology, found.accelerator_type) == (chips, topology, accelerator)
+
+
+def test_slices_that_are_not_there():
+    with pytest.raises(ConfigError, match="slice must be a name such as v5e-16"):
+        slice_of("4x4")
+    with pytest.raises(ConfigError, match="v5e comes as v5e-1, v5e-4, v5e-8, v5e-16"):
+        slice_of("v5e-12")
+    assert slice_of("v9z-4").chip is None
+    assert slice_of_topology("4x4", "TPU-V5LITEPOD") == slice_of("v5e-16")
+    assert slice_of_topology("2x2x2", "TPU-V4") is None
+
+
+# --- reading programs ------------------------------------------------------------------------------------------------
+
+
+def test_loops_count_as_often_as_they_run():
+    """A scan of 7 products of (16, 32) by (32, 32), and within each a scan of 3 of (16, 32) by (32, 8)."""
+
+    def inner(x, w):
+        return x, jnp.tanh(x @ w)
+
+    def outer(x, _):
+        x = jnp.tanh(x @ big)
+        return x, jax.lax.scan(inner, x, small)[1]
+
+    big, small = jnp.ones((32, 32)), jnp.ones((3, 32, 8))
+    compiled = jax.jit(lambda x: jax.lax.scan(outer, x, None, length=7)).lower(jnp.ones((16, 32))).compile()
+    assert hlo.cost_of(compiled.as_text()).matmul_flops == 7 * 2 * (16 * 32 * 32 + 3 * 16 * 32 * 8)
+
+
+def test_collectives_count_what_a_device_receives():
+    """On 4 devices: a weight of 4 KiB gathered 5 times in a scan, a sum of 2 KiB over all."""
+    mesh = make_mesh(devices=jax.devices()[:4])
+    on = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+
+    def step(x, weights):
+        def body(x, w):
+            w = jax.lax.with_sharding_constraint(w, on())
+            return jnp.tanh(x @ w), None
+
+        x, _ = jax.lax.scan(body, x, weights)
+        return jax.lax.with_sharding_constraint(jnp.sum(x.reshape(4, 16, 32), axis=0), on())
+
+    shapes = (
+        jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=on("fsdp")),
+        jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=on(None, "fsdp")),
+    )
+    cost = hlo.cost_of(jax.jit(step).lower(*shapes).compile().as_text())
+    assert cost.collectives["all-gather"] == 5 * 4096 * 3 / 4
+    assert cost.collectives["all-reduce"] == 2 * 2048 * 3 / 4
+    assert cost.collective_counts == {"all-gather": 5, "all-reduce": 1}
+
+
+_GATHER = "all-gather(%w), channel_id=3, replica_groups=mesh['a'=1,'b'=4] {'b'}, dimensions={0}"
+_TPU = f"""\
+HloModule jit_step
+
+%body (p: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {{
+  %w = bf16[64,128]{{1,0}} parameter(0)
+  %gather.1 = bf16[256,128]{{1,0:T(8,128)}} {_GATHER}
+  %gather.2 = bf16[256,128]{{1,0:T(8,128)S(1)}} {_GATHER}
+  %x = bf16[16,64,1]{{2,1,0}} constant({{...}})
+  %k = bf16[2,64,128]{{2,1,0}} constant({{...}})
+  %y = bf16[16,2,128]{{2,1,0}} convolution(%x, %k), window={{size=2 pad=1_1 rhs_reversal=1}}, dim_labels=bf0_0io->b0f
+  %mha_fwd.4 = f32[8]{{0}} custom-call(%y), custom_call_target="tpu_custom_call"
+}}
+
+%condition (p: s32[]) -> pred[] {{
+  %counter = s32[]{{:T(128)}} parameter(0)
+  %limit = s32[]{{:T(128)}} constant(26)
+  ROOT %less = pred[] compare(%counter, %limit), direction=LT
+}}
+
+%all-reduce-scatter.1 (input: bf16[4,8]) -> bf16[1,8] {{
+  %input = bf16[4,8]{{1,0}} parameter(0)
+  %sum = bf16[4,8]{{1,0}} all-reduce(%input), channel_id=9, replica_groups={{{{0,1,2,3}}}}, to_apply=%add
+  ROOT %part = bf16[1,8]{{1,0}} dynamic-slice(%sum), dynamic_slice_sizes={{1,8}}
+}}
+
+ENTRY %main (p: bf16[4,8]) -> bf16[1,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  %loop = (s32[], bf16[64,128]) while(%p), condition=%condition, body=%body
+  ROOT %scattered = bf16[1,8]{{1,0}} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}}
+"""
+
+
+def test_what_only_a_tpu_program_has():
+    """One gather spread over a pipeline counts once; products are convolutions whose window lies half outside; a
+    reduce-scatter is written as an all-reduce of which a part is taken."""
+    computations, entry = hlo.parse(_TPU)
+    assert (entry, set(computations)) == ("main", {"body", "condition", "all-reduce-scatter.1", "main"})
+    cost = hlo.cost_of(_TPU)
+    assert cost.collectives == {"all-gather": 26 * 256 * 128 * 2 * 3 / 4, "reduce-scatter": 4 * 8 * 2 * 3 / 4}
+    assert cost.matmul_flops == 26 * 2 * 16 * 64 * 128 * 2
+    assert cost.kernels == {"mha_fwd": 26}
+
+
+@pytest.mark.parametrize(("seq_len", "window"), [(5, None), (5, 2), (6, 6), (7, 1)])
+def test_seen_pairs(seq_len, window):
+    pairs = [(q, k) for q in range(seq_len) for k in range(q + 1) if window is None or q - k < window]
+    assert terms.seen_pairs(seq_len, window) == len(pairs)
+
+
+def test_refusals_are_read():
+    """As libtpu words them."""
+    assert refused_bytes(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.61G) exceeds "
+        "available HBM (15.75G)."
+    ) == {"temporaries": int(17.61 * 2**30), "available": int(15.75 * 2**30)}
+    assert refused_bytes("Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded by 6.75G.") == {
+        "total": int(22.5 * 2**30),
+        "available": int(15.75 * 2**30),
+    }
+    assert refused_bytes("RESOURCE_EXHAUSTED: something else") == {"available": None}
+
+
+# --- whole plans -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("cache")
+        patch.setattr(planner.storage, "cache_dir", lambda: directory)
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def on_cpu(cache):
+    """Of a program that is compiled for four CPU devices."""
+    return plan(CONFIG, "cpu-4", T, lora=LoraConfig(r=4), precision="float32")
+
+
+def test_the_program_is_the_one_that_training_runs(on_cpu, cache):
+    """Its memory is what the step compiled here says, part by part."""
+    import keras
+    import numpy as np
+
+    from kithara_ray.model.causal_lm import build
+    from kithara_ray.train import step
+    from kithara_ray.train.optimizer import KerasOptimizer
+
+    mesh = make_mesh(devices=jax.devices()[:4])
+    model = build(CONFIG, LoraConfig(r=4), mesh, "float32")
+    optimizer = KerasOptimizer(keras.optimizers.serialize(keras.optimizers.AdamW(1e-4)))
+    arrays = step.abstract_state(model, optimizer), model.abstract_frozen(np.dtype("bfloat16"))
+    batch = step.abstract_batch(model, 4, T, T)
+    memory = step.compile_step(model, optimizer, *arrays, batch).memory_analysis()
+    hbm = on_cpu.hbm_bytes_per_chip
+    assert hbm["temporaries"] == memory.temp_size_in_bytes
+    assert hbm["frozen"] + hbm["adapter"] + hbm["optimizer"] + hbm["batch"] == pytest.approx(
+        memory.argument_size_in_bytes, rel=1e-3
+    )
+    assert on_cpu.compiled
+    assert on_cpu.fits is None
+    assert on_cpu.mesh == {"data": 1, "fsdp": 4, "tensor": 1}
+
+
+def test_flops_are_those_of_the_terms(on_cpu):
+    """By hand: 2 FLOPs for each element of a matrix, forward, backward and again; each trained token has logits."""
+    d, f, n, k, h, layers = 64, 128, 4, 2, 32, 5
+    block = d * h * (2 * n + 2 * k) + 3 * d * f
+    flops = on_cpu.flops_per_token
+    assert flops["forward"] == flops["backward"] == flops["recompute"] == 2 * block * layers
+    assert flops["head"] == 2 * 2 * d * VOCABULARY
+    assert flops["lora"] == 2 * 4 * layers * 4 * ((d + n * h) + (d + k * h))
+    assert flops["program"] < 1.15 * flops["total"]
+
+
+def test_a_second_plan_is_read_from_the_cache(on_cpu, cache, monkeypatch):
+    kept = list((cache / "plans").iterdir())
+    assert len(kept) == 1
+    monkeypatch.setattr(planner.subprocess, "run", None)
+    again = plan(CONFIG, "cpu-4", T, lora=LoraConfig(r=4), precision="float32")
+    assert again == on_cpu
+    monkeypatch.setattr(planner, "_version", lambda package: "another")
+    with pytest.raises(TypeError):
+        plan(CONFIG, "cpu-4", T, lora=LoraConfig(r=4), precision="float32")
+
+
+@pytest.fixture(scope="module")
+def estimated(cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner.importlib.util, "find_spec", lambda name: None)
+        return plan(CONFIG, "v5e-4", 100, price_per_chip_hour=2.0, tokens_per_epoch=10**6)
+
+
+def test_without_the_compiler_it_is_an_estimate_and_says_so(estimated):
+    assert not estimated.compiled
+    assert "libtpu, the TPU's compiler, is not installed" in estimated.estimated_because
+    assert "(estimated)" in estimated.verdict()
+    assert estimated.settings["seq_len"] == 128
+    assert json.loads(estimated.json())["hbm_bytes_per_chip"]["available"] == CHIPS["v5e"].hbm_bytes
+    assert estimated.cost["per_hour"] == 8.0
+    seconds = estimated.step_time_s_bound * 10**6 / estimated.tokens_per_step
+    assert estimated.cost["per_epoch"] == pytest.approx(8.0 * seconds / 3600)
+
+
+def _facts(**changes):
+    attention = ((8, 128, None),) * 10
+    counts = terms.Counts(10**9, 10**8, 10**6, attention, 2048, 10, 10, 2 * 10**9, 10**9, 10**8, 8192, 10**9)
+    facts = {
+        "devices": 4, "mesh": {"data": 1, "fsdp": 4, "tensor": 1}, "counts": dataclasses.asdict(counts),
+        "bytes": {"frozen": 5 * 10**9, "adapter": 10**6, "optimizer": 10**6, "batch": 10**4},
+        "adapter_bytes": 4 * 10**6, "state_bytes": 12 * 10**6, "largest_array_bytes": 10**9, "rows": 4,
+    }  # fmt: skip
+    return facts | changes
+
+
+_REQUEST = {
+    "config": {"model_type": "llama"}, "seq_len": 4096, "predictions": 4096, "per_device_batch_size": 1,
+    "gradient_accumulation_steps": 1, "remat": "block", "precision": "mixed_bfloat16", "lora": {"r": 16},
+}  # fmt: skip
+
+
+def test_a_refusal_is_a_plan_that_does_not_fit():
+    refused = _facts(refusal="Used 22.50G of 15.75G hbm", refused_bytes={"total": int(22.5 * 2**30)})
+    made = assemble(_REQUEST, slice_of("v5e-4"), refused, None)
+    assert made.fits is False
+    assert made.verdict() == 'needs 22.5 of 15.8 GiB per chip of v5e-4: try remat="nested", or v5e-8'
+    assert "refused by the compiler" in str(made.table().columns[1]._cells)
+
+
+def test_the_slowest_part_bounds_the_step():
+    cost = {
+        "matmul_flops": 197e12, "kernels": {}, "hbm_bytes": 819e9 * 3, "collectives": {"all-gather": 200e9 * 2},
+        "collective_counts": {},
+    }  # fmt: skip
+    memory = dict.fromkeys(("argument", "output", "alias", "temp", "generated_code"), 10**9)
+    made = assemble(_REQUEST, slice_of("v5e-4"), _facts(cost=cost, memory=memory), None)
+    assert made.step_time_s == pytest.approx({"compute": 1.0, "hbm": 3.0, "interconnect": 2.0})
+    assert (made.bound_by, made.step_time_s_bound) == ("hbm", 3.0)
+    assert made.fits
+    assert made.tokens_per_s_bound == pytest.approx(4 * 4096 / 3)
+
+
+def _planner(bytes_a_row: int, room: int):
+    def planned(base, where, seq_len, rows, **settings):
+        total = 10**9 + bytes_a_row * rows
+        hbm = {"available": room, "total": total, "temporaries": bytes_a_row * rows}
+        return SimpleNamespace(fits=total <= room, hbm_bytes_per_chip=hbm, settings={"per_device_batch_size": rows})
+
+    return planned
+
+
+@pytest.mark.parametrize(("bytes_a_row", "largest"), [(10**9, 8), (2 * 10**9, 4), (12 * 10**9, 1), (10**6, 64)])
+def test_the_largest_batch(bytes_a_row, largest, monkeypatch):
+    monkeypatch.setattr("kithara_ray.plan.search.plan", _planner(bytes_a_row, 15 * 10**9))
+    assert largest_batch(None, "v5e-4", 128).settings["per_device_batch_size"] == largest
+
+
+def test_no_batch_fits(monkeypatch):
+    monkeypatch.setattr("kithara_ray.plan.search.plan", _planner(20 * 10**9, 15 * 10**9))
+    assert largest_batch(None, "v5e-4", 128) is None
+
+
+def test_a_sweep_names_the_smallest_slice():
+    points = grid(["v5e-16", "v5p-8", "v5e-4"], [2048, 4096], [8])
+    assert [point["slice"] for point in points[:3]] == ["v5e-4", "v5p-8", "v5e-16"]
+    plans = [SimpleNamespace(fits=fits) if fits is not None else None for fits in (None, True, True, None, None, True)]
+    assert smallest_that_fits(points, plans) == {(2048, 8): "v5p-8", (4096, 8): "v5e-16"}
+
+
+def test_every_slice_size_has_a_torus_of_its_chips():
+    for generation in CHIPS:
+        for size in slice_sizes(generation):
+            where = slice_of(f"{generation}-{size}")
+            shape = [int(side) for side in where.topology.split(":")[1].split("x")]
+            assert jnp.prod(jnp.asarray(shape)) == where.chips
