@@ -150,8 +150,7 @@ class KerasHubModel:
         }
         handle = absolute(preset_handle)
         # Of an object store the headers alone: no weight comes to the driver.
-        directory, source = storage.fetch_headers(handle)
-        base = BaseCheckpoint.open(directory, source=source)
+        base = BaseCheckpoint.at(handle)
         family_of(base.config)
         if adapter is not None:
             _check_unset(
