@@ -23,7 +23,7 @@ def secret_values(env: Mapping[str, str] | None = None) -> list[str]:
     """Values of environment variables whose names say that they are secret, longest first."""
     env = os.environ if env is None else env
     found = {value for name, value in env.items() if is_secret_name(name) and len(value) >= _SHORTEST}
-    return sorted((value for value in found if not os.path.exists(value)), key=len, reverse=True)
+    return sorted((value for value in found if not os.path.exists(value)), key=lambda value: (-len(value), value))
 
 
 def is_secret_name(name: str) -> bool:

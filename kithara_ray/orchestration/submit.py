@@ -65,6 +65,8 @@ def _reason(error: BaseException) -> str:
             f"the cluster does not take this token ({text[:200]}); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to "
             "the cluster's token file"
         )
+    if "status code" in text:
+        return f"the job server says: {text[:300]}"
     return f"no job server answers there ({text[:200]}); check the address, and that the port is forwarded"
 
 
@@ -138,10 +140,23 @@ def submit(
     revision = git_revision(working_dir)
     env = {GIT_VARIABLE: json.dumps(revision)} if revision else {}  # the copy has no .git
     runtime_env = {"working_dir": str(working_dir), "excludes": list(EXCLUDED), "env_vars": env}
-    try:
-        return client.submit_job(entrypoint=shlex.join(words), runtime_env=runtime_env)
-    except _FAILURES as error:
-        raise ClusterError(f"the job was not taken: {_reason(error)}") from error
+    return start(client, shlex.join(words), runtime_env)
+
+
+def start(client: JobSubmissionClient, command: str, runtime_env: dict[str, Any], wait_s: float = 120.0) -> str:
+    """Start a command as a job; returns its id. A cluster that has just come up takes none before its agents are there.
+
+    Raises:
+        ClusterError: the job server refused, or had no agent for `wait_s`.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return client.submit_job(entrypoint=command, runtime_env=runtime_env)
+        except _FAILURES as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"the job was not taken: {_reason(error)}") from error
+        time.sleep(_RETRY_S)
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], lost_after_s: float = 300.0) -> None:

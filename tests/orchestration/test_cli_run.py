@@ -13,7 +13,6 @@ import ray
 import tiny
 import yaml
 from peft import PeftModel
-from ray.job_submission import JobSubmissionClient
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -219,7 +218,7 @@ def test_a_log_over_a_connection_that_drops(cluster, tmp_path):
     proxy = Proxy((host, int(port)))
     client = submit.connect(proxy.address)
     (tmp_path / "lines.py").write_text(LINES)
-    job = client.submit_job(entrypoint=f"{sys.executable} lines.py", runtime_env={"working_dir": str(tmp_path)})
+    job = submit.start(client, f"{sys.executable} lines.py", {"working_dir": str(tmp_path)})
     text, cuts = [], []
 
     def write(piece: str) -> None:
@@ -236,8 +235,7 @@ def test_a_log_over_a_connection_that_drops(cluster, tmp_path):
 
 def test_a_job_is_stopped(cluster, tmp_path, capsys):
     address = f"http://{cluster.dashboard_url}"
-    client = JobSubmissionClient(address)
-    job = client.submit_job(entrypoint="sleep 600")
+    job = submit.start(submit.connect(address), "sleep 600", {})
     assert main(["submit", "--address", address, "--stop", job]) == 0
     assert "asked to stop" in capsys.readouterr().out
     assert main(["submit", "--address", address, "--job", job]) == 1
