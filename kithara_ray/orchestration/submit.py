@@ -169,6 +169,7 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], 
     written, deadline = 0, time.monotonic() + lost_after_s
     while True:
         try:
+            client.get_job_status(job)  # the log's own refusal does not say that there is no such job
             for text in _tail(client, job, written):
                 written += len(text)
                 deadline = time.monotonic() + lost_after_s
