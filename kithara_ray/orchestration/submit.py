@@ -29,6 +29,7 @@ EXCLUDED = (".git", ".venv", "venv", "__pycache__", ".pytest_cache", ".ruff_cach
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 _ZIPPED_TO_SEE = 10  # times the limit, beyond which no packing helps
 _RETRY_S = 2.0
+_QUIET_S = 120.0  # after which a log that says nothing is asked for again
 # What requests, aiohttp and Ray raise for a server that is gone, refuses or answers nonsense.
 _FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, asyncio.TimeoutError, ray.exceptions.RayError)
 
@@ -170,9 +171,9 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], 
     while True:
         try:
             client.get_job_status(job)  # the log's own refusal does not say that there is no such job
+            deadline = time.monotonic() + lost_after_s
             for text in _tail(client, job, written):
                 written += len(text)
-                deadline = time.monotonic() + lost_after_s
                 write(text)
             status = client.get_job_status(job)
             if status in _ENDED:
@@ -201,7 +202,8 @@ def _tail(client: JobSubmissionClient, job: str, skip: int) -> Iterator[str]:
         seen = 0
         while True:
             try:
-                text = loop.run_until_complete(anext(lines))
+                # A connection that is cut without a word would be waited on for ever.
+                text = loop.run_until_complete(asyncio.wait_for(anext(lines), _QUIET_S))
             except StopAsyncIteration:
                 return
             fresh = text[max(0, skip - seen) :]
