@@ -24,7 +24,7 @@ from keras.src.backend.common import global_state
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model import attention, embedding, lora, stack, weights
+from kithara_ray.model import attention, embedding, lora, ports, stack, weights
 from kithara_ray.model.dropout import dropping
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS, REMAT
@@ -95,7 +95,9 @@ class CausalLM:
 
         `dropout_key` drops what side paths are given, where the LoRA settings say so; None drops nothing.
         """
-        inputs = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT}
+        positions_BT = jnp.broadcast_to(jnp.arange(token_ids_BT.shape[1]), token_ids_BT.shape)
+        given = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT, "position_ids": positions_BT}
+        inputs = {symbolic.name: jnp.asarray(given[symbolic.name]) for symbolic in self.model.backbone.inputs}
         with self.bind(params, frozen, unstack=not self.scan):
             if not self.scan:
                 with dropping(dropout_key):
@@ -160,7 +162,7 @@ class CausalLM:
             for port, value in slot.split(array)
         ]
         pairs += self._each_factor(factors, unstack)
-        seeds = (variable for variable in self.model.variables if weights.is_seed(variable))
+        seeds = (variable for variable in self.model.variables if ports.is_seed(variable))
         return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
 
     def _each_factor(self, factors: Factors, unstack: bool) -> Iterator[tuple[keras.Variable, jax.Array]]:
@@ -188,7 +190,7 @@ class CausalLM:
         def all_steps(variable: keras.Variable) -> jax.Array:
             if id(variable) in arrays:
                 return arrays[id(variable)]
-            if weights.is_seed(variable):
+            if ports.is_seed(variable):
                 return jnp.zeros((self.chain.steps, *variable.shape), variable.dtype)
             of_all = jnp.stack([single[id(peer)] for peer in peers[id(variable)]])
             return self._constrain(of_all, None, *layouts.get(id(variable), ()))
@@ -450,16 +452,18 @@ def build(
     with _without_values():
         backbone = family.build(config, keras.DTypePolicy(precision))
     model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
-    ports = weights.record_ports(family.converter, model, config)
-    kernels = lora.linear_modules(backbone, ports).values() if quantize else ()
+    recorded = ports.record_ports(family.converter, model, config)
+    if train_weights:
+        ports.check_invertible(recorded, config)
+    kernels = lora.linear_modules(backbone, recorded).values() if quantize else ()
     int8_kernels = frozenset(id(layer._kernel) for layer in kernels)
     with _without_values():
-        targets = lora.inject(backbone, ports, lora_config) if lora_config else []
+        targets = lora.inject(backbone, recorded, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
     embedding.install(backbone.token_embedding, mesh)
     stacked = chain if scan and (stack_factors or not train_weights) else None
-    slots = weights.slots(backbone, ports, stacked, int8_kernels)
+    slots = weights.slots(backbone, recorded, stacked, int8_kernels)
     factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
     dropout = lora_config.lora_dropout if lora_config else 0.0
     return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat, dropout, train_weights)

@@ -93,6 +93,8 @@ class Coordinator:
         Raises:
             ExportError: names the tensor that is missing and the ranks that were not heard.
         """
+        if self._weights is None:
+            raise ExportError("the coordinator was started again after the ranks had sent their weights; run once more")
         return self._weights.publish(num_ranks)
 
     def _forget_weights(self) -> None:

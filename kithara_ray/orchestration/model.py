@@ -110,7 +110,8 @@ class KerasHubModel:
             lora_dropout: share of what the side paths are given that is dropped in training.
             target_modules: the layers to adapt, as PEFT names them: a list of names or of dotted endings
                 ("layers.3.mlp.up_proj"), a regular expression that matches whole names as one string
-                (r".*\.(q|v)_proj"), or "all-linear" for all but embeddings and head. One plain name may be a string.
+                (r".*\.(q|v)_proj"), or "all-linear" for all but embeddings and head and, of a mixture of experts,
+                for its attention. One plain name may be a string.
             use_rslora: scale by alpha / sqrt(rank).
             use_dora: train the length of each row of the weights apart from its direction (arXiv:2402.09353).
             rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
@@ -149,8 +150,7 @@ class KerasHubModel:
         }
         handle = absolute(preset_handle)
         # Of an object store the headers alone: no weight comes to the driver.
-        directory, source = storage.fetch_headers(handle)
-        base = BaseCheckpoint.open(directory, source=source)
+        base = BaseCheckpoint.at(handle)
         family_of(base.config)
         if adapter is not None:
             _check_unset(

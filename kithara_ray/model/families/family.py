@@ -30,6 +30,7 @@ class Family:
         finish: changes the built backbone.
         complete: the config with what transformers would fill in.
         takes_dtype: whether the backbone hands its dtype on to its layers; else they are built under a global policy.
+        quantisations: of checkpoints that are dequantised where they are read.
     """
 
     converter: str
@@ -39,6 +40,7 @@ class Family:
     finish: Callable[[Mapping, Any], None] = lambda config, backbone: None
     complete: Callable[[Mapping], dict] = _as_it_is
     takes_dtype: bool = True
+    quantisations: tuple[str, ...] = ()
 
     def build(self, config: Mapping, dtype_policy):
         """The backbone that a checked config describes.
