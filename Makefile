@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean bench-step bench-load bench-export bench-tpu bench-data bench-sft
+.PHONY: quickstart test lint clean bench-step bench-load bench-export bench-tpu bench-data bench-sft faults families
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -26,11 +26,15 @@ $(VENV)/.test: $(VENV)/.demo
 quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, score it, write the three exports
 	@$(BIN)/python examples/quickstart.py
 
+# Two processes: much of the suite waits for Ray. A file's tests stay together, for its fixtures' sake.
 test: $(VENV)/.test lint  ## the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
+
+families:  ## README's table of families, from the parity suite
+	@$(PYTHON) tests/readme_families.py
 
 $(VENV)/.bench: $(VENV)/.test
 	@$(BIN)/pip install -q -e ".[bench]"
@@ -53,6 +57,9 @@ bench-export: $(VENV)/.bench  ## a merge of 1.1 GB beside peft's and beside cp, 
 
 bench-tpu: $(VENV)/.bench  ## reference models compiled for TPU slices, without one; half an hour
 	@$(BIN)/python benchmarks/tpu.py
+
+faults: $(VENV)/.test  ## kill, stop and signal a run's processes; a table of what it survived; 15 minutes
+	@$(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from kithara_ray import __version__
 from kithara_ray.errors import ConfigError, KitharaRayError
+from kithara_ray.redact import redact
 
 app = typer.Typer(
     name="kithara-ray",
@@ -81,6 +82,26 @@ def init(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; without one, the cluster alone.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check configuration, base, data, destinations and cluster; train nothing, wait for nothing.
+
+    Example: kithara-ray doctor my_run.yaml
+    """
+    _driver_environment()
+    from kithara_ray import doctor as checks
+
+    findings = checks.diagnose(config, overrides or ())
+    checks.show(findings, Console())
+    if any(finding.error is not None for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train as CONFIG says, then write its exports.
 
@@ -115,6 +136,48 @@ def preview(
     loaded = configuration.load(config, overrides or ())
     dataset = configuration.dataloader(loaded.train_dataloader, loaded).dataset
     Console(highlight=False).print(dataset.preview(rows).render())
+
+
+@app.command()
+def submit(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file under --working-dir."),
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard, http://HEAD:8265.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = "http://127.0.0.1:8265",
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log until it ends.")] = False,
+    job: Annotated[str | None, typer.Option(metavar="ID", help="Follow a job that runs already.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job.")] = None,
+    working_dir: Annotated[Path, typer.Option(help="What the job gets a copy of, 100 MiB at most.")] = Path(),
+    python: Annotated[str, typer.Option(help="The interpreter on the head node.")] = "python",
+) -> None:
+    """Train as CONFIG says on another cluster, through Ray's job API.
+
+    A token that the cluster asks for is read where Ray reads it: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.
+
+    Example: kithara-ray submit my_run.yaml --address http://HEAD:8265 --follow
+    """
+    if [config, job, stop].count(None) != 2:
+        raise typer.BadParameter("give one of CONFIG, --job ID and --stop ID")
+    _driver_environment()
+    from kithara_ray import config as configuration
+    from kithara_ray.orchestration import submit as jobs
+
+    if config is not None:
+        configuration.require_absolute(configuration.load(config, overrides or ()))
+    client = jobs.connect(address)
+    if stop is not None:
+        typer.echo(f"{stop}: {'asked to stop' if jobs.stop(client, stop) else 'was not running'}")
+        return
+    if config is not None:
+        job = jobs.submit(client, config, overrides or (), working_dir, python)
+        typer.echo(f"submitted {job}; follow: --job {job}, stop: --stop {job}")
+    if follow or config is None:
+        jobs.follow(client, job, lambda text: typer.echo(text, nl=False))
+        typer.echo(f"{job} succeeded")
 
 
 @app.command()
@@ -238,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KitharaRayError as error:
         if "--debug" in given:
             raise
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {redact(str(error))}")
         return 1
     return 0
 

@@ -23,6 +23,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError
 
 import kithara_ray
 from kithara_ray.errors import ConfigError
+from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.data import Dataloader, _Dataset
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.trainer import Trainer, TrainResult
@@ -33,6 +34,7 @@ from kithara_ray.yaml_file import parse_scalar, read_yaml
 _OWN_SECTION = "it has a section of its own"
 _OLD = "Ray has retired it"
 
+CheckpointerSection = section_of("CheckpointerSection", Checkpointer, {})
 MeshSection = section_of("MeshSection", MeshShape, {})
 ModelSection = section_of(
     "ModelSection",
@@ -70,6 +72,7 @@ TrainerSection = section_of(
     dict.fromkeys(
         ("model", "optimizer", "train_dataloader", "eval_dataloader", "scaling_config", "run_config"), _OWN_SECTION
     ),
+    given_types={"checkpointer": CheckpointerSection | None},
     nested={MeshShape: MeshSection},
 )
 ScalingSection = section_of(
@@ -189,11 +192,8 @@ class Job:
     exports: list[dict[str, Any]]
 
     def run(self) -> tuple[TrainResult, list[str]]:
-        """Train, then write the exports; returns the result and where they are. Destinations are probed first."""
-        for export in self.exports:
-            if not export.get("resume"):
-                self.model.check_destination(export["output_dir"])
-        result = self.trainer.train()
+        """Train, then write the exports; returns the result and where they are."""
+        result = self.trainer.train(self.exports)
         return result, [self.model.save_in_hf_format(**export) for export in self.exports]
 
 
@@ -224,8 +224,9 @@ def build(config: Config) -> Job:
         if getattr(config, name) is not None
     }
     settings = config.trainer.given()
-    if settings.get("mesh") is not None:
-        settings["mesh"] = MeshShape(**settings["mesh"].given())
+    for name, kind in (("mesh", MeshShape), ("checkpointer", Checkpointer)):
+        if settings.get(name) is not None:
+            settings[name] = kind(**settings[name].given())
     trainer = Trainer(
         model=model,
         optimizer=config.optimizer.build(config.trainer.steps),
@@ -234,6 +235,7 @@ def build(config: Config) -> Job:
         **loaders,
         **settings,
     )
+    trainer.config = config.model_dump(exclude_unset=True)
     return Job(model, trainer, [export.given() for export in config.exports])
 
 
@@ -291,6 +293,8 @@ def require_absolute(config: Config) -> None:
     written = {f"exports.{number}.output_dir": export.output_dir for number, export in enumerate(config.exports)}
     if config.run_config is not None:
         written["run_config.storage_path"] = config.run_config.storage_path
+    if config.trainer.checkpointer is not None:
+        written["trainer.checkpointer.checkpoint_dir"] = config.trainer.checkpointer.checkpoint_dir
     for key, path in written.items():
         if path is not None and "://" not in path and not path.startswith("/"):
             raise ConfigError(

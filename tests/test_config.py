@@ -9,7 +9,7 @@ import ray.train
 import yaml
 
 import kithara_ray
-from kithara_ray import Dataloader, KerasHubModel, MeshShape, Trainer, config
+from kithara_ray import Checkpointer, Dataloader, KerasHubModel, MeshShape, Trainer, config
 from kithara_ray.cli import main
 from kithara_ray.errors import ConfigError, KitharaRayError
 
@@ -19,6 +19,7 @@ API = {
     "model": (KerasHubModel.from_preset, config.ModelSection),
     "dataloader": (Dataloader, config.DataloaderSection),
     "trainer": (Trainer, config.TrainerSection),
+    "checkpointer": (Checkpointer, config.CheckpointerSection),
     "mesh": (MeshShape, config.MeshSection),
     "scaling": (ray.train.ScalingConfig, config.ScalingSection),
     "run": (ray.train.RunConfig, config.RunSection),
@@ -29,7 +30,7 @@ API = {
 }
 # What only Python can say. A new argument belongs here, or has a type that YAML can say.
 PYTHON_ALONE = {
-    "trainer": {"profiler", "checkpointer"}
+    "trainer": {"profiler"}
     | {"model", "optimizer", "train_dataloader", "eval_dataloader", "scaling_config", "run_config"},
     "scaling": {"use_gpu", "elastic_resize_monitor_interval_s"},
     "run": {"storage_filesystem", "callbacks", "logging_config"}
@@ -122,7 +123,12 @@ def written(tmp_path, tiny_models):
 def test_handles_have_what_was_written(written, tiny_models):
     path = written(
         model={"lora_alpha": 8, "target_modules": ["q_proj"], "precision": "float32"},
-        trainer={"steps": 7, "mesh": {"data": 2}, "seed": 3},
+        trainer={
+            "steps": 7,
+            "mesh": {"data": 2},
+            "seed": 3,
+            "checkpointer": {"checkpoint_dir": "/c", "max_to_keep": 2},
+        },
         scaling_config={"num_workers": 2, "resources_per_worker": {"CPU": 1}},
         run_config={"name": "mine", "failure_config": {"max_failures": 2}},
         exports=[{"output_dir": "/x/y", "only_save_adapters": True}],
@@ -133,6 +139,7 @@ def test_handles_have_what_was_written(written, tiny_models):
     assert (job.model.lora.r, job.model.lora.alpha, job.model.precision) == (4, 8, "float32")
     assert (job.trainer.steps, job.trainer.epochs, job.trainer.seed) == (9, None, 3)
     assert job.trainer.mesh == MeshShape(data=2)
+    assert (job.trainer.checkpointer.checkpoint_dir, job.trainer.checkpointer.max_to_keep) == ("/c", 2)
     assert job.trainer.scaling_config.num_workers == 2
     assert (job.trainer.run_config.name, job.trainer.run_config.failure_config.max_failures) == ("mine", 2)
     assert job.trainer.train_dataloader.dataset.tokenizer == str(tiny_models["llama"])

@@ -8,6 +8,7 @@ VOCABULARY = 320
 TEXT = ["what is 1 + 2 ? three", "the sum of two and five is seven", "0 1 2 3 4 5 6 7 8 9"] * 4
 
 # Rows are longer than the windows.
+_ROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))
 _SMALL = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2)
 SIZES = {
     # SmolLM2's shape: 3 query heads a key head, tied embeddings, epsilon 1e-5.
@@ -28,6 +29,7 @@ SIZES = {
         head_dim=32,
         query_pre_attn_scalar=32,
         sliding_window=8,
+        rms_norm_eps=1e-4,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
@@ -45,12 +47,79 @@ SIZES = {
             sliding_attention=dict(rope_type="default", rope_theta=100.0),
         ),
     ),
-    "mistral": dict(_SMALL, num_hidden_layers=3, head_dim=32, sliding_window=8, rms_norm_eps=1e-4),
-    "qwen2": dict(_SMALL, num_hidden_layers=3, rms_norm_eps=1e-4, tie_word_embeddings=True),
-    "qwen3": dict(_SMALL, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4, tie_word_embeddings=True),
+    # Two sliding blocks to a full one, whose heads are wider and fewer and whose keys are its values.
+    "gemma4_text": dict(
+        _SMALL,
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        head_dim=32,
+        global_head_dim=64,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        hidden_size_per_layer_input=0,
+        sliding_window=8,
+        final_logit_softcapping=3.0,
+        rms_norm_eps=1e-4,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="proportional", partial_rotary_factor=0.5, rope_theta=5000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=100.0),
+        ),
+    ),
+    # Sliding blocks first; a rope that is scaled within the rows; activations that reach the limit.
+    "gpt_oss": dict(
+        _SMALL,
+        num_hidden_layers=3,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        rms_norm_eps=1e-4,
+        swiglu_alpha=1.5,
+        swiglu_limit=2.0,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=500.0,
+            factor=8.0,
+            beta_fast=8.0,
+            beta_slow=2.0,
+            truncate=True,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "mistral": dict(_SMALL, **_ROPE, num_hidden_layers=3, head_dim=32, sliding_window=8, rms_norm_eps=1e-4),
+    "qwen2": dict(_SMALL, **_ROPE, num_hidden_layers=3, rms_norm_eps=1e-4, tie_word_embeddings=True),
+    "qwen3": dict(_SMALL, **_ROPE, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4, tie_word_embeddings=True),
     # Every second block does not rotate, and one is over.
-    "smollm3": dict(_SMALL, num_hidden_layers=3, no_rope_layer_interval=2, rms_norm_eps=1e-4),
+    "smollm3": dict(_SMALL, **_ROPE, num_hidden_layers=3, no_rope_layer_interval=2, rms_norm_eps=1e-4),
+    # Experts that no number of devices divides.
+    "mixtral": dict(
+        _SMALL,
+        **_ROPE,
+        num_hidden_layers=3,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=8,
+        rms_norm_eps=1e-4,
+    ),
+    # The second block is dense, and one is over.
+    "qwen3_moe": dict(
+        _SMALL,
+        **_ROPE,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        head_dim=32,
+        rms_norm_eps=1e-4,
+    ),
 }
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+MIXTURES = {family for family, size in SIZES.items() if "num_experts_per_tok" in size}
+# The names of a family's linear layers, which LoRA can adapt.
+TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in SIZES}
 
 
 def write_model(directory: Path, family: str, **fields) -> Path:
@@ -65,8 +134,17 @@ def write_model(directory: Path, family: str, **fields) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            std = 0.3 if "norm" in name else 2.5 / np.sqrt(parameter.shape[-1])
+            # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,
+            # and its gradients of smollm3 1.1e-5, of gemma4_text 2.3e-5.
+            gain = 1.5 if family in {*MIXTURES, "gemma4_text", "smollm3"} else 2.5
+            std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])
             parameter.add_(torch.randn_like(parameter) * std)
+            if family == "gemma4_text" and "q_norm" in name:
+                # What scales its attention, which has no other factor.
+                parameter.mul_(0.25)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory

@@ -52,8 +52,14 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         ranks[module] = len(tensors[module + A_SUFFIX])
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(module): found for module, found in ranks.items() if found != rank}
-    targets = sorted({target for adapter in adapters for target in adapter.config.target_modules})
+    targets = sorted({target for adapter in adapters for target in _targets_of(adapter)})
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=tuple(targets), rank_pattern=others, alpha_pattern=dict(others)
     )
     return Adapter(config, tensors)
+
+
+def _targets_of(adapter: Adapter) -> tuple[str, ...]:
+    """Its entries of target_modules; a regular expression is spelled out, since two cannot stand in one list."""
+    targets = adapter.config.target_modules
+    return adapter.modules if isinstance(targets, str) else targets

@@ -94,7 +94,7 @@ def export_with_report(
     layout, destination, tag = _layout(layout), str(destination), check_dtype(dtype)
     adapter.validate(base)
     if layout is Layout.MERGED:
-        check_mergeable(base, adapter)
+        check_mergeable(base, adapter, dtype)
     elif layout is Layout.SEPARATE and tag:
         refuse_quantized(base)
     files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))

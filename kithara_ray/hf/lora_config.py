@@ -148,7 +148,7 @@ class LoraConfig:
         return cls(
             r=peft_config.get("r", 8),  # PEFT's own defaults for what the file leaves out
             lora_alpha=peft_config.get("lora_alpha", 8),
-            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets, key=str)),
             lora_dropout=peft_config.get("lora_dropout", 0.0),
             use_rslora=bool(peft_config.get("use_rslora", False)),
             use_dora=bool(peft_config.get("use_dora", False)),
@@ -170,7 +170,8 @@ def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An integer beyond float64 would be no factor of anything.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _checked_targets(targets: object) -> tuple[str, ...] | str:
@@ -179,7 +180,7 @@ def _checked_targets(targets: object) -> tuple[str, ...] | str:
     if isinstance(targets, str) and targets:
         try:
             re.compile(targets)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"target_modules: {targets!r} is not a regular expression ({error})") from error
         return targets
     names = tuple(targets or ())
@@ -204,7 +205,7 @@ def _checked_patterns(name: str, patterns: object) -> dict[str, Any]:
     for key in patterns:
         try:
             re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"{name}: {key!r} is not a regular expression ({error})") from error
     return dict(patterns)
 

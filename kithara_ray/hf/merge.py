@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,10 @@ def check_dtype(dtype: str | Mapping[str, str]) -> str | Mapping[str, str] | Non
     return CAST_TAGS.get(dtype)
 
 
-def check_mergeable(base: BaseCheckpoint, adapter: Adapter) -> None:
+def check_mergeable(base: BaseCheckpoint, adapter: Adapter, dtype: str = "auto") -> None:
     """Raises AdapterError or UnsupportedError when merging would be impossible or wrong. Reads no weights."""
-    refuse_quantized(base)
+    # MXFP4 is of experts alone, which no adapter here reaches: they are copied as they are, but not cast.
+    refuse_quantized(base, but=("mxfp4",) if check_dtype(dtype) is None else ())
     adapter.validate(base)
     for module in adapter.modules:
         info = base.tensors[module + WEIGHT_SUFFIX]
@@ -55,12 +56,14 @@ def check_mergeable(base: BaseCheckpoint, adapter: Adapter) -> None:
         _refuse_embedding(base, module)
 
 
-def refuse_quantized(base: BaseCheckpoint) -> None:
-    """Raises UnsupportedError for a base whose config.json declares quantised weights."""
+def refuse_quantized(base: BaseCheckpoint, but: Collection[str] = ()) -> None:
+    """Raises UnsupportedError for a base whose config.json declares quantised weights, `but` by these methods."""
     configs = [base.config, *(value for value in base.config.values() if isinstance(value, dict))]
     quantized = next((c["quantization_config"] for c in configs if c.get("quantization_config")), None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        if method in but:
+            return
         raise UnsupportedError(
             f"{base.directory}: quantization_config ({method}) in {CONFIG}: a quantised base is neither merged nor "
             "cast; export the adapter alone, or start from the unquantised checkpoint"
@@ -86,7 +89,7 @@ def merge(base: BaseCheckpoint, adapter: Adapter, directory: Path, dtype: str = 
     floating tensors; merged ones are added in float32 and rounded once. `directory` must exist.
     Raises AdapterError, UnsupportedError (check_mergeable), ExportError for values that overflow.
     """
-    check_mergeable(base, adapter)
+    check_mergeable(base, adapter, dtype)
     files = [merge_file(base, adapter, file, directory, dtype) for file in base.files]
     return (*files, *write_config(base, directory, dtype))
 

@@ -85,7 +85,7 @@ def _parse_json(path: Path, raw: bytes) -> dict:
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_fast)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not Unicode, not JSON, a number of thousands of digits
         raise CheckpointError(f"{path}: the header is not JSON ({error}); fetch the file again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a {type(header).__name__}, not an object; fetch the file again")
@@ -101,7 +101,7 @@ def _entry(path: Path, name: str, entry: object, data_start: int, size_bytes: in
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r}")
     tag, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if tag not in NUMPY_DTYPES:
+    if not isinstance(tag, str) or tag not in NUMPY_DTYPES:
         raise CheckpointError(f"{where}: dtype {tag!r} is not one of {', '.join(NUMPY_DTYPES)}")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise CheckpointError(f"{where}: shape {shape!r} is not a list of non-negative integers")

@@ -182,7 +182,7 @@ _SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
     "QwenAttention": _qwen2,
     "Qwen3Attention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window_size),
     "Qwen3MoeAttention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window_size),
-    "GptOssAttention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window or None),
+    "GptOssAttention": lambda block, layer: Settings(layer._inv_norm_factor, block.sliding_window),
 }
 
 # What the families call the mask's builder, its padding mask and its cache, and the factor by which they repeat keys

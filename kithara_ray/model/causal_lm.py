@@ -24,10 +24,11 @@ from keras.src.backend.common import global_state
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model import attention, embedding, lora, stack, weights
+from kithara_ray.model import attention, embedding, lora, ports, stack, weights
 from kithara_ray.model.dropout import dropping
 from kithara_ray.model.families import family_of
-from kithara_ray.model.options import PRECISIONS, REMAT
+from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS, REMAT
+from kithara_ray.model.quantized import Int8, floats
 from kithara_ray.sharding.agree import check_copies
 from kithara_ray.sharding.gather import Shard, local_shards
 from kithara_ray.sharding.mesh import BATCH_AXES, factor_sharding, weight_sharding
@@ -35,7 +36,7 @@ from kithara_ray.sharding.mesh import BATCH_AXES, factor_sharding, weight_shardi
 logger = logging.getLogger(__name__)
 
 Factors = dict[str, jax.Array]
-Frozen = list[jax.Array]
+Frozen = list[jax.Array | Int8]
 # Factors, or, of a model whose weights are trained, its weights by the `key` of their slots.
 Params = dict[str, jax.Array]
 
@@ -94,7 +95,9 @@ class CausalLM:
 
         `dropout_key` drops what side paths are given, where the LoRA settings say so; None drops nothing.
         """
-        inputs = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT}
+        positions_BT = jnp.broadcast_to(jnp.arange(token_ids_BT.shape[1]), token_ids_BT.shape)
+        given = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT, "position_ids": positions_BT}
+        inputs = {symbolic.name: jnp.asarray(given[symbolic.name]) for symbolic in self.model.backbone.inputs}
         with self.bind(params, frozen, unstack=not self.scan):
             if not self.scan:
                 with dropping(dropout_key):
@@ -159,7 +162,7 @@ class CausalLM:
             for port, value in slot.split(array)
         ]
         pairs += self._each_factor(factors, unstack)
-        seeds = (variable for variable in self.model.variables if weights.is_seed(variable))
+        seeds = (variable for variable in self.model.variables if ports.is_seed(variable))
         return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
 
     def _each_factor(self, factors: Factors, unstack: bool) -> Iterator[tuple[keras.Variable, jax.Array]]:
@@ -187,7 +190,7 @@ class CausalLM:
         def all_steps(variable: keras.Variable) -> jax.Array:
             if id(variable) in arrays:
                 return arrays[id(variable)]
-            if weights.is_seed(variable):
+            if ports.is_seed(variable):
                 return jnp.zeros((self.chain.steps, *variable.shape), variable.dtype)
             of_all = jnp.stack([single[id(peer)] for peer in peers[id(variable)]])
             return self._constrain(of_all, None, *layouts.get(id(variable), ()))
@@ -211,15 +214,24 @@ class CausalLM:
         """A block's weight as it is computed with: whole over `fsdp`, still split over `tensor`."""
         split_of = self._layouts()
 
-        def gather(variable: keras.Variable, value: jax.Array) -> jax.Array:
+        def gather(variable: keras.Variable, value: jax.Array | Int8) -> jax.Array:
             split = split_of.get(id(variable), ())
             axes = [(axis,) if isinstance(axis, str) else axis or () for axis in split]
             gathered = ["tensor" if "tensor" in names else None for names in axes]
+            if isinstance(value, Int8):
+                return self._gather_of_int8(value, gathered).floats(variable.dtype)
             if not self.trains_weights:
                 return self._constrain(value, *gathered)
             return self._gather_of_trained(value, gathered, split)
 
         return gather
+
+    def _gather_of_int8(self, value: Int8, gathered: Sequence) -> Int8:
+        """The same of bytes: they are moved, and floats are made where they have come."""
+        # Scales have the dims of the values; those of size 1 cannot be split.
+        sizes = value.scales.shape[: len(gathered)]
+        channels = [None if size == 1 else axes for axes, size in zip(gathered, sizes, strict=True)]
+        return Int8(self._constrain(value.values, *gathered), self._constrain(value.scales, *channels))
 
     def _gather_of_trained(self, value: jax.Array, gathered: Sequence, split: Sequence) -> jax.Array:
         """The same of a weight that is trained: its gradient is put where the weight is in every step of the scan.
@@ -243,7 +255,15 @@ class CausalLM:
         """What `load` gives for a base of this dtype, without its bytes: for compiling ahead of time."""
         for slot in self.slots:
             self._stored_as(slot, dtype)
-        return [jax.ShapeDtypeStruct(slot.shape, dtype, sharding=self.weight_sharding(slot)) for slot in self.slots]
+        return [self._abstract(slot, dtype) for slot in self.slots]
+
+    def _abstract(self, slot: weights.Slot, dtype: np.dtype) -> jax.ShapeDtypeStruct | Int8:
+        split = self.weight_sharding(slot)
+        if slot.contracted is None:
+            return jax.ShapeDtypeStruct(slot.shape, dtype, sharding=split)
+        values = jax.ShapeDtypeStruct(slot.shape, jnp.int8, sharding=split)
+        scales = jax.ShapeDtypeStruct(slot.scales_shape, jnp.float32, sharding=slot.scales_sharding(split))
+        return Int8(values, scales)
 
     def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """What is trained, without values."""
@@ -266,7 +286,12 @@ class CausalLM:
         return np.dtype(np.float32) if self.trains_weights else None
 
     def _stored_as(self, slot: weights.Slot, dtype: np.dtype) -> None:
-        """Keras casts a bound value to its variable's dtype; the variable follows what is stored."""
+        """Keras casts a bound value to its variable's dtype; the variable follows what is stored.
+
+        What is stored as int8 becomes floats in the precision of the products.
+        """
+        if slot.contracted is not None:
+            dtype = "float32" if self.precision == "float32" else "bfloat16"
         for port in slot.ports:
             port.variable._dtype = keras.backend.standardize_dtype(dtype)
 
@@ -277,10 +302,14 @@ class CausalLM:
         started = time.monotonic()
         frozen = []
         for slot in self.slots:
-            array = weights.load_sharded(base, slot, self.weight_sharding(slot), dtype)
-            self._stored_as(slot, array.dtype)
+            if slot.contracted is None:
+                array = weights.load_sharded(base, slot, self.weight_sharding(slot), dtype)
+                self._stored_as(slot, array.dtype)
+            else:
+                array = weights.load_int8(base, slot, self.weight_sharding(slot))
+                self._stored_as(slot, np.dtype(np.int8))
             frozen.append(array)
-        local = sum(shard.data.nbytes for array in frozen for shard in array.addressable_shards)
+        local = sum(shard.data.nbytes for array in jax.tree.leaves(frozen) for shard in array.addressable_shards)
         logger.info("loaded %.0f MB on this host in %.1f s", local / 1e6, time.monotonic() - started)
         return frozen
 
@@ -291,7 +320,11 @@ class CausalLM:
     def check_copies(self, params: Params, frozen: Frozen) -> int:
         """Compare the weights that stand on more than one device; see `sharding.agree`."""
         _, frozen = self._roles(params, frozen)
-        named = {slot.ports[0].hf_name: array for slot, array in zip(self.slots, frozen, strict=True)}
+        named = {}
+        for slot, array in zip(self.slots, frozen, strict=True):
+            name = slot.ports[0].hf_name
+            is_int8 = isinstance(array, Int8)
+            named |= {name: array.values, f"{name} (scales)": array.scales} if is_int8 else {name: array}
         return check_copies(self.mesh, named)
 
     def place_factors(self, arrays: Mapping[str, np.ndarray]) -> Factors:
@@ -331,7 +364,8 @@ class CausalLM:
                 for layer, (number, step) in zip(slot.layers, places, strict=True):
                     if number not in norms:
                         norms_O = layer._lora_map.norms_O
-                        norms[number] = (norms_O if step is None else jax.vmap(norms_O))(frozen[number])
+                        kernels = floats(frozen[number], layer._kernel.dtype)
+                        norms[number] = (norms_O if step is None else jax.vmap(norms_O))(kernels)
                 of_each = [norms[number] if step is None else norms[number][step] for number, step in places]
                 made[slot.key] = jnp.stack(of_each) if slot.stacked else of_each[0]
             return made
@@ -384,6 +418,7 @@ def build(
     scan: bool = True,
     remat: str = "block",
     stack_factors: bool = True,
+    quantize: str | None = None,
     train_weights: bool = False,
 ) -> CausalLM:
     """Build the model that a Hugging Face config.json describes, without weights.
@@ -399,6 +434,7 @@ def build(
         stack_factors: train the factors, or the weights, of the scanned blocks as stacked arrays; for optimizers that
             treat every element by itself.
         train_weights: train all weights and not an adapter.
+        quantize: "int8" holds the kernels of linear layers as int8, see `quantized`; embedding, head and norms stay.
 
     Raises:
         UnsupportedError: the family or a field that changes the mathematics cannot be honoured.
@@ -408,19 +444,26 @@ def build(
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if remat not in REMAT:
         raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
+    if quantize not in QUANTIZATIONS:
+        raise ConfigError(f"quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
     family = family_of(config)
     import keras_hub
 
     with _without_values():
         backbone = family.build(config, keras.DTypePolicy(precision))
     model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
-    ports = weights.record_ports(family.converter, model, config)
+    recorded = ports.record_ports(family.converter, model, config)
+    if train_weights:
+        ports.check_invertible(recorded, config)
+    kernels = lora.linear_modules(backbone, recorded).values() if quantize else ()
+    int8_kernels = frozenset(id(layer._kernel) for layer in kernels)
     with _without_values():
-        targets = lora.inject(backbone, ports, lora_config) if lora_config else []
+        targets = lora.inject(backbone, recorded, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
     embedding.install(backbone.token_embedding, mesh)
-    slots = weights.slots(backbone, ports, chain if scan and (stack_factors or not train_weights) else None)
+    stacked = chain if scan and (stack_factors or not train_weights) else None
+    slots = weights.slots(backbone, recorded, stacked, int8_kernels)
     factor_slots = lora.factor_slots(targets, chain if scan and stack_factors else None)
     dropout = lora_config.lora_dropout if lora_config else 0.0
     return CausalLM(model, slots, factor_slots, chain, precision, mesh, scan, remat, dropout, train_weights)

@@ -119,17 +119,18 @@ def _wrap(layer: keras.layers.Layer, constrain: Callable, by_rows: Callable, out
 
     def call(inputs, *args, **kwargs):
         # Where the weight's part gives it first; a layout by rows alone would have the weight gathered.
-        output = constrain(inner(constrain(inputs, "data"), *args, **kwargs), "data", *output_split[1:])
-        return by_rows(output)
+        output = inner(constrain(inputs, "data"), *args, **kwargs)
+        # A router is given rows and positions as one dim.
+        between = [None] * (output.ndim - 1 - len(output_split))
+        return by_rows(constrain(output, "data", *between, *output_split))
 
     layer.call = call
 
 
 def _output_split(layer: keras.layers.Layer, kernel_split: tuple) -> tuple:
-    """How a linear layer's output is split when its kernel is: an entry a dim."""
+    """How the last dims of a linear layer's output are split when its kernel is."""
     if isinstance(layer, keras.layers.Dense):
-        # Before the width, as many dims as the input has: rows and, of all that decoding gives it, positions.
-        return (None, None, kernel_split[1] if kernel_split else None)
+        return (kernel_split[1] if kernel_split else None,)
     kernel, output = layer.equation.split(",")[1].split("->")
     split = dict(zip(kernel, kernel_split, strict=True)) if kernel_split else {}
-    return tuple(split.get(label) for label in output)
+    return tuple(split.get(label) for label in output[1:])

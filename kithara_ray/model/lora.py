@@ -27,9 +27,9 @@ from keras.src.backend.common.variables import AutocastScope
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.model.dropout import dropped
+from kithara_ray.model.ports import Port
 from kithara_ray.model.stack import Chain
-from kithara_ray.model.targets import check_targets
-from kithara_ray.model.weights import Port
+from kithara_ray.model.targets import check_targets, linear
 
 _WEIGHT = ".weight"
 
@@ -178,7 +178,14 @@ def linear_modules(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.La
     name_of = {id(port.variable): port.hf_name for port in ports}
     layers = [layer for layer in backbone._flatten_layers() if type(layer) in _ADAPTED]
     named = {name_of[id(layer._kernel)]: layer for layer in layers if id(layer._kernel) in name_of}
-    return {name.removesuffix(_WEIGHT): named[name] for name in name_of.values() if name in named}
+    modules = {name.removesuffix(_WEIGHT): named[name] for name in name_of.values() if name in named}
+    return {module: modules[module] for module in linear(_modules(ports)) if module in modules}
+
+
+def _modules(ports: Sequence[Port]) -> list[str]:
+    """HF modules with a matrix."""
+    pieces = [piece for port in ports for piece in port.pieces if len(piece.shape) > 1]
+    return [piece.hf_name.removesuffix(_WEIGHT) for piece in pieces if piece.hf_name.endswith(_WEIGHT)]
 
 
 def inject(backbone, ports: Sequence[Port], config: LoraConfig) -> list[Target]:
@@ -188,9 +195,9 @@ def inject(backbone, ports: Sequence[Port], config: LoraConfig) -> list[Target]:
         ConfigError: a target module matches nothing.
         UnsupportedError: a matched layer has an activation or is not a linear map.
     """
-    linear = linear_modules(backbone, ports)
-    check_targets(config, list(linear))
-    return [_adapt(module, layer, config) for module, layer in linear.items() if config.matches(module)]
+    layers = linear_modules(backbone, ports)
+    check_targets(config, list(layers))
+    return [_adapt(module, layer, config) for module, layer in layers.items() if config.matches(module)]
 
 
 def _adapt(module: str, layer, config: LoraConfig) -> Target:

@@ -119,10 +119,9 @@ def run(
             args, kwargs = node.arguments.fill_in(known)
             outputs = node.outputs
             if node.operation is first:
-                result = _run_chain(
-                    chain, args[0], kwargs, values_of, scanned, gather, place, remat, dropout_key
-                )
-                outputs = last._inbound_nodes[0].outputs
+                result = _run_chain(chain, args[0], kwargs, values_of, scanned, gather, place, remat, dropout_key)
+                # A block may also give its keys and values, for other blocks; none here takes them.
+                outputs = last._inbound_nodes[0].outputs[:1]
             else:
                 result = node.operation(*args, **kwargs)
             for symbolic, value in zip(outputs, keras.tree.flatten(result), strict=True):
@@ -135,7 +134,7 @@ def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, remat, dropo
         own = zip(block.variables, values, strict=True)
         pairs = [(variable, gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):
-            return place(block(x, **kwargs))
+            return place(keras.tree.flatten(block(x, **kwargs))[0])
 
     def rematerialised(block, *operands):
         return jax.checkpoint(functools.partial(call, block), policy=_POLICIES[remat])(*operands)

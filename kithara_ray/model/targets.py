@@ -10,13 +10,25 @@ from kithara_ray.hf.lora_config import ALL_LINEAR
 
 _WEIGHT = ".weight"
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+_ROUTERS = ("gate", "router")
+_EXPERTS = ".experts."
 
 
 def linear_modules_of(base: BaseCheckpoint) -> list[str]:
-    """Modules with a matrix that are not an embedding."""
+    """Modules with a matrix that are linear layers in transformers, the head apart."""
     matrices = (name for name, info in base.tensors.items() if name.endswith(_WEIGHT) and len(info.shape) == 2)
-    modules = (name.removesuffix(_WEIGHT) for name in matrices)
-    return sorted(module for module in modules if module.rpartition(".")[2] not in _EMBEDDINGS)
+    return sorted(linear(name.removesuffix(_WEIGHT) for name in matrices))
+
+
+def linear(modules: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's modules with a matrix that are linear layers in transformers, the head apart.
+
+    The experts and the router of a mixture are not: transformers holds all experts in one parameter, and PEFT takes a
+    name that an expert has ("up_proj") for that parameter, also where a layer has it too.
+    """
+    modules = list(modules)
+    apart = {_leaf(module) for module in modules if _EXPERTS in module} | {*_EMBEDDINGS, *_ROUTERS}
+    return [module for module in modules if _leaf(module) not in apart]
 
 
 def other_modules_of(base: BaseCheckpoint) -> list[str]:
@@ -37,7 +49,7 @@ def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, .
     if not isinstance(given, str):
         return tuple(given)
     if given.lower() == ALL_LINEAR:
-        return tuple(sorted({module.rpartition(".")[2] for module in linear_modules_of(base)}))
+        return tuple(sorted({_leaf(module) for module in linear_modules_of(base)}))
     return (given,) if re.fullmatch(r"[\w.]+", given) else given
 
 
@@ -52,11 +64,17 @@ def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[s
         one = LoraConfig(target_modules=targets if isinstance(targets, str) else (target,))
         wrong = next((module for module in others if one.matches(module)), None)
         if wrong is not None:
-            what = "an embedding" if wrong.rpartition(".")[2] in _EMBEDDINGS else "no linear layer"
+            what = "an embedding" if _leaf(wrong) in _EMBEDDINGS else "no linear layer"
+            if _EXPERTS in wrong or _leaf(wrong) in _ROUTERS:
+                what = "of a mixture of experts, which transformers holds as parameters"
             raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts linear layers alone")
         if not any(one.matches(module) for module in modules):
-            leaves = sorted({module.rpartition(".")[2] for module in modules})
+            leaves = sorted({_leaf(module) for module in modules})
             how = "as a regular expression, over its whole name, " if isinstance(targets, str) else ""
             raise ConfigError(
                 f"target_modules: {target!r} {how}matches no linear layer of this model; it has {', '.join(leaves)}"
             )
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]

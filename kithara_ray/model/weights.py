@@ -1,101 +1,20 @@
-"""Which Hugging Face tensor feeds which Keras variable, and loading it sharded.
+"""The frozen arrays of a model, and loading them sharded: each process reads only the slices that its devices own."""
 
-There are no mapping tables here. KerasHub's own converter is run once with a loader that records instead of reading:
-every call `port_weight(keras_variable, hf_weight_key, hook_fn)` is one line of the map.
-"""
-
-import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import keras
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from kithara_ray.errors import CheckpointError, UnsupportedError
+from kithara_ray.errors import CheckpointError
+from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.ports import Port
+from kithara_ray.model.quantized import Int8, floats, int8_of
 from kithara_ray.model.stack import Chain
-
-Transform = Callable[[np.ndarray, Sequence[int]], np.ndarray]
-
-
-def _unchanged(tensor: np.ndarray, _shape: Sequence[int]) -> np.ndarray:
-    return tensor
-
-
-class _Uncast(np.ndarray):
-    """An array that keeps its dtype: mistral's converter casts every tensor to float16, which rounds and reads it."""
-
-    def astype(self, *args, **kwargs) -> np.ndarray:
-        return self
-
-
-@dataclass(frozen=True)
-class Port:
-    """One Keras variable and the HF tensor it is read from.
-
-    Attributes:
-        variable: the `keras.Variable`.
-        hf_name: the tensor's name in the checkpoint.
-        transform: HF layout to Keras layout; a transpose or a reshape, so a view of a mapped tensor stays a view.
-    """
-
-    variable: object
-    hf_name: str
-    transform: Transform
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.variable.shape)
-
-    def view(self, base: BaseCheckpoint) -> np.ndarray:
-        """The tensor in Keras' layout, unread until it is sliced."""
-        view = self.transform(base.view(self.hf_name).view(_Uncast), list(self.shape)).view(np.ndarray)
-        if tuple(view.shape) != self.shape:
-            raise CheckpointError(
-                f"{base.directory}: {self.hf_name} has shape {tuple(base.tensors[self.hf_name].shape)}, "
-                f"which does not give the model's {self.shape}; config.json and weights do not belong together"
-            )
-        return view
-
-
-class _Recorder:
-    """Stands where KerasHub's `SafetensorLoader` stands, and writes down what it is asked for."""
-
-    def __init__(self):
-        self.ports: list[Port] = []
-
-    def port_weight(self, keras_variable, hf_weight_key: str, hook_fn: Transform | None = None) -> None:
-        # Converters may leave out the prefix (qwen3's do): transformers' causal LMs hold all but the head in `model`.
-        if not hf_weight_key.startswith(("model.", "lm_head.")):
-            hf_weight_key = f"model.{hf_weight_key}"
-        self.ports.append(Port(keras_variable, hf_weight_key, hook_fn or _unchanged))
-
-    def get_tensor(self, hf_weight_key: str):
-        raise UnsupportedError(f"KerasHub's converter reads {hf_weight_key} by itself; its weights cannot be recorded")
-
-
-def record_ports(converter: str, model, config: Mapping) -> list[Port]:
-    """The map of one built causal LM, a Port for each of its variables that hold weights.
-
-    Raises:
-        UnsupportedError: a variable is not fed by the converter, or twice.
-    """
-    module = importlib.import_module(f"keras_hub.src.utils.transformers.{converter}")
-    recorder = _Recorder()
-    module.convert_weights(model.backbone, recorder, dict(config))
-    fed = [id(port.variable) for port in recorder.ports]
-    unfed = [v.path for v in model.variables if id(v) not in fed and not is_seed(v)]
-    if unfed or len(set(fed)) != len(fed):
-        raise UnsupportedError(f"KerasHub's {converter} leaves {unfed[:3]} unloaded or loads a variable twice")
-    return recorder.ports
-
-
-def is_seed(variable) -> bool:
-    """Dropout layers own a seed state; it holds no weight and the rate is 0."""
-    return "seed_generator" in variable.path
 
 
 @dataclass(frozen=True)
@@ -106,12 +25,15 @@ class Slot:
         ports: one, or one for each step.
         stacked: whether the array's first dim counts the steps.
         split_first: dims to split over the mesh before the largest one, the first that divides: an embedding's
-            vocabulary, or those of a kernel that are the file's rows, so that a host reads whole stretches of it.
+            vocabulary, the experts, or the dims of a kernel that are the file's rows, so that a host reads whole
+            stretches of it.
+        contracted: the dims that a linear layer contracts, where its kernel is held as int8; None holds floats.
     """
 
     ports: tuple[Port, ...]
     stacked: bool
     split_first: tuple[int, ...] = ()
+    contracted: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -122,25 +44,50 @@ class Slot:
     def shape(self) -> tuple[int, ...]:
         return (len(self.ports), *self.ports[0].shape) if self.stacked else self.ports[0].shape
 
-    def split(self, array: jax.Array) -> list[tuple[Port, jax.Array]]:
-        """Each port with its own value."""
-        if not self.stacked:
-            return [(self.ports[0], array)]
-        return [(port, array[step]) for step, port in enumerate(self.ports)]
+    def split(self, array: jax.Array | Int8) -> list[tuple[Port, jax.Array]]:
+        """Each port with its own value, in floats."""
+        steps = [array[step] for step in range(len(self.ports))] if self.stacked else [array]
+        return [(port, floats(step, port.variable.dtype)) for port, step in zip(self.ports, steps, strict=True)]
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """Of an int8 array: one for each output channel."""
+        return tuple(1 if dim in self.contracted else size for dim, size in enumerate(self.shape))
+
+    def scales_sharding(self, sharding: NamedSharding) -> NamedSharding:
+        """Scales are split as their channels are."""
+        spec = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
+        split = [None if dim in self.contracted else axes for dim, axes in enumerate(spec)]
+        return NamedSharding(sharding.mesh, PartitionSpec(*split))
 
 
-def slots(backbone: keras.Model, ports: Sequence[Port], chain: Chain | None) -> list[Slot]:
-    """The arrays of a model's weights: its ports, those of the chain's scanned blocks stacked by step."""
+def slots(
+    backbone: keras.Model, ports: Sequence[Port], chain: Chain | None, int8_kernels: frozenset[int] = frozenset()
+) -> list[Slot]:
+    """The arrays of a model's weights: its ports, those of the chain's scanned blocks stacked by step.
+
+    Args:
+        int8_kernels: ids of the kernels that are held as int8.
+    """
     by_variable = {id(port.variable): port for port in ports}
     rows = {id(layer._kernel): _produced_dims(layer) for layer in backbone._flatten_layers() if _is_linear(layer)}
     peers = chain.peers() if chain is not None else {}
+
+    def split_first(port: Port) -> tuple[int, ...]:
+        return _vocabulary_dim(port) or port.tiled_dims or rows.get(id(port.variable), ())
+
+    def contracted(port: Port, before: int) -> tuple[int, ...] | None:
+        if id(port.variable) not in int8_kernels:
+            return None
+        return tuple(dim + before for dim in range(len(port.shape)) if dim not in rows[id(port.variable)])
+
     made = []
     for port in ports:
         group = tuple(by_variable[id(variable)] for variable in peers.get(id(port.variable), ()))
         if not group:
-            made.append(Slot((port,), False, _vocabulary_dim(port) or rows.get(id(port.variable), ())))
+            made.append(Slot((port,), False, split_first(port), contracted(port, 0)))
         elif group[0] is port:
-            made.append(Slot(group, True, tuple(dim + 1 for dim in rows.get(id(port.variable), ()))))
+            made.append(Slot(group, True, tuple(dim + 1 for dim in split_first(port)), contracted(port, 1)))
     return made
 
 
@@ -174,13 +121,47 @@ def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtyp
     def read(index: tuple[slice, ...]) -> np.ndarray:
         parts = [view[index[1:]] for view in views[index[0]]] if slot.stacked else [views[0][index]]
         own = _aligned(((len(parts),) if slot.stacked else ()) + parts[0].shape, dtype)
-        for target, part in zip(own if slot.stacked else [own], parts, strict=True):
-            target[...] = part
+        for place, part in enumerate(parts):
+            own[place if slot.stacked else ...] = part
         return own
 
     array = jax.make_array_from_callback(slot.shape, sharding, read)
     base.forget_pages()
     return array
+
+
+def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8:
+    """One kernel, or the same kernel of every step, as int8; this process reads the channels its devices own a part of.
+
+    Quantised a matrix at a time: no float32 copy of more than one matrix's part is made.
+    """
+    views = [port.view(base) for port in slot.ports]
+    before = int(slot.stacked)
+    dims = tuple(dim - before for dim in slot.contracted)
+    scales_of: dict[tuple, np.ndarray] = {}
+
+    def quantised(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Of some channels, whole in the contracted dims."""
+        whole = tuple(slice(None) if dim in dims else part for dim, part in enumerate(index[before:]))
+        made = [int8_of(view[whole], dims) for view in (views[index[0]] if slot.stacked else views)]
+        values, scales = (np.stack(arrays) if slot.stacked else arrays[0] for arrays in zip(*made, strict=True))
+        return values, scales
+
+    def read_values(index: tuple[slice, ...]) -> np.ndarray:
+        values, scales_of[_channels(index)] = quantised(index)
+        return values[tuple(part if dim in slot.contracted else slice(None) for dim, part in enumerate(index))]
+
+    def read_scales(index: tuple[slice, ...]) -> np.ndarray:
+        return scales_of[_channels(index)] if _channels(index) in scales_of else quantised(index)[1]
+
+    def _channels(index: tuple[slice, ...]) -> tuple:
+        sizes = enumerate(zip(index, slot.shape, strict=True))
+        return tuple(part.indices(size)[:2] for dim, (part, size) in sizes if dim not in slot.contracted)
+
+    values = jax.make_array_from_callback(slot.shape, sharding, read_values)
+    scales = jax.make_array_from_callback(slot.scales_shape, slot.scales_sharding(sharding), read_scales)
+    base.forget_pages()
+    return Int8(values, scales)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -197,7 +178,7 @@ def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:
     Raises:
         CheckpointError: names the tensors.
     """
-    needed = {port.hf_name for port in ports}
+    needed = {name for port in ports for piece in port.pieces for name in mxfp4.names_of(base, piece.hf_name)}
     missing = sorted(needed - set(base.names))
     if missing:
         raise CheckpointError(f"{base.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")

@@ -38,21 +38,28 @@ class _Backend(_JaxBackend):
         limits = (backend_config.initialize_timeout_s, backend_config.heartbeat_timeout_s)
         ray.get(worker_group.execute_async(_set_up_process, *limits))
         super().on_start(worker_group, backend_config)
+        # Afterwards: JAX may have taken the signal for a service of its own.
+        ray.get(worker_group.execute_async(_listen))
 
     def on_shutdown(self, worker_group, backend_config: WorkerBackend):
         """Ray waits here for JAX's farewell, 30 s where a process is dead; a loop that ends well says it itself."""
 
 
 def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int) -> None:
-    """In the main thread of the worker's process, which alone may handle signals; the loop runs in another."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
     import jax
 
+    # It would handle SIGTERM by itself, and tell nobody here.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize = functools.partial(
         jax.distributed.initialize,
         initialization_timeout=initialize_timeout_s,
         heartbeat_timeout_seconds=heartbeat_timeout_s,
     )
+
+
+def _listen() -> None:
+    """In the main thread of the worker's process, which alone may handle signals; the loop runs in another."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 def _on_sigterm(signum, frame) -> None:

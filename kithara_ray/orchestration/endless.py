@@ -195,6 +195,10 @@ class EndlessStream:
         self._next = step + 1
         return next(self._made)
 
+    def source_rows(self, step: int) -> list[int]:
+        """None are known by number: the source streams."""
+        return []
+
     def close(self) -> None:
         """No more is asked for."""
         if self._made is not None:

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.train import Result, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.jax import JaxConfig, JaxTrainer
 
-from kithara_ray.errors import ConfigError, KitharaRayError, TrainingError, UnsupportedError
-from kithara_ray.orchestration import preflight
+from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.orchestration import launch, preflight
+from kithara_ray.orchestration.backend import WorkerBackend
 from kithara_ray.orchestration.paths import absolute
 
 
@@ -75,19 +74,24 @@ class WorkerGroup:
             preflight.slice_heads(self.scaling_config),
         )
 
-    def run(self, loop: Callable[[dict], Any], config: dict[str, Any]) -> Result:
+    def run(
+        self, loop: Callable[[dict], Any], config: dict[str, Any], coordinator: Any = None, heartbeat_s: float = 120.0
+    ) -> Result:
         """`loop(config)` in every worker, to its end.
+
+        Args:
+            coordinator: is asked to stop the run when the driver is interrupted; None: an interrupt ends it at once.
+            heartbeat_s: without a sign of life for so long, JAX ends the peers of a process that is gone.
 
         Raises:
             KitharaRayError: what a worker failed with, by its cause.
         """
         runtime_env = dict(self.run_config.worker_runtime_env or {})
         runtime_env["env_vars"] = self.env()
-        trainer = JaxTrainer(
+        trainer = launch.InterruptibleTrainer(
             loop,
             train_loop_config=config,
-            # use_tpu is Ray's switch for jax.distributed; without it N workers are N independent runs.
-            jax_config=JaxConfig(use_tpu=True),
+            jax_config=WorkerBackend(heartbeat_timeout_s=int(heartbeat_s)),
             scaling_config=self.scaling_config,
             run_config=RunConfig(
                 name=self.run_config.name,
@@ -99,21 +103,4 @@ class WorkerGroup:
                 logging_config=self.run_config.logging_config,
             ),
         )
-        try:
-            return trainer.fit()
-        except TrainingFailedError as error:
-            raise _named(error) from error
-
-
-def _named(error: TrainingFailedError) -> KitharaRayError:
-    """The failure of the first rank that has one of our own errors, or of the first rank."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)
-        if isinstance(cause, KitharaRayError):
-            return cause
-    if failures:
-        rank, failure = sorted(failures.items())[0]
-        cause = getattr(failure, "_base_exc", failure)
-        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
-    return TrainingError(f"the run failed: {error}")
+        return launch.fit(trainer, coordinator)

@@ -16,12 +16,12 @@ from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import family_of
-from kithara_ray.model.options import PRECISIONS
+from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.orchestration.coordinator import start_coordinator
 from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.paths import absolute
-from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.remote import check_address, remote_get
 from kithara_ray.sharding.shape import MeshShape
 
 # Kithara's arguments that mean nothing here, and what to do instead.
@@ -60,15 +60,18 @@ class KerasHubModel:
         preset_handle: where the base is.
         lora: what is adapted; None trains all weights.
         precision: Keras dtype policy of the computation.
+        quantize: what the frozen kernels are held as while the adapter is trained: "int8", or None as in the base.
         adapter: the trained tensors by name, float32, A (r, in), B (out, r) and DoRA's magnitudes (out,); None before
             training.
+        run: what the last training was made of (run.json), carried into exports; None before training.
         trained: of a model whose weights are trained, the directory that holds them; None before training.
     """
 
-    def __init__(self, preset_handle: str, lora: LoraConfig | None, precision: str):
+    def __init__(self, preset_handle: str, lora: LoraConfig | None, precision: str, quantize: str | None = None):
         self.preset_handle = preset_handle
         self.lora = lora
         self.precision = precision
+        self.quantize = quantize
         self.adapter: dict[str, np.ndarray] | None = None
         self.trained: str | None = None
         self.run: dict[str, Any] | None = None
@@ -92,6 +95,7 @@ class KerasHubModel:
         init_lora_weights: str | bool = True,
         adapter: str | None = None,
         allow_other_base: bool = False,
+        quantize: str | None = None,
         **unknown: Any,
     ) -> "KerasHubModel":
         r"""A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
@@ -107,7 +111,8 @@ class KerasHubModel:
             lora_dropout: share of what the side paths are given that is dropped in training.
             target_modules: the layers to adapt, as PEFT names them: a list of names or of dotted endings
                 ("layers.3.mlp.up_proj"), a regular expression that matches whole names as one string
-                (r".*\.(q|v)_proj"), or "all-linear" for all but embeddings and head. One plain name may be a string.
+                (r".*\.(q|v)_proj"), or "all-linear" for all but embeddings and head and, of a mixture of experts,
+                for its attention. One plain name may be a string.
             use_rslora: scale by alpha / sqrt(rank).
             use_dora: train the length of each row of the weights apart from its direction (arXiv:2402.09353).
             rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
@@ -115,6 +120,9 @@ class KerasHubModel:
             adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
                 LoRA settings; give none of them beside it.
             allow_other_base: take an adapter whose adapter_config.json names another base.
+            quantize: "int8" holds the frozen kernels of linear layers as int8 with a scale for each output channel
+                while the adapter is trained: a quarter of float32's memory, half of bfloat16's. Embedding, head and
+                norms stay. Exports and `generate` are of the base as it is.
 
         Raises:
             ConfigError: an argument is wrong; a target matches nothing.
@@ -129,6 +137,8 @@ class KerasHubModel:
             )
         if precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if quantize not in QUANTIZATIONS:
+            raise ConfigError(f'quantize must be "int8" or None, got {quantize!r}')
         settings = {
             "lora_alpha": lora_alpha,
             "lora_dropout": lora_dropout,
@@ -141,18 +151,21 @@ class KerasHubModel:
         }
         handle = absolute(preset_handle)
         # Of an object store the headers alone: no weight comes to the driver.
-        directory, source = storage.fetch_headers(handle)
-        base = BaseCheckpoint.open(directory, source=source)
+        base = BaseCheckpoint.at(handle)
         family_of(base.config)
         if adapter is not None:
             _check_unset(
                 cls.from_preset, {"lora_rank": lora_rank, **settings}, "beside adapter=: the adapter brings its own"
             )
-            return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base)
+            return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base, quantize)
         if lora_rank is None:
-            _check_unset(cls.from_preset, settings, "without lora_rank=, which trains all weights and no adapter")
+            _check_unset(
+                cls.from_preset,
+                settings | {"quantize": quantize},
+                "without lora_rank=, which trains all weights and no adapter",
+            )
             return cls(handle, None, precision)
-        return cls(handle, _lora_config(lora_rank, base, **settings), precision)
+        return cls(handle, _lora_config(lora_rank, base, **settings), precision, quantize)
 
     @property
     def vocabulary(self) -> int | None:
@@ -161,7 +174,13 @@ class KerasHubModel:
 
     @classmethod
     def _with_adapter(
-        cls, handle: str, base: BaseCheckpoint, adapter: str, precision: str, allow_other_base: bool
+        cls,
+        handle: str,
+        base: BaseCheckpoint,
+        adapter: str,
+        precision: str,
+        allow_other_base: bool,
+        quantize: str | None,
     ) -> "KerasHubModel":
         directory = storage.fetch(adapter)
         loaded = Adapter.read(directory)
@@ -174,7 +193,7 @@ class KerasHubModel:
             )
         loaded.validate(base)
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
-        model = cls(handle, loaded.config, precision)
+        model = cls(handle, loaded.config, precision, quantize)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
         return model
 
@@ -350,8 +369,13 @@ class KerasHubModel:
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one."""
+    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one.
+
+    Raises:
+        ClusterError: there is none at RAY_ADDRESS.
+    """
     if not ray.is_initialized():
+        check_address()
         with warnings.catch_warnings():
             # Ray starts its processes by fork and exec, which leaves nothing of this process' threads behind.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)

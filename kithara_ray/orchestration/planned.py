@@ -48,9 +48,10 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
     Raises:
         ConfigError: it does not fit, and what to try; or `auto` where the slice is not known.
     """
-    if spec.lora is None:
+    if spec.lora is None or spec.quantize is not None:
         if auto:
-            raise ConfigError('per_device_batch_size="auto": plans are of LoRA runs, this one trains all weights')
+            what = "trains all weights" if spec.lora is None else "holds its base as int8"
+            raise ConfigError(f'per_device_batch_size="auto": plans are of LoRA runs, this one {what}')
         return spec
     found = slice_of_run(scaling, spec.platform)
     # All weights trained is another program, which is not planned.

@@ -57,8 +57,8 @@ def _missing(workers: int, needs: Mapping[str, float], extra: Mapping[str, float
     found = placeable(workers, needs, nodes)
     if found < workers:
         return (
-            f"the cluster can hold {found} of {workers} workers that need {_show(needs)} each; "
-            f"it has {len(nodes)} node(s): {'; '.join(_show(node) for node in nodes)}"
+            f"the cluster can hold {found} of {workers} workers that need {show(needs)} each; "
+            f"it has {len(nodes)} node(s): {'; '.join(show(node) for node in nodes)}"
         )
     return None
 
@@ -74,13 +74,14 @@ def _busy(workers: int, needs: Mapping[str, float]) -> str | None:
     return None
 
 
-def _show(resources: Mapping[str, Any]) -> str:
+def show(resources: Mapping[str, Any]) -> str:
+    """Resources as a person reads them."""
     shown = {k: v for k, v in resources.items() if not k.startswith(("node:", "memory", "object_store_memory"))}
     return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(shown.items())) or "nothing"
 
 
-def check_process_group(num_workers: int, platform: str) -> None:
-    """In a worker: all processes have met, and JAX runs on what was asked for.
+def check_process_group(num_workers: int, platform: str, num_devices: int | None = None) -> None:
+    """In a worker: all processes have met, and JAX runs on what was asked for, on as many devices (None: unknown).
 
     Raises:
         ClusterError: independent one-process runs, or a silent fall-back to another platform.
@@ -96,6 +97,11 @@ def check_process_group(num_workers: int, platform: str) -> None:
     if found != platform:
         raise ClusterError(
             f"JAX runs on {found!r}, the run asks for {platform!r}; is the accelerator visible and free?"
+        )
+    if num_devices is not None and jax.device_count() != num_devices:
+        raise ClusterError(
+            f"JAX sees {jax.device_count()} devices of {platform!r}, the run asks for {num_devices}; are all chips "
+            "of a host given to its worker?"
         )
 
 

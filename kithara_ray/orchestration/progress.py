@@ -10,6 +10,7 @@ from rich.progress import Progress as Bar
 
 _POLL_S = 0.5
 _PHASES = {
+    "check": "checking cluster, data and destinations",
     "tokenize": "tokenising the dataset",
     "plan": "planning for the slice",
     "schedule": "waiting for the workers",
@@ -94,6 +95,10 @@ class Progress:
             for note in event["notes"]:
                 self._note(f"passed over a checkpoint: {note}")
             self._note(f"resuming after step {event['step']} from {event['checkpoint']}")
+        elif kind == "stalled":
+            self._note(f"no progress, ending the workers: {event['text']}")
+        elif kind == "skipped":
+            self._note(f"step={event['step']} left out: its loss or gradient is not finite; rows {event['rows']}")
         elif kind == "step":
             figures = f"loss={event['loss']:.4f} tokens_per_s={event['tokens_per_s']:.0f}"
             self._say(f"step={event['step']} {figures}")

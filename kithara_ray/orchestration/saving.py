@@ -20,7 +20,7 @@ from kithara_ray.train.place import Place
 logger = logging.getLogger(__name__)
 
 # Kinds of events that are a run's history; the others tell of one attempt's start and end.
-HISTORY = ("step", "eval")
+HISTORY = ("step", "eval", "skipped")
 
 
 def optimizer_identity(kind: str, value: Any) -> str:
@@ -70,7 +70,7 @@ class Saving:
 
     def _check_shared(self, attempt: str) -> None:
         """All hosts must write to one place; a directory of the same name on each host's own disk would lose parts."""
-        name = f".hosts-{attempt}"
+        name = f"{saver.PROBE}{attempt}"
         problem = ""
         try:
             self.place.put_bytes(b"", name, f"{self.rank:05d}")
@@ -150,6 +150,8 @@ class Saving:
             return
         if self.rank == 0:
             self.events.append(event)
+        if event["kind"] == "skipped":
+            return
         values = {name: value for name, value in event.items() if name not in ("kind", "step")}
         self._metrics = {**self._metrics, **values}
         if event["kind"] == "eval":
@@ -174,22 +176,35 @@ class Saving:
             self.saver.save(step, state, document, self.events)
             self.finished = finished
         if finished:
+            self.settle()
+
+    def settle(self) -> None:
+        """Until what was saved is committed, and every rank knows: none may leave before, the group would be ended.
+
+        Raises:
+            TrainingError: on all ranks, what one of them met.
+        """
+        problem, own = "", None
+        try:
             self.saver.wait()
+        except Exception as error:
+            own, problem = error, f"{type(error).__name__}: {error}"
+        problems = agree(problem)
+        if own is not None:
+            raise own
+        for rank, text in enumerate(problems):
+            if text:
+                raise TrainingError(f"rank {rank} could not save: {text}")
 
     def has_stopped_improving(self) -> bool:
         """Whether `early_stopping_patience` evaluations have gone by without a better score."""
         patience, keep = self.settings.early_stopping_patience, self.settings.keep
         if patience is None:
             return False
-        best, since = None, 0
         for row in self.evaluations:
             if keep.score not in row:
                 raise ConfigError(f"score_attribute={keep.score!r} is not among an evaluation's {sorted(row)}")
-            if keep.is_better(row[keep.score], best):
-                best, since = row[keep.score], 0
-            else:
-                since += 1
-        return since >= patience
+        return keep.since_best([row[keep.score] for row in self.evaluations]) >= patience
 
     @property
     def newest(self) -> str | None:

@@ -43,7 +43,7 @@ class Work:
     def tokenize(self, tokenize: RowTokenizer, block: Any = None, start: int = 0, stop: int = 0) -> TokenizedBlock:
         """`block`, `start` and `stop`: rows of a block of Ray Data, where they are not in the payload."""
         if self.piece is None:
-            rows = _rows(block, start, stop) if block is not None else _rows(self.payload)
+            rows = rows_of(block, start, stop) if block is not None else rows_of(self.payload)
             return tokenize(rows, self.first_row, lambda n: f"row {self.first_row + n}{self._of()}")
         return self._tokenize_piece(tokenize)
 
@@ -155,7 +155,7 @@ def _of_ray(dataset: ray.data.Dataset, name: str) -> Iterator[tuple[Work, tuple]
             first += count
 
 
-def _rows(block: Any, start: int = 0, stop: int | None = None) -> list[Any]:
+def rows_of(block: Any, start: int = 0, stop: int | None = None) -> list[Any]:
     if isinstance(block, pa.Table):
         return files.rows_of(block.slice(start, None if stop is None else stop - start))
     return block[start:stop] if isinstance(block, list) else block.iloc[start:stop].to_dict(orient="records")

@@ -229,6 +229,10 @@ class HostStream:
         self._next = step + 1
         return next(self._made)
 
+    def source_rows(self, step: int) -> list[int]:
+        """The places in the source of the rows of a step's global batch."""
+        return sorted(self._rows.source_row(int(row)) for row in np.concatenate(self.order.batch(step)))
+
     def close(self) -> None:
         """No more is asked for."""
         if self._made is not None:
@@ -289,6 +293,11 @@ class Rows:
         self.store, self.kept_bytes = store, _kept_bytes() if kept_bytes is None else kept_bytes
         self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
         self._bytes = 0
+
+    def source_row(self, row: int) -> int:
+        """A row's place in the source."""
+        number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
+        return int(self._block(number)[0].row_ids[row - int(self.store.starts[number])])
 
     def row(self, row: int) -> TokenizedRow:
         number = int(np.searchsorted(self.store.starts, row, side="right")) - 1

@@ -7,6 +7,7 @@ adapter. It needs no accelerator.
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +19,24 @@ from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import planned
+from kithara_ray.orchestration import checks, planned
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.group import WorkerGroup
+from kithara_ray.orchestration.manifest import RunManifest
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
 from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.stream import tokenize
+from kithara_ray.orchestration.watchdog import Limits
 from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
 from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
+
+# A process tells each second that it is there; one that is frozen, or whose host is, tells nothing.
+_SILENCE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,11 @@ class TrainResult:
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
         path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, or `model/` the
-            trained weights as a Hugging Face model, in the dtype that they were trained in.
+            trained weights as a Hugging Face model, in the dtype that they were trained in;
+            run.json says what the run was made of.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
-        stopped: why the run ended: "steps" or "early_stopping".
+        stopped: why the run ended: "steps", "early_stopping" or "interrupt".
+        skipped: the steps that were left out by on_nan="skip": step, rows.
         exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
     """
 
@@ -58,6 +66,7 @@ class TrainResult:
     checkpoint: str | None = None
     best_checkpoint: str | None = None
     stopped: str = "steps"
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     exports: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -86,6 +95,11 @@ class Trainer:
         gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
             all of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: of the initial factors and of dropout.
+        on_nan: what to do with a step whose loss or gradient is not finite: "stop" names its rows and ends the run,
+            "skip" leaves parameters and optimizer as they were.
+        step_timeout_s: without progress for so long, the run is ended by the name of the rank that holds it up; None
+            waits for ever.
+        startup_timeout_s: the same, for each phase before the first step.
         export_every_steps: write the adapter of every so many steps while training goes on, as a PEFT directory.
         export_dir: where these go, `<export_dir>/step-000100`: local to the head node, or `gs://...`, `s3://...`;
             `adapters` in the run's directory by default.
@@ -116,6 +130,9 @@ class Trainer:
         remat: str = "block",
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
+        on_nan: str = "stop",
+        step_timeout_s: float | None = 600.0,
+        startup_timeout_s: float = 3600.0,
         export_every_steps: int | None = None,
         export_dir: str | None = None,
         cluster_timeout_s: float = 300.0,
@@ -171,25 +188,40 @@ class Trainer:
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.seed = seed
+        if on_nan not in ("stop", "skip"):
+            raise ConfigError(f"Trainer: on_nan must be 'stop' or 'skip', got {on_nan!r}")
+        self.on_nan = on_nan
+        save_timeout_s = self.checkpointer.save_timeout_s if self.checkpointer else 0.0
+        self.limits = Limits(step_timeout_s, startup_timeout_s, save_timeout_s, _SILENCE_TIMEOUT_S)
         self.progress = progress
+        self.config: Mapping[str, Any] | None = None  # the YAML that this was made of
 
-    def train(self) -> TrainResult:
+    def train(self, exports: Sequence[Mapping[str, Any]] = ()) -> TrainResult:
         """Run to the end; `model` has what was trained afterwards.
+
+        Args:
+            exports: arguments of the `save_in_hf_format` calls that will follow. Nothing is written; that it can be is
+                checked before anything is trained.
 
         Raises:
             DataError: a bad row, or nothing to train on.
             ConfigError: the step does not fit the chips of the TPU slice; what to try.
-            DestinationError: `export_dir` cannot be written, or holds adapters of another run.
+            DestinationError: the run's directory, an export's or `export_dir` cannot be written, or holds adapters of
+                another run.
             ClusterError: the cluster lacks what `scaling_config` asks for.
             TrainingError: a worker failed; names its cause.
+            KeyboardInterrupt: the run was interrupted; the adapter so far is in `model`, and saved.
         """
         start_ray()
         self.model.release()
         coordinator = self.model.coordinator()
         ray.get(coordinator.start_run.remote())
+        manifest = RunManifest(self)
         if self.snapshots is not None:
             remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
         with Progress(coordinator, enabled=self.progress) as progress:
+            progress.phase("check")
+            checks.raise_for(checks.check_run(self, exports, self.group.cluster_timeout_s))
             progress.phase("tokenize")
             spec = self._spec(coordinator, called=time.time())
             if self.scaling_config.use_tpu:
@@ -197,24 +229,36 @@ class Trainer:
             spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
             progress.phase("schedule")
             self.group.wait()
-            result = self.group.run(train_loop, {"spec": spec})
+            manifest.begin(coordinator, spec)
+            try:
+                result = self.group.run(train_loop, {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
+            except BaseException as error:
+                manifest.end(coordinator, "failed", error=f"{type(error).__name__}: {error}")
+                raise
         events = remote_get(coordinator.events.remote(0))
-        self.model.run = _about(spec, one_history(events))
+        summary = result.return_value
+        saved = summary.get("checkpoint")
+        trained = _result(events, result.path, summary)
+        ended = {"path": trained.path, "metrics": trained.metrics, "phases": trained.phases, "stopped": trained.stopped}
+        self.model.run = manifest.end(coordinator, "finished", result=ended) | _about(spec, one_history(events))
         if self.model.lora is None:
             self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
-            return _result(events, result.path, result.return_value)
-        tensors = remote_get(coordinator.adapter.remote(result.return_value["shapes"], spec.num_workers))
+            _raise_interrupt(summary, result.path)
+            return trained
+        tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
         self.model.set_adapter(tensors)
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
-        return _result(events, result.path, result.return_value)
+        _raise_interrupt(summary, path)
+        return trained
 
     def _spec(self, coordinator, called: float) -> RunSpec:
         return RunSpec(
             base=self.model.weights_handle,
             lora=self.model.lora,
             precision=self.model.precision,
+            quantize=self.model.quantize,
             adapter=self.model.adapter,
             optimizer=self.optimizer,
             train=self._data(self.train_dataloader, self.gradient_accumulation_steps),
@@ -231,8 +275,11 @@ class Trainer:
             seed=self.seed,
             platform=self.group.platform,
             num_workers=self.group.num_workers,
+            num_devices=checks.count_devices(self),
             directory=join(self.group.storage, self.run_config.name),
             checkpointer=self.checkpointer,
+            on_nan=self.on_nan,
+            limits=self.limits,
             snapshots=self.snapshots,
             called=called,
             submitted=time.time(),
@@ -297,6 +344,11 @@ def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int 
         raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
 
+def _raise_interrupt(summary: dict[str, Any], path: str) -> None:
+    if summary["stopped"] == "interrupt":
+        raise KeyboardInterrupt(f"the run was interrupted; saved: {summary.get('checkpoint') or path}")
+
+
 def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events of all attempts as one sequence: an attempt begins with what had been saved, and forgets the rest."""
     kept: list[dict[str, Any]] = []
@@ -305,6 +357,9 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept = []
         elif event["kind"] == "resumed":
             kept = list(event["events"])
+        elif event["kind"] == "finished":
+            # Adapters that were written meanwhile are told by the coordinator alone.
+            kept = list(event["events"]) + [told for told in kept if told["kind"] == "export"]
         else:
             kept.append(event)
     return kept
@@ -357,5 +412,6 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         checkpoint=summary.get("checkpoint"),
         best_checkpoint=summary.get("best_checkpoint"),
         stopped=summary.get("stopped") or "steps",
+        skipped=rows("skipped"),
         exports=rows("export"),
     )

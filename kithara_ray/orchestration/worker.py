@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import math
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,12 +11,17 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.train.v2._internal.execution.context import get_train_context
 
+from kithara_ray.errors import TrainingError
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.orchestration.backend import terminated
 from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.endless import WINDOW_ROWS, EndlessOrder, EndlessStore, EndlessStream
+from kithara_ray.orchestration.outcomes import GO_ON, INTERRUPT, LOOK_BEHIND, PREEMPTED, SAVE, Outcomes
 from kithara_ray.orchestration.snapshots import Snapshots, SnapshotSender
 from kithara_ray.orchestration.stream import HostStream, TokenStore
+from kithara_ray.orchestration.watchdog import Beat, Heart, Limits
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.shape import MeshShape
 
@@ -58,8 +65,11 @@ class RunSpec:
         platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
         micro_batches: parts of a step's rows that go through the model one after the other.
         num_workers: processes that must have met.
+        num_devices: that they must have together; None where only the accelerator knows.
         directory: the run's.
         checkpointer: where the run is saved and goes on from; None saves nothing.
+        on_nan: "stop" or "skip", for a step whose loss or gradient is not finite.
+        limits: seconds without progress that end the run.
         snapshots: adapters written while it goes on; None writes none.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
@@ -67,6 +77,7 @@ class RunSpec:
     base: str
     lora: LoraConfig | None
     precision: str
+    quantize: str | None
     adapter: Mapping[str, np.ndarray] | None
     optimizer: tuple[str, Any]
     train: DataSpec
@@ -83,8 +94,11 @@ class RunSpec:
     seed: int
     platform: str
     num_workers: int
+    num_devices: int | None
     directory: str
     checkpointer: Checkpointer | None
+    on_nan: str
+    limits: Limits
     snapshots: Snapshots | None
     called: float
     submitted: float
@@ -125,9 +139,12 @@ class Run:
             "schedule": round(max(0.0, time.time() - importing - spec.submitted), 2),
             "import": round(importing, 2),
         }
-        preflight.check_process_group(spec.num_workers, spec.platform)
+        preflight.check_process_group(spec.num_workers, spec.platform, spec.num_devices)
         self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
-        self.number, self.saving, self.snapshots = 0, None, None
+        self.number, self.saving, self.snapshots, self.left = 0, None, None, None
+        self._saved_for_drain = False
+        self.events: list[dict[str, Any]] = []
+        self.heart = Heart(self.rank, spec.limits, self._send_beat)
         self._record("begin")
 
     def build(self) -> None:
@@ -137,6 +154,7 @@ class Run:
         from kithara_ray.hf import storage
         from kithara_ray.hf.checkpoint import BaseCheckpoint
         from kithara_ray.model.causal_lm import build
+        from kithara_ray.sharding.agree import Ballot
         from kithara_ray.sharding.mesh import make_mesh
         from kithara_ray.train import step
         from kithara_ray.train.optimizer import is_elementwise
@@ -153,6 +171,7 @@ class Run:
                 spec.precision,
                 remat=spec.remat,
                 stack_factors=is_elementwise(*spec.optimizer),
+                quantize=spec.quantize,
                 train_weights=spec.lora is None,
             )
             self.optimizer = self._make_optimizer()
@@ -185,11 +204,24 @@ class Run:
             self.step = ByLength(
                 (
                     step.compile_step(
-                        self.model, self.optimizer, self.state, self.frozen, shape, spec.micro_batches, spec.seed
+                        self.model,
+                        self.optimizer,
+                        self.state,
+                        self.frozen,
+                        shape,
+                        spec.micro_batches,
+                        spec.seed,
+                        skip_nonfinite=spec.on_nan == "skip",
                     )
                     for shape in self._batch_shapes(self.data)
                 ),
                 self.data.shapes,
+            )
+            self.outcomes = Outcomes(
+                Ballot(self.mesh),
+                spec.on_nan,
+                rows_of=lambda number: self.data.source_rows(number - 1),
+                on_skip=lambda number, rows: self._record("skipped", step=number, rows=rows),
             )
             if self.eval_data:
                 self.evaluate_step = ByLength(
@@ -200,7 +232,8 @@ class Run:
                     self.eval_data.shapes,
                 )
         trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
-        total = trainable + sum(int(jnp.size(array)) for array in self.frozen)
+        adapter = trainable if spec.lora is not None else 0
+        total = adapter + sum(math.prod(slot.shape) for slot in self.model.slots)
         if spec.snapshots is not None:
             about = {"num_ranks": spec.num_workers, "shapes": self.model.adapter_shapes}
             about |= {"config": spec.lora, "base": spec.base}
@@ -222,6 +255,7 @@ class Run:
             lambda: {
                 "base": base.fingerprint(),
                 "precision": spec.precision,
+                "quantize": spec.quantize,
                 "lora": spec.lora and dataclasses.asdict(spec.lora),
                 "optimizer": optimizer_identity(*spec.optimizer),
                 "seed": spec.seed,
@@ -244,23 +278,29 @@ class Run:
         """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
         last_logged, window_tokens, mark = self.number, 0, time.monotonic()
         began, before = mark, self.number
-        while not self.is_finished:
+        while not self.is_finished and not self.left:
             self.number += 1
             number = self.number
+            self.heart.at("step", number)
             batch, tokens = self._next_batch, self._next_tokens
             self.state, metrics = self.step(self.state, self.frozen, batch)
+            self.outcomes.cast(number, self._vote(), metrics)
             window_tokens += tokens
             if number < self.total_steps:
                 waited = time.monotonic()
+                self.heart.at("data", number + 1)
                 self._next_batch, self._next_tokens = self.data.batch(number)
                 self._input_wait_s += time.monotonic() - waited
+                self.heart.at("step", number)
             if number == before + 1:
                 float(metrics["loss"])
                 self._record("first_step", seconds=round(time.monotonic() - began, 2))
+            vote = self.outcomes.look(number - LOOK_BEHIND)
             due = number % self.spec.log_steps_interval == 0 or number == self.total_steps
             evaluate = self.eval_data and (number == self.total_steps or self._is_evaluated(number))
             if due:
                 values = {name: float(value) for name, value in metrics.items()}
+                self.outcomes.look(number, take_votes=False)
                 now = time.monotonic()
                 self._log(number, values, window_tokens, now - mark, number - last_logged)
                 last_logged, window_tokens, mark = number, 0, now
@@ -271,21 +311,55 @@ class Run:
                 mark = time.monotonic()
             if self.snapshots is not None:
                 self.snapshots.after(number, lambda: self.model.adapter_shards(self.state["params"], self.rank))
+            if vote > (SAVE if self._saved_for_drain else GO_ON) and not self.is_finished:
+                self._heed(vote)
         if self.snapshots is not None:
             self.snapshots.wait()
         self._training_s = time.monotonic() - began
 
+    def _vote(self) -> int:
+        """What this rank has been asked for since the last step."""
+        if terminated.is_set():
+            return PREEMPTED
+        if self.heart.asked == "interrupt":
+            return INTERRUPT
+        return SAVE if _is_draining() and not self._saved_for_drain else GO_ON
+
+    def _heed(self, vote: int) -> None:
+        """All ranks save at this step, and leave; of a node that Ray drains they go on until Ray ends the group, which
+        then starts again by `max_preemption_failures`.
+
+        Raises:
+            TrainingError: preempted; whether the run then starts again is the failure policy's.
+        """
+        from kithara_ray.sharding.agree import agree
+
+        saved = "nothing was saved: give Trainer(checkpointer=...)"
+        if self.saving is not None:
+            self.heart.at("save", self.number)
+            self.saving.save(self.number, self.state)
+            self.saving.settle()
+            saved = f"step {self.number} is saved"
+        if vote == SAVE:
+            self._saved_for_drain = True
+            return
+        if vote == PREEMPTED:
+            told = agree(f"rank {self.rank} on {socket.gethostname()} got SIGTERM" if terminated.is_set() else "")
+            raise TrainingError(f"preempted: {', '.join(text for text in told if text)}; {saved}")
+        self.left = "interrupt"
+
     def _save(self, number: int, evaluated: bool) -> bool:
         """Save if it is time to; returns whether time went by."""
         self.saving.saver.check()
-        if evaluated and number < self.total_steps and self.saving.has_stopped_improving():
-            self.saving.save(number, self.state, finished="early_stopping")
-        elif number == self.total_steps:
-            self.saving.save(number, self.state, finished="steps")
-        elif self.saving.is_due(number, evaluated):
-            self.saving.save(number, self.state)
-        else:
+        is_last = number == self.total_steps
+        stops = evaluated and not is_last and self.saving.has_stopped_improving()
+        if not (is_last or stops or self.saving.is_due(number, evaluated)):
             return False
+        # What is saved must be whole: no step of it may turn out to be not finite.
+        self.outcomes.look(number, take_votes=False)
+        self.heart.at("save", number)
+        self.saving.save(number, self.state, finished="early_stopping" if stops else "steps" if is_last else None)
+        self.heart.at("step", number)
         return True
 
     def _is_evaluated(self, number: int) -> bool:
@@ -302,6 +376,7 @@ class Run:
         total = weight = 0.0
         for step in range(order.steps_of(0)):
             batch, _ = self.eval_data.batch(step)
+            self.heart.at("eval", self.number)
             loss, tokens = self.evaluate_step(self.state["params"], self.frozen, batch)
             total, weight = total + float(loss), weight + float(tokens)
         loss = total / max(weight, 1.0)
@@ -309,6 +384,9 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Send this rank's part of the adapter, or of the weights."""
+        import jax
+
+        self.heart.at("save", self.number)
         self.data.close()
         if self.saving is not None and self.number == self.saving.step:
             # Nothing was trained; what is there may be of a run that was to be longer or shorter.
@@ -320,11 +398,15 @@ class Run:
             send_weights(coordinator, self.spec.base, self.base, self.model, params, self.rank, self.spec.directory)
         else:
             ray.get(coordinator.put_shards.remote(self.rank, self.model.adapter_shards(params, self.rank)))
-        self._record("finished", input_wait_s=self._total_input_wait_s, training_s=self._training_s)
-        summary = {"shapes": self.model.adapter_shapes}
+        times = {"input_wait_s": self._total_input_wait_s, "training_s": self._training_s}
+        # With all events: a coordinator that was started again has lost them.
+        self._record("finished", **times, events=list(self.events))
+        summary = {"shapes": self.model.adapter_shapes, "stopped": self.left or "steps"}
         if self.saving is not None:
             summary |= {"checkpoint": self.saving.newest, "best_checkpoint": self.saving.best}
-            summary |= {"stopped": self.saving.finished}
+            summary["stopped"] = self.left or self.saving.finished
+        self.heart.stop()
+        jax.distributed.shutdown()
         return summary
 
     def _make_optimizer(self):
@@ -381,20 +463,39 @@ class Run:
         return epoch + index / self.data.order.steps_of(epoch)
 
     def _record(self, kind: str, **values: Any) -> None:
+        event = {"kind": kind, **values}
         if self.saving is not None:
-            self.saving.note({"kind": kind, **values})
+            self.saving.note(event)
         if self.rank == 0:
-            self.spec.coordinator.record.remote({"kind": kind, **values})
+            if kind == "resumed":
+                self.events = list(values["events"])
+            elif kind != "finished":
+                self.events.append(event)
+            reference = self.spec.coordinator.record.remote(event)
+            if kind == "finished":
+                ray.get(reference)
+
+    def _send_beat(self, beat: Beat, limits: Limits) -> str | None:
+        return ray.get(self.spec.coordinator.beat.remote(beat, limits), timeout=10)
 
     def _report_fetch(self, here: int, total: int) -> None:
         """Now and then, how much of the base has been fetched onto rank 0's host."""
         now = time.monotonic()
         if now - self._fetch_reported >= _FETCH_REPORT_S or here == total:
             self._fetch_reported = now
+            self.heart.at("fetch")
             self._record("fetch", here=here, total=total)
 
     def _phase(self, name: str):
         return _Phase(self, name)
+
+
+def _is_draining() -> bool:
+    """Whether Ray has been told that the node of one of the ranks will go.
+
+    `ray.train.get_preemption_info()` is a barrier of all ranks, by way of an actor; what this process knows is enough.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 class ByLength:
@@ -420,6 +521,7 @@ class _Phase:
 
     def __enter__(self):
         self.run._record("phase", name=self.name)
+        self.run.heart.at(self.name)
         self.started = time.monotonic()
 
     def __exit__(self, *exc):

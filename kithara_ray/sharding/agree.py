@@ -83,3 +83,30 @@ def agree(text: str) -> list[str]:
     padded[: len(raw)] = raw
     gathered = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
     return [bytes(row[:length]).decode() for row, length in zip(gathered, lengths, strict=True)]
+
+
+class Ballot:
+    """One small number of each process, and of a step's results, brought together on the devices.
+
+    Every process casts in every step and reads the same result, two steps later: the devices never wait for a host
+    that looks, and all processes come to the same decision at the same step.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._shape = (mesh.size,)
+        self._votes: dict[int, jax.Array] = {}
+
+        def count(votes, loss, grad_norm):
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            return jnp.stack([jnp.max(votes), 1 - finite.astype(jnp.int32)])
+
+        self._count = jax.jit(count, out_shardings=replicated(mesh))
+
+    def cast(self, vote: int, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+        """int32 (2,): the highest vote of all processes, and 1 where the step's loss or gradient is not finite."""
+        if vote not in self._votes:
+            self._votes[vote] = jax.make_array_from_callback(
+                self._shape, self._sharding, lambda index: np.full(self._shape, vote, np.int32)[index]
+            )
+        return self._count(self._votes[vote], loss, grad_norm)

@@ -347,8 +347,8 @@ class Keep:
             return math.inf
         return -value if self.order == "max" else value
 
-    def is_better(self, value: float, than: float | None) -> bool:
-        """Whether a score is better than the best so far."""
-        if not math.isfinite(value):
-            return False
-        return than is None or (value > than if self.order == "max" else value < than)
+    def since_best(self, scores: Sequence[float]) -> int:
+        """How many evaluations have gone by since the best score; all of them where none is finite."""
+        badness = [self._badness({self.score: score}) for score in scores]
+        finite = [value for value in badness if value < math.inf]
+        return len(scores) - 1 - badness.index(min(finite)) if finite else len(scores)

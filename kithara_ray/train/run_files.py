@@ -1,6 +1,7 @@
 """What a finished, failed or running run has left in files: its newest adapter, or that of a step. No Ray, no JAX."""
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from kithara_ray.train import checkpoint
 from kithara_ray.train.checkpoint import Checkpoint
 from kithara_ray.train.place import Place
 
-CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
+CHECKPOINTS, ADAPTER, RUN = "checkpoints", "adapter", "run.json"
 
 
 @dataclass
@@ -38,6 +39,26 @@ def read_trained(location: str, step: int | None = None) -> Trained:
     A run that ended has `adapter/`, which is taken unless a step is asked for; else the newest checkpoint, or that of
     `step`. Every file of the checkpoint is verified. Raises AdapterError, CheckpointError, ConfigError.
     """
+    trained = _find(location, step)
+    manifest = _manifest(str(location))
+    if manifest is not None:
+        trained.run["training"] = manifest
+    return trained
+
+
+def _manifest(location: str) -> dict[str, Any] | None:
+    """run.json of a run's directory, where that is what was given. It is told on, and nothing is decided by it."""
+    place = Place(location.rstrip("/"))
+    if RUN not in place.files(""):
+        return None
+    try:
+        found = json.loads(place.fs.cat_file(place.path(RUN)))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _find(location: str, step: int | None) -> Trained:
     place = Place(str(location).rstrip("/"))
     if step is None:
         for directory in ("", ADAPTER):

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from kithara_ray.errors import CheckpointError, ConfigError, TrainingError
-from kithara_ray.sharding.gather import Shard, local_shards
+from kithara_ray.sharding.gather import local_shards
 from kithara_ray.train import checkpoint
 from kithara_ray.train.checkpoint import Checkpoint, Keep
 from kithara_ray.train.place import Place
 
 logger = logging.getLogger(__name__)
 
+# Directories in which the ranks of an attempt find out whether they share the place.
+PROBE = ".hosts-"
 _LOOK_S = 0.1
 _LOOK_MOST_S = 2.0
 
@@ -71,7 +72,8 @@ class Saver:
             except CheckpointError:
                 continue
             self._committed[directory] = manifest["metrics"]
-        for directory in checkpoint.unfinished(self.place):
+        left = [name for name in self.place.directories() if name.startswith(PROBE)]
+        for directory in checkpoint.unfinished(self.place) + left:
             checkpoint.remove(self.place, directory)
         self.place.clear_scratch()
 
@@ -101,11 +103,8 @@ class Saver:
             for shard in array.addressable_shards:
                 if shard.replica_id == 0:
                     shard.data.copy_to_host_async()
-        # Copies: on a CPU a numpy view would be of the very buffer that the next step is given to write into.
-        shards = [
-            Shard(shard.name, shard.bounds, np.array(shard.data), shard.rank)
-            for shard in local_shards(arrays, self.rank)
-        ]
+        # On a CPU these are views; a buffer that is seen from outside is not given to the next step to write into.
+        shards = local_shards(arrays, self.rank)
         shapes = {name: (array.shape, checkpoint.tag_of(array.dtype)) for name, array in arrays.items()}
         arguments = (step, shards, shapes, dict(document), list(events))
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)

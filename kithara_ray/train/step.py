@@ -87,15 +87,21 @@ def train_step(
     batch: Batch,
     micro_batches: int = 1,
     seed: int = 0,
+    skip_nonfinite: bool = False,
 ):
     """(new state, {"loss", "learning_rate", "grad_norm"}): scalars, float32.
 
-    What dropout drops is a function of `seed` and the step.
+    What dropout drops is a function of `seed` and the step. With `skip_nonfinite`, a step whose loss or gradient is not
+    finite changes neither parameters nor the optimizer's state.
     """
     key = jax.random.fold_in(jax.random.key(seed), state["step"]) if model.dropout else None
     loss, grads = loss_and_gradients(model, state["params"], frozen, batch, key, micro_batches)
     params, opt = optimizer.update(grads, state["opt"], state["params"])
     squares = sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads))
+    if skip_nonfinite:
+        finite = jnp.isfinite(loss) & jnp.isfinite(squares)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        params, opt = keep(params, state["params"]), keep(opt, state["opt"])
     metrics = {
         "loss": loss,
         "learning_rate": optimizer.learning_rate(state["opt"]),
@@ -159,16 +165,17 @@ def compile_step(
     batch: Batch,
     micro_batches: int = 1,
     seed: int = 0,
+    skip_nonfinite: bool = False,
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
     """The step compiled for these arrays' shapes and shardings. Its state argument is donated."""
 
     def step(state, frozen, batch):
-        return train_step(model, optimizer, state, frozen, batch, micro_batches, seed)
+        return train_step(model, optimizer, state, frozen, batch, micro_batches, seed, skip_nonfinite)
 
     state_in = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
         step,
-        in_shardings=(state_in, [array.sharding for array in frozen], batch_sharding(model.mesh)),
+        in_shardings=(state_in, jax.tree.map(lambda leaf: leaf.sharding, frozen), batch_sharding(model.mesh)),
         out_shardings=(state_in, replicated(model.mesh)),
         donate_argnums=0,
     )

@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.combine import combine
 
 Q = "model.layers.0.self_attn.q_proj"
 PATTERNS = {"rank_pattern": {r"layers\.0\..*q_proj": 2, "v_proj": 6}, "alpha_pattern": {r"1\.self_attn\.v_proj": 3}}
@@ -249,3 +250,13 @@ def test_read_names_what_is_missing_or_foreign(base, make_adapter, tmp_path):
     weights.write_bytes(whole)
     with pytest.raises(AdapterError, match="not JSON"):
         Adapter.read(tmp_path)
+
+
+def test_a_combined_adapter_spells_a_regular_expression_out(base, make_adapter):
+    adapters = [
+        make_adapter(base, target_modules=r".*\.[01]\..*q_proj"),
+        make_adapter(base, target_modules=("up_proj",)),
+    ]
+    combined = combine(adapters, [1.0, 0.5])
+    combined.validate(base)
+    assert combined.config.target_modules == (*adapters[0].modules, "up_proj")

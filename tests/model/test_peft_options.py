@@ -10,6 +10,7 @@ import torch
 from tiny import VOCABULARY
 from transformers import AutoModelForCausalLM
 
+from kithara_ray import KerasHubModel
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
@@ -24,15 +25,18 @@ PATTERNS = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.[12]\..*down_proj": 8},
     "alpha_pattern": {"down_proj": 3},
 }
+# With "quantize", ours is of the base as int8, and PEFT's of a base in floats that says the same.
 # qwen2 has biases; kernels of llama, qwen2 and gemma2 have their dims in different orders.
 OPTIONS = {
     "LoRA": ("qwen2", dict(target_modules=LINEAR)),
-    "rsLoRA": ("llama", dict(use_rslora=True)),
+    "rsLoRA, dropout evaluated": ("llama", dict(use_rslora=True, lora_dropout=0.5)),
+    "patterns, dotted endings": (
+        "llama",
+        dict(target_modules=("q_proj", "1.self_attn.k_proj", "down_proj"), **PATTERNS),
+    ),
     "DoRA": ("qwen2", dict(use_dora=True, target_modules=LINEAR)),
     "DoRA, rsLoRA, patterns": ("gemma2", dict(use_dora=True, use_rslora=True, target_modules=LINEAR, **PATTERNS)),
-    "patterns": ("llama", dict(target_modules=("q_proj", "down_proj"), **PATTERNS)),
-    "dotted endings": ("llama", dict(target_modules=("layers.1.self_attn.k_proj", "2.mlp.up_proj"))),
-    "dropout, evaluated": ("llama", dict(lora_dropout=0.5)),
+    "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
 }
 MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2)}
 
@@ -93,23 +97,25 @@ def step_of_torch(model):
     return logits.detach().numpy(), {n: p.grad.numpy() for n, p in named(model.named_parameters()).items()}
 
 
-def loaded_by_peft(base, directory, **options):
+def round_to_int8(model):
+    """Every linear layer's rows to 255 multiples of the largest magnitude / 127, by plain torch."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            scale = module.weight.data.abs().amax(dim=1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / scale).round() * scale
+
+
+def loaded_by_peft(base, directory, quantize=None, **options):
     plain = AutoModelForCausalLM.from_pretrained(base.directory, attn_implementation="eager")
+    if quantize:
+        round_to_int8(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys are warnings in peft
         return peft.PeftModel.from_pretrained(plain, directory, **options)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
-    family, fields = OPTIONS[option]
-    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MESHES.get(family))
-    config = LoraConfig(**{"r": 4, "lora_alpha": 6, **fields})
-    model = build(base.config, config, mesh, "float32")
-    tensors = random_adapter(model.adapter_shapes, row_norms(base, model.adapter_shapes))
-    adapter = Adapter(config, tensors)
-    export(base, adapter, str(tmp_path / "out"), Layout.ADAPTER, base_name=str(base.directory))
-
+def step_of_ours(model, mesh, tensors, frozen):
+    """Logits and gradients of the same loss, by the names of the adapter's tensors."""
     batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in BATCH.items()}
 
     @jax.jit
@@ -117,26 +123,61 @@ def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
         logits = model.logits_BTV(factors, frozen, batch["token_ids"], batch["segment_ids"])
         return logits, loss_and_gradients(model, factors, frozen, batch)[1]
 
-    factors, frozen = model.place_factors(tensors), model.load(base)
-    ours, gradients = compute(factors, frozen)
+    logits, gradients = compute(model.place_factors(tensors), frozen)
+    return np.asarray(logits), whole(model, gradients)
 
-    reference = loaded_by_peft(base, tmp_path / "out", is_trainable=True)
-    read = named(reference.named_parameters())
-    assert read.keys() == tensors.keys()
-    assert all(np.array_equal(read[name].detach().numpy(), tensor) for name, tensor in tensors.items())
-    # In training mode, but for dropout, whose draws are torch's own.
-    theirs, their_gradients = step_of_torch(reference.train(not config.lora_dropout))
+
+def assert_as_peft_s(ours, gradients, reference):
+    theirs, their_gradients = step_of_torch(reference)
     np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=0)
     with torch.no_grad(), reference.disable_adapter():
         plain = reference(torch.tensor(TOKENS).long()).logits.numpy()
     assert np.abs(ours - plain).max() > 0.1
-
-    gradients = whole(model, gradients)
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
         norm = np.linalg.norm(gradient)
         assert norm > 1e-4, name
         assert np.linalg.norm(gradients[name] - gradient) < 1e-4 * norm, name
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
+    family, fields = OPTIONS[option]
+    quantize = fields.get("quantize")
+    fields = {name: value for name, value in fields.items() if name != "quantize"}
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MESHES.get(family))
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, **fields})
+    model = build(base.config, config, mesh, "float32", quantize=quantize)
+    tensors = random_adapter(model.adapter_shapes, row_norms(base, model.adapter_shapes))
+    adapter = Adapter(config, tensors)
+    export(base, adapter, str(tmp_path / "out"), Layout.ADAPTER, base_name=str(base.directory))
+
+    ours, gradients = step_of_ours(model, mesh, tensors, model.load(base))
+
+    reference = loaded_by_peft(base, tmp_path / "out", quantize, is_trainable=True)
+    read = named(reference.named_parameters())
+    assert read.keys() == tensors.keys()
+    assert all(np.array_equal(read[name].detach().numpy(), tensor) for name, tensor in tensors.items())
+    # In training mode, but for dropout, whose draws are torch's own.
+    assert_as_peft_s(ours, gradients, reference.train(not config.lora_dropout))
+
+
+def test_a_continued_adapter_of_peft_computes_and_trains_as_peft_s(tiny_models, tmp_path):
+    """PEFT's own file, its targets a regular expression, taken by `from_preset(adapter=)`."""
+    base, mesh = BaseCheckpoint.open(tiny_models["llama"]), make_mesh()
+    targets = r"model\.layers\.[12]\.(self_attn\.(q|o)|mlp\.down)_proj"
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=True, init_lora_weights=False)
+    torch.manual_seed(0)
+    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base.directory), config)
+    for name, parameter in named(made.named_parameters()).items():
+        parameter.data *= torch.empty_like(parameter).uniform_(0.8, 1.2) if "magnitude" in name else 0.2
+    made.save_pretrained(tmp_path)
+
+    handle = KerasHubModel.from_preset(str(base.directory), adapter=str(tmp_path), precision="float32")
+    model = build(base.config, handle.lora, mesh, handle.precision)
+    assert model.adapter_shapes.keys() == handle.adapter.keys()
+    ours, gradients = step_of_ours(model, mesh, handle.adapter, model.load(base))
+    assert_as_peft_s(ours, gradients, loaded_by_peft(base, tmp_path, is_trainable=True).train())
 
 
 @pytest.mark.parametrize("options", [{}, {"stack_factors": False}, {"scan": False}], ids=str)

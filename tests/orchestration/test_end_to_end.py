@@ -32,11 +32,12 @@ def run(
     loop=None,
     targets=("q_proj", "v_proj"),
     packing=False,
+    options=None,
     **kwargs,
 ):
     """Train on 22 rows: batches of 8, the last of each epoch not full."""
     model = KerasHubModel.from_preset(
-        str(directory), lora_rank=4, lora_alpha=12, target_modules=targets, precision="float32"
+        str(directory), lora_rank=4, lora_alpha=12, target_modules=targets, precision="float32", **(options or {})
     )
     data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
     trainer = Trainer(
@@ -66,7 +67,8 @@ def train_then_write_logits(path):
 
         run = Run(config["spec"], time.monotonic())
         run.build()
-        assert any(not array.is_fully_addressable for array in run.frozen), "the weights must cross processes"
+        leaves = jax.tree.leaves(run.frozen)
+        assert any(not array.is_fully_addressable for array in leaves), "the weights must cross processes"
         assert all(not p.is_fully_addressable for p in run.state["params"].values())
         run.train()
         place = lambda array: jax.make_array_from_callback(  # noqa: E731
@@ -165,6 +167,39 @@ def test_generate_is_transformers_greedy(trained):
         assert ids == expected
     texts = model.generate(prompts[0], max_length=30, strip_prompt=True)
     assert texts == [tokenizer.decode(ours[0][len(tokenizer(prompts[0])["input_ids"]) :], skip_special_tokens=True)]
+
+
+def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, monkeypatch):
+    """Computed on the base as int8; exported for, and merged into, the base as it is."""
+    directory, targets = tiny_models["llama"], r".*(q|up|down)_proj"
+    loop = train_then_write_logits(tmp_path / "logits.npy")
+    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
+    options = dict(use_dora=True, quantize="int8")
+    model, result = run(directory, tmp_path / "runs", 2, 2, 2, targets=targets, options=options)
+    assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
+    model.save_in_hf_format(tmp_path / "adapter", only_save_adapters=True)
+    model.save_in_hf_format(tmp_path / "merged")
+
+    held = AutoModelForCausalLM.from_pretrained(directory)
+    for name, module in held.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            scale = module.weight.data.abs().amax(dim=1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / scale).round() * scale
+    trained = logits_of(PeftModel.from_pretrained(held, tmp_path / "adapter"))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), trained, atol=2e-4, rtol=0)
+
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    plain, threads = logits_of(base), torch.get_num_threads()
+    torch.set_num_threads(1)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    torch.set_num_threads(threads)
+    written = BaseCheckpoint.open(tmp_path / "merged")
+    for name, tensor in merged.state_dict().items():
+        if name in written.tensors:
+            assert written.view(name).tobytes() == tensor.numpy().tobytes(), name
+    exported = logits_of(merged)
+    # The base's own rounding is what is left between the two.
+    assert 0 < np.abs(exported - trained).max() < 0.2 * np.abs(exported - plain).max()
 
 
 def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny_models, tmp_path):

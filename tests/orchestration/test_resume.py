@@ -15,7 +15,8 @@ import tiny
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
-from kithara_ray.errors import ConfigError
+from kithara_ray.errors import ConfigError, TrainingError
+from kithara_ray.sft.order import BatchOrder
 from kithara_ray.train import checkpoint
 from kithara_ray.train.place import Place
 
@@ -26,9 +27,7 @@ STEPS, EVERY = 8, 3
 
 def make_trainer(directory, out, workers=2, devices=2, failures=0, **kwargs):
     """22 rows in batches of 8: the epoch turns twice, and dropout depends on the step."""
-    model = KerasHubModel.from_preset(
-        str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32"
-    )
+    model = KerasHubModel.from_preset(str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32")
     data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
     held_out = SFTDataset(tiny.rows(5), tokenizer_handle=str(directory))
     options = dict(seed=2, checkpointer=Checkpointer(out / "checkpoints", save_interval_steps=EVERY, max_to_keep=2))
@@ -71,6 +70,52 @@ def killed_before(step, rank, once):
         return run.finish()
 
     return loop
+
+
+def told_before(step, tell, once):
+    """The workers' own loop; before a step, the first time, `tell(run)` is done on every rank."""
+
+    def loop(config):
+        from kithara_ray.model import runtime
+        from kithara_ray.orchestration.worker import Run
+
+        runtime.prepare()
+        run = Run(config["spec"], time.monotonic())
+        run.build()
+        compiled = getattr(run, "step", None)
+
+        def told(*arguments):
+            state, metrics = compiled(*arguments)
+            if run.number == step and not Path(f"{once}-{run.rank}").exists():
+                Path(f"{once}-{run.rank}").touch()
+                metrics = tell(run, metrics) or metrics
+            return state, metrics
+
+        run.step = told
+        run.train()
+        return run.finish()
+
+    return loop
+
+
+def sigterm_to_rank_1(run, metrics):
+    from kithara_ray.orchestration.backend import terminated
+
+    if run.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert terminated.wait(30)
+
+
+def interrupt(run, metrics):
+    ray.get(run.spec.coordinator.ask.remote("interrupt"))
+    deadline = time.monotonic() + 30
+    while run.heart.asked is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def not_a_number(run, metrics):
+    run.saving.saver.wait()
+    return metrics | {"loss": metrics["loss"] * float("nan")}
 
 
 def losses(result):
@@ -136,6 +181,57 @@ def test_resumed_on_another_number_of_hosts(undisturbed, tiny_models, tmp_path):
     assert sorted(path for path in tmp_path.rglob("*") if "checkpoints" in str(path)) == before
     for name, tensor in trainer.model.adapter.items():
         np.testing.assert_array_equal(again.model.adapter[name], tensor)
+
+
+def test_a_rank_that_is_told_to_go_takes_all_with_it_at_one_step(undisturbed, tiny_models, tmp_path, monkeypatch):
+    """SIGTERM to one rank in step 4: two steps later all save and leave; the group starts again there."""
+    _, reference, expected = undisturbed
+    loop = told_before(4, sigterm_to_rank_1, tmp_path / "told")
+    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
+    trainer = make_trainer(tiny_models["llama"], tmp_path, failures=1)
+    resumed = []
+    follow(monkeypatch, resumed)
+    result = trainer.train()
+    assert {event["step"] for event in resumed} == {6}
+    assert losses(result) == losses(expected)
+    for name, tensor in reference.model.adapter.items():
+        np.testing.assert_array_equal(trainer.model.adapter[name], tensor, err_msg=name)
+
+
+def follow(monkeypatch, resumed):
+    """Collect what the attempts of a run resume from."""
+    from kithara_ray.orchestration import trainer
+
+    one_history = trainer.one_history
+
+    def collect(events):
+        resumed.extend(event for event in events if event["kind"] == "resumed")
+        return one_history(events)
+
+    monkeypatch.setattr(trainer, "one_history", collect)
+
+
+def test_an_interrupted_run_is_saved(tiny_models, cluster, tmp_path, monkeypatch):
+    loop = told_before(2, interrupt, tmp_path / "told")
+    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
+    trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=2)
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted; saved: .*step-00000004"):
+        trainer.train()
+    assert trainer.model.adapter is not None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_its_rows(tiny_models, cluster, tmp_path, monkeypatch):
+    """Logged every 8 steps: it is seen before."""
+    loop = told_before(4, not_a_number, tmp_path / "told")
+    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
+    trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=2, log_steps_interval=8)
+    # Batch 0 of the second epoch, by the order that the seed gives.
+    order = BatchOrder(size=22, batch_rows=8, seed=1)
+    rows = sorted(int(row) for row in np.concatenate(order.batch(3)))
+    with pytest.raises(TrainingError, match=f"step 4: .* holds rows {', '.join(map(str, rows))} of the dataset"):
+        trainer.train()
+    where = Place(str(tmp_path / "checkpoints"))
+    assert [checkpoint.step_of(name) for name in checkpoint.committed(where)] == [3]
 
 
 def test_another_run_is_refused(undisturbed, tiny_models):

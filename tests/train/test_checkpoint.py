@@ -103,6 +103,17 @@ def test_every_rank_writes_what_it_holds_and_reads_what_it_needs(where, monkeypa
     assert max(sizes) < 2 * min(sizes)
 
 
+def test_a_slice_that_no_rank_wrote_is_named(where):
+    part = Shard("a", ((0, 2), (0, 3)), np.zeros((2, 3), np.float32), 0)
+    directory = checkpoint.directory_name(3, "0000000a")
+    checkpoint.write_part(where, directory, [part], 0, 1)
+    checkpoint.commit(where, directory, 1, {"a": ((4, 3), "F32")}, DOCUMENT, [])
+    opened = Checkpoint.open(where, directory)
+    assert opened.read("a", (slice(0, 2), slice(1, 2))).shape == (2, 1)
+    with pytest.raises(CheckpointError, match="its slices of 'a' hold 6 of 12 elements asked for"):
+        opened.read("a")
+
+
 def test_the_copy_is_of_the_step_it_was_made_at(where):
     """The next step writes into the buffers of the last one while they are being saved."""
     state = state_on(make_mesh())
@@ -176,9 +187,19 @@ def test_the_newest_stays_even_if_it_is_the_worst():
     assert Keep(None).victims(kept) == []
 
 
+def test_evaluations_since_the_best():
+    keep, other = Keep(1, "m", "min"), Keep(1, "m", "max")
+    assert keep.since_best([3.0, 2.0, 2.0, 2.5]) == 2
+    assert other.since_best([3.0, 2.0, 2.0, 2.5]) == 3
+    assert keep.since_best([3.0, float("nan"), 1.0]) == 0
+    assert keep.since_best([float("nan")] * 2) == 2
+    assert keep.since_best([]) == 0
+
+
 def test_unfinished_saves_of_earlier_attempts_are_cleared(where):
     state = state_on(make_mesh())
     checkpoint.write_part(where, checkpoint.directory_name(9, "0000000b"), [], 0, 2)
+    where.put_bytes(b"", f"{saver.PROBE}0000000b", "00001")
     assert found(where).checkpoint is None
     save(where, 10, state)
     # A directory is a name where files are: an empty one is none on an object store.

@@ -113,10 +113,10 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_rows_alone(family, tiny_
 
 def run(directory, optimizer, steps=3, stack_factors=True):
     base, mesh = BaseCheckpoint.open(directory), make_mesh()
-    lora = LoraConfig(r=4, lora_alpha=12, target_modules=("q_proj", "down_proj"))
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=("q_proj", "down_proj"), use_dora=True)
     model = build(base.config, lora, mesh, "float32", stack_factors=stack_factors)
     frozen = model.load(base)
-    state = step.initial_state(model, optimizer, model.initial_factors(0))
+    state = step.initial_state(model, optimizer, model.initial_factors(0, frozen))
     data = batch(mesh)
     compiled = step.compile_step(model, optimizer, state, frozen, data)
     before = [np.asarray(array) for array in frozen]
@@ -170,3 +170,25 @@ def test_optimizers_that_see_whole_tensors_are_known():
     assert not is_elementwise("keras", serialize(keras.optimizers.Lamb(1e-3)))
     assert not is_elementwise("keras", serialize(keras.optimizers.Adafactor(1e-3)))
     assert not is_elementwise("optax", optax.adamw(1e-3))
+
+
+def test_a_step_that_is_not_finite_is_left_out(tiny_models):
+    """A weight of infinity in one row: parameters and moments stay, and the next step goes on from them."""
+    base, mesh = BaseCheckpoint.open(tiny_models["llama"]), make_mesh()
+    model = build(base.config, LoraConfig(r=4), mesh, "float32")
+    frozen, optimizer = model.load(base), keras_adamw()
+    good = batch(mesh)
+    bad = good | {"target_weights": good["target_weights"].at[0, 0].set(jnp.inf)}
+    compiled = None
+    for batches in ([good, bad, good], [good, good]):
+        state = step.initial_state(model, optimizer, model.initial_factors(0))
+        compiled = compiled or step.compile_step(model, optimizer, state, frozen, good, skip_nonfinite=True)
+        losses = []
+        for data in batches:
+            state, metrics = compiled(state, frozen, data)
+            losses.append(float(metrics["loss"]))
+        arrays = jax.tree.map(np.asarray, {name: state[name] for name in ("params", "opt")})
+        if len(batches) == 3:
+            assert not np.isfinite(losses[1])
+            skipped = arrays
+    jax.tree.map(np.testing.assert_array_equal, skipped, arrays)

@@ -8,17 +8,13 @@ than none.
 from collections.abc import Mapping
 
 from kithara_ray.errors import UnsupportedError
-from kithara_ray.model.families import gemma, llama
+from kithara_ray.model.families import gemma, gemma4, gpt_oss, llama, moe
 from kithara_ray.model.families.family import Family, completed, fields_needed
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES
+FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | gemma4.FAMILIES | moe.FAMILIES | gpt_oss.FAMILIES
 
-_STACKED_EXPERTS = "its experts are many tensors, or a quantised one, to a Keras variable; only one to one is loaded"
 _REFUSED = {
-    "mixtral": _STACKED_EXPERTS,
-    "qwen3_moe": _STACKED_EXPERTS,
-    "gpt_oss": _STACKED_EXPERTS,
-    "gemma4_text": "KerasHub's MLP goes past the layers that LoRA adapts, so an adapter there would do nothing",
+    "gemma4": "it reads images; take a checkpoint of its text model, gemma4_text",
     "gemma3": "it reads images; take a checkpoint of its text model, gemma3_text",
     "phi3": "KerasHub has no converter for it",
 }
@@ -31,21 +27,23 @@ def family_of(config: Mapping) -> Family:
         UnsupportedError: an unknown `model_type`, or a field that KerasHub cannot express.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(
             f"config.json: model_type={model_type!r} is not supported{_reason(model_type)}; supported are "
             f"{', '.join(sorted(FAMILIES))} (a family is added with a test that its logits equal transformers')"
         )
-    if config.get("quantization_config"):
-        raise UnsupportedError(
-            f"config.json: a base quantised by {config['quantization_config'].get('quant_method')!r} cannot be trained "
-            "or merged; use the unquantised checkpoint"
-        )
     family = FAMILIES[model_type]
+    quantised = config.get("quantization_config")
+    quantisation = str(quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised)
+    if quantised and quantisation not in family.quantisations:
+        raise UnsupportedError(
+            f"config.json: a base quantised by {quantisation!r} cannot be trained or merged; "
+            "use the unquantised checkpoint"
+        )
     with fields_needed(config):
         family.check(completed(family, config))
     return family
 
 
 def _reason(model_type: str | None) -> str:
-    return f": {_REFUSED[model_type]}" if model_type in _REFUSED else ""
+    return f": {_REFUSED[model_type]}" if isinstance(model_type, str) and model_type in _REFUSED else ""

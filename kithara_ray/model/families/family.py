@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kithara_ray.errors import UnsupportedError
+from kithara_ray.errors import KitharaRayError, UnsupportedError
 
 
 def _as_it_is(config: Mapping) -> dict:
@@ -30,6 +30,7 @@ class Family:
         finish: changes the built backbone.
         complete: the config with what transformers would fill in.
         takes_dtype: whether the backbone hands its dtype on to its layers; else they are built under a global policy.
+        quantisations: of checkpoints that are dequantised where they are read.
     """
 
     converter: str
@@ -39,6 +40,7 @@ class Family:
     finish: Callable[[Mapping, Any], None] = lambda config, backbone: None
     complete: Callable[[Mapping], dict] = _as_it_is
     takes_dtype: bool = True
+    quantisations: tuple[str, ...] = ()
 
     def build(self, config: Mapping, dtype_policy):
         """The backbone that a checked config describes.
@@ -70,12 +72,19 @@ def completed(family: Family, config: Mapping) -> dict:
 
 @contextlib.contextmanager
 def fields_needed(config: Mapping) -> Iterator[None]:
-    """A field that is read in here and is not there is refused by name."""
+    """A field that is read in here and is not there is refused by name; one that is something else, with the cause."""
     try:
         yield
     except KeyError as error:
         raise UnsupportedError(
             f"config.json: this {config['model_type']} model has no field {error}; "
+            "write it anew with transformers' save_pretrained"
+        ) from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, KitharaRayError):
+            raise
+        raise UnsupportedError(
+            f"config.json: a field of this {config['model_type']} model is not what it should be ({error}); "
             "write it anew with transformers' save_pretrained"
         ) from error
 

@@ -111,7 +111,7 @@ FAMILIES = {
         _correct_llama,
         complete=with_defaults(tie_word_embeddings=False),
     ),
-    # Its converter also casts weights through float16: see weights.Port.view.
+    # Its converter also casts weights through float16: see ports.Piece.view.
     "mistral": Family(
         "convert_mistral", "MistralCausalLM", _check_mistral, complete=with_defaults(sliding_window=4096)
     ),

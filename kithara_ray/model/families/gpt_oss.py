@@ -1,0 +1,83 @@
+"""gpt_oss: what KerasHub drops of it. Its experts are read from MXFP4, as published, or from float tensors."""
+
+from collections.abc import Mapping
+
+from kithara_ray.model.families.family import Family, expect, refuse
+from kithara_ray.model.families.moe import check_routing, route_in_float32
+
+_ROPE = dict(
+    rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096
+)
+
+
+def _complete(config: Mapping) -> dict:
+    defaults = dict(tie_word_embeddings=False, attention_bias=True, sliding_window=128, head_dim=64)
+    whole = defaults | dict(swiglu_alpha=1.702, swiglu_limit=7.0) | dict(config)
+    theta = whole.get("rope_theta", 150_000.0)
+    given = dict(whole.get("rope_parameters") or whole.get("rope_scaling") or _ROPE)
+    whole["rope_parameters"] = {"rope_theta": theta} | given
+    if whole.get("layer_types") is None:
+        kinds = ("sliding_attention", "full_attention")
+        whole["layer_types"] = [kinds[i % 2] for i in range(whole["num_hidden_layers"])]
+    return whole
+
+
+def _check(config: Mapping) -> None:
+    expect(config, hidden_act=("silu",), attention_bias=(True,), tie_word_embeddings=(False, None))
+    expect(config, attention_dropout=(0.0, None))
+    check_routing(config)
+    rope = config["rope_parameters"]
+    if rope["rope_type"] not in ("yarn", "default"):
+        refuse(config, "rope_parameters", f"rope type {rope['rope_type']!r} is dropped by KerasHub's gpt_oss")
+    for name in ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"):
+        if rope.get(name) is not None:
+            refuse(config, "rope_parameters", f"KerasHub has no {name}")
+    if config["sliding_window"] is not None and config["sliding_window"] < 2:
+        refuse(config, "sliding_window", "KerasHub takes a window of one token for none")
+
+
+def _correct(config: Mapping, kwargs: dict) -> None:
+    # Blocks that also give their routers' logits would give a tuple.
+    kwargs["output_router_logits"] = False
+
+
+def _finish(config: Mapping, backbone) -> None:
+    rope = config["rope_parameters"]
+    for block, kind in zip(backbone.transformer_layers, config["layer_types"], strict=True):
+        attention, moe = block.self_attention_layer, block.sparse_moe_block
+        # KerasHub hardcodes that the second block and every other from there has a window.
+        block.sliding_window = config["sliding_window"] if kind == "sliding_attention" else None
+        # Where it decodes with a cache, its windows hold one token more than they say.
+        attention.sliding_window = None if block.sliding_window is None else block.sliding_window - 1
+        rotary = attention.rotary_embedding_layer
+        rotary.rope_type, rotary.scaling_factor = "linear", 1.0
+        if rope["rope_type"] == "yarn":
+            # It hardcodes all of these but the factor, which it reads where transformers 5 does not write it.
+            rotary.rope_type, rotary.scaling_factor = "yarn", rope["factor"]
+            rotary.beta_fast, rotary.beta_slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
+            rotary.original_max_position_embeddings = rope["original_max_position_embeddings"]
+            rotary.truncate = rope.get("truncate", True)
+        moe.experts.alpha, moe.experts.limit = config["swiglu_alpha"], config["swiglu_limit"]
+        route_in_float32(moe.router.router_dense)
+        _scores_as_given(moe.router)
+
+
+def _scores_as_given(router) -> None:
+    """Scores in the dtype of what the router is given: the experts' outputs are multiplied by them."""
+    import keras
+
+    original = router.call
+    router.call = lambda hidden_states: keras.ops.cast(original(hidden_states), hidden_states.dtype)
+
+
+FAMILIES = {
+    "gpt_oss": Family(
+        "convert_gpt_oss",
+        "GptOssCausalLM",
+        _check,
+        _correct,
+        _finish,
+        complete=_complete,
+        quantisations=("mxfp4",),
+    )
+}

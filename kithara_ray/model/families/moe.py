@@ -1,0 +1,122 @@
+"""Mixtures of experts, mixtral and qwen3_moe: what KerasHub drops of them.
+
+KerasHub computes every expert for every token and weighs the results, most of them by 0: the same sum as transformers',
+at the cost of all experts. A token's experts depend on that token alone, so padding changes nothing.
+"""
+
+from collections.abc import Mapping
+
+from kithara_ray.model.families.family import (
+    Family,
+    check_derived_head_dim,
+    check_rope,
+    expect,
+    refuse,
+    with_defaults,
+)
+
+_ABSENT = (False, None)
+_OFF = (0.0, None)
+
+
+def check_routing(config: Mapping) -> None:
+    if config.get("output_router_logits"):
+        refuse(config, "output_router_logits", "it adds the routers' loss to the model's, which is not computed here")
+    if not 1 <= config["num_experts_per_tok"] <= config["num_local_experts"]:
+        refuse(config, "num_experts_per_tok", f"there are {config['num_local_experts']} experts")
+
+
+def route_in_float32(router) -> None:
+    """transformers takes the softmax in float32. In bfloat16 many experts' probabilities are equal, and which of them
+    are chosen would be chance."""
+    import keras
+
+    router.dtype_policy = keras.DTypePolicy("float32")
+
+
+# --- mixtral ---------------------------------------------------------------------------------------------------------
+
+
+def _check_mixtral(config: Mapping) -> None:
+    # KerasHub's mixtral has a head of its own always.
+    expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT, attention_dropout=_OFF, router_jitter_noise=_OFF)
+    check_routing(config)
+    check_derived_head_dim(config)
+    check_rope(config, "default")
+
+
+def _correct_mixtral(config: Mapping, kwargs: dict) -> None:
+    # Blocks that also give their routers' logits would give a tuple.
+    kwargs["output_router_logits"] = False
+
+
+def _finish_mixtral(config: Mapping, backbone) -> None:
+    for block in backbone.transformer_layers:
+        route_in_float32(block._sparse_moe_block._sparse_feedforward_gate_dense)
+
+
+# --- qwen3_moe -------------------------------------------------------------------------------------------------------
+
+
+def _complete_qwen3_moe(config: Mapping) -> dict:
+    """transformers 5 writes `num_local_experts` for `num_experts`, and no `head_dim` where it is hidden/heads."""
+    defaults = dict(tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, norm_topk_prob=False)
+    whole = defaults | dict(decoder_sparse_step=1, router_aux_loss_coef=0.001) | dict(config)
+    whole["mlp_only_layers"] = whole.get("mlp_only_layers") or []
+    for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if name not in whole:
+            whole[name] = whole.get(other, 128)
+    if not whole["use_sliding_window"]:
+        whole["sliding_window"] = None
+    if whole.get("head_dim") is None and "hidden_size" in whole:
+        whole["head_dim"] = whole["hidden_size"] // whole["num_attention_heads"]
+    return whole
+
+
+def _check_qwen3_moe(config: Mapping) -> None:
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, attention_dropout=_OFF)
+    check_routing(config)
+    check_rope(config, "default")
+    if config.get("use_sliding_window") and config.get("sliding_window"):
+        refuse(config, "use_sliding_window", "KerasHub forgets the window where it decodes with a cache")
+
+
+def _correct_qwen3_moe(config: Mapping, kwargs: dict) -> None:
+    kwargs["mlp_only_layers"] = config["mlp_only_layers"]
+
+
+def _finish_qwen3_moe(config: Mapping, backbone) -> None:
+    for layer in backbone._flatten_layers():
+        # The norms of queries and keys keep their default epsilon.
+        if type(layer).__name__ == "Qwen3MoeLayerNorm":
+            layer.epsilon = config["rms_norm_eps"]
+    for block in backbone.transformer_layers:
+        if block.is_sparse_mlp:
+            route_in_float32(block.mlp._sparse_feedforward_gate_dense)
+            continue
+        # The converter looks for a dense block's layers in the block itself. Set past Keras, which would track them
+        # twice.
+        for name in ("_feedforward_intermediate_dense", "_feedforward_output_dense", "_feedforward_gate_dense"):
+            object.__setattr__(block, name, getattr(block.mlp, name))
+
+
+FAMILIES = {
+    "mixtral": Family(
+        "convert_mixtral",
+        "MixtralCausalLM",
+        _check_mixtral,
+        _correct_mixtral,
+        _finish_mixtral,
+        complete=with_defaults(
+            tie_word_embeddings=False, sliding_window=None, output_router_logits=False, rope_theta=1_000_000.0
+        ),
+    ),
+    "qwen3_moe": Family(
+        "convert_qwen3_moe",
+        "Qwen3MoeCausalLM",
+        _check_qwen3_moe,
+        _correct_qwen3_moe,
+        _finish_qwen3_moe,
+        complete=_complete_qwen3_moe,
+    ),
+}

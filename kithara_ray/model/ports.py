@@ -1,0 +1,276 @@
+"""Which Hugging Face tensor feeds which part of which Keras variable.
+
+There are no mapping tables here. KerasHub's own converter is run once with a loader that records instead of reading:
+every call `port_weight(keras_variable, hf_weight_key, hook_fn)` is one line of the map. Converters of mixtures of
+experts ask for each expert's tensors, transpose and stack them, and assign the result to one variable: what numpy does
+there is recorded too, so that a variable is known by its parts and is still read slice by slice.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from kithara_ray.errors import CheckpointError, UnsupportedError
+from kithara_ray.hf import mxfp4
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+
+Transform = Callable[[np.ndarray, Sequence[int]], np.ndarray]
+
+
+def _unchanged(tensor: np.ndarray, _shape: Sequence[int]) -> np.ndarray:
+    return tensor
+
+
+class _Uncast(np.ndarray):
+    """An array that keeps its dtype: mistral's converter casts every tensor to float16, which rounds and reads it."""
+
+    def astype(self, *args, **kwargs) -> np.ndarray:
+        return self
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One HF tensor and the part of a variable that it is: `variable[index] == transform(tensor, shape)`.
+
+    Attributes:
+        hf_name: the tensor's name in the checkpoint.
+        transform: HF layout to Keras layout; a transpose or a reshape, so a view of a mapped tensor stays a view.
+        index: for each dim of the variable a slice, or an int where the part has no such dim.
+        shape: of the part.
+    """
+
+    hf_name: str
+    transform: Transform
+    index: tuple[slice | int, ...]
+    shape: tuple[int, ...]
+
+    def view(self, base: BaseCheckpoint) -> np.ndarray | mxfp4.Packed:
+        """The part in Keras' layout, unread until it is sliced."""
+        tensor = mxfp4.view(base, self.hf_name)
+        if isinstance(tensor, mxfp4.Packed):
+            view = self.transform(tensor, list(self.shape))
+        else:
+            view = self.transform(tensor.view(_Uncast), list(self.shape)).view(np.ndarray)
+        if tuple(view.shape) != self.shape:
+            raise CheckpointError(
+                f"{base.directory}: {self.hf_name} has shape {tuple(tensor.shape)}, "
+                f"which does not give the model's {self.shape}; config.json and weights do not belong together"
+            )
+        return view
+
+
+@dataclass(frozen=True)
+class Port:
+    """One Keras variable and the HF tensors it is read from, which tile it.
+
+    Attributes:
+        variable: the `keras.Variable`.
+        pieces: one, or one for each expert's tensors.
+    """
+
+    variable: object
+    pieces: tuple[Piece, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.variable.shape)
+
+    @property
+    def hf_name(self) -> str:
+        """Of its tensor, or of the first of them."""
+        return self.pieces[0].hf_name
+
+    @property
+    def tiled_dims(self) -> tuple[int, ...]:
+        """The dims along which its tensors stand beside each other."""
+        return tuple(dim for dim, index in enumerate(self.pieces[0].index) if isinstance(index, int))
+
+    def view(self, base: BaseCheckpoint) -> "np.ndarray | Tiled":
+        """The variable's value, unread until it is sliced."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].view(base)
+        return Tiled(self.shape, [(piece.index, piece.view(base)) for piece in self.pieces])
+
+
+class Tiled:
+    """An array made of views that stand beside each other; a slice of it reads only what it holds of each."""
+
+    def __init__(self, shape: tuple[int, ...], tiles: Sequence[tuple[tuple[slice | int, ...], np.ndarray]]):
+        self.shape, self.dtype = shape, tiles[0][1].dtype
+        self._tiles = tiles
+        if any(view.dtype != self.dtype for _, view in tiles):
+            raise CheckpointError(f"one variable's tensors are of several dtypes, {self.dtype} and others")
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        wanted = [range(*one.indices(size)) for one, size in zip(index, self.shape, strict=True)]
+        out = np.empty([len(span) for span in wanted], self.dtype)
+        for place, view in self._tiles:
+            own = [_span(at, size) for at, size in zip(place, self.shape, strict=True)]
+            both = [range(max(w.start, o.start), min(w.stop, o.stop)) for w, o in zip(wanted, own, strict=True)]
+            if all(both):
+                into = out[tuple(_relative(b, w) for b, w in zip(both, wanted, strict=True))]
+                kept = [not isinstance(at, int) for at in place]
+                of = tuple(_relative(b, o) for b, o, keep in zip(both, own, kept, strict=True) if keep)
+                into[...] = view[of].reshape(into.shape)
+        return out
+
+
+def _span(at: slice | int, size: int) -> range:
+    return range(at, at + 1) if isinstance(at, int) else range(*at.indices(size))
+
+
+def _relative(part: range, whole: range) -> slice:
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+class _Symbol:
+    """What stands for an HF tensor in a converter that computes by itself."""
+
+    def __array_function__(self, function, types, args, kwargs):
+        if function is np.transpose and isinstance(args[0], _Tensor):
+            transform = args[0].transform
+            return _Tensor(args[0].name, lambda t, shape: np.transpose(transform(t, shape), *args[1:], **kwargs))
+        if function in (np.stack, np.concatenate):
+            axis = args[1] if len(args) > 1 else kwargs.get("axis", 0)
+            return _Joined(tuple(args[0]), axis, stacked=function is np.stack)
+        raise UnsupportedError(f"KerasHub's converter does np.{function.__name__} to a weight; that is not recorded")
+
+    def pieces(self, shape: Sequence[int], index: Sequence[slice | int], dims: Sequence[int]) -> Iterator[Piece]:
+        """Its tensors, when it is the part `index` of a variable; `dims` are the variable's dims that the part has."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Tensor(_Symbol):
+    name: str
+    transform: Transform = _unchanged
+
+    def pieces(self, shape, index, dims):
+        yield Piece(self.name, self.transform, tuple(index), tuple(shape))
+
+
+@dataclass(frozen=True)
+class _Joined(_Symbol):
+    parts: tuple[_Symbol, ...]
+    axis: int
+    stacked: bool
+
+    def pieces(self, shape, index, dims):
+        axis = self.axis % len(shape)
+        # Parts of one size: converters join equals. If they were not, the views' shapes would tell.
+        size = shape[axis] // len(self.parts)
+        for number, part in enumerate(self.parts):
+            here, own_shape, own_dims = list(index), list(shape), list(dims)
+            if self.stacked:
+                here[dims[axis]] = number
+                del own_shape[axis], own_dims[axis]
+            else:
+                here[dims[axis]] = slice(number * size, (number + 1) * size)
+                own_shape[axis] = size
+            yield from part.pieces(own_shape, here, own_dims)
+
+
+class _Quantised(np.ndarray):
+    """What stands for the blocks or the scales of an MXFP4 tensor, which a converter dequantises by itself: an array of
+    one element a dim, so that its arithmetic runs. What comes of it keeps the tensor's name."""
+
+    name: str | None = None
+
+    def __array_finalize__(self, other):
+        self.name = getattr(other, "name", None)
+
+    def __array_function__(self, function, types, args, kwargs):
+        result = super().__array_function__(function, types, args, kwargs)
+        if isinstance(result, _Quantised):
+            result.name = self.name
+        return result
+
+    @classmethod
+    def of(cls, name: str, dims: int) -> "_Quantised":
+        made = np.ones((1,) * dims, np.uint8).view(cls)
+        made.name = name
+        return made
+
+
+class _Recorder:
+    """Stands where KerasHub's `SafetensorLoader` stands, and writes down what it is asked for."""
+
+    def __init__(self):
+        self.ports: list[Port] = []
+
+    def port_weight(self, keras_variable, hf_weight_key: str, hook_fn: Transform | None = None) -> None:
+        self.assign(keras_variable, _Tensor(_full_name(hf_weight_key), hook_fn or _unchanged))
+
+    def get_tensor(self, hf_weight_key: str) -> _Tensor | _Quantised:
+        name = _full_name(hf_weight_key)
+        for ending, dims in ((mxfp4.BLOCKS, 4), (mxfp4.SCALES, 3)):
+            if name.endswith(ending):
+                return _Quantised.of(name.removesuffix(ending), dims)
+        return _Tensor(name)
+
+    def assign(self, keras_variable, value: _Symbol | _Quantised) -> None:
+        if isinstance(value, _Quantised) and value.name is not None:
+            value = _Tensor(value.name)
+        if not isinstance(value, _Symbol):
+            raise UnsupportedError(f"KerasHub's converter assigns to {keras_variable.path} what is not of a tensor")
+        shape = tuple(keras_variable.shape)
+        whole = [slice(0, size) for size in shape]
+        self.ports.append(Port(keras_variable, tuple(value.pieces(shape, whole, range(len(shape))))))
+
+    @contextlib.contextmanager
+    def assignments(self) -> Iterator[None]:
+        """Inside, what is assigned to a variable is written down instead."""
+        assign = keras.Variable.assign
+        keras.Variable.assign = lambda variable, value: self.assign(variable, value)
+        try:
+            yield
+        finally:
+            keras.Variable.assign = assign
+
+
+def _full_name(hf_weight_key: str) -> str:
+    """Converters may leave out the prefix (qwen3's do): transformers' causal LMs hold all but the head in `model`."""
+    return hf_weight_key if hf_weight_key.startswith(("model.", "lm_head.")) else f"model.{hf_weight_key}"
+
+
+def record_ports(converter: str, model, config: Mapping) -> list[Port]:
+    """The map of one built causal LM, a Port for each of its variables that hold weights.
+
+    Raises:
+        UnsupportedError: a variable is not fed by the converter, or twice.
+    """
+    module = importlib.import_module(f"keras_hub.src.utils.transformers.{converter}")
+    recorder = _Recorder()
+    with recorder.assignments():
+        module.convert_weights(model.backbone, recorder, dict(config))
+    fed = [id(port.variable) for port in recorder.ports]
+    unfed = [v.path for v in model.variables if id(v) not in fed and not is_seed(v)]
+    if unfed or len(set(fed)) != len(fed):
+        raise UnsupportedError(f"KerasHub's {converter} leaves {unfed[:3]} unloaded or loads a variable twice")
+    return recorder.ports
+
+
+def check_invertible(recorded: Sequence[Port], config: Mapping) -> None:
+    """What is trained of these ports can be written back to the tensors they are read from; see layout.py.
+
+    Raises:
+        UnsupportedError: the base is quantised, or a variable is made of several tensors or of a single number.
+    """
+    several = next((port.hf_name for port in recorded if len(port.pieces) > 1 or not port.shape), None)
+    if config.get("quantization_config") or several:
+        what = "quantised weights" if several is None else f"{several} and others like it"
+        raise UnsupportedError(
+            f"lora_rank=None: {what} of this {config['model_type']} model cannot be written back; give lora_rank="
+        )
+
+
+def is_seed(variable) -> bool:
+    """Dropout layers own a seed state; it holds no weight and the rate is 0."""
+    return "seed_generator" in variable.path

@@ -1,0 +1,123 @@
+"""Ray's JaxTrainer started for a run: what ends it, and by what name.
+
+A first Ctrl-C asks the ranks to save and leave at the same step; a second ends the run at once.
+"""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.train import Result
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.jax import JaxTrainer
+
+from kithara_ray.errors import KitharaRayError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+
+class InterruptibleTrainer(JaxTrainer):
+    """Attributes: coordinator: asked to stop the run, set before `fit`; None: an interrupt ends it at once."""
+
+    coordinator: ray.actor.ActorHandle | None
+    interrupts = 0
+
+    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
+        """Ray's own handler aborts at the first signal and loses what was trained."""
+
+        def on_interrupt(signum, frame) -> None:
+            self.interrupts += 1
+            if self.interrupts == 1 and self.coordinator is not None:
+                logger.warning("interrupted: saving and leaving after the step; once more to end the run at once")
+                self.coordinator.ask.remote("interrupt")
+                return
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                ray.get(controller.abort.remote())
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+@contextlib.contextmanager
+def sigint_kept() -> Iterator[None]:
+    """Ctrl-C does afterwards what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle | None) -> Result:
+    """Run to the end.
+
+    Raises:
+        KitharaRayError: what the run failed with, by its cause.
+    """
+    trainer.coordinator = coordinator
+    try:
+        with sigint_kept():
+            return trainer.fit()
+    except TrainingFailedError as error:
+        raise named(error, _stalled(coordinator)) from error
+    except ray.exceptions.RayActorError as error:
+        raise TrainingError(f"Ray's controller of the run died: {_one_line(error)}") from error
+    finally:
+        if coordinator is not None:
+            coordinator.stop_watching.remote()
+
+
+def _stalled(coordinator: ray.actor.ActorHandle | None) -> str | None:
+    """Why the watchdog ended the last attempt, if it did."""
+    if coordinator is None:
+        return None
+    try:
+        events = ray.get(coordinator.events.remote(0), timeout=30)
+    except ray.exceptions.RayError:
+        return None
+    text = None
+    for event in events:
+        if event["kind"] == "begin":
+            text = None
+        elif event["kind"] == "stalled":
+            text = event["text"]
+    return text
+
+
+def named(error: TrainingFailedError, stalled: str | None = None) -> KitharaRayError:
+    """The cause of a failed run: the watchdog's verdict, an error of ours, else the rank that failed by itself.
+
+    Where one rank dies, the others fail with JAX's errors about it: these are named last.
+    """
+    if stalled is not None:
+        return TrainingError(f"no progress, so the run was ended: {stalled}")
+    failures = getattr(error, "worker_failures", None) or {}
+    for _, failure in sorted(failures.items()):
+        cause = getattr(failure, "cause", failure)
+        for found in (cause, getattr(failure, "_base_exc", None)):
+            if isinstance(found, KitharaRayError):
+                return found
+    if failures:
+        rank, failure = min(sorted(failures.items()), key=lambda pair: _collateral(pair[1]))
+        cause = getattr(failure, "_base_exc", failure)
+        return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
+    return TrainingError(f"the run failed: {error}")
+
+
+def _collateral(failure: Any) -> int:
+    """How likely a failure is but the consequence of another rank's."""
+    cause = getattr(failure, "_base_exc", failure)
+    if type(cause).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        return 2
+    return int(isinstance(cause, ray.exceptions.RayActorError))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,62 @@
+"""One batch through a model here and in transformers."""
+
+import jax
+import numpy as np
+import torch
+from tiny import TARGETS, VOCABULARY
+
+from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.causal_lm import build
+from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+
+LORA = {family: LoraConfig(r=4, lora_alpha=12, target_modules=targets) for family, targets in TARGETS.items()}
+TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 24)).astype(np.int32)
+# The last row is padded, as a batch's rows are.
+SEGMENTS = np.ones_like(TOKENS)
+SEGMENTS[3, 15:] = 0
+
+
+def adapter_of(model, seed=1):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in model.adapter_shapes.items()}
+
+
+def logits(directory, adapter=None, **options):
+    base = BaseCheckpoint.open(directory)
+    mesh = make_mesh(options.pop("mesh", None))
+    lora = LORA[base.config["model_type"]] if adapter is not None else None
+    model = build(base.config, lora, mesh, "float32", **options)
+    factors = model.place_factors(adapter) if adapter is not None else {}
+    place = lambda array: jax.device_put(array, batch_sharding(mesh))  # noqa: E731
+    return np.asarray(jax.jit(model.logits_BTV)(factors, model.load(base), place(TOKENS), place(SEGMENTS)))
+
+
+def reference(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS).long(), attention_mask=torch.tensor(SEGMENTS).long()).logits.numpy()
+
+
+def assert_equal(ours, theirs, atol):
+    """On real tokens; what padding computes is nobody's."""
+    real = SEGMENTS.astype(bool)
+    np.testing.assert_allclose(ours[real], theirs[real], atol=atol, rtol=0)
+
+
+def by_name(model, arrays):
+    """Trained arrays by adapter tensor name, stacked ones taken apart."""
+    tensors = {}
+    for slot in model.factor_slots:
+        whole = np.asarray(arrays[slot.key])
+        tensors |= dict(zip(slot.names, whole if slot.stacked else [whole], strict=True))
+    return tensors
+
+
+def assert_close_as_one(ours, theirs):
+    """1e-5 as one vector; one tensor's own gradient can be a small difference of large terms."""
+    assert ours.keys() == theirs.keys()
+    norms = {name: np.linalg.norm(tensor) for name, tensor in theirs.items()}
+    errors = {name: np.linalg.norm(ours[name] - tensor) for name, tensor in theirs.items()}
+    assert all(norms.values())
+    assert np.hypot.reduce(list(errors.values())) < 1e-5 * np.hypot.reduce(list(norms.values()))
+    assert all(errors[name] < 1e-4 * norms[name] for name in norms)
