@@ -9,6 +9,7 @@ process of its own, in turn; the first two steps are not counted. TRL runs witho
 """
 
 import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -33,8 +34,8 @@ def pairs() -> list[dict[str, str]]:
     root = Path(importlib.util.find_spec("chatterbot_corpus").submodule_search_locations[0]) / "data" / "english"
     found = {}
     for file in sorted(root.glob("*.yml")):
-        for first, second, *_ in yaml.safe_load(file.read_text())["conversations"]:
-            found.setdefault((str(first), str(second)))
+        for said in yaml.safe_load(file.read_text())["conversations"]:
+            found |= dict.fromkeys(itertools.pairwise(map(str, said)))
     rows = []
     for question, answer in found:
         messages = [{"role": "user", "content": question}]
@@ -70,7 +71,7 @@ def ours(packs: int = 1) -> None:
     rows = list(block.rows())
     trained = np.array([row.loss_mask.sum() for row in rows])
     share = trained.sum() / block.lengths.sum()
-    predictions = 8 * -(-max(int(trained.max()), int(1.15 * share * MAX_LEN)) // 8)
+    predictions = 8 * -(-max(int(trained.max()), int(1.5 * share * MAX_LEN)) // 8)
     order = PackedOrder(
         lengths=block.lengths, trained=trained, seq_len=MAX_LEN, predictions=predictions, batch_rows=packs
     )

@@ -106,10 +106,14 @@ def _keep_weights_in_place(model: CausalLM) -> None:
     embedding.call = call
     with_cache = model.model.call_with_cache
 
+    def by_rows_and_heads(cache):
+        """Of the whole model, (B, L, 2, T, K, H), or a layer's keys or values, (B, T, K, H): families differ."""
+        heads = "tensor" if cache.shape[-2] % model.mesh.shape["tensor"] == 0 else None
+        return constrain(cache, BATCH_AXES, *[None] * (cache.ndim - 3), heads)
+
     def call_with_cache(*args, **kwargs):
-        logits, hidden, cache_BL2TKH = with_cache(*args, **kwargs)
-        heads = "tensor" if cache_BL2TKH.shape[-2] % model.mesh.shape["tensor"] == 0 else None
-        return logits, hidden, constrain(cache_BL2TKH, BATCH_AXES, None, None, None, heads)
+        logits, hidden, cache = with_cache(*args, **kwargs)
+        return logits, hidden, jax.tree.map(by_rows_and_heads, cache)
 
     model.model.call_with_cache = call_with_cache
 

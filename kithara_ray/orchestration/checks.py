@@ -78,9 +78,9 @@ def check_run(
         tokenize: load the tokenizer and tokenise the first rows too: seconds, which a run that tokenises next need not
             spend.
     """
-    nodes = _Nodes()
     probes = Probes(trainer, exports)
     cluster = _find("cluster", lambda: wait_for_cluster(trainer, wait_s))
+    nodes = _Nodes()  # those that came meanwhile too
     # Reading rows takes a free CPU, for which Ray Data would wait without end.
     rows = FirstRows(trainer, tokenize) if cluster.state == OK else None
     checks: list[tuple[str, Callable[[], str]]] = [

@@ -37,8 +37,9 @@ _MAX_TASKS = 16
 # Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU padding is only work.
 LENGTH_MULTIPLE = {"tpu": 128}
 _CPU_LENGTH_MULTIPLE = 8
-# Room for predictions in a pack, over the mean: the head's work grows with it, and what does not fit waits for a pack.
-_PREDICTIONS_MARGIN = 1.15
+# Room for predictions in a pack, over the mean: the head's work grows with it, and rows with much to learn fill it
+# before the tokens' room. Of real chat pairs in packs of 1,024, a margin of 1.15 fills 85 to 94 %, 1.5 98 %.
+_PREDICTIONS_MARGIN = 1.5
 # Of blocks that a process keeps mapped, at most.
 _KEPT_BYTES = 2**28
 COUNTS = {

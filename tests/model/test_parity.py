@@ -261,7 +261,7 @@ def test_layers_compute_in_the_precision_that_was_asked_for(every_family, tiny_m
     assert {layer.compute_dtype for layer in [*linear, *backbone.transformer_layers]} == {"bfloat16"}
     assert keras.config.dtype_policy().name == before
     weights = model.abstract_frozen(np.dtype("bfloat16"))
-    out = jax.eval_shape(model.hidden_BTD, model.abstract_factors(), weights, TOKENS, SEGMENTS)
+    out = jax.eval_shape(model.hidden_BTD, model.abstract_params(), weights, TOKENS, SEGMENTS)
     assert (out.shape, out.dtype) == ((*TOKENS.shape, config["hidden_size"]), "bfloat16")
 
 

@@ -44,16 +44,17 @@ def test_kernels_of_linear_layers_are_held_as_int8_and_nothing_else(mesh, tiny_m
     frozen = model.load(base)
     for slot, array in zip(model.slots, frozen, strict=True):
         for step_number, port in enumerate(slot.ports):
-            is_linear = port.hf_name.endswith("_proj.weight")
-            assert isinstance(array, Int8) == is_linear, port.hf_name
+            (piece,) = port.pieces
+            is_linear = piece.hf_name.endswith("_proj.weight")
+            assert isinstance(array, Int8) == is_linear, piece.hf_name
             if is_linear:
-                rows = np.asarray(base.view(port.hf_name))
+                rows = np.asarray(base.view(piece.hf_name))
                 scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
-                expected = port.transform(np.rint(rows / scale) * scale, list(port.shape))
+                expected = piece.transform(np.rint(rows / scale) * scale, list(port.shape))
                 one = array[step_number] if slot.stacked else array
                 np.testing.assert_allclose(one.floats("float32"), expected, atol=1e-6)
     # A kernel of 3 x 128 x 96 bytes, a third or a quarter of it on each device.
-    (down,) = (a for s, a in zip(model.slots, frozen, strict=True) if "down_proj" in s.ports[0].hf_name)
+    (down,) = (a for s, a in zip(model.slots, frozen, strict=True) if "down_proj" in s.key)
     assert {shard.data.nbytes for shard in down.values.addressable_shards} == {3 * 128 * 96 // mesh.size}
 
 
