@@ -26,9 +26,9 @@ $(VENV)/.test: $(VENV)/.demo
 quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, score it, write the three exports
 	@$(BIN)/python examples/quickstart.py
 
-# Two processes: much of the suite waits for Ray. A file's tests stay together, for its fixtures' sake.
+# Two processes: much of the suite waits for Ray; see tests/conftest.py.
 test: $(VENV)/.test lint  ## the whole test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .

@@ -39,3 +39,11 @@ def family(request):
 @pytest.fixture(params=sorted(SIZES))
 def every_family(request):
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    """For `--dist loadgroup`: a file's tests stay together for their fixtures, and all that start a Ray cluster are run
+    by one process, since two clusters on one machine contend for the port of the agent that takes jobs."""
+    for item in items:
+        group = "ray" if "orchestration" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -54,12 +54,11 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
             raise ConfigError(f'per_device_batch_size="auto": plans are of LoRA runs, this one {what}')
         return spec
     found = slice_of_run(scaling, spec.platform)
-    # All weights trained is another program, which is not planned.
-    if found is None or spec.lora is None:
+    if found is None:
         if auto:
             raise ConfigError(
                 'per_device_batch_size="auto" is found for a known TPU slice (use_tpu=True with topology and '
-                "accelerator_type) and LoRA; give a number here"
+                "accelerator_type); give a number here"
             )
         return spec
     where, slices = found

@@ -146,9 +146,6 @@ def test_dataset_and_dataloader(directory):
 
 
 ROWS = {
-    "a missing column": ([{"question": "a", "answer": "b"}], "row 0: no column 'prompt', found 'question', 'answer'"),
-    "a null": ([*tiny.rows(3), {"prompt": "a", "answer": None}], "row 3: column 'answer' is null"),
-    "an empty answer": ([*tiny.rows(2), {"prompt": "a", "answer": ""}], "row 2: column 'answer' is empty"),
     "no rows": ([], "the dataset is empty"),
     "prompts that fill max_seq_len": (
         [{"prompt": "what is one " * 50, "answer": "2"}] * 3,

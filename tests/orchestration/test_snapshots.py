@@ -8,7 +8,6 @@ from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
 from kithara_ray.cli import main
-from kithara_ray.config import Job
 from kithara_ray.errors import ConfigError, DestinationError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -60,17 +59,6 @@ def test_every_second_step_of_a_run_on_two_workers(cluster, tiny_models, tmp_pat
     assert merged.names == base.names
     with pytest.raises(DestinationError, match="holds step-000002 of an earlier run; give another export_dir"):
         make_trainer(tiny_models["llama"], tmp_path, export_every_steps=2).train()
-
-
-def test_destinations_are_probed_before_a_configured_run_trains(cluster, tiny_models, tmp_path):
-    """There is no trainer: nothing may be asked of one."""
-    model = KerasHubModel.from_preset(str(tiny_models["llama"]), lora_rank=4)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/x").touch()
-    exports = [{"output_dir": str(tmp_path / name)} for name in ("new", "full")]
-    with pytest.raises(DestinationError, match="full exists and is not empty"):
-        Job(model, None, exports).run()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
 def test_what_cannot_be_is_refused(tiny_models, tmp_path):
