@@ -37,6 +37,7 @@ ROOMS = {
         [f"kithara_ray.{name}" for name in ("config", "doctor")],
         {"keras", "keras_hub", "torch", "tensorflow", "transformers"},
     ),
+    "callbacks": (["kithara_ray.callbacks"], HEAVY | {"tensorboardX", "wandb", "mlflow"}),
     "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],
@@ -50,6 +51,7 @@ UPWARD = {
     "model": ("sft", "train", "orchestration"),
     "train": ("sft", "orchestration"),
     "plan": ("sft", "orchestration"),
+    "callbacks": ("sft", "sharding", "model", "plan", "orchestration"),
 }
 
 

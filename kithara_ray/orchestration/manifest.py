@@ -137,8 +137,12 @@ class RunManifest:
         self.content |= {"status": status, "ended": _now(), **more}
         return self._write(coordinator)
 
+    def told(self) -> dict[str, Any]:
+        """What it says as plain data, without secrets."""
+        return redact(json.loads(json.dumps(self.content, default=str)), self._secrets)
+
     def _write(self, coordinator: ray.actor.ActorHandle) -> dict[str, Any]:
-        content = redact(json.loads(json.dumps(self.content, default=str)), self._secrets)
+        content = self.told()
         if self.directory is not None:
             try:
                 ray.get(coordinator.write_run.remote(self.directory, content), timeout=60)
@@ -219,7 +223,9 @@ def settings(trainer: Any) -> dict[str, Any]:
         "optimizer": optimizer if kind == "keras" else _name(optimizer),
         "trainer": {name: getattr(trainer, name) for name in own}
         | {name: getattr(trainer.group, name) for name in ("cpu_devices_per_worker", "cluster_timeout_s")}
-        | {"mesh": _plain(trainer.mesh), "checkpointer": _plain(trainer.checkpointer)},
+        | {"mesh": _plain(trainer.mesh), "checkpointer": _plain(trainer.checkpointer)}
+        | {"tensorboard_dir": trainer.tensorboard_dir, "profiler": _plain(trainer.profiler)}
+        | {"callbacks": [type(callback).__name__ for callback in trainer.callbacks]},
         "scaling_config": _plain(trainer.scaling_config),
         "run_config": {
             "name": trainer.run_config.name,

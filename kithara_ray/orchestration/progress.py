@@ -97,6 +97,8 @@ class Progress:
             self._note(f"resuming after step {event['step']} from {event['checkpoint']}")
         elif kind == "stalled":
             self._note(f"no progress, ending the workers: {event['text']}")
+        elif kind == "dropped":
+            self._note(f"going on without it: {event['text']}")
         elif kind == "skipped":
             self._note(f"step={event['step']} left out: its loss or gradient is not finite; rows {event['rows']}")
         elif kind == "step":
