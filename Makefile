@@ -28,7 +28,7 @@ quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, s
 
 # Two processes: much of the suite waits for Ray; see tests/conftest.py.
 test: $(VENV)/.test lint  ## the whole test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
