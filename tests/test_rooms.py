@@ -37,6 +37,7 @@ ROOMS = {
         [f"kithara_ray.{name}" for name in ("config", "doctor")],
         {"keras", "keras_hub", "torch", "tensorflow", "transformers"},
     ),
+    "report": (["kithara_ray.report.files", "kithara_ray.report.page"], HEAVY),
     "callbacks": (["kithara_ray.callbacks"], HEAVY | {"tensorboardX", "wandb", "mlflow"}),
     "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
@@ -51,6 +52,7 @@ UPWARD = {
     "model": ("sft", "train", "orchestration"),
     "train": ("sft", "orchestration"),
     "plan": ("sft", "orchestration"),
+    "report": ("sft", "sharding", "model", "plan", "callbacks", "orchestration"),
     "callbacks": ("sft", "sharding", "model", "plan", "orchestration"),
 }
 

@@ -28,6 +28,7 @@ from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.samples import Samples
 from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.watchdog import Limits
@@ -110,6 +111,9 @@ class Trainer:
             `adapters` in the run's directory by default.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
         callbacks: `kithara_ray.Callback` objects, told on rank 0 what happens; they may end the run.
+        report_prompts: texts or chats that `generate` continues before and after training, for report.html in the
+            run's directory. It decodes on one CPU: for small models.
+        report_max_length: tokens of prompt and continuation there.
         progress: show a progress bar, or lines where the output is not a terminal.
     """
 
@@ -143,6 +147,8 @@ class Trainer:
         export_dir: str | None = None,
         cluster_timeout_s: float = 300.0,
         callbacks: Sequence[Callback] = (),
+        report_prompts: Sequence[str | list[dict[str, str]]] = (),
+        report_max_length: int = 256,
         progress: bool = True,
     ):
         if steps is not None and epochs is not None:
@@ -158,6 +164,7 @@ class Trainer:
             "max_eval_samples": max_eval_samples,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "export_every_steps": export_every_steps,
+            "report_max_length": report_max_length,
         }
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -195,6 +202,11 @@ class Trainer:
         self.profiler = profiler and Profiler(absolute(str(profiler.directory)), profiler.steps)
         self.tensorboard_dir = tensorboard_dir and absolute(str(tensorboard_dir))
         self.callbacks = calling.checked(callbacks)
+        if isinstance(report_prompts, str):
+            raise ConfigError(
+                f"Trainer: report_prompts must be a list of prompts, got the text {report_prompts[:40]!r}"
+            )
+        self.report_prompts, self.report_max_length = list(report_prompts), report_max_length
         self.mesh = mesh
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -233,6 +245,10 @@ class Trainer:
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("check")
             checks.raise_for(checks.check_run(self, exports, self.group.cluster_timeout_s))
+            samples = Samples(self.model, self.report_prompts, self.report_max_length)
+            if self.report_prompts:
+                progress.phase("sample")
+                samples.take("before")
             progress.phase("tokenize")
             spec = self._spec(coordinator, manifest.told()["settings"], called=time.time())
             if self.scaling_config.use_tpu:
@@ -245,6 +261,7 @@ class Trainer:
                 result = self.group.run(train_loop, {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
             except BaseException as error:
                 manifest.end(coordinator, "failed", error=f"{type(error).__name__}: {error}")
+                manifest.write_report(coordinator, {"events": _events_so_far(coordinator), "samples": samples.rows})
                 raise
         events = remote_get(coordinator.events.remote(0))
         summary = result.return_value
@@ -256,8 +273,10 @@ class Trainer:
             coordinator, "failed" if problem else "finished", result=ended, **({"error": problem} if problem else {})
         )
         self.model.run = told | _about(spec, one_history(events))
+        self.model.run_directory = manifest.directory
         if self.model.lora is None:
             self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
+            self._report(coordinator, manifest, events, samples)
             _raise_left(summary, result.path)
             return trained
         tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
@@ -265,8 +284,13 @@ class Trainer:
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
+        self._report(coordinator, manifest, events, samples)
         _raise_left(summary, path)
         return trained
+
+    def _report(self, coordinator, manifest: RunManifest, events: list[dict[str, Any]], samples: Samples) -> None:
+        samples.take("after")
+        manifest.write_report(coordinator, {"events": one_history(events), "samples": samples.rows})
 
     def _spec(self, coordinator, settings: Mapping[str, Any], called: float) -> RunSpec:
         board = [TensorBoard(self.tensorboard_dir)] if self.tensorboard_dir else []
@@ -300,6 +324,7 @@ class Trainer:
             callbacks=(calling.RayMetrics(), *board, *self.callbacks),
             profiler=self.profiler,
             settings=settings,
+            plan=None,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
@@ -386,6 +411,15 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             kept.append(event)
     return kept
+
+
+def _events_so_far(coordinator: ray.actor.ActorHandle) -> list[dict[str, Any]]:
+    """Of a run that has failed."""
+    try:
+        return one_history(ray.get(coordinator.events.remote(0), timeout=30))
+    except ray.exceptions.RayError as error:
+        logger.warning("the history of the run is lost: %s", error)
+        return []
 
 
 def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:

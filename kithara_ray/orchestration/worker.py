@@ -78,6 +78,7 @@ class RunSpec:
         callbacks: told on rank 0 what happens.
         profiler: which steps are traced on rank 0; None traces none.
         settings: the run's arguments as run.json has them, for callbacks.
+        plan: what was planned for the slice; None without a plan.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
@@ -110,6 +111,7 @@ class RunSpec:
     callbacks: Sequence[Callback]
     profiler: Profiler | None
     settings: Mapping[str, Any]
+    plan: Mapping[str, Any] | None
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)

@@ -17,8 +17,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from kithara_ray import Callback, Checkpointer, Dataloader, KerasHubModel, Profiler, SFTDataset, Trainer
 from kithara_ray.callbacks import MLflow, RunInfo, WandB
 from kithara_ray.errors import TrainingError
+from kithara_ray.orchestration import figures as figures_module
 from kithara_ray.orchestration.calling import Calls, RayMetrics
+from kithara_ray.orchestration.figures import Figures
 from kithara_ray.orchestration.outcomes import FAILED, GO_ON, STOP
+from kithara_ray.orchestration.progress import Progress, figures_of
+from kithara_ray.plan.chips import CHIPS, chip_of_kind
 from kithara_ray.train.run_files import read_trained
 
 
@@ -103,8 +107,12 @@ def run(cluster, tiny_models, tmp_path_factory):
             WandB(project="p", mode="offline", directory=str(root)),
             MLflow(tracking_uri=f"sqlite:///{root}/mlflow.db"),
         ],
+        report_prompts=["what is 1 + 2 ?", [{"role": "user", "content": "<b>2 + 2</b>"}]],
+        report_max_length=64,
     )
-    return root, trainer.train(), trainer
+    result = trainer.train()
+    trainer.model.save_in_hf_format(str(root / "adapter"), only_save_adapters=True)
+    return root, result, trainer
 
 
 def test_rank_0_alone_is_told_everything(run):
@@ -180,6 +188,33 @@ def test_wandb_has_them_too(run):
     assert repr(result.history[-1]["loss"]).encode() in raw
 
 
+def test_the_report_tells_the_run(run):
+    root, result, trainer = run
+    told = json.loads((root / "run" / "history.json").read_text())
+    assert [
+        {k: v for k, v in e.items() if k != "kind"} for e in told["events"] if e["kind"] == "step"
+    ] == result.history
+    plain, chat = told["samples"]
+    assert (plain["prompt"], chat["prompt"]) == ("what is 1 + 2 ?", "user: <b>2 + 2</b>")
+    [said] = trainer.model.generate(["what is 1 + 2 ?"], max_length=64, strip_prompt=True)
+    trainer.model.release()
+    assert plain["after"] == said != plain["before"]
+    [export] = told["exports"]
+    assert export["path"] == str(root / "adapter")
+    assert export["checks"] == ["adapter reopened; tensors equal those given bit by bit, scales equal"]
+    html = (root / "run" / "report.html").read_text()
+    for expected in (
+        "stopped by a callback",
+        "&lt;b&gt;2 + 2&lt;/b&gt;",
+        "22",
+        export["checks"][0],
+        "went on without it",
+    ):
+        assert expected in html, expected
+    lengths = json.loads((root / "run" / "run.json").read_text())["data"]["train"]["lengths"]
+    assert list(lengths) == ["min", "median", "p95", "max"]
+
+
 def test_a_tracker_that_fails_is_left_out(run):
     _, result, _ = run
     assert result.dropped == ["callback Careless.on_step at step 1: OSError: the tracker is away"]
@@ -199,6 +234,9 @@ def test_one_that_raises_ends_the_run_by_its_name(cluster, tiny_models, tmp_path
     with pytest.raises(TrainingError, match=message):
         trainer.train()
     assert len(noted(tmp_path / "told.jsonl", "start")) == 1
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "callback Recorder.on_step at step 3: ValueError: the moon is full" in html
+    assert 'id="chart-loss"' in html
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (manifest["status"], "the moon is full" in manifest["error"]) == ("failed", True)
     trained = read_trained(str(tmp_path / "checkpoints"), step=6).adapter.tensors
@@ -225,6 +263,42 @@ def test_rays_own_metrics(cluster):
     while not exported():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_figures_of_a_step():
+    """Of a TPU all of them; of a CPU neither MFU nor memory."""
+    row = {"loss": 1.23456, "learning_rate": 2e-4, "tokens_per_s": 61_000.4, "step_time_s": 2.0, "input_wait_s": 0.01}
+    assert figures_of(row) == "loss=1.2346 lr=0.0002 tokens_per_s=61000 input_wait=0.5%"
+    row |= {"mfu": 0.3126, "hbm_bytes": 9 * 2**30, "hbm_limit_bytes": 16 * 2**30}
+    assert figures_of(row).endswith("input_wait=0.5% mfu=31.3% hbm=9.0/16.0GiB")
+    figures = Figures(1000, is_lora=True, devices=4)
+    assert figures.of(100.0) == {}
+    assert chip_of_kind("TPU v5 lite") is chip_of_kind("TPU v5e") is CHIPS["v5e"]
+    assert (chip_of_kind("TPU v6 lite"), chip_of_kind("TPU v5p"), chip_of_kind("cpu")) == (
+        CHIPS["v6e"],
+        CHIPS["v5p"],
+        None,
+    )
+
+
+@pytest.mark.parametrize(("is_lora", "flops"), [(True, 4), (False, 6)])
+def test_flops_against_the_peak(monkeypatch, is_lora, flops):
+    monkeypatch.setattr(figures_module, "chip_of_kind", lambda kind: CHIPS["v5e"])
+    of = Figures(2_000_000_000, is_lora, devices=16).of(10_000.0)
+    assert of == {"mfu": pytest.approx(flops * 2e9 * 1e4 / (16 * 197e12))}
+
+
+def test_lines_where_there_is_no_terminal(capsys):
+    progress = Progress(coordinator=None)
+    row = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_s": 10.0, "step_time_s": 2.0, "input_wait_s": 0.0}
+    begun = {"kind": "started", "trainable": 1, "parameters": 10, "total_steps": 100, "phases": {"build": 1.0}}
+    for event in (begun, {"kind": "step", "step": 40, **row}, {"kind": "step", "step": 100, **row}):
+        progress._show(event)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == [
+        "step=40 loss=1.0000 lr=0.001 tokens_per_s=10 input_wait=0.0% eta=0:02:00",
+        "step=100 loss=1.0000 lr=0.001 tokens_per_s=10 input_wait=0.0%",
+    ]
 
 
 class Failing(Callback):
