@@ -95,8 +95,10 @@ def test_mlflow_goes_on_with_the_run_that_it_began(tmp_path):
         tracker = MLflow(tracking_uri=uri, tags={"team": "a"})
         tracker.on_start(info(step))
         tracker.on_step(info(), step + 1, {"step": step + 1, "loss": 0.5})
+        tracker.on_eval(info(), step + 1, {"eval_loss": 0.25})
         tracker.on_end(info(), outcome, error)
     client = mlflow.MlflowClient(uri)
     [run] = client.search_runs([client.get_experiment_by_name("kithara_ray").experiment_id])
     assert (run.info.status, run.data.tags["team"], run.data.params["trainer.steps"]) == ("FINISHED", "a", "9")
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 5]
+    assert [m.value for m in client.get_metric_history(run.info.run_id, "eval/loss")] == [0.25, 0.25]

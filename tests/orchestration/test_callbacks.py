@@ -15,7 +15,7 @@ from jax.profiler import ProfileData
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from kithara_ray import Callback, Checkpointer, Dataloader, KerasHubModel, Profiler, SFTDataset, Trainer
-from kithara_ray.callbacks import MLflow, RunInfo, WandB
+from kithara_ray.callbacks import RunInfo, WandB
 from kithara_ray.errors import TrainingError
 from kithara_ray.orchestration import figures as figures_module
 from kithara_ray.orchestration.calling import Calls, RayMetrics
@@ -105,7 +105,6 @@ def run(cluster, tiny_models, tmp_path_factory):
             careless(),
             recorder(root / "told.jsonl", stop_at=5),
             WandB(project="p", mode="offline", directory=str(root)),
-            MLflow(tracking_uri=f"sqlite:///{root}/mlflow.db"),
         ],
         report_prompts=["what is 1 + 2 ?", [{"role": "user", "content": "<b>2 + 2</b>"}]],
         report_max_length=64,
@@ -165,18 +164,6 @@ def test_the_trace_holds_the_chosen_steps(run):
     planes = {plane.name for plane in ProfileData.from_file(str(path)).planes}
     assert any("CPU" in plane for plane in planes)
     assert path.stat().st_size > 10_000
-
-
-def test_mlflow_has_them_too(run):
-    import mlflow
-
-    root, result, _ = run
-    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
-    [found] = client.search_runs([client.get_experiment_by_name("kithara_ray").experiment_id])
-    assert (found.info.status, found.data.tags["kithara_ray.outcome"]) == ("FINISHED", "callback")
-    assert found.data.params["optimizer.class_name"] == "AdamW"
-    losses = client.get_metric_history(found.info.run_id, "train/loss")
-    assert [(m.step, m.value) for m in losses] == [(row["step"], pytest.approx(row["loss"])) for row in result.history]
 
 
 def test_wandb_has_them_too(run):
