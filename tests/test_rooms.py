@@ -52,7 +52,7 @@ UPWARD = {
     "model": ("sft", "train", "orchestration"),
     "train": ("sft", "orchestration"),
     "plan": ("sft", "orchestration"),
-    "report": ("sft", "sharding", "model", "plan", "callbacks", "orchestration"),
+    "report": ("sft", "model", "plan", "callbacks", "orchestration"),
     "callbacks": ("sft", "sharding", "model", "plan", "orchestration"),
 }
 
