@@ -22,6 +22,7 @@ from kithara_ray.orchestration.calling import Calls, RayMetrics
 from kithara_ray.orchestration.figures import Figures
 from kithara_ray.orchestration.outcomes import FAILED, GO_ON, STOP
 from kithara_ray.orchestration.progress import Progress, figures_of
+from kithara_ray.orchestration.samples import Samples
 from kithara_ray.plan.chips import CHIPS, chip_of_kind
 from kithara_ray.train.run_files import read_trained
 
@@ -106,7 +107,7 @@ def run(cluster, tiny_models, tmp_path_factory):
             recorder(root / "told.jsonl", stop_at=5),
             WandB(project="p", mode="offline", directory=str(root)),
         ],
-        report_prompts=["what is 1 + 2 ?", [{"role": "user", "content": "<b>2 + 2</b>"}]],
+        report_prompts=["what is 1 + 2 ?", "<b>2 + 2</b>"],
         report_max_length=64,
     )
     result = trainer.train()
@@ -181,8 +182,8 @@ def test_the_report_tells_the_run(run):
     assert [
         {k: v for k, v in e.items() if k != "kind"} for e in told["events"] if e["kind"] == "step"
     ] == result.history
-    plain, chat = told["samples"]
-    assert (plain["prompt"], chat["prompt"]) == ("what is 1 + 2 ?", "user: <b>2 + 2</b>")
+    plain, other = told["samples"]
+    assert (plain["prompt"], other["prompt"]) == ("what is 1 + 2 ?", "<b>2 + 2</b>")
     [said] = trainer.model.generate(["what is 1 + 2 ?"], max_length=64, strip_prompt=True)
     trainer.model.release()
     assert plain["after"] == said != plain["before"]
@@ -250,6 +251,20 @@ def test_rays_own_metrics(cluster):
     while not exported():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_samples_that_cannot_be_made_end_nothing():
+    class Away:
+        def generate(self, *arguments, **settings):
+            raise MemoryError("4 GB")
+
+        def release(self):
+            pass
+
+    samples = Samples(Away(), ["a", [{"role": "user", "content": "b"}, {"role": "system", "content": "c"}]], 64)
+    samples.take("before")
+    why = "not generated: MemoryError: 4 GB"
+    assert samples.rows == [{"prompt": "a", "before": why}, {"prompt": "user: b\nsystem: c", "before": why}]
 
 
 def test_figures_of_a_step():
