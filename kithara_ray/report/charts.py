@@ -132,6 +132,12 @@ def short(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def size(value: float) -> str:
+    """Bytes for a reader: 38.8 kB, 5.23 GB."""
+    unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if value >= pair[0]), (1e3, "kB"))
+    return f"{value / unit:.3g} {name}"
+
+
 def seconds(value: float) -> str:
     """A time for a reader: 0.42 s, 12 s, 3.5 min, 2.1 h."""
     for size, unit in _UNITS_S:

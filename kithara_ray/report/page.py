@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from kithara_ray.report.charts import Series, chart, seconds, short
+from kithara_ray.report.charts import Series, chart, seconds, short, size
 
 _PHASES = {
     "tokenize": "tokenise the data",
@@ -57,7 +57,13 @@ def render(run: Mapping[str, Any], history: Mapping[str, Any]) -> str:
 def _environment() -> jinja2.Environment:
     loader = jinja2.FunctionLoader(_file)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"short": short, "seconds": seconds, "clipped": _clipped, "thousands": _thousands}
+    environment.filters |= {
+        "short": short,
+        "seconds": seconds,
+        "size": size,
+        "clipped": _clipped,
+        "thousands": _thousands,
+    }
     return environment
 
 
@@ -253,7 +259,7 @@ def _made_of(run: Mapping, trainer: Mapping) -> list[tuple[str, str]]:
         "ended": run.get("ended"),
         "base": " ".join(str(base[name]) for name in ("name", "revision", "model_type") if base.get(name)),
         "fingerprint of the base": base.get("fingerprint"),
-        "LoRA": f"rank {lora['r']}, alpha {lora.get('lora_alpha')}" if lora.get("r") else "all weights",
+        "LoRA": f"rank {lora['r']}, alpha {lora.get('lora_alpha') or lora['r']}" if lora.get("r") else "all weights",
         "optimizer": optimizer.get("class_name") if isinstance(optimizer, Mapping) else optimizer,
         "seed": trainer.get("seed"),
         "mesh": axes,

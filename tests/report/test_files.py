@@ -9,7 +9,7 @@ import story
 from kithara_ray.cli import main
 from kithara_ray.errors import ConfigError
 from kithara_ray.report import charts, files, page
-from kithara_ray.report.charts import Series, chart, nice_ticks, seconds, short
+from kithara_ray.report.charts import Series, chart, nice_ticks, seconds, short, size
 from kithara_ray.train import checkpoint
 from kithara_ray.train.place import Place
 
@@ -135,6 +135,11 @@ def test_ticks_enclose_and_are_round(low, high):
 )
 def test_short_numbers(value, text):
     assert short(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(38_845, "38.8 kB"), (5_228_000_000, "5.23 GB"), (12e6, "12 MB")])
+def test_sizes(value, text):
+    assert size(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.42, "0.42 s"), (12.4, "12 s"), (210, "3.5 min"), (7560, "2.1 h")])
