@@ -508,9 +508,9 @@ class Run:
     def _tell(self, call: Callable, number: int, *arguments: Any) -> None:
         """Rank 0's callbacks; where one does not come back, the watchdog says so."""
         if self.rank == 0:
-            self.heart.at("callback", number)
+            self.heart.at("callback", self.number)
             call(number, *arguments)
-            self.heart.at("step", number)
+            self.heart.at("step", self.number)
 
     def _tell_checkpoints(self) -> None:
         while self.saving is not None and self.saving.committed:
