@@ -136,9 +136,9 @@ def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny
     """Blocks in three chunks, but under "dots". tests/train/test_gradients.py has the other families, against torch in
     float64.
 
-    Where weights are split, sums are in another order, noise of float32: smollm3's gradients differed by 1.3e-5
-    then, and torch's in float32 by 1.1e-5 from those in float64, from which the scan's were 0.8e-5 on either mesh;
-    llama's by 1.2e-5, in chunks by 5e-8 from those without.
+    Where weights are split, the two sum in another order, noise of float32: llama's gradients differ by 1.2e-5 then and
+    by 0.5e-5 where rows alone are; smollm3's by 1.3e-5, and torch's in float32 by 1.1e-5 from those in float64, from
+    which the scan's are 0.8e-5 on either mesh.
     """
     monkeypatch.setattr("kithara_ray.model.options._CHUNK_TOKENS", 8)
     base = BaseCheckpoint.open(tiny_models[family])
