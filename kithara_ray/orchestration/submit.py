@@ -1,7 +1,8 @@
 """A run on another cluster, through Ray's job API: pack the working directory, start, follow, stop.
 
-The job is `python -m kithara_ray train CONFIG` in a copy of the directory. Its token, where the cluster asks for one,
-comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is never an argument.
+The job is `python -m kithara_ray train CONFIG`, or `tune`, in a copy of the directory. Its token, where the cluster
+asks for one, comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is never
+an argument.
 """
 
 import asyncio
@@ -117,6 +118,7 @@ def submit(
     overrides: Sequence[str] = (),
     working_dir: Path = Path(),
     python: str = "python",
+    command: str = "train",
 ) -> str:
     """Start the run; returns the job's id.
 
@@ -124,6 +126,7 @@ def submit(
         config: a file under `working_dir`.
         overrides: `--set` of the run. They are part of the job's command, which the dashboard shows.
         python: the interpreter on the head node.
+        command: "train" or "tune".
 
     Raises:
         ConfigError: the configuration is outside the directory, or the directory too large.
@@ -136,7 +139,7 @@ def submit(
         raise ConfigError(f"{config} is not in {working_dir}, which is what the job gets; give --working-dir") from None
     size = check_size(working_dir)
     logger.info("packing %s: bytes=%d", working_dir, size)
-    words = [python, "-m", "kithara_ray", "train", inside.as_posix()]
+    words = [python, "-m", "kithara_ray", command, inside.as_posix()]
     words += [word for override in overrides for word in ("--set", override)]
     revision = git_revision(working_dir)
     env = {GIT_VARIABLE: json.dumps(revision)} if revision else {}  # the copy has no .git
