@@ -20,7 +20,7 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(BIN)/pip install -q torch==2.13.0
-	@$(BIN)/pip install -q -e ".[test,stores]"
+	@$(BIN)/pip install -q -e ".[test,stores,manifests]"
 	@touch $@
 
 quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, score it, write the three exports
@@ -28,7 +28,7 @@ quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, s
 
 # Two processes: much of the suite waits for Ray; see tests/conftest.py.
 test: $(VENV)/.test lint  ## the whole test suite
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .

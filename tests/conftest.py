@@ -1,6 +1,7 @@
 """The test process computes on four CPU devices, so that sharding is tested anywhere; set before jax is imported."""
 
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -9,6 +10,8 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["KERAS_BACKEND"] = "jax"
 # Ray's usage statistics would go out to the network.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers are nice, and would wait for the suite's other process.
+os.environ["RAY_worker_niceness"] = "0"
 
 import pytest
 from tiny import SIZES, write_model
@@ -41,9 +44,22 @@ def every_family(request):
     return request.param
 
 
-def pytest_collection_modifyitems(items):
-    """For `--dist loadgroup`: a file's tests stay together for their fixtures, and all that start a Ray cluster are run
-    by one process, since two clusters on one machine contend for the port of the agent that takes jobs."""
-    for item in items:
-        group = "ray" if "orchestration" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay together for their fixtures, and all that start a Ray cluster are run by one process, since
+    two clusters on one machine contend for the port of the agent that takes jobs."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "ray" if "orchestration" in path.split("/") else path
+
+    return ByCluster(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _no_stray_cluster(request):
+    """A cluster that is started elsewhere stays for the rest of the process, beside the one of tests/orchestration."""
+    yield
+    if "ray" in sys.modules and "orchestration" not in request.node.path.parts:
+        assert not sys.modules["ray"].is_initialized(), "this test starts Ray: it belongs in tests/orchestration"

@@ -49,7 +49,7 @@ def gcs():
 
 
 @pytest.fixture(scope="module")
-def nodes(gcs):
+def nodes(gcs, no_cluster):
     """A head without CPUs, as a pod's may be, and two nodes of one CPU."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):

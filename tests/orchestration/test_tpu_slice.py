@@ -14,7 +14,7 @@ from kithara_ray.errors import ClusterError
 
 
 @pytest.fixture(scope="module")
-def v4_slice():
+def v4_slice(no_cluster):
     """A head without accelerators and one v4 slice of two hosts, as Ray labels them on Cloud TPU."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     for host in range(2):

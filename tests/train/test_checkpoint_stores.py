@@ -28,7 +28,7 @@ def gs(monkeypatch):
         import gcsfs  # reads its environment
 
         gcsfs.GCSFileSystem.clear_instance_cache()
-        yield "gs://bucket"
+        yield "gs://of-checkpoints"
         gcsfs.GCSFileSystem.clear_instance_cache()
 
 
@@ -37,6 +37,7 @@ def s3(monkeypatch):
     import s3fs
     from moto.server import ThreadedMotoServer
 
+    # All servers of one process share their buckets.
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
@@ -44,7 +45,7 @@ def s3(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     s3fs.S3FileSystem.clear_instance_cache()
-    yield "s3://bucket"
+    yield "s3://of-checkpoints"
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
@@ -52,7 +53,7 @@ def s3(monkeypatch):
 @pytest.fixture(params=["gs", "s3"])
 def where(request):
     bucket = request.getfixturevalue(request.param)
-    Place(bucket).fs.mkdir("bucket")
+    Place(bucket).fs.mkdir("of-checkpoints")
     return Place(f"{bucket}/deep/run")
 
 
