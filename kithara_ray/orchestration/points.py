@@ -119,11 +119,19 @@ def check_searcher(searcher: str | Searcher, domains: Mapping[str, Any]) -> None
             raise UnsupportedError('search: searcher="optuna" needs Optuna: pip install "kithara-ray[tune]"')
 
 
-class Points(BasicVariantGenerator):
-    """Grid and random points; a search that goes on in another cluster takes that cluster's concurrency."""
+class _Here:
+    """A search that goes on in another cluster takes that cluster's concurrency."""
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+class Points(_Here, BasicVariantGenerator):
+    """Grid and random points."""
+
+
+class Limited(_Here, ConcurrencyLimiter):
+    """A searcher's points."""
 
 
 def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
@@ -134,7 +142,7 @@ def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
         from ray.tune.search.optuna import OptunaSearch
 
         searcher = OptunaSearch(seed=seed)
-    return SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=at_once))
+    return SearchGenerator(Limited(searcher, max_concurrent=at_once))
 
 
 # ----------------------------------------------------------------------------------------------------------- scheduler

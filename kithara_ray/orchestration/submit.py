@@ -1,8 +1,8 @@
 """A run on another cluster, through Ray's job API: pack the working directory, start, follow, stop.
 
 The job is `python -m kithara_ray train CONFIG`, or `tune`, in a copy of the directory. Its token, where the cluster
-asks for one, comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is never
-an argument.
+asks for one, comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is
+never an argument.
 """
 
 import asyncio

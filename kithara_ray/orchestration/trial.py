@@ -153,7 +153,9 @@ def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
     def trial(point: dict[str, Any]) -> None:
         directory = trial_directory(settings.directory, ray.tune.get_context().get_trial_id())
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": _DRIVER_ENV}}
+        # The address is for what Ray Train asks its dashboard: of several clusters on a machine it would take none.
+        env = {**_DRIVER_ENV, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": env}}
         driver = ray.remote(TrialDriver).options(**options).remote(settings)
         try:
             last = _watched(driver, point, directory, settings.metric)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.console import Console
 
 from kithara_ray.errors import ConfigError, TrainingError
 from kithara_ray.hf.storage import join
-from kithara_ray.orchestration import points, preflight
+from kithara_ray.orchestration import orphans, points, preflight
 from kithara_ray.orchestration.launch import sigint_kept
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
@@ -43,6 +44,8 @@ from kithara_ray.train.run_files import read_trained
 logger = logging.getLogger(__name__)
 
 SEARCH = "search.json"
+_LOOK_S = 1.0
+_SETTLE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def search(
     settings = TrialSettings(_pickled(trainer_factory), directory, metric, mode, workers_of(trainer), os.getcwd())
     del trainer
     resume = ray.tune.ResumeConfig(errored=ray.tune.ResumeConfig.ResumeType.RESUME) if goes_on else None
+    before = set(orphans.groups())
     with sigint_kept(), _quiet():
         analysis = ray.tune.run(
             trainable(settings),
@@ -182,6 +186,8 @@ def search(
             trial_name_creator=_id_of,
             trial_dirname_creator=_id_of,
         )
+    if not orphans.settle(before, _SETTLE_S):
+        logger.warning("workers of a trial have not ended yet; `ray status` shows what they hold")
     if shown.unfinished or not chosen.is_finished():
         raise KeyboardInterrupt(f"the search was interrupted; the same call goes on with what is in {directory}")
     trials = sorted((_result(trial, directory) for trial in analysis.trials), key=lambda trial: trial.id)
@@ -264,14 +270,18 @@ def _pickled(make: Callable[[dict[str, Any]], Any]) -> bytes:
 
 
 class _Shown(ray.tune.Callback):
-    """A line a report, and what was left when the search ended."""
+    """A line a report; what dead trials held is freed; and how many trials were left when the search ended."""
 
     def __init__(self, metric: str, console: Console):
         self._metric, self._console = metric, console
+        self._looked = 0.0
         self.unfinished = 0
 
     def on_step_end(self, iteration, trials, **info) -> None:
         self.unfinished = sum(not trial.is_finished() for trial in trials)
+        if time.monotonic() - self._looked >= _LOOK_S:
+            self._looked = time.monotonic()
+            orphans.free()
 
     def on_trial_start(self, iteration, trials, trial, **info) -> None:
         self._say(trial, f"begins with {plain(trial.config)}")
