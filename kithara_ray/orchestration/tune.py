@@ -75,7 +75,7 @@ class TrialResult:
 class SearchResult:
     """Attributes:
     best: the finished trial with the best last metric.
-    trials: all, in the order in which they were begun.
+    trials: all, by their ids.
     metric, mode: what they were compared by.
     path: the search's directory.
     model: the best trial's model, as `Trainer.train` leaves it.
@@ -151,49 +151,54 @@ def search(
     trainer = points.first_trainer(trainer_factory, domains, seed)
     if metric.startswith("eval_") and trainer.eval_dataloader is None:
         raise ConfigError(f'search: metric={metric!r} needs Trainer(eval_dataloader=...), or give metric="loss"')
-    run_config = trainer.run_config
-    storage, name = absolute(str(run_config.storage_path)), run_config.name
-    directory = join(storage, name)
+    storage, name = absolute(str(trainer.run_config.storage_path)), trainer.run_config.name
+    settings = TrialSettings(
+        _pickled(trainer_factory), join(storage, name), metric, mode, workers_of(trainer), os.getcwd()
+    )
     about = {"space": {key: describe(value) for key, value in domains.items()}, "metric": metric, "mode": mode}
     about |= {"num_samples": num_samples, "seed": seed, "searcher": describe(searcher)}
     about |= {"scheduler": describe(scheduler), "grace_steps": grace_steps, "reduction_factor": reduction_factor}
-    goes_on = _begin(directory, about, getattr(trainer_factory, "config", None))
+    goes_on = _begin(settings.directory, about, getattr(trainer_factory, "config", None))
     at_once = min(_room(trainer), max_concurrent_trials or math.inf)
-    logger.info("searching in %s: trials_at_once=%d", directory, at_once)
-    shown = _Shown(metric, Console(stderr=True, quiet=not progress, highlight=False))
-    chosen = points.points(searcher, at_once, seed)
-    settings = TrialSettings(_pickled(trainer_factory), directory, metric, mode, workers_of(trainer), os.getcwd())
-    del trainer
+    logger.info("searching in %s: trials_at_once=%d", settings.directory, at_once)
+    arguments = {"name": name, "storage_path": storage, "storage_filesystem": trainer.run_config.storage_filesystem}
+    arguments |= {"config": domains, "num_samples": num_samples, "metric": metric, "mode": mode}
+    analysis = _run(
+        trainable(settings),
+        points.points(searcher, at_once, seed),
+        _Shown(metric, Console(stderr=True, quiet=not progress, highlight=False)),
+        goes_on,
+        scheduler=points.scheduler_of(scheduler, grace_steps, reduction_factor),
+        max_failures=max_failures,
+        **arguments,
+    )
+    trials = sorted((_result(trial, settings.directory) for trial in analysis.trials), key=lambda trial: trial.id)
+    best = best_of(trials, metric, mode)
+    model = _trained_model(trainer_factory, best)
+    return SearchResult(best, trials, metric, mode, settings.directory, model, ray.tune.ResultGrid(analysis))
+
+
+def _run(trial: Any, chosen: Any, shown: "_Shown", goes_on: bool, **arguments: Any) -> Any:
+    """Ray Tune, to the end, and until nothing of a trial is left on the cluster. Raises KeyboardInterrupt."""
     resume = ray.tune.ResumeConfig(errored=ray.tune.ResumeConfig.ResumeType.RESUME) if goes_on else None
     before = set(orphans.groups())
     with sigint_kept(), _quiet():
         analysis = ray.tune.run(
-            trainable(settings),
-            name=name,
-            storage_path=storage,
-            storage_filesystem=run_config.storage_filesystem,
-            config=domains,
-            num_samples=num_samples,
-            metric=metric,
-            mode=mode,
+            trial,
             search_alg=chosen,
-            scheduler=points.scheduler_of(scheduler, grace_steps, reduction_factor),
-            max_failures=max_failures,
+            callbacks=[shown],
             resume_config=resume,
             raise_on_failed_trial=False,
             verbose=0,
-            callbacks=[shown],
             trial_name_creator=_id_of,
             trial_dirname_creator=_id_of,
+            **arguments,
         )
     if not orphans.settle(before, _SETTLE_S):
         logger.warning("workers of a trial have not ended yet; `ray status` shows what they hold")
     if shown.unfinished or not chosen.is_finished():
-        raise KeyboardInterrupt(f"the search was interrupted; the same call goes on with what is in {directory}")
-    trials = sorted((_result(trial, directory) for trial in analysis.trials), key=lambda trial: trial.id)
-    best = best_of(trials, metric, mode)
-    model = _trained_model(trainer_factory, best)
-    return SearchResult(best, trials, metric, mode, directory, model, ray.tune.ResultGrid(analysis))
+        raise KeyboardInterrupt("the search was interrupted; the same call goes on with it")
+    return analysis
 
 
 def _check_count(name: str, value: Any, least: int = 1) -> None:

@@ -1,7 +1,12 @@
 """Searches before they start: spaces, refusals, how many trials find room, what is reported, which search goes on."""
 
+import inspect
 import itertools
+import json
 import math
+import re
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -248,6 +253,28 @@ def test_what_a_search_of_a_configuration_needs(loaded, monkeypatch):
         loaded(rank, num_sample=2)
     with pytest.raises(ConfigError, match="a search needs a space"):
         tune.search(loaded(rank).model_copy(update={"tune": None}))
+
+
+def test_the_page_shows_what_works(tiny_models, tmp_path, monkeypatch):
+    """Its script up to the search itself, on a tiny model; its YAML is the shipped example's."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "tune.md").read_text()
+    script, section = (re.search(rf"(?s)```{language}\n(.*?)```", text)[1] for language in ("python", "yaml"))
+    shipped = yaml.safe_load((root / "examples" / "tune.yaml").read_text())["tune"]
+    assert yaml.safe_load(section)["tune"].items() <= shipped.items()
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b"}))
+    called = {}
+    monkeypatch.setattr(tune, "search", lambda *given, **named: called.update(given=given, named=named) or MagicMock())
+    base = "hf://HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base in script
+    names = {}
+    exec(script.replace(base, str(tiny_models["llama"])), names)
+    inspect.signature(searching.search).bind(*called["given"], **called["named"])
+    trainer = names["make"]({"rank": 4, "learning_rate": 1e-3})
+    assert (trainer.model.lora.r, trainer.run_config.name) == (4, "search")
+    assert points.domains_of(called["given"][1]).keys() == {"rank", "learning_rate"}
 
 
 def test_a_trial_writes_below_its_own_directory(loaded, tmp_path):
