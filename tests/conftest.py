@@ -44,6 +44,7 @@ def every_family(request):
     return request.param
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests stay together for their fixtures, and all that start a Ray cluster are run by one process, since
     two clusters on one machine contend for the port of the agent that takes jobs."""
