@@ -17,13 +17,18 @@ _POLL_S = 0.2
 
 
 def groups() -> dict[bytes, bool]:
-    """The placement groups that this job has: id -> whether the actor that made it is dead."""
+    """The placement groups that this job has: id -> whether an actor made it that is dead."""
+    nobody = ray.ActorID.nil().binary()  # of a group that the driver made, whose maker Ray calls dead as well
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     accessor = ray._private.state.state._connect_and_get_accessor()
     table = [PlacementGroupTableData.FromString(row) for row in accessor.get_placement_group_table()]
     kept = [group for group in table if group.creator_job_id == job and not group.is_detached]
     removed = PlacementGroupTableData.REMOVED
-    return {group.placement_group_id: group.creator_actor_dead for group in kept if group.state != removed}
+    return {
+        group.placement_group_id: group.creator_actor_dead and group.creator_actor_id not in (b"", nobody)
+        for group in kept
+        if group.state != removed
+    }
 
 
 def free() -> None:
