@@ -82,6 +82,13 @@ def place(trainer: Any, directory: str, metric: str, mode: str) -> None:
     trainer.limits = dataclasses.replace(trainer.limits, save_timeout_s=trainer.checkpointer.save_timeout_s)
     if trainer.snapshots is not None:
         trainer.snapshots = dataclasses.replace(trainer.snapshots, directory=join(directory, "adapters"))
+    trial_id = parent.rpartition("/")[2]
+    if trainer.tensorboard_dir is not None:
+        trainer.tensorboard_dir = join(trainer.tensorboard_dir, trial_id)
+    if trainer.profiler is not None:
+        trainer.profiler = dataclasses.replace(
+            trainer.profiler, directory=join(str(trainer.profiler.directory), trial_id)
+        )
     trainer.progress = False
     trainer.model.detach()
 

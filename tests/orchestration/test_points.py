@@ -15,7 +15,7 @@ import yaml
 from ray.train import RunConfig, ScalingConfig
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, PopulationBasedTraining
 
-from kithara_ray import config, tune
+from kithara_ray import Profiler, config, tune
 from kithara_ray.errors import ConfigError, TrainingError, UnsupportedError
 from kithara_ray.orchestration import points, trial
 from kithara_ray.orchestration import tune as searching
@@ -280,6 +280,7 @@ def test_the_page_shows_what_works(tiny_models, tmp_path, monkeypatch):
 def test_a_trial_writes_below_its_own_directory(loaded, tmp_path):
     trainer = tune.ConfigFactory(loaded({}), {})({"model.lora_rank": 2})
     trainer.run_config = RunConfig(name="search", storage_path=str(tmp_path))
+    trainer.tensorboard_dir, trainer.profiler = "gs://b/boards", Profiler("/profiles", (1, 2))
     trainer.model._coordinator = "the script's"
     trial.place(trainer, f"{tmp_path}/search/t1/run", "eval_loss", "min")
     assert (trainer.group.storage, trainer.run_config.name) == (f"{tmp_path}/search/t1", "run")
@@ -287,4 +288,5 @@ def test_a_trial_writes_below_its_own_directory(loaded, tmp_path):
     assert trainer.checkpointer.checkpoint_dir == f"{tmp_path}/search/t1/run/checkpoints"
     assert trainer.checkpointer.score_attribute == "eval_loss"
     assert trainer.limits.save_timeout_s == trainer.checkpointer.save_timeout_s
+    assert (trainer.tensorboard_dir, trainer.profiler.directory) == ("gs://b/boards/t1", "/profiles/t1")
     assert trainer.model._coordinator is None
