@@ -10,6 +10,8 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["KERAS_BACKEND"] = "jax"
 # Ray's usage statistics would go out to the network.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers are nice, and would wait for the suite's other process.
+os.environ["RAY_worker_niceness"] = "0"
 
 import pytest
 from tiny import SIZES, write_model
@@ -42,6 +44,7 @@ def every_family(request):
     return request.param
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests stay together for their fixtures, and all that start a Ray cluster are run by one process, since
     two clusters on one machine contend for the port of the agent that takes jobs."""
