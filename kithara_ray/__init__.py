@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kithara_ray.callbacks import Callback, Profiler
     from kithara_ray.orchestration.checkpointer import Checkpointer
     from kithara_ray.orchestration.data import Dataloader, SFTDataset, TextCompletionDataset, mix
     from kithara_ray.orchestration.model import KerasHubModel
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     from kithara_ray.sharding.shape import MeshShape
 
 _HOMES = {
+    "Callback": "kithara_ray.callbacks",
     "Checkpointer": "kithara_ray.orchestration.checkpointer",
     "Dataloader": "kithara_ray.orchestration.data",
     "KerasHubModel": "kithara_ray.orchestration.model",
     "MeshShape": "kithara_ray.sharding.shape",
+    "Profiler": "kithara_ray.callbacks",
     "SFTDataset": "kithara_ray.orchestration.data",
     "TextCompletionDataset": "kithara_ray.orchestration.data",
     "TrainResult": "kithara_ray.orchestration.trainer",
@@ -26,10 +29,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callback",
     "Checkpointer",
     "Dataloader",
     "KerasHubModel",
     "MeshShape",
+    "Profiler",
     "SFTDataset",
     "TextCompletionDataset",
     "TrainResult",

@@ -273,6 +273,19 @@ def merge(
     _export(base, combined, to, format, cluster, run=run, **options)
 
 
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory or URL: <storage_path>/<name>.")],
+) -> None:
+    """Write report.html again, one self-contained page, from what is in a run's directory. Needs no Ray.
+
+    Example: kithara-ray report ~/ray_results/my-run
+    """
+    from kithara_ray.report import files
+
+    typer.echo(files.rewrite(str(Path(run).expanduser()) if "://" not in run else run))
+
+
 def _export(base: str, adapter, to: str, format: str, cluster: bool, check=lambda base: None, **options) -> None:
     from kithara_ray.hf.card import summary
     from kithara_ray.hf.checkpoint import BaseCheckpoint

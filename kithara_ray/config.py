@@ -22,6 +22,7 @@ import ray.train
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 import kithara_ray
+from kithara_ray.callbacks import MLflow, Profiler, WandB
 from kithara_ray.errors import ConfigError
 from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.data import Dataloader, _Dataset
@@ -36,6 +37,16 @@ _OLD = "Ray has retired it"
 
 CheckpointerSection = section_of("CheckpointerSection", Checkpointer, {})
 MeshSection = section_of("MeshSection", MeshShape, {})
+ProfilerSection = section_of("ProfilerSection", Profiler, {})
+# Callbacks of one's own are Python.
+CALLBACKS = {kind.__name__: kind for kind in (MLflow, WandB)}
+CALLBACK_SECTIONS = {
+    name: section_of(f"{name}Section", kind, {}, type=(Literal[name], ...)) for name, kind in CALLBACKS.items()
+}
+_AnyCallback = Annotated[
+    typing.Union[tuple(Annotated[section, Tag(name)] for name, section in CALLBACK_SECTIONS.items())],  # noqa: UP007
+    Discriminator("type"),
+]
 ModelSection = section_of(
     "ModelSection",
     KerasHubModel.from_preset,
@@ -72,8 +83,8 @@ TrainerSection = section_of(
     dict.fromkeys(
         ("model", "optimizer", "train_dataloader", "eval_dataloader", "scaling_config", "run_config"), _OWN_SECTION
     ),
-    given_types={"checkpointer": CheckpointerSection | None},
-    nested={MeshShape: MeshSection},
+    given_types={"checkpointer": CheckpointerSection | None, "callbacks": list[_AnyCallback]},
+    nested={MeshShape: MeshSection, Profiler: ProfilerSection},
 )
 ScalingSection = section_of(
     "ScalingSection",
@@ -224,9 +235,11 @@ def build(config: Config) -> Job:
         if getattr(config, name) is not None
     }
     settings = config.trainer.given()
-    for name, kind in (("mesh", MeshShape), ("checkpointer", Checkpointer)):
+    for name, kind in (("mesh", MeshShape), ("checkpointer", Checkpointer), ("profiler", Profiler)):
         if settings.get(name) is not None:
             settings[name] = kind(**settings[name].given())
+    if "callbacks" in settings:
+        settings["callbacks"] = [_callback(section) for section in settings["callbacks"]]
     trainer = Trainer(
         model=model,
         optimizer=config.optimizer.build(config.trainer.steps),
@@ -237,6 +250,11 @@ def build(config: Config) -> Job:
     )
     trainer.config = config.model_dump(exclude_unset=True)
     return Job(model, trainer, [export.given() for export in config.exports])
+
+
+def _callback(section: Section) -> Any:
+    arguments = section.given()
+    return CALLBACKS[arguments.pop("type")](**arguments)
 
 
 def dataloader(section: Any, config: Config) -> Dataloader:
@@ -295,6 +313,9 @@ def require_absolute(config: Config) -> None:
         written["run_config.storage_path"] = config.run_config.storage_path
     if config.trainer.checkpointer is not None:
         written["trainer.checkpointer.checkpoint_dir"] = config.trainer.checkpointer.checkpoint_dir
+    if config.trainer.profiler is not None:
+        written["trainer.profiler.directory"] = config.trainer.profiler.directory
+    written["trainer.tensorboard_dir"] = config.trainer.tensorboard_dir
     for key, path in written.items():
         if path is not None and "://" not in path and not path.startswith("/"):
             raise ConfigError(

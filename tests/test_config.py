@@ -9,7 +9,7 @@ import ray.train
 import yaml
 
 import kithara_ray
-from kithara_ray import Checkpointer, Dataloader, KerasHubModel, MeshShape, Trainer, config
+from kithara_ray import Checkpointer, Dataloader, KerasHubModel, MeshShape, Profiler, Trainer, config
 from kithara_ray.cli import main
 from kithara_ray.errors import ConfigError, KitharaRayError
 
@@ -21,17 +21,19 @@ API = {
     "trainer": (Trainer, config.TrainerSection),
     "checkpointer": (Checkpointer, config.CheckpointerSection),
     "mesh": (MeshShape, config.MeshSection),
+    "profiler": (Profiler, config.ProfilerSection),
     "scaling": (ray.train.ScalingConfig, config.ScalingSection),
     "run": (ray.train.RunConfig, config.RunSection),
     "failures": (ray.train.FailureConfig, config.FailureSection),
     "checkpoints": (ray.train.CheckpointConfig, config.CheckpointSection),
     "export": (KerasHubModel.save_in_hf_format, config.ExportSection),
     **{name: (kind, config.DATASET_SECTIONS[name]) for name, kind in config.DATASETS.items()},
+    **{name: (kind, config.CALLBACK_SECTIONS[name]) for name, kind in config.CALLBACKS.items()},
 }
+TYPED = {*config.DATASETS, *config.CALLBACKS}
 # What only Python can say. A new argument belongs here, or has a type that YAML can say.
 PYTHON_ALONE = {
-    "trainer": {"profiler"}
-    | {"model", "optimizer", "train_dataloader", "eval_dataloader", "scaling_config", "run_config"},
+    "trainer": {"model", "optimizer", "train_dataloader", "eval_dataloader", "scaling_config", "run_config"},
     "scaling": {"use_gpu", "elastic_resize_monitor_interval_s"},
     "run": {"storage_filesystem", "callbacks", "logging_config"}
     | {"sync_config", "verbose", "stop", "progress_reporter", "log_to_file"},
@@ -49,7 +51,7 @@ def test_every_argument_is_a_key_and_every_key_an_argument(part):
         for name, parameter in inspect.signature(function).parameters.items()
         if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
     }
-    keys = set(section.model_fields) - ({"type"} if part in config.DATASETS else set())
+    keys = set(section.model_fields) - ({"type"} if part in TYPED else set())
     assert keys == arguments - PYTHON_ALONE.get(part, set())
     assert set(section.__left_out__) == PYTHON_ALONE.get(part, set())
 
@@ -128,6 +130,8 @@ def test_handles_have_what_was_written(written, tiny_models):
             "mesh": {"data": 2},
             "seed": 3,
             "checkpointer": {"checkpoint_dir": "/c", "max_to_keep": 2},
+            "profiler": {"directory": "/p", "steps": [2, 4]},
+            "callbacks": [{"type": "WandB", "project": "mine"}, {"type": "MLflow", "tags": {"a": "b"}}],
         },
         scaling_config={"num_workers": 2, "resources_per_worker": {"CPU": 1}},
         run_config={"name": "mine", "failure_config": {"max_failures": 2}},
@@ -140,6 +144,9 @@ def test_handles_have_what_was_written(written, tiny_models):
     assert (job.trainer.steps, job.trainer.epochs, job.trainer.seed) == (9, None, 3)
     assert job.trainer.mesh == MeshShape(data=2)
     assert (job.trainer.checkpointer.checkpoint_dir, job.trainer.checkpointer.max_to_keep) == ("/c", 2)
+    assert job.trainer.profiler == Profiler("/p", (2, 4))
+    wandb, mlflow = job.trainer.callbacks
+    assert (wandb.project, wandb.mode, mlflow.tags, mlflow.experiment) == ("mine", None, {"a": "b"}, "kithara_ray")
     assert job.trainer.scaling_config.num_workers == 2
     assert (job.trainer.run_config.name, job.trainer.run_config.failure_config.max_failures) == ("mine", 2)
     assert job.trainer.train_dataloader.dataset.tokenizer == str(tiny_models["llama"])
@@ -177,6 +184,18 @@ BAD = {
     "a Python object": (
         dict(train_dataloader={"dataset": {"type": "SFTDataset", "source": "x", "custom_formatting_fn": "f"}}),
         "custom_formatting_fn: cannot be given in YAML here: it takes a Python function",
+    ),
+    "a tracker unheard of": (
+        dict(trainer={"callbacks": [{"type": "Comet"}]}),
+        "trainer.callbacks.0: type must be one of 'MLflow', 'WandB', got 'Comet'",
+    ),
+    "a misspelt key of a tracker": (
+        dict(trainer={"callbacks": [{"type": "WandB", "projct": "x"}]}),
+        "callbacks.0.projct: no such key; did you mean 'project'",
+    ),
+    "traced steps": (
+        dict(trainer={"profiler": {"directory": "/p", "steps": [3, 2]}}),
+        r"steps must be 1 <= first <= last, got \(3, 2\)",
     ),
     "a GPU": (dict(scaling_config={"use_gpu": True}), "use_gpu: cannot be given in YAML here: training runs on TPUs"),
     "an export to nowhere": (dict(exports=[{"dtype": "auto"}]), r"run.yaml:\d+: exports.0.output_dir: is missing"),

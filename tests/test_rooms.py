@@ -37,6 +37,8 @@ ROOMS = {
         [f"kithara_ray.{name}" for name in ("config", "doctor")],
         {"keras", "keras_hub", "torch", "tensorflow", "transformers"},
     ),
+    "report": (["kithara_ray.report.files", "kithara_ray.report.page"], HEAVY),
+    "callbacks": (["kithara_ray.callbacks"], HEAVY | {"tensorboardX", "wandb", "mlflow"}),
     "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],
@@ -50,6 +52,8 @@ UPWARD = {
     "model": ("sft", "train", "orchestration"),
     "train": ("sft", "orchestration"),
     "plan": ("sft", "orchestration"),
+    "report": ("sft", "model", "plan", "callbacks", "orchestration"),
+    "callbacks": ("sft", "sharding", "model", "plan", "orchestration"),
 }
 
 

@@ -11,8 +11,10 @@ KerasHub's decoder blocks build a T x T mask and hand it to `_compute_attention`
 segment ids instead, as a (B, T, 1) column. Decoding with a KV cache stays KerasHub's own.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +34,10 @@ _MIN_TILE = 128
 _MIN_QUERIES = 64
 _MAX_BLOCKS = 8
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+# While a block is traced in parts: where what its attention gives is put down, or what it gives.
+_RECORD: ContextVar[list[jax.Array] | None] = ContextVar("what attention gave", default=None)
+_GIVEN: ContextVar[jax.Array | None] = ContextVar("what attention gives", default=None)
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,28 @@ def splash_attention(
     return split(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
 
 
+@contextlib.contextmanager
+def recorded() -> Iterator[list[jax.Array]]:
+    """Inside, what attention by segments gives, (B, T, N, H), is appended to the list."""
+    outputs: list[jax.Array] = []
+    token = _RECORD.set(outputs)
+    try:
+        yield outputs
+    finally:
+        _RECORD.reset(token)
+
+
+@contextlib.contextmanager
+def given(output: jax.Array) -> Iterator[None]:
+    """Inside, attention by segments gives this whatever it is asked, so queries, keys and values are computed for
+    nothing: nobody uses them, and the compiler leaves them out."""
+    token = _GIVEN.set(output)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
 # --- in the place of KerasHub's own ----------------------------------------------------------------------------------
 
 
@@ -254,8 +282,13 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
         if attention_mask is None or attention_mask.shape[-1] != 1:
             key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
             return original(query, key, value, attention_mask, *args, **kwargs)
+        if (output := _GIVEN.get()) is not None:
+            return output
         sinks = getattr(layer, "sinks", None)
         sinks = None if sinks is None else keras.ops.convert_to_tensor(sinks)
-        return attend(query, key, value, attention_mask[..., 0], settings, sinks)
+        output = attend(query, key, value, attention_mask[..., 0], settings, sinks)
+        if (record := _RECORD.get()) is not None:
+            record.append(output)
+        return output
 
     layer._compute_attention = compute

@@ -10,6 +10,7 @@ is trained, the adapter's factors or all weights; `frozen` is the weights, or no
 import contextlib
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import attention, embedding, lora, ports, stack, weights
 from kithara_ray.model.dropout import dropping
 from kithara_ray.model.families import family_of
-from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS, REMAT
+from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS, REMAT, chunk_length
 from kithara_ray.model.quantized import Int8, floats
 from kithara_ray.sharding.agree import check_copies
 from kithara_ray.sharding.gather import Shard, local_shards
@@ -111,10 +112,17 @@ class CausalLM:
                 values_of=lambda block: [value_of[id(variable)] for variable in block.variables],
                 scanned=self._scanned(factors, frozen),
                 gather=self._gathered(),
+                split_dim=self._split_dim(),
                 place=self._rows_split,
                 remat=self.remat,
+                chunk=self._chunk(token_ids_BT),
                 dropout_key=dropout_key,
             )
+
+    def _chunk(self, token_ids_BT: jax.Array) -> int:
+        rows, positions = token_ids_BT.shape
+        ways = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return chunk_length(-(-rows // ways), positions, self.remat)
 
     def head_V(self, head: Sequence[jax.Array], hidden) -> jax.Array:
         """Logits (..., V) of hidden states (..., D), soft-capped where the family does. The head has no factors.
@@ -209,6 +217,11 @@ class CausalLM:
             id(slot.ports[0].variable): tuple(self.weight_sharding(slot).spec)[int(slot.stacked) :]
             for slot in self.slots
         }
+
+    def _split_dim(self) -> Callable[[keras.Variable], int]:
+        """The dim that one step's value of a weight is split along; 0 of what is not."""
+        layouts = self._layouts()
+        return lambda variable: next((dim for dim, axes in enumerate(layouts.get(id(variable), ())) if axes), 0)
 
     def _gathered(self) -> stack.Gather:
         """A block's weight as it is computed with: whole over `fsdp`, still split over `tensor`."""

@@ -13,7 +13,26 @@ QUANTIZATIONS = (None, "int8")
 # its gathers, for models whose kept inputs alone are too much.
 REMAT = ("block", "dots", "nested")
 
+# Tokens of a chunk on one device: enough for products to be efficient, which read a block's weights once a chunk. Up to
+# twice as many are one chunk.
+_CHUNK_TOKENS = 1024
+
 
 def groups_of(steps: int) -> int:
     """Into how many equal groups "nested" parts the steps of the scan: the divisor that keeps the fewest inputs."""
     return min((g for g in range(1, steps + 1) if steps % g == 0), key=lambda g: (g + steps // g, g))
+
+
+def chunk_length(rows: int, positions: int, remat: str) -> int:
+    """Positions of a decoder block's chunk, see `stack`: the largest divisor that keeps it within `_CHUNK_TOKENS`; all
+    where they are few, or where no divisor comes near: those of a TPU are multiples of 128.
+
+    Args:
+        rows: of one device.
+        remat: under "dots" what is inside the block is kept, of all positions.
+    """
+    if remat == "dots" or rows * positions <= 2 * _CHUNK_TOKENS:
+        return positions
+    bound = max(1, _CHUNK_TOKENS // rows)
+    longest = max(c for c in range(1, bound + 1) if positions % c == 0)
+    return longest if 2 * longest > bound else positions

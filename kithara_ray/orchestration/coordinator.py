@@ -30,6 +30,7 @@ from kithara_ray.orchestration.export_tasks import write_on_cluster
 from kithara_ray.orchestration.remote import head_node_id
 from kithara_ray.orchestration.snapshots import Snapshots, SnapshotWriter
 from kithara_ray.orchestration.watchdog import BEAT_S, Beat, Limits, Watch
+from kithara_ray.report import files as report
 from kithara_ray.sharding.gather import Shard, assemble
 from kithara_ray.train.checkpoint import Checkpoint
 from kithara_ray.train.place import Place
@@ -205,6 +206,14 @@ class Coordinator:
     def write_run(self, directory: str, content: dict[str, Any]) -> None:
         """run.json of the run."""
         manifest.write(directory, content)
+
+    def write_report(self, directory: str, history: dict[str, Any]) -> str:
+        """history.json and report.html of the run whose run.json is there; returns where the page is."""
+        return report.write(directory, history)
+
+    def add_export(self, directory: str, destination: str) -> None:
+        """Tell the report of an export."""
+        report.add_export(directory, destination)
 
     def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base: str) -> None:
         """The trained adapter into the run's directory."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from kithara_ray.errors import DestinationError
@@ -129,6 +130,8 @@ class RunManifest:
             {"eval": _data(spec.eval.store)} if spec.eval else {}
         )
         axes, devices = mesh_axes(self._trainer) or {}, count_devices(self._trainer)
+        if spec.plan is not None:
+            self.content["plan"] = spec.plan
         self.content["mesh"] = {**axes, "platform": spec.platform, "devices": devices, "hosts": spec.num_workers}
         self._write(coordinator)
 
@@ -137,8 +140,22 @@ class RunManifest:
         self.content |= {"status": status, "ended": _now(), **more}
         return self._write(coordinator)
 
+    def write_report(self, coordinator: ray.actor.ActorHandle, history: Mapping[str, Any]) -> None:
+        """report.html beside run.json. It is told, and never ends a run, that it could not be written."""
+        if self.directory is None:
+            return
+        content = redact(json.loads(json.dumps(history, default=str)), self._secrets)
+        try:
+            logger.info("report: %s", ray.get(coordinator.write_report.remote(self.directory, content), timeout=120))
+        except Exception as error:
+            logger.warning("the report of the run in %s was not written: %s", self.directory, error)
+
+    def told(self) -> dict[str, Any]:
+        """What it says as plain data, without secrets."""
+        return redact(json.loads(json.dumps(self.content, default=str)), self._secrets)
+
     def _write(self, coordinator: ray.actor.ActorHandle) -> dict[str, Any]:
-        content = redact(json.loads(json.dumps(self.content, default=str)), self._secrets)
+        content = self.told()
         if self.directory is not None:
             try:
                 ray.get(coordinator.write_run.remote(self.directory, content), timeout=60)
@@ -154,8 +171,17 @@ def _data(store: Any) -> dict[str, Any]:
         "rows": store.num_rows,
         "tokens": int(store.lengths.sum()),
         "trained_tokens": int(store.trained.sum()),
+        "lengths": _quantiles(store.lengths),
         "fingerprint": store.content,
     }
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Of the rows' tokens."""
+    if not len(lengths):
+        return {}
+    found = np.quantile(lengths, (0, 0.5, 0.95, 1), method="nearest")
+    return dict(zip(("min", "median", "p95", "max"), map(int, found), strict=True))
 
 
 def _of_task(reference: ray.ObjectRef) -> dict[str, Any]:
@@ -219,7 +245,9 @@ def settings(trainer: Any) -> dict[str, Any]:
         "optimizer": optimizer if kind == "keras" else _name(optimizer),
         "trainer": {name: getattr(trainer, name) for name in own}
         | {name: getattr(trainer.group, name) for name in ("cpu_devices_per_worker", "cluster_timeout_s")}
-        | {"mesh": _plain(trainer.mesh), "checkpointer": _plain(trainer.checkpointer)},
+        | {"mesh": _plain(trainer.mesh), "checkpointer": _plain(trainer.checkpointer)}
+        | {"tensorboard_dir": trainer.tensorboard_dir, "profiler": _plain(trainer.profiler)}
+        | {"callbacks": [type(callback).__name__ for callback in trainer.callbacks]},
         "scaling_config": _plain(trainer.scaling_config),
         "run_config": {
             "name": trainer.run_config.name,

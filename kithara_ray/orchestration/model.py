@@ -1,6 +1,7 @@
 """The model handle of the public API. It holds where the base is and what was trained, never the base's weights."""
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.remote import check_address, remote_get
 from kithara_ray.sharding.shape import MeshShape
+
+logger = logging.getLogger(__name__)
 
 # Kithara's arguments that mean nothing here, and what to do instead.
 _ELSEWHERE = {
@@ -64,6 +67,7 @@ class KerasHubModel:
         adapter: the trained tensors by name, float32, A (r, in), B (out, r) and DoRA's magnitudes (out,); None before
             training.
         run: what the last training was made of (run.json), carried into exports; None before training.
+        run_directory: of that training, whose report is told of exports.
         trained: of a model whose weights are trained, the directory that holds them; None before training.
     """
 
@@ -75,6 +79,7 @@ class KerasHubModel:
         self.adapter: dict[str, np.ndarray] | None = None
         self.trained: str | None = None
         self.run: dict[str, Any] | None = None
+        self.run_directory: str | None = None
         self._coordinator = None
         self._generator = None
 
@@ -252,16 +257,20 @@ class KerasHubModel:
         }
         coordinator = self.coordinator()
         if self.lora is None:
-            return remote_get(
-                coordinator.export_trained.remote(self.preset_handle, self.trained, destination, **options)
-            )
-        if only_save_adapters:
-            layout = Layout.ADAPTER
+            export = coordinator.export_trained.remote(self.preset_handle, self.trained, destination, **options)
         else:
             layout = Layout.SEPARATE if save_adapters_separately else Layout.MERGED
-        return remote_get(
-            coordinator.export.remote(self.preset_handle, self.lora, self.adapter, destination, layout, **options)
-        )
+            layout = Layout.ADAPTER if only_save_adapters else layout
+            export = coordinator.export.remote(
+                self.preset_handle, self.lora, self.adapter, destination, layout, **options
+            )
+        written = remote_get(export)
+        if self.run_directory is not None:
+            try:
+                ray.get(coordinator.add_export.remote(self.run_directory, written), timeout=120)
+            except Exception as error:  # the export is there and proven
+                logger.warning("the report in %s was not told of %s: %s", self.run_directory, written, error)
+        return written
 
     def check_destination(self, output_dir: str) -> None:
         """Ask before a long training whether `save_in_hf_format` could write there: the head node's credentials are

@@ -13,8 +13,8 @@ from kithara_ray.sharding.agree import Ballot
 
 logger = logging.getLogger(__name__)
 
-# What a rank votes for, the more urgent the higher.
-GO_ON, SAVE, INTERRUPT, PREEMPTED = 0, 1, 2, 3
+# What a rank votes for, the more urgent the higher. STOP and FAILED are of rank 0's callbacks.
+GO_ON, SAVE, STOP, FAILED, INTERRUPT, PREEMPTED = range(6)
 LOOK_BEHIND = 2
 # With on_nan="skip": so many in a row are no bad batch but a broken run.
 MAX_SKIPPED_IN_A_ROW = 10

@@ -40,7 +40,7 @@ def slice_of_run(scaling: Any, platform: str) -> tuple[Slice, int] | None:
 
 
 def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
-    """The run's spec, its program known to fit; with `auto` the largest batch that does is put in.
+    """The run's spec with its plan, its program known to fit; with `auto` the largest batch that does is put in.
 
     Args:
         spec: a `RunSpec` whose `train.rows_per_device` is that of one row where `auto`.
@@ -69,10 +69,9 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
             raise ConfigError(_refusal(plan(base, where, seq_len, 1, **settings)))
         rows = best.settings["per_device_batch_size"]
         logger.info("per_device_batch_size=%d: %s", rows, best.verdict())
-        return with_rows(spec, rows)
+        return dataclasses.replace(with_rows(spec, rows), plan=dataclasses.asdict(best))
     rows = spec.train.rows_per_device // spec.micro_batches
-    check(base, where, seq_len, rows, settings)
-    return spec
+    return dataclasses.replace(spec, plan=dataclasses.asdict(check(base, where, seq_len, rows, settings)))
 
 
 def check(base: Any, where: Slice, seq_len: int, rows: int, settings: Mapping[str, Any]) -> Plan:

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
 
+import datetime
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ _PHASES = {
     "check": "checking cluster, data and destinations",
     "tokenize": "tokenising the dataset",
     "plan": "planning for the slice",
+    "sample": "generating the report's samples before training",
     "schedule": "waiting for the workers",
     "fetch": "reading the base checkpoint",
     "build": "building the model",
@@ -23,6 +25,19 @@ _PHASES = {
 }
 
 
+def figures_of(event: dict[str, Any]) -> str:
+    """A logged step's figures, `name=value` each: of MFU and device memory what the backend tells."""
+    share = event["input_wait_s"] / max(event["step_time_s"], 1e-9)
+    figures = [f"loss={event['loss']:.4f}", f"lr={event['learning_rate']:.3g}"]
+    figures += [f"tokens_per_s={event['tokens_per_s']:.0f}", f"input_wait={share:.1%}"]
+    if "mfu" in event:
+        figures.append(f"mfu={event['mfu']:.1%}")
+    if "hbm_bytes" in event:
+        limit = f"/{event['hbm_limit_bytes'] / 2**30:.1f}" if event.get("hbm_limit_bytes") else ""
+        figures.append(f"hbm={event['hbm_bytes'] / 2**30:.1f}{limit}GiB")
+    return " ".join(figures)
+
+
 class Progress:
     """Follows the coordinator's events in a thread, from `with` to its end."""
 
@@ -30,6 +45,7 @@ class Progress:
         self._coordinator = coordinator
         self._console = Console(stderr=True, quiet=not enabled, highlight=False)
         self._seen = 0
+        self._total_steps: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._bar = Bar(
@@ -88,6 +104,7 @@ class Progress:
             )
             phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in event["phases"].items() if seconds >= 0.5)
             self._note(f"ready after {sum(event['phases'].values()):.0f} s: {phases}")
+            self._total_steps = event["total_steps"]
             self._bar.update(self._task, completed=0, total=event["total_steps"], description="training")
         elif kind == "first_step":
             self._note(f"the first step took {event['seconds']:.1f} s")
@@ -97,11 +114,13 @@ class Progress:
             self._note(f"resuming after step {event['step']} from {event['checkpoint']}")
         elif kind == "stalled":
             self._note(f"no progress, ending the workers: {event['text']}")
+        elif kind == "dropped":
+            self._note(f"going on without it: {event['text']}")
         elif kind == "skipped":
             self._note(f"step={event['step']} left out: its loss or gradient is not finite; rows {event['rows']}")
         elif kind == "step":
-            figures = f"loss={event['loss']:.4f} tokens_per_s={event['tokens_per_s']:.0f}"
-            self._say(f"step={event['step']} {figures}")
+            figures = figures_of(event)
+            self._say(f"step={event['step']} {figures}{self._remaining(event)}")
             self._bar.update(self._task, completed=event["step"], figures=figures)
         elif kind == "eval":
             self._note(
@@ -113,6 +132,11 @@ class Progress:
         elif kind == "finished":
             share = event["input_wait_s"] / max(event["training_s"], 1e-9)
             self._note(f"trained in {event['training_s']:.0f} s, of which {share:.1%} waited for input")
+
+    def _remaining(self, event: dict[str, Any]) -> str:
+        """By the pace of the last logged steps."""
+        left = (self._total_steps or 0) - event["step"]
+        return f" eta={datetime.timedelta(seconds=round(left * event['step_time_s']))}" if left > 0 else ""
 
     def _say(self, line: str) -> None:
         """Where there is no bar."""

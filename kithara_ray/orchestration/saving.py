@@ -1,5 +1,6 @@
 """One rank's view of a run's checkpoints: what to go on from, when to save, when to stop early."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -45,6 +46,7 @@ class Saving:
         events: the history up to now; rank 0's is written.
         evaluations: those up to now, alike on every rank.
         notes: damaged checkpoints that were passed over.
+        committed: rank 0: (step, URL) of checkpoints as they become whole, for whoever takes them out.
     """
 
     settings: Checkpointer
@@ -61,8 +63,15 @@ class Saving:
     def __post_init__(self):
         self.place = Place(self.settings.checkpoint_dir)
         attempt = agree(uuid.uuid4().hex[:8])[0]
+        self.committed: collections.deque[tuple[int, str]] = collections.deque()
         self.saver = saver.Saver(
-            self.place, attempt, self.rank, self.num_ranks, self.settings.keep, self.settings.save_timeout_s
+            self.place,
+            attempt,
+            self.rank,
+            self.num_ranks,
+            self.settings.keep,
+            self.settings.save_timeout_s,
+            on_commit=lambda url, seconds: self.committed.append((checkpoint.step_of(url.rpartition("/")[2]), url)),
         )
         self._metrics: dict[str, float] = {}
         self._found: Checkpoint | None = None

@@ -14,12 +14,13 @@ from typing import Any
 import ray
 from ray.train import RunConfig, ScalingConfig
 
-from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.callbacks import Callback, Profiler, TensorBoard
+from kithara_ray.errors import ConfigError, TrainingError, UnsupportedError
 from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
 from kithara_ray.model.runtime import without_tensorflow
+from kithara_ray.orchestration import calling, checks, planned
 from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration import checks, planned
 from kithara_ray.orchestration.data import Dataloader
 from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.manifest import RunManifest
@@ -27,6 +28,7 @@ from kithara_ray.orchestration.model import KerasHubModel, start_ray
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.samples import Samples
 from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.watchdog import Limits
@@ -46,16 +48,17 @@ class TrainResult:
     Attributes:
         metrics: the last logged step's, with the last evaluation's.
         history: a dict a logged step: step, loss, learning_rate, grad_norm, tokens_per_s (real tokens, no padding),
-            step_time_s, input_wait_s (a step), epoch.
+            step_time_s, input_wait_s (a step), epoch; on a TPU also mfu, hbm_bytes and hbm_limit_bytes of rank 0.
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
         path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, or `model/` the
             trained weights as a Hugging Face model, in the dtype that they were trained in;
             run.json says what the run was made of.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
-        stopped: why the run ended: "steps", "early_stopping" or "interrupt".
+        stopped: why the run ended: "steps", "early_stopping", "callback" (one asked for it) or "interrupt".
         skipped: the steps that were left out by on_nan="skip": step, rows.
         exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
+        dropped: callbacks that the run went on without, and why.
     """
 
     metrics: dict[str, float]
@@ -68,6 +71,7 @@ class TrainResult:
     stopped: str = "steps"
     skipped: list[dict[str, Any]] = field(default_factory=list)
     exports: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -83,6 +87,8 @@ class Trainer:
         steps, epochs: how long; one epoch by default.
         log_steps_interval: steps between two rows of the history.
         max_eval_samples: evaluate on the first so many rows only.
+        tensorboard_dir: where TensorBoard's event files go: on rank 0's host, or `gs://...`, `s3://...`.
+        profiler: a `Profiler`: which steps are traced, and where the trace goes.
         checkpointer: saves the run, and lets it go on from where it ended; None saves nothing, unless run_config's
             failure_config or checkpoint_config ask for it.
         scaling_config: Ray's; one worker per host. None is one local worker.
@@ -104,6 +110,10 @@ class Trainer:
         export_dir: where these go, `<export_dir>/step-000100`: local to the head node, or `gs://...`, `s3://...`;
             `adapters` in the run's directory by default.
         cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
+        callbacks: `kithara_ray.Callback` objects, told on rank 0 what happens; they may end the run.
+        report_prompts: texts or chats that `generate` continues before and after training, for report.html in the
+            run's directory. It decodes on one CPU: for small models.
+        report_max_length: tokens of prompt and continuation there.
         progress: show a progress bar, or lines where the output is not a terminal.
     """
 
@@ -120,7 +130,7 @@ class Trainer:
         eval_epochs_interval: int | None = None,
         max_eval_samples: int | None = None,
         tensorboard_dir: str | None = None,
-        profiler: Any = None,
+        profiler: Profiler | None = None,
         checkpointer: Any = None,
         *,
         scaling_config: ScalingConfig | None = None,
@@ -136,12 +146,11 @@ class Trainer:
         export_every_steps: int | None = None,
         export_dir: str | None = None,
         cluster_timeout_s: float = 300.0,
+        callbacks: Sequence[Callback] = (),
+        report_prompts: Sequence[str | list[dict[str, str]]] = (),
+        report_max_length: int = 256,
         progress: bool = True,
     ):
-        unavailable = {"tensorboard_dir": tensorboard_dir, "profiler": profiler}
-        for name, value in unavailable.items():
-            if value is not None:
-                raise UnsupportedError(f"Trainer: {name}= is not available yet; leave it out")
         if steps is not None and epochs is not None:
             raise ConfigError(f"Trainer takes one of steps and epochs, got steps={steps} and epochs={epochs}")
         if eval_steps_interval is not None and eval_epochs_interval is not None:
@@ -155,6 +164,7 @@ class Trainer:
             "max_eval_samples": max_eval_samples,
             "gradient_accumulation_steps": gradient_accumulation_steps,
             "export_every_steps": export_every_steps,
+            "report_max_length": report_max_length,
         }
         for name, value in counts.items():
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -184,6 +194,19 @@ class Trainer:
                 "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
                 "checkpointer, or lora_rank="
             )
+        if profiler is not None and not isinstance(profiler, Profiler):
+            raise ConfigError(
+                f"Trainer: profiler must be a kithara_ray.Profiler(directory, steps=(first, last)), "
+                f"got {type(profiler).__name__}"
+            )
+        self.profiler = profiler and Profiler(absolute(str(profiler.directory)), profiler.steps)
+        self.tensorboard_dir = tensorboard_dir and absolute(str(tensorboard_dir))
+        self.callbacks = calling.checked(callbacks)
+        if isinstance(report_prompts, str):
+            raise ConfigError(
+                f"Trainer: report_prompts must be a list of prompts, got the text {report_prompts[:40]!r}"
+            )
+        self.report_prompts, self.report_max_length = list(report_prompts), report_max_length
         self.mesh = mesh
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -209,7 +232,7 @@ class Trainer:
             DestinationError: the run's directory, an export's or `export_dir` cannot be written, or holds adapters of
                 another run.
             ClusterError: the cluster lacks what `scaling_config` asks for.
-            TrainingError: a worker failed; names its cause.
+            TrainingError: a worker failed; names its cause. Or a callback did; the adapter of that step is in `model`.
             KeyboardInterrupt: the run was interrupted; the adapter so far is in `model`, and saved.
         """
         start_ray()
@@ -222,8 +245,12 @@ class Trainer:
         with Progress(coordinator, enabled=self.progress) as progress:
             progress.phase("check")
             checks.raise_for(checks.check_run(self, exports, self.group.cluster_timeout_s))
+            samples = Samples(self.model, self.report_prompts, self.report_max_length)
+            if self.report_prompts:
+                progress.phase("sample")
+                samples.take("before")
             progress.phase("tokenize")
-            spec = self._spec(coordinator, called=time.time())
+            spec = self._spec(coordinator, manifest.told()["settings"], called=time.time())
             if self.scaling_config.use_tpu:
                 progress.phase("plan")
             spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
@@ -234,26 +261,39 @@ class Trainer:
                 result = self.group.run(train_loop, {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
             except BaseException as error:
                 manifest.end(coordinator, "failed", error=f"{type(error).__name__}: {error}")
+                manifest.write_report(coordinator, {"events": _events_so_far(coordinator), "samples": samples.rows})
                 raise
         events = remote_get(coordinator.events.remote(0))
         summary = result.return_value
         saved = summary.get("checkpoint")
         trained = _result(events, result.path, summary)
         ended = {"path": trained.path, "metrics": trained.metrics, "phases": trained.phases, "stopped": trained.stopped}
-        self.model.run = manifest.end(coordinator, "finished", result=ended) | _about(spec, one_history(events))
+        problem = summary.get("callback_error")
+        told = manifest.end(
+            coordinator, "failed" if problem else "finished", result=ended, **({"error": problem} if problem else {})
+        )
+        self.model.run = told | _about(spec, one_history(events))
+        self.model.run_directory = manifest.directory
         if self.model.lora is None:
             self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
-            _raise_interrupt(summary, result.path)
+            self._report(coordinator, manifest, events, samples)
+            _raise_left(summary, result.path)
             return trained
         tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
         self.model.set_adapter(tensors)
         path = os.path.join(result.path, "adapter")
         if "://" not in path:
             remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
-        _raise_interrupt(summary, path)
+        self._report(coordinator, manifest, events, samples)
+        _raise_left(summary, path)
         return trained
 
-    def _spec(self, coordinator, called: float) -> RunSpec:
+    def _report(self, coordinator, manifest: RunManifest, events: list[dict[str, Any]], samples: Samples) -> None:
+        samples.take("after")
+        manifest.write_report(coordinator, {"events": one_history(events), "samples": samples.rows})
+
+    def _spec(self, coordinator, settings: Mapping[str, Any], called: float) -> RunSpec:
+        board = [TensorBoard(self.tensorboard_dir)] if self.tensorboard_dir else []
         return RunSpec(
             base=self.model.weights_handle,
             lora=self.model.lora,
@@ -281,6 +321,10 @@ class Trainer:
             on_nan=self.on_nan,
             limits=self.limits,
             snapshots=self.snapshots,
+            callbacks=(calling.RayMetrics(), *board, *self.callbacks),
+            profiler=self.profiler,
+            settings=settings,
+            plan=None,
             called=called,
             submitted=time.time(),
             coordinator=coordinator,
@@ -344,9 +388,13 @@ def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int 
         raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
 
-def _raise_interrupt(summary: dict[str, Any], path: str) -> None:
+def _raise_left(summary: dict[str, Any], path: str) -> None:
+    """What a run that was left in order was left for, if that is an error."""
+    saved = f"saved: {summary.get('checkpoint') or path}"
     if summary["stopped"] == "interrupt":
-        raise KeyboardInterrupt(f"the run was interrupted; saved: {summary.get('checkpoint') or path}")
+        raise KeyboardInterrupt(f"the run was interrupted; {saved}")
+    if summary.get("callback_error"):
+        raise TrainingError(f"{summary['callback_error']}; {saved}")
 
 
 def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -363,6 +411,15 @@ def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             kept.append(event)
     return kept
+
+
+def _events_so_far(coordinator: ray.actor.ActorHandle) -> list[dict[str, Any]]:
+    """Of a run that has failed."""
+    try:
+        return one_history(ray.get(coordinator.events.remote(0), timeout=30))
+    except ray.exceptions.RayError as error:
+        logger.warning("the history of the run is lost: %s", error)
+        return []
 
 
 def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -414,4 +471,5 @@ def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) ->
         stopped=summary.get("stopped") or "steps",
         skipped=rows("skipped"),
         exports=rows("export"),
+        dropped=[event["text"] for event in rows("dropped")],
     )

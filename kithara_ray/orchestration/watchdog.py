@@ -19,7 +19,8 @@ class Limits:
     """Seconds without progress after which a run is ended.
 
     Attributes:
-        step_timeout_s: between two steps, batches of an evaluation, or batches of data. None never ends a run.
+        step_timeout_s: between two steps, batches of an evaluation, or batches of data, or in the callbacks of a step.
+            None never ends a run.
         startup_timeout_s: of each phase before the first step.
         save_timeout_s: how long a save may take, beyond step_timeout_s.
         silence_timeout_s: without any word from a process.
@@ -33,7 +34,7 @@ class Limits:
     def of(self, phase: str) -> float:
         if self.step_timeout_s is None:
             return float("inf")
-        if phase in ("step", "data", "eval"):
+        if phase in ("step", "data", "eval", "callback"):
             return self.step_timeout_s
         return self.step_timeout_s + self.save_timeout_s if phase == "save" else self.startup_timeout_s
 
@@ -43,7 +44,7 @@ class Beat:
     """What one rank tells: who and where it is, what it does, since when.
 
     Attributes:
-        phase: "data", "step", "eval", "save", or one of start-up's.
+        phase: "data", "step", "eval", "save", "callback", or one of start-up's.
         step: the step it is at; 0 before the first.
         since_s: seconds since it last made progress, by its own clock.
     """

@@ -5,7 +5,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,16 @@ import numpy as np
 import ray
 from ray.train.v2._internal.execution.context import get_train_context
 
+from kithara_ray.callbacks import Callback, Profiler, RunInfo
+from kithara_ray.callbacks.profiler import Tracer
 from kithara_ray.errors import TrainingError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.orchestration.backend import terminated
+from kithara_ray.orchestration.calling import Calls
 from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.endless import WINDOW_ROWS, EndlessOrder, EndlessStore, EndlessStream
-from kithara_ray.orchestration.outcomes import GO_ON, INTERRUPT, LOOK_BEHIND, PREEMPTED, SAVE, Outcomes
+from kithara_ray.orchestration.figures import Figures
+from kithara_ray.orchestration.outcomes import FAILED, GO_ON, INTERRUPT, LOOK_BEHIND, PREEMPTED, SAVE, STOP, Outcomes
 from kithara_ray.orchestration.snapshots import Snapshots, SnapshotSender
 from kithara_ray.orchestration.stream import HostStream, TokenStore
 from kithara_ray.orchestration.watchdog import Beat, Heart, Limits
@@ -71,6 +75,10 @@ class RunSpec:
         on_nan: "stop" or "skip", for a step whose loss or gradient is not finite.
         limits: seconds without progress that end the run.
         snapshots: adapters written while it goes on; None writes none.
+        callbacks: told on rank 0 what happens.
+        profiler: which steps are traced on rank 0; None traces none.
+        settings: the run's arguments as run.json has them, for callbacks.
+        plan: what was planned for the slice; None without a plan.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
     """
 
@@ -100,6 +108,10 @@ class RunSpec:
     on_nan: str
     limits: Limits
     snapshots: Snapshots | None
+    callbacks: Sequence[Callback]
+    profiler: Profiler | None
+    settings: Mapping[str, Any]
+    plan: Mapping[str, Any] | None
     called: float
     submitted: float
     coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
@@ -114,9 +126,13 @@ def train_loop(config: dict[str, RunSpec]) -> dict[str, Any]:
     runtime.prepare()
     runtime.keep_compiled(spec.platform)
     run = Run(spec, started)
-    run.build()
-    run.train()
-    return run.finish()
+    try:
+        run.build()
+        run.train()
+        return run.finish()
+    except Exception as error:
+        run.calls.end(run.number, "failed", f"{type(error).__name__}: {error}")
+        raise
 
 
 class Run:
@@ -142,6 +158,8 @@ class Run:
         preflight.check_process_group(spec.num_workers, spec.platform, spec.num_devices)
         self._input_wait_s = self._total_input_wait_s = self._fetch_reported = 0.0
         self.number, self.saving, self.snapshots, self.left = 0, None, None, None
+        self.calls = Calls(spec.callbacks if self.rank == 0 else (), lambda text: self._record("dropped", text=text))
+        self.tracer = Tracer(spec.profiler if self.rank == 0 else None)
         self._saved_for_drain = False
         self.events: list[dict[str, Any]] = []
         self.heart = Heart(self.rank, spec.limits, self._send_beat)
@@ -149,8 +167,6 @@ class Run:
 
     def build(self) -> None:
         """Model, arrays, data and compiled steps."""
-        import jax.numpy as jnp
-
         from kithara_ray.hf import storage
         from kithara_ray.hf.checkpoint import BaseCheckpoint
         from kithara_ray.model.causal_lm import build
@@ -181,6 +197,7 @@ class Run:
         if spec.checkpointer is not None:
             with self._phase("look"):
                 self._look_for_checkpoint(base)
+        self._start_callbacks()
         with self._phase("load"):
             if spec.lora is None:
                 # A run that has ended needs them too: a checkpoint is read into their place.
@@ -231,19 +248,37 @@ class Run:
                     ),
                     self.eval_data.shapes,
                 )
-        trainable = sum(int(jnp.size(array)) for array in self.state["params"].values())
-        adapter = trainable if spec.lora is not None else 0
-        total = adapter + sum(math.prod(slot.shape) for slot in self.model.slots)
         if spec.snapshots is not None:
             about = {"num_ranks": spec.num_workers, "shapes": self.model.adapter_shapes}
             about |= {"config": spec.lora, "base": spec.base}
             self.snapshots = SnapshotSender(spec.snapshots, spec.coordinator, self.rank, about)
-        self._record("started", total_steps=self.total_steps, trainable=trainable, parameters=total, phases=self.phases)
+        self._record("started", total_steps=self.total_steps, **self._counts(), phases=self.phases)
 
     @property
     def is_finished(self) -> bool:
         """A run that ended is not trained again; one that is given more steps goes on."""
-        return self.number >= self.total_steps or (self.saving is not None and self.saving.finished == "early_stopping")
+        stopped = self.saving is not None and self.saving.finished in ("early_stopping", "callback")
+        return self.number >= self.total_steps or stopped
+
+    def _counts(self) -> dict[str, int]:
+        """Of parameters: those of the model with its adapter, and those of them that are trained."""
+        base = sum(math.prod(slot.shape) for slot in self.model.slots)
+        if self.spec.lora is None:
+            return {"parameters": base, "trainable": base}
+        adapter = sum(math.prod(shape) for shape in self.model.adapter_shapes.values())
+        return {"parameters": base + adapter, "trainable": adapter}
+
+    def _start_callbacks(self) -> None:
+        """Raises TrainingError, on all ranks, what a callback cannot start with."""
+        from kithara_ray.sharding.agree import agree
+
+        spec, counts = self.spec, self._counts()
+        name = spec.directory.rstrip("/").rpartition("/")[2]
+        info = RunInfo(name, spec.directory, self.number, self.total_steps, **counts, settings=spec.settings)
+        self.figures = Figures(counts["parameters"], spec.lora is not None, self.mesh.size)
+        problem = agree(self.calls.start(info))[0]
+        if problem:
+            raise TrainingError(problem)
 
     def _look_for_checkpoint(self, base) -> None:
         from kithara_ray.orchestration.saving import Saving, optimizer_identity, sequence_identity
@@ -283,7 +318,9 @@ class Run:
             number = self.number
             self.heart.at("step", number)
             batch, tokens = self._next_batch, self._next_tokens
+            self.tracer.before(number, self.state)
             self.state, metrics = self.step(self.state, self.frozen, batch)
+            self.tracer.after(number, self.state)
             self.outcomes.cast(number, self._vote(), metrics)
             window_tokens += tokens
             if number < self.total_steps:
@@ -305,16 +342,20 @@ class Run:
                 self._log(number, values, window_tokens, now - mark, number - last_logged)
                 last_logged, window_tokens, mark = number, 0, now
             if evaluate:
-                self._record("eval", step=number, **self.evaluate())
+                evaluation = self.evaluate()
+                self._record("eval", step=number, **evaluation)
+                self._tell(self.calls.evaluation, number, evaluation)
                 mark = time.monotonic()
             if self.saving is not None and self._save(number, bool(evaluate)):
                 mark = time.monotonic()
+            self._tell_checkpoints()
             if self.snapshots is not None:
                 self.snapshots.after(number, lambda: self.model.adapter_shards(self.state["params"], self.rank))
             if vote > (SAVE if self._saved_for_drain else GO_ON) and not self.is_finished:
                 self._heed(vote)
         if self.snapshots is not None:
             self.snapshots.wait()
+        self.tracer.finish(self.state)
         self._training_s = time.monotonic() - began
 
     def _vote(self) -> int:
@@ -323,7 +364,8 @@ class Run:
             return PREEMPTED
         if self.heart.asked == "interrupt":
             return INTERRUPT
-        return SAVE if _is_draining() and not self._saved_for_drain else GO_ON
+        drain = SAVE if _is_draining() and not self._saved_for_drain else GO_ON
+        return max(self.calls.vote, drain)
 
     def _heed(self, vote: int) -> None:
         """All ranks save at this step, and leave; of a node that Ray drains they go on until Ray ends the group, which
@@ -337,7 +379,7 @@ class Run:
         saved = "nothing was saved: give Trainer(checkpointer=...)"
         if self.saving is not None:
             self.heart.at("save", self.number)
-            self.saving.save(self.number, self.state)
+            self.saving.save(self.number, self.state, finished="callback" if vote == STOP else None)
             self.saving.settle()
             saved = f"step {self.number} is saved"
         if vote == SAVE:
@@ -346,7 +388,7 @@ class Run:
         if vote == PREEMPTED:
             told = agree(f"rank {self.rank} on {socket.gethostname()} got SIGTERM" if terminated.is_set() else "")
             raise TrainingError(f"preempted: {', '.join(text for text in told if text)}; {saved}")
-        self.left = "interrupt"
+        self.left = {STOP: "callback", FAILED: "callback_error", INTERRUPT: "interrupt"}[vote]
 
     def _save(self, number: int, evaluated: bool) -> bool:
         """Save if it is time to; returns whether time went by."""
@@ -398,13 +440,16 @@ class Run:
             send_weights(coordinator, self.spec.base, self.base, self.model, params, self.rank, self.spec.directory)
         else:
             ray.get(coordinator.put_shards.remote(self.rank, self.model.adapter_shards(params, self.rank)))
+        stopped = self.left or (self.saving.finished if self.saving is not None else None) or "steps"
+        self._tell_checkpoints()
+        problem = self.calls.problem
+        self._tell(self.calls.end, self.number, "failed" if problem else stopped, problem)
         times = {"input_wait_s": self._total_input_wait_s, "training_s": self._training_s}
         # With all events: a coordinator that was started again has lost them.
         self._record("finished", **times, events=list(self.events))
-        summary = {"shapes": self.model.adapter_shapes, "stopped": self.left or "steps"}
+        summary = {"shapes": self.model.adapter_shapes, "stopped": stopped, "callback_error": self.calls.problem}
         if self.saving is not None:
             summary |= {"checkpoint": self.saving.newest, "best_checkpoint": self.saving.best}
-            summary["stopped"] = self.left or self.saving.finished
         self.heart.stop()
         jax.distributed.shutdown()
         return summary
@@ -451,12 +496,25 @@ class Run:
             "step_time_s": seconds / steps,
             "input_wait_s": self._input_wait_s / steps,
             "epoch": self._epoch_after(step),
+            **self.figures.of(tokens / seconds),
         }
         self._total_input_wait_s += self._input_wait_s
         self._input_wait_s = 0.0
         self._record("step", **row)
         if self.rank == 0:
             logger.info("step=%d loss=%.4f tokens_per_s=%.0f", step, values["loss"], row["tokens_per_s"])
+        self._tell(self.calls.step, step, row)
+
+    def _tell(self, call: Callable, number: int, *arguments: Any) -> None:
+        """Rank 0's callbacks; where one does not come back, the watchdog says so."""
+        if self.rank == 0:
+            self.heart.at("callback", self.number)
+            call(number, *arguments)
+            self.heart.at("step", self.number)
+
+    def _tell_checkpoints(self) -> None:
+        while self.saving is not None and self.saving.committed:
+            self._tell(self.calls.checkpoint, *self.saving.committed.popleft())
 
     def _epoch_after(self, steps: int) -> float:
         epoch, index = self.data.order.locate(steps)

@@ -31,6 +31,7 @@ class Chip:
         ici_bytes_per_s: what a chip can receive from its slice: half of the published bandwidth of both directions.
         dims: of the slice's torus.
         per_name: a slice's name counts so many to a chip (v5p's counts its cores).
+        kinds: JAX' `device_kind` of it.
     """
 
     name: str
@@ -41,14 +42,15 @@ class Chip:
     ici_bytes_per_s: float
     dims: int
     per_name: int = 1
+    kinds: tuple[str, ...] = ()
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "v5litepod", int(15.75 * _GIB), 197e12, 819e9, 200e9, dims=2),
-        Chip("v6e", "v6e", int(31.25 * _GIB), 918e12, 1638e9, 400e9, dims=2),
-        Chip("v5p", "v5p", int(95.74 * _GIB), 459e12, 2765e9, 600e9, dims=3, per_name=2),
+        Chip("v5e", "v5litepod", int(15.75 * _GIB), 197e12, 819e9, 200e9, dims=2, kinds=("TPU v5 lite", "TPU v5e")),
+        Chip("v6e", "v6e", int(31.25 * _GIB), 918e12, 1638e9, 400e9, dims=2, kinds=("TPU v6 lite", "TPU v6e")),
+        Chip("v5p", "v5p", int(95.74 * _GIB), 459e12, 2765e9, 600e9, dims=3, per_name=2, kinds=("TPU v5", "TPU v5p")),
     )
 }
 _MAX_CHIPS = {"v5e": 256, "v6e": 256, "v5p": 6144}
@@ -107,6 +109,11 @@ def slice_of(name: str) -> Slice:
     chips = count // chip.per_name
     shape = "x".join(map(str, _torus(chips, chip.dims)))
     return Slice(f"{generation}-{count}", chips, chip, f"{generation}:{shape}")
+
+
+def chip_of_kind(kind: str) -> Chip | None:
+    """The chip of JAX' `device_kind`; None for one that is not in the table, and for CPUs."""
+    return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def slice_sizes(generation: str) -> list[int]:

@@ -24,7 +24,8 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that is known of one request's program.
 
     Keys: `devices`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes`, `rows`, and of a
-    compiled one `memory`, `compile_s`, `cost`, `cost_analysis`; of a refused one `refusal` and `refused_bytes`.
+    compiled one `memory`, `compile_s`, `compile_cpu_s`, `square_arrays`, `cost`; of a refused one `refusal` and
+    `refused_bytes`.
     """
     from kithara_ray.model import runtime
 
@@ -83,22 +84,25 @@ def _lora(settings: Mapping[str, Any]):
 def _compiled(step, model, optimizer, state, frozen, batch, micro: int) -> dict[str, Any]:
     import jax
 
-    from kithara_ray.plan.hlo import cost_of
+    from kithara_ray.plan.hlo import arrays_of, cost_of
 
-    started = time.monotonic()
+    started = time.monotonic(), time.process_time()
     try:
         compiled = step.compile_step(model, optimizer, state, frozen, batch, micro)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"refusal": str(error).splitlines()[0], "refused_bytes": refused_bytes(str(error))}
-    seconds = time.monotonic() - started
-    memory = compiled.memory_analysis()
+    seconds, cpu_seconds = time.monotonic() - started[0], time.process_time() - started[1]
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    seq_len = batch["token_ids"].shape[1]
     sizes = ("argument", "output", "alias", "temp", "generated_code")
     return {
         "compile_s": round(seconds, 1),
+        "compile_cpu_s": round(cpu_seconds, 1),
+        "square_arrays": len({dims for _, dims in arrays_of(text) if dims.count(seq_len) > 1}),
         "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in sizes},
-        "cost": dataclasses.asdict(cost_of(compiled.as_text())),
+        "cost": dataclasses.asdict(cost_of(text)),
     }
 
 

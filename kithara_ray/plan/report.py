@@ -34,6 +34,9 @@ class Plan:
         step_time_s: lower bounds by part: compute, hbm, interconnect.
         step_time_s_bound: the largest of them; `bound_by` names it.
         tokens_per_step: padding included.
+        compile_s, compile_cpu_s: by the clock, and of all the compiler's threads, which does not depend on what else
+            the machine does.
+        square_arrays: shapes in the program with two dims of the row's length; a width of that size counts too.
         host: ram_bytes_load of a host; disk_bytes of the base, of an adapter and of a merged export.
         cost: per_hour, per_million_tokens and per_epoch at the bound, in the price's currency; None without a price.
     """
@@ -59,6 +62,8 @@ class Plan:
     tokens_per_s_bound: float | None
     mfu_bound: float | None
     compile_s: float | None
+    compile_cpu_s: float | None
+    square_arrays: int | None
     host: dict[str, int]
     adapter_bytes: int
     checkpoint_bytes: int
@@ -138,6 +143,8 @@ def assemble(
         tokens_per_s_bound=tokens / bound if bound else None,
         mfu_bound=model_flops / peak / bound if bound else None,
         compile_s=found.get("compile_s"),
+        compile_cpu_s=found.get("compile_cpu_s"),
+        square_arrays=found.get("square_arrays"),
         host=_host(found, where, counts),
         adapter_bytes=found["adapter_bytes"],
         checkpoint_bytes=found["state_bytes"],

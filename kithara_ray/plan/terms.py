@@ -9,7 +9,7 @@ product's input and not of its weight: 2N, as forward.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kithara_ray.model.options import groups_of
+from kithara_ray.model.options import chunk_length, groups_of
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ def least_collective_bytes(counts: Counts, ways: int, adapter_bytes: int) -> flo
 def estimated_temporaries(
     counts: Counts, seq_len: int, rows: int, tensor: int, activation_bytes: int, remat: str
 ) -> float:
-    """A rough upper figure for where nothing could be compiled: what is kept, one block's activations, the weights of
-    two blocks gathered (one computes while the next is fetched), one chunk of logits with its gradient."""
-    tokens = rows * seq_len
-    inside = 6 * tokens * counts.intermediate * activation_bytes / tensor
+    """A rough upper figure for where nothing could be compiled: what is kept, a block's activations, of the widest one
+    chunk, the weights of two blocks gathered (one computes while the next is fetched), one chunk of logits with its
+    gradient."""
+    chunk = rows * chunk_length(rows, seq_len, remat)
+    inside = (6 * chunk * counts.intermediate + 14 * rows * seq_len * counts.hidden) * activation_bytes / tensor
     kept = kept_bytes(counts, seq_len, rows, activation_bytes, remat)
     return kept + inside + 2 * counts.widest_bytes / tensor + 3 * 2**26
 

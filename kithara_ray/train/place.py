@@ -42,11 +42,11 @@ class Place:
         return filesystem(self.root, DestinationError)[0]
 
     def path(self, *parts: str) -> str:
-        """As `fs` names it."""
-        return "/".join([filesystem(self.root, DestinationError)[1], *parts])
+        """As `fs` names it; a part "" is the root."""
+        return "/".join([filesystem(self.root, DestinationError)[1], *filter(None, parts)])
 
     def url(self, *parts: str) -> str:
-        return join(self.root, *parts)
+        return join(self.root, *filter(None, parts))
 
     # --- write -------------------------------------------------------------------------------------------------------
 

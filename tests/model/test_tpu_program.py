@@ -14,10 +14,12 @@ from kithara_ray.plan import terms
 from kithara_ray.plan.hlo import cost_of
 
 T, LAYERS = 1024, 4
+# Positions of a block's chunk.
+CHUNK = 256
 CONFIG = dict(
     model_type="gemma2",
     hidden_size=384,
-    intermediate_size=512,
+    intermediate_size=640,
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -42,6 +44,7 @@ def compile_for_v5e() -> None:
     from jax.experimental import topologies
 
     from kithara_ray.hf.lora_config import LoraConfig
+    from kithara_ray.model import options
     from kithara_ray.model.causal_lm import build
     from kithara_ray.plan.program import counts_of
     from kithara_ray.sharding.mesh import make_mesh
@@ -49,6 +52,7 @@ def compile_for_v5e() -> None:
     from kithara_ray.train import step
     from kithara_ray.train.optimizer import KerasOptimizer
 
+    options._CHUNK_TOKENS = CHUNK
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2), devices)
     model = build(CONFIG, LoraConfig(r=8, target_modules=("q_proj", "down_proj")), mesh, "mixed_bfloat16")
@@ -97,6 +101,13 @@ def test_no_logits_of_all_positions(program):
     logits = {shape for shape in shapes_of(program) if part in shape and CONFIG["hidden_size"] not in shape}
     assert logits
     assert all(math.prod(shape) <= 2 * 512 * part for shape in logits), logits
+
+
+def test_the_widest_activations_are_of_one_chunk(program):
+    """Each device has half of the MLP's width."""
+    wide = {shape for shape in shapes_of(program) if CONFIG["intermediate_size"] // 2 in shape}
+    assert any(CHUNK in shape for shape in wide)
+    assert not [shape for shape in wide if T in shape or math.prod(shape) >= T * CONFIG["intermediate_size"] // 2]
 
 
 def test_every_factor_is_stacked_and_trained(program):

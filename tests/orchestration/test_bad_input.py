@@ -1,6 +1,7 @@
 """What a user gets wrong ends in bounded time in an error that names it, before a worker starts, and writes nothing."""
 
 import os
+import threading
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tiny
 from ray.train import ScalingConfig
 
-from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, TextCompletionDataset, Trainer
+from kithara_ray import Callback, Dataloader, KerasHubModel, MeshShape, SFTDataset, TextCompletionDataset, Trainer
 from kithara_ray.errors import (
     CheckpointError,
     ClusterError,
@@ -18,6 +19,13 @@ from kithara_ray.errors import (
     DestinationError,
     UnsupportedError,
 )
+
+
+class Locked(Callback):
+    """Cannot be carried to a worker."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
 
 
 @pytest.fixture
@@ -106,7 +114,10 @@ TRAINER = {
     "devices": (dict(cpu_devices_per_worker=0), ConfigError, "cpu_devices_per_worker must be an integer >= 1, got 0"),
     "two eval intervals": (dict(eval_steps_interval=1, eval_epochs_interval=1), ConfigError, "one of eval_steps"),
     "an optimizer's name": (dict(optimizer="adamw"), ConfigError, "optimizer must be a keras.* got str"),
-    "tensorboard": (dict(tensorboard_dir="/tmp/x"), UnsupportedError, "tensorboard_dir= is not available yet"),
+    "profiler": (dict(profiler="/tmp/x"), ConfigError, "profiler must be a kithara_ray.Profiler.* got str"),
+    "callbacks": (dict(callbacks=[print]), ConfigError, "callbacks must be kithara_ray.Callback objects"),
+    "a callback alone": (dict(callbacks=Callback()), ConfigError, "callbacks must be a list, got Callback"),
+    "a lock": (dict(callbacks=[Locked()]), ConfigError, "callback Locked .* cannot be pickled .* open files"),
     "checkpointer": (dict(checkpointer=object()), ConfigError, "checkpointer must be a Checkpointer, got object"),
     "remat": (dict(remat="all"), ConfigError, "remat must be one of block, dots, nested, got 'all'"),
     "a GPU": (dict(scaling_config=ScalingConfig(use_gpu=True)), UnsupportedError, "use_gpu=True"),

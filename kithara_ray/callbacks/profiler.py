@@ -1,0 +1,91 @@
+"""Chosen steps traced by JAX' profiler, on rank 0: an `.xplane.pb` that XProf and TensorBoard's profile plugin show."""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kithara_ray.errors import ConfigError
+from kithara_ray.train.place import Place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Profiler:
+    """Which steps are traced, and where the trace goes.
+
+    Attributes:
+        directory: on rank 0's host, or `gs://...`, `s3://...`; `plugins/profile/<time>/` in it holds the trace.
+        steps: the first and the last traced step. The first steps of a run compile and fill caches.
+    """
+
+    directory: str
+    steps: Sequence[int] = (10, 12)
+
+    def __post_init__(self):
+        steps = self.steps
+        if isinstance(steps, str) or len(steps) != 2 or not all(isinstance(step, int) for step in steps):
+            raise ConfigError(f"Profiler: steps must be two numbers, the first and the last step, got {steps!r}")
+        if not 1 <= steps[0] <= steps[1]:
+            raise ConfigError(f"Profiler: steps must be 1 <= first <= last, got {tuple(steps)}")
+        object.__setattr__(self, "steps", tuple(steps))
+
+
+class Tracer:
+    """Starts and ends the trace at its steps; `settings` None traces nothing. A trace that fails ends no run."""
+
+    def __init__(self, settings: Profiler | None):
+        self._settings, self._local, self._done = settings, None, settings is None
+
+    def before(self, step: int, state: Any) -> None:
+        """Step `step` is about to be started with `state`."""
+        if self._done or step != self._settings.steps[0]:
+            return
+        import jax
+
+        try:
+            jax.block_until_ready(state)
+            place = Place(self._settings.directory)
+            self._local = place.path() if place.is_local else tempfile.mkdtemp(prefix="kithara_ray_profile_")
+            jax.profiler.start_trace(self._local)
+        except Exception as error:
+            self._give_up(error)
+
+    def after(self, step: int, state: Any) -> None:
+        """Step `step` has been started and gives `state`."""
+        if not self._done and self._local is not None and step >= self._settings.steps[1]:
+            self.finish(state)
+
+    def finish(self, state: Any = None) -> None:
+        """End a trace that is under way; one whose last step never comes is ended with the run."""
+        if self._done or self._local is None:
+            return
+        import jax
+
+        try:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._publish()
+            self._done = True
+        except Exception as error:
+            self._give_up(error)
+
+    def _publish(self) -> None:
+        place = Place(self._settings.directory)
+        if place.is_local:
+            return
+        import shutil
+
+        root = Path(self._local)
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                parent = path.relative_to(root).parent.as_posix()
+                place.put(path, "" if parent == "." else parent, path.name)
+        shutil.rmtree(root, ignore_errors=True)
+
+    def _give_up(self, error: Exception) -> None:
+        self._done = True
+        logger.warning("steps %s were not traced: %s: %s", self._settings.steps, type(error).__name__, error)

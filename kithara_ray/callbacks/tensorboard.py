@@ -1,0 +1,71 @@
+"""TensorBoard's event files, written by tensorboardX: neither TensorFlow nor torch is imported."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from kithara_ray.callbacks.callback import Callback, RunInfo
+from kithara_ray.train.place import Place
+
+_PUT_EVERY_S = 30.0
+_FLUSH_S = 5
+
+
+class TensorBoard(Callback):
+    """`Trainer(tensorboard_dir=)`: every number of a step as `train/...`, of an evaluation as `eval/...`.
+
+    A run that goes on hides what was logged after the checkpoint it goes on from.
+
+    Args:
+        directory: on rank 0's host, or `gs://...`, `s3://...`, where the file is put anew every half a minute, since
+            objects cannot be appended to.
+    """
+
+    required = False
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self._local: Path | None = None
+        self._put_at = 0.0
+
+    def on_start(self, run: RunInfo) -> None:
+        from tensorboardX import SummaryWriter
+
+        place = Place(self.directory)
+        # A place that cannot be written to is told before anything is loaded.
+        place.put_bytes(b"", "", f".probe-{run.name}")
+        place.remove("", [f".probe-{run.name}"])
+        self._local = Path(place.path() if place.is_local else tempfile.mkdtemp(prefix="kithara_ray_events_"))
+        purge = {"purge_step": run.step + 1} if run.step else {}
+        self._writer = SummaryWriter(str(self._local), flush_secs=_FLUSH_S, **purge)
+        self._put_at = time.monotonic()
+
+    def on_step(self, run: RunInfo, step: int, metrics: Mapping[str, float]) -> None:
+        self._write("train", step, metrics)
+
+    def on_eval(self, run: RunInfo, step: int, metrics: Mapping[str, float]) -> None:
+        self._write("eval", step, {name.removeprefix("eval_"): value for name, value in metrics.items()})
+
+    def on_end(self, run: RunInfo, outcome: str, error: str | None) -> None:
+        self._writer.add_text("outcome", error or outcome, run.total_steps)
+        self._writer.close()
+        self._put()
+        if not Place(self.directory).is_local:
+            shutil.rmtree(self._local, ignore_errors=True)
+
+    def _write(self, group: str, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+        if time.monotonic() - self._put_at > _PUT_EVERY_S:
+            self._writer.flush()
+            self._put()
+
+    def _put(self) -> None:
+        place = Place(self.directory)
+        if not place.is_local:
+            for path in self._local.iterdir():
+                place.put(path, "", path.name)
+        self._put_at = time.monotonic()
