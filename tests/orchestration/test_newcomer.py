@@ -128,6 +128,9 @@ def test_init_edit_doctor_submit_export(newcomer, environment, tiny_models, tmp_
     assert "succeeded" in shown
     run = json.loads((out / "runs" / "my-run" / "run.json").read_text())
     assert (run["status"], run["result"]["metrics"]["step"]) == ("finished", 3)
+    report = (out / "runs" / "my-run" / "report.html").read_text()
+    assert "my-run" in report
+    assert str(out / "adapter") in report
     base = AutoModelForCausalLM.from_pretrained(tiny_models["llama"])
     assert PeftModel.from_pretrained(base, out / "adapter").peft_config["default"].r == 16
 
