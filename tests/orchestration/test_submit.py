@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def arguments(tiny_models, tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in tiny.rows(12)))
-    return [str(tiny_models["gemma2"]), str(data), str(tmp_path / "out")]
+    return [str(tiny_models["llama"]), str(data), str(tmp_path / "out")]
 
 
 def check_exports(arguments):
