@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import shlex
 import tempfile
 import time
@@ -153,14 +154,26 @@ def start(client: JobSubmissionClient, command: str, runtime_env: dict[str, Any]
     Raises:
         ClusterError: the job server refused, or had no agent for `wait_s`.
     """
+    # Chosen here: where the connection drops before the answer comes, whether the job was taken can still be asked.
+    job = f"kithara_ray_{secrets.token_hex(6)}"
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            return client.submit_job(entrypoint=command, runtime_env=runtime_env)
+            return client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job)
         except _FAILURES as error:
+            if _is_there(client, job):
+                return job
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise ClusterError(f"the job was not taken: {_reason(error)}") from error
         time.sleep(_RETRY_S)
+
+
+def _is_there(client: JobSubmissionClient, job: str) -> bool:
+    try:
+        client.get_job_status(job)
+    except _FAILURES:
+        return False
+    return True
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], lost_after_s: float = 300.0) -> None:
