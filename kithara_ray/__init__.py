@@ -45,6 +45,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
+    if name == "tune":
+        return importlib.import_module("kithara_ray.tune")
     if name not in _HOMES:
         raise AttributeError(f"module 'kithara_ray' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

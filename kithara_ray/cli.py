@@ -116,6 +116,23 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         typer.echo(f"exported {destination}")
 
 
+@app.command()
+def tune(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Search the space of CONFIG's section `tune`, then write CONFIG's exports from the best trial.
+
+    The same command goes on with a search that was ended. Example: kithara-ray tune my_run.yaml
+    """
+    _driver_environment()
+    from kithara_ray import config as configuration
+    from kithara_ray import tune as searching
+
+    result, exports = searching.run(configuration.load(config, overrides or ()))
+    Console(highlight=False, soft_wrap=True).print(searching.table(result))
+    typer.echo(f"best {result.best.id} {result.best.point}, run: {result.best.path}")
+    for destination in exports:
+        typer.echo(f"exported {destination}")
+
+
 data = typer.Typer(help="Look at the data of a run.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
@@ -153,6 +170,7 @@ def submit(
     stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job.")] = None,
     working_dir: Annotated[Path, typer.Option(help="What the job gets a copy of, 100 MiB at most.")] = Path(),
     python: Annotated[str, typer.Option(help="The interpreter on the head node.")] = "python",
+    search: Annotated[bool, typer.Option("--tune", help="Search as `tune` does, instead of one run.")] = False,
 ) -> None:
     """Train as CONFIG says on another cluster, through Ray's job API.
 
@@ -173,7 +191,7 @@ def submit(
         typer.echo(f"{stop}: {'asked to stop' if jobs.stop(client, stop) else 'was not running'}")
         return
     if config is not None:
-        job = jobs.submit(client, config, overrides or (), working_dir, python)
+        job = jobs.submit(client, config, overrides or (), working_dir, python, "tune" if search else "train")
         typer.echo(f"submitted {job}; follow: --job {job}, stop: --stop {job}")
     if follow or config is None:
         jobs.follow(client, job, lambda text: typer.echo(text, nl=False))

@@ -8,12 +8,13 @@
     scaling_config:    ray.train.ScalingConfig(...)
     run_config:        ray.train.RunConfig(...)
     exports:           a list of save_in_hf_format(...)
+    tune:              tune.search(...), for `kithara-ray tune` alone
 
 Sections are made from those signatures, so an argument is there as soon as Python has it.
 """
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,9 +29,10 @@ from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.data import Dataloader, _Dataset
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.trainer import Trainer, TrainResult
+from kithara_ray.orchestration.tune import search
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.signatures import Section, section_of, told
-from kithara_ray.yaml_file import parse_scalar, read_yaml
+from kithara_ray.yaml_file import Where, parse_scalar, read_yaml
 
 _OWN_SECTION = "it has a section of its own"
 _OLD = "Ray has retired it"
@@ -115,6 +117,12 @@ RunSection = section_of(
     },
 )
 ExportSection = section_of("ExportSection", KerasHubModel.save_in_hf_format, {})
+TuneSection = section_of(
+    "TuneSection",
+    search,
+    {"trainer_factory": "it is what this file describes"},
+    given_types={"space": dict[str, dict[str, list[Any]]]},
+)
 
 OptimizerName = Literal[
     "AdamW", "Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "Ftrl", "Lion", "Lamb", "Adafactor"
@@ -188,6 +196,7 @@ class Config(Section):
     scaling_config: ScalingSection | None = None
     run_config: RunSection | None = None
     exports: list[ExportSection] = Field(default_factory=list)
+    tune: TuneSection | None = None
 
 
 @dataclass
@@ -220,10 +229,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw, lines = read_yaml(path)
     for override in overrides:
         _override(raw, override)
+    return checked(raw, str(path), lines)
+
+
+def checked(raw: dict[str, Any], name: str, lines: Mapping[Where, int] | None = None) -> Config:
+    """Raw content checked against the API.
+
+    Args:
+        name: of where it comes from, for messages.
+        lines: of its keys.
+
+    Raises:
+        ConfigError: names the key.
+    """
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(told(error, Config, raw, str(path), lines))) from None
+        raise ConfigError("\n".join(told(error, Config, raw, name, lines))) from None
 
 
 def build(config: Config) -> Job:
@@ -285,18 +307,28 @@ def _override(raw: dict[str, Any], text: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {text!r}: expected key.key=value, e.g. --set trainer.steps=10")
+    put(raw, keys, parse_scalar(value), f"--set {text!r}")
+
+
+def put(raw: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> None:
+    """A value into the raw content, at `keys`.
+
+    Args:
+        source: what says so, for messages.
+
+    Raises:
+        ConfigError: there is no such place.
+    """
     place: Any = raw
     for number, key in enumerate(keys):
         if isinstance(place, list):
             if not key.isdigit() or int(key) >= len(place):
-                raise ConfigError(
-                    f"--set {text!r}: {'.'.join(keys[:number])} is a list of {len(place)}; give 0, 1, ..."
-                )
+                raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a list of {len(place)}; give 0, 1, ...")
             key = int(key)
         elif not isinstance(place, dict):
-            raise ConfigError(f"--set {text!r}: {'.'.join(keys[:number])} is a value, nothing stands under it")
+            raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a value, nothing stands under it")
         if number == len(keys) - 1:
-            place[key] = parse_scalar(value)
+            place[key] = value
         elif isinstance(place, dict) and place.get(key) is None:
             place[key] = {}
         place = place[key]

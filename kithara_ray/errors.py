@@ -11,6 +11,7 @@
     ├── PlanError                            a step that did not compile for a planned slice
     ├── ClusterError                         resources, topology, process group
     └── TrainingError                        a run that failed after it had started
+        └── DivergedError                    its loss or gradient was not finite
 
 Each holds one message and nothing else, so that it crosses process borders by pickle unchanged.
 A message says what, where, what was found and what to do.
@@ -59,3 +60,7 @@ class ClusterError(KitharaRayError):
 
 class TrainingError(KitharaRayError):
     """A run failed after training had started."""
+
+
+class DivergedError(TrainingError):
+    """A run's loss or gradient was not finite; the same run would come to the same end."""

@@ -12,6 +12,7 @@ import kithara_ray
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, MeshShape, Profiler, Trainer, config
 from kithara_ray.cli import main
 from kithara_ray.errors import ConfigError, KitharaRayError
+from kithara_ray.orchestration.tune import search
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [*sorted((ROOT / "examples").glob("*.yaml")), ROOT / "kithara_ray" / "template.yaml"]
@@ -27,6 +28,7 @@ API = {
     "failures": (ray.train.FailureConfig, config.FailureSection),
     "checkpoints": (ray.train.CheckpointConfig, config.CheckpointSection),
     "export": (KerasHubModel.save_in_hf_format, config.ExportSection),
+    "tune": (search, config.TuneSection),
     **{name: (kind, config.DATASET_SECTIONS[name]) for name, kind in config.DATASETS.items()},
     **{name: (kind, config.CALLBACK_SECTIONS[name]) for name, kind in config.CALLBACKS.items()},
 }
@@ -38,6 +40,7 @@ PYTHON_ALONE = {
     "run": {"storage_filesystem", "callbacks", "logging_config"}
     | {"sync_config", "verbose", "stop", "progress_reporter", "log_to_file"},
     "failures": {"fail_fast"},
+    "tune": {"trainer_factory"},
     "checkpoints": {"checkpoint_frequency", "checkpoint_at_end"},
     **{name: {"tokenizer", "custom_formatting_fn"} for name in config.DATASETS},
 }

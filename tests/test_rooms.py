@@ -34,14 +34,14 @@ ROOMS = {
     "train, what a run has left in files": (["kithara_ray.train.run_files"], HEAVY),
     "train": ([f"kithara_ray.train.{name}" for name in ("loss", "optimizer", "step")], {"ray", "torch"}),
     "configuration": (
-        [f"kithara_ray.{name}" for name in ("config", "doctor")],
+        [f"kithara_ray.{name}" for name in ("config", "doctor", "tune")],
         {"keras", "keras_hub", "torch", "tensorflow", "transformers"},
     ),
     "report": (["kithara_ray.report.files", "kithara_ray.report.page"], HEAVY),
     "callbacks": (["kithara_ray.callbacks"], HEAVY | {"tensorboardX", "wandb", "mlflow"}),
     "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
-        [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator")],
+        [f"kithara_ray.orchestration.{name}" for name in ("data", "model", "trainer", "coordinator", "tune")],
         {"keras", "keras_hub", "torch", "tensorflow"},
     ),
 }

@@ -112,7 +112,6 @@ class CausalLM:
                 values_of=lambda block: [value_of[id(variable)] for variable in block.variables],
                 scanned=self._scanned(factors, frozen),
                 gather=self._gathered(),
-                split_dim=self._split_dim(),
                 place=self._rows_split,
                 remat=self.remat,
                 chunk=self._chunk(token_ids_BT),
@@ -217,11 +216,6 @@ class CausalLM:
             id(slot.ports[0].variable): tuple(self.weight_sharding(slot).spec)[int(slot.stacked) :]
             for slot in self.slots
         }
-
-    def _split_dim(self) -> Callable[[keras.Variable], int]:
-        """The dim that one step's value of a weight is split along; 0 of what is not."""
-        layouts = self._layouts()
-        return lambda variable: next((dim for dim, axes in enumerate(layouts.get(id(variable), ())) if axes), 0)
 
     def _gathered(self) -> stack.Gather:
         """A block's weight as it is computed with: whole over `fsdp`, still split over `tensor`."""

@@ -100,7 +100,6 @@ def run(
     values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]],
     scanned: Sequence[Sequence[jax.Array]],
     gather: Gather,
-    split_dim: Callable[[keras.Variable], int],
     place: Callable[[jax.Array], jax.Array],
     remat: str,
     chunk: int,
@@ -113,7 +112,6 @@ def run(
         values_of: the arrays of one block behind the scan, in the order of its `variables`.
         scanned: for each place of the period, for each variable of its block, an array (S, ...) of all steps.
         gather: makes one variable's value what its block computes with, just before it runs.
-        split_dim: of a variable, the dim along which its value is gathered.
         place: puts the activations between blocks where they belong.
         remat: one of `options.REMAT`.
         chunk: C, of `options.chunk_length`.
@@ -128,7 +126,7 @@ def run(
             args, kwargs = node.arguments.fill_in(known)
             outputs = node.outputs
             if node.operation is first:
-                how = values_of, scanned, gather, split_dim, place, remat, chunk, dropout_key
+                how = values_of, scanned, gather, place, remat, chunk, dropout_key
                 result = _run_chain(chain, args[0], kwargs, *how)
                 # A block may also give its keys and values, for other blocks; none here takes them.
                 outputs = last._inbound_nodes[0].outputs[:1]
@@ -139,15 +137,14 @@ def run(
     return known[id(backbone.outputs[0])]
 
 
-def _run_chain(chain, x, kwargs, values_of, scanned, gather, split_dim, place, remat, chunk, dropout_key):
+def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, remat, chunk, dropout_key):
     def call(block, x, values, key):
         own = zip(block.variables, values, strict=True)
         pairs = [(variable, gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):
             if chunk == x.shape[1]:
                 return place(_output(block, x, kwargs))
-            whole = [(variable, value, split_dim(variable)) for variable, value in pairs]
-            return place(_in_chunks(block, x, kwargs, whole, chunk, place, key))
+            return place(_in_chunks(block, x, kwargs, chunk, place, key))
 
     def rematerialised(block, *operands):
         return jax.checkpoint(functools.partial(call, block), policy=_POLICIES[remat])(*operands)
@@ -174,12 +171,8 @@ def _output(block: keras.layers.Layer, x: jax.Array, kwargs: Mapping) -> jax.Arr
     return keras.tree.flatten(block(x, **kwargs))[0]
 
 
-def _in_chunks(block, x_BTD, kwargs: Mapping, values, chunk: int, place, key: jax.Array | None) -> jax.Array:
-    """The block's output, all behind its attention a chunk of positions at a time, each rematerialised.
-
-    Args:
-        values: (variable, value, the dim it was gathered along) of all of the block's.
-    """
+def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array | None) -> jax.Array:
+    """The block's output, all behind its attention a chunk of positions at a time, each rematerialised."""
     with attention.recorded() as outputs:
         # Of what is traced here nothing is used but what attention gives.
         _output(block, x_BTD, kwargs)
@@ -192,25 +185,16 @@ def _in_chunks(block, x_BTD, kwargs: Mapping, values, chunk: int, place, key: ja
     def split(array):
         return jnp.moveaxis(array.reshape(rows, positions // chunk, chunk, *array.shape[2:]), 1, 0)
 
-    # In a loop nothing can be taken for what an earlier pass computed, and what would keep it from that copies weights.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @jax.checkpoint
     def rest(number, x_BCD, attended_BCNH, sliced):
         own_key = None if key is None else jax.random.fold_in(key, number)
-        own = [(variable, _moved(value, 0, dim)) for (variable, _, dim), value in zip(values, handed, strict=True)]
-        with keras.StatelessScope(state_mapping=own), attention.given(attended_BCNH), dropping(own_key):
+        with attention.given(attended_BCNH), dropping(own_key):
             return place(_output(block, place(x_BCD), {**kwargs, **sliced}))
 
-    # XLA hands arrays to a loop with the last dim contiguous, but what is gathered lies by the gathered dim: it would
-    # copy every weight. With that dim first both are the same.
-    handed = [_moved(value, dim, 0) for _, value, dim in values]
     of_positions = {name: split(value) for name, value in kwargs.items() if is_of_positions(value)}
     parts = jnp.arange(positions // chunk), split(x_BTD), split(attended_BTNH), of_positions
     out = jax.lax.map(lambda part: rest(*part), parts)
     return jnp.moveaxis(out, 0, 1).reshape(x_BTD.shape)
-
-
-def _moved(array: jax.Array, dim: int, to: int) -> jax.Array:
-    return array if dim == to else jnp.moveaxis(array, dim, to)
 
 
 def _scan_in_groups(body, x, steps, groups: int) -> jax.Array:

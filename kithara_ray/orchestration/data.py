@@ -171,13 +171,11 @@ def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> Mixed
 
 def preview(dataset: _Dataset | MixedDataset, rows: int = 3) -> Preview:
     """A dataset's first rows as the model sees them, and what its tokens amount to."""
-    import ray
-
+    from kithara_ray.orchestration.model import start_ray
     from kithara_ray.orchestration.stream import Rows, tokenize
     from kithara_ray.sft.preview import preview as made
 
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR")
+    start_ray()
     if dataset.is_endless:
         dataset = dataset.head(_PREVIEWED)
     store = tokenize(dataset)
@@ -200,7 +198,7 @@ class Dataloader:
         packing: put as many rows of the dataset as fit into each sequence of `max_seq_len` tokens. They do not see each
             other; what is computed of each is what it gives alone. `dataset.to_packed_dataset()` says the same.
         length_buckets: without packing, rows of like length share a batch, and batches are padded to at most so many
-            lengths; a further one is taken where it saves a tenth of the work. Each is a step to compile. 1 pads every
+            lengths; a further one is taken where it saves a tenth of the work and is worth its compiling. 1 pads every
             batch to the longest row.
         shuffle_rows: shuffle within so many rows, stretches of which are first spread over the dataset; for a dataset
             that does not fit into the object stores' memory. None shuffles all rows.

@@ -366,6 +366,10 @@ class KerasHubModel:
             ray.kill(self._generator)
             self._generator = None
 
+    def detach(self) -> None:
+        """Leave the actors that this handle knows to those who have a copy of it."""
+        self._coordinator = self._generator = None
+
     def set_adapter(self, tensors: dict[str, np.ndarray]) -> None:
         """What training ended with."""
         self.release()

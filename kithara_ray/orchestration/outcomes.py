@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from kithara_ray.errors import TrainingError
+from kithara_ray.errors import DivergedError
 from kithara_ray.sharding.agree import Ballot
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,11 @@ class Outcomes:
         what = f"step {step}: the loss or its gradient is not finite"
         what += f"; the batch holds rows {shown} of the dataset" if rows else ""
         if self.on_nan == "stop":
-            raise TrainingError(
+            raise DivergedError(
                 f"{what}. Look at these rows, lower the learning rate, or give Trainer(on_nan='skip') to leave such "
                 "steps out"
             )
         self.on_skip(step, rows)
         if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(f"{what}; so were {MAX_SKIPPED_IN_A_ROW} steps in a row: lower the learning rate")
+            raise DivergedError(f"{what}; so were {MAX_SKIPPED_IN_A_ROW} steps in a row: lower the learning rate")
         logger.warning("%s; left out", what)

@@ -1,13 +1,15 @@
 """A run on another cluster, through Ray's job API: pack the working directory, start, follow, stop.
 
-The job is `python -m kithara_ray train CONFIG` in a copy of the directory. Its token, where the cluster asks for one,
-comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is never an argument.
+The job is `python -m kithara_ray train CONFIG`, or `tune`, in a copy of the directory. Its token, where the cluster
+asks for one, comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is
+never an argument.
 """
 
 import asyncio
 import json
 import logging
 import os
+import secrets
 import shlex
 import tempfile
 import time
@@ -117,6 +119,7 @@ def submit(
     overrides: Sequence[str] = (),
     working_dir: Path = Path(),
     python: str = "python",
+    command: str = "train",
 ) -> str:
     """Start the run; returns the job's id.
 
@@ -124,6 +127,7 @@ def submit(
         config: a file under `working_dir`.
         overrides: `--set` of the run. They are part of the job's command, which the dashboard shows.
         python: the interpreter on the head node.
+        command: "train" or "tune".
 
     Raises:
         ConfigError: the configuration is outside the directory, or the directory too large.
@@ -136,7 +140,7 @@ def submit(
         raise ConfigError(f"{config} is not in {working_dir}, which is what the job gets; give --working-dir") from None
     size = check_size(working_dir)
     logger.info("packing %s: bytes=%d", working_dir, size)
-    words = [python, "-m", "kithara_ray", "train", inside.as_posix()]
+    words = [python, "-m", "kithara_ray", command, inside.as_posix()]
     words += [word for override in overrides for word in ("--set", override)]
     revision = git_revision(working_dir)
     env = {GIT_VARIABLE: json.dumps(revision)} if revision else {}  # the copy has no .git
@@ -150,14 +154,26 @@ def start(client: JobSubmissionClient, command: str, runtime_env: dict[str, Any]
     Raises:
         ClusterError: the job server refused, or had no agent for `wait_s`.
     """
+    # Chosen here: where the connection drops before the answer comes, whether the job was taken can still be asked.
+    job = f"kithara_ray_{secrets.token_hex(6)}"
     deadline = time.monotonic() + wait_s
     while True:
         try:
-            return client.submit_job(entrypoint=command, runtime_env=runtime_env)
+            return client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job)
         except _FAILURES as error:
+            if _is_there(client, job):
+                return job
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise ClusterError(f"the job was not taken: {_reason(error)}") from error
         time.sleep(_RETRY_S)
+
+
+def _is_there(client: JobSubmissionClient, job: str) -> bool:
+    try:
+        client.get_job_status(job)
+    except _FAILURES:
+        return False
+    return True
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], lost_after_s: float = 300.0) -> None:

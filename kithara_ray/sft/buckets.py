@@ -2,15 +2,19 @@
 
 import numpy as np
 
-# A further length must save so much of the positions that are computed.
+# A further length must save so much of the positions that are computed, and so many an epoch: less than those take no
+# longer than to compile its program.
 _MIN_SAVING = 0.1
+MIN_SAVED_POSITIONS = 1 << 14
 
 
-def bucket_lengths(lengths: np.ndarray, most: int, multiple: int) -> tuple[int, ...]:
+def bucket_lengths(
+    lengths: np.ndarray, most: int, multiple: int, min_saved: int = MIN_SAVED_POSITIONS
+) -> tuple[int, ...]:
     """Up to `most` lengths, ascending multiples of `multiple`, of which the last holds the longest row.
 
     They are those that pad the rows least, if each row is padded to the next of them; fewer than `most` where a further
-    one would save less than a tenth. A function of the lengths alone.
+    one would save less than a tenth, or less than `min_saved` positions an epoch. A function of the lengths alone.
 
     Args:
         lengths: int (N,), tokens of every row.
@@ -26,7 +30,7 @@ def bucket_lengths(lengths: np.ndarray, most: int, multiple: int) -> tuple[int, 
         added[np.tril_indices(len(candidates))] = np.iinfo(np.int64).max
         previous = added.argmin(axis=0)
         better = added.min(axis=0)
-        if better[-1] > (1 - _MIN_SAVING) * cost[-1]:
+        if cost[-1] - better[-1] < max(min_saved, _MIN_SAVING * cost[-1]):
             break
         chosen = [chosen[p] + [i] if better[i] < cost[i] else chosen[i] for i, p in enumerate(previous)]
         cost = np.minimum(cost, better)

@@ -33,13 +33,14 @@ def run(
     targets=("q_proj", "v_proj"),
     packing=False,
     options=None,
+    rows=None,
     **kwargs,
 ):
     """Train on 22 rows: batches of 8, the last of each epoch not full."""
     model = KerasHubModel.from_preset(
         str(directory), lora_rank=4, lora_alpha=12, target_modules=targets, precision="float32", **(options or {})
     )
-    data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
+    data = SFTDataset(rows or tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
     trainer = Trainer(
         model=model,
         optimizer=keras.optimizers.AdamW(1e-2, weight_decay=0.01),
@@ -203,12 +204,16 @@ def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, mon
 
 
 def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny_models, tmp_path):
-    """Same data, seed and global batch of 8: one worker of four devices, two of two, one of one."""
+    """Same data, seed and global batch of 8: one worker of four devices, two of two, one of one. Some rows are so long
+    that batches have two lengths."""
+    long = [{"prompt": "one " * 40, "answer": f"{i} " * 20} for i in range(300)]
     losses = {}
     for workers, devices in ((1, 4), (2, 2), (1, 1)):
         rows_per_device = 8 // (workers * devices)
-        _, result = run(tiny_models["llama"], tmp_path, workers, devices, rows_per_device)
+        _, result = run(tiny_models["llama"], tmp_path, workers, devices, rows_per_device, rows=tiny.rows(450) + long)
         losses[workers, devices] = [row["loss"] for row in result.history]
+        tokens = [row["tokens_per_s"] * row["step_time_s"] for row in result.history]
+        assert max(tokens) > 400 > min(tokens), tokens
     np.testing.assert_allclose(losses[1, 4], losses[1, 1], rtol=1e-4)
     np.testing.assert_allclose(losses[2, 2], losses[1, 1], rtol=1e-4)
     assert len(set(losses[1, 1])) == 7

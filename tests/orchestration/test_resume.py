@@ -16,7 +16,7 @@ import tiny
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
-from kithara_ray.errors import ConfigError, TrainingError
+from kithara_ray.errors import TrainingError
 from kithara_ray.train import checkpoint
 from kithara_ray.train.place import Place
 
@@ -98,21 +98,6 @@ def told_before(step, tell, once):
     return loop
 
 
-def sigterm_to_rank_1(run, metrics):
-    from kithara_ray.orchestration.backend import terminated
-
-    if run.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert terminated.wait(30)
-
-
-def interrupt(run, metrics):
-    ray.get(run.spec.coordinator.ask.remote("interrupt"))
-    deadline = time.monotonic() + 30
-    while run.heart.asked is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-
-
 def not_a_number(run, metrics):
     run.saving.saver.wait()
     # The batch of the step that has just been made.
@@ -185,43 +170,6 @@ def test_resumed_on_another_number_of_hosts(undisturbed, tiny_models, tmp_path):
         np.testing.assert_array_equal(again.model.adapter[name], tensor)
 
 
-def test_a_rank_that_is_told_to_go_takes_all_with_it_at_one_step(undisturbed, tiny_models, tmp_path, monkeypatch):
-    """SIGTERM to one rank in step 4: two steps later all save and leave; the group starts again there."""
-    _, reference, expected = undisturbed
-    loop = told_before(4, sigterm_to_rank_1, tmp_path / "told")
-    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
-    trainer = make_trainer(tiny_models["llama"], tmp_path, failures=1)
-    resumed = []
-    follow(monkeypatch, resumed)
-    result = trainer.train()
-    assert {event["step"] for event in resumed} == {6}
-    assert losses(result) == losses(expected)
-    for name, tensor in reference.model.adapter.items():
-        np.testing.assert_array_equal(trainer.model.adapter[name], tensor, err_msg=name)
-
-
-def follow(monkeypatch, resumed):
-    """Collect what the attempts of a run resume from."""
-    from kithara_ray.orchestration import trainer
-
-    one_history = trainer.one_history
-
-    def collect(events):
-        resumed.extend(event for event in events if event["kind"] == "resumed")
-        return one_history(events)
-
-    monkeypatch.setattr(trainer, "one_history", collect)
-
-
-def test_an_interrupted_run_is_saved(tiny_models, cluster, tmp_path, monkeypatch):
-    loop = told_before(2, interrupt, tmp_path / "told")
-    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
-    trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=2)
-    with pytest.raises(KeyboardInterrupt, match=r"interrupted; saved: .*step-00000004"):
-        trainer.train()
-    assert trainer.model.adapter is not None
-
-
 def test_a_loss_that_is_not_finite_ends_the_run_by_its_rows(tiny_models, cluster, tmp_path, monkeypatch):
     """Logged every 8 steps: it is seen before."""
     loop = told_before(4, not_a_number, tmp_path / "told")
@@ -238,11 +186,3 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_its_rows(tiny_models, cluster
     assert len(named) == 8
     where = Place(str(tmp_path / "checkpoints"))
     assert [checkpoint.step_of(name) for name in checkpoint.committed(where)] == [3]
-
-
-def test_another_run_is_refused(undisturbed, tiny_models):
-    """By a worker, before anything is trained."""
-    out, _, _ = undisturbed
-    other = make_trainer(tiny_models["llama"], out, workers=1, devices=1, seed=3)
-    with pytest.raises(ConfigError, match="another seed: it was 2 and is 3"):
-        other.train()

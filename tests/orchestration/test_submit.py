@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import tiny
 from peft import PeftModel
+from ray.job_submission import JobSubmissionClient
 from transformers import AutoModelForCausalLM
+
+from kithara_ray.errors import ClusterError
+from kithara_ray.orchestration import submit
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def arguments(tiny_models, tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in tiny.rows(12)))
-    return [str(tiny_models["gemma2"]), str(data), str(tmp_path / "out")]
+    return [str(tiny_models["llama"]), str(data), str(tmp_path / "out")]
 
 
 def check_exports(arguments):
@@ -55,3 +59,22 @@ def test_by_ray_job_submit(cluster, arguments, tmp_path):
     out = run([*command, "--", sys.executable, "train.py", *arguments])
     assert "succeeded" in out
     check_exports(arguments)
+
+
+class Cut(JobSubmissionClient):
+    """A client whose connection drops before the answer to a submission comes."""
+
+    def submit_job(self, **arguments):
+        super().submit_job(**arguments)
+        raise ConnectionError("cut")
+
+
+def test_a_job_is_submitted_once_over_a_connection_that_drops(cluster):
+    address = f"http://{cluster.dashboard_url}"
+    client = Cut(address)
+    before = len(client.list_jobs())
+    job = submit.start(client, "true", {})
+    assert client.get_job_info(job).entrypoint == "true"
+    assert len(client.list_jobs()) == before + 1
+    with pytest.raises(ClusterError, match="the job was not taken"):
+        submit.start(submit.connect(address), "true", {"working_dir": "/nowhere"})

@@ -1,0 +1,170 @@
+"""How a search's points are chosen and its trials stopped: spaces, searchers and schedulers of Ray Tune, checked."""
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray.tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, Searcher, SearchGenerator
+from ray.tune.search.sample import Domain
+from ray.tune.search.variant_generator import generate_variants
+
+from kithara_ray.errors import ConfigError, KitharaRayError, UnsupportedError
+
+# Ways to choose a value, by the names of Ray Tune's functions.
+WAYS = (
+    "choice", "grid_search", "uniform", "quniform", "loguniform", "qloguniform", "randint", "qrandint", "lograndint",
+    "qlograndint", "randn", "qrandn",
+)  # fmt: skip
+_OF_A_LIST = ("choice", "grid_search")
+_STOPPING = (ASHAScheduler, MedianStoppingRule)
+_PAUSING = ("pbt", "pb2", "hyperband", "bohb")
+_NO_PAUSES = (
+    "it pauses trials or changes their settings on the way: what an adapter was then trained with is in no "
+    'configuration, and a run refuses the checkpoint of another with other settings; use "asha", or no scheduler'
+)
+_TRIED_POINTS = 20
+_STEPS_WITHOUT_END = 10**9
+
+
+# --------------------------------------------------------------------------------------------------------------- space
+
+
+def domains_of(space: Mapping[str, Any]) -> dict[str, Any]:
+    """The space in Ray's own terms. Raises ConfigError for what does not say how a value is chosen."""
+    if not space:
+        raise ConfigError('search: space is empty; give {"name": {"loguniform": [1e-5, 1e-2]}} or the like')
+    return {name: _domain(name, value) for name, value in space.items()}
+
+
+def _domain(name: str, value: Any) -> Any:
+    if isinstance(value, Domain):
+        return value
+    way, arguments = next(iter(value.items())) if isinstance(value, Mapping) and len(value) == 1 else (None, None)
+    if way not in WAYS:
+        raise ConfigError(
+            f"space {name!r}: {value!r} does not say how a value is chosen; give one of Ray Tune's ways, as "
+            f'{{"choice": [8, 16]}} or {{"loguniform": [1e-5, 1e-2]}}; there are {", ".join(WAYS)}'
+        )
+    if not isinstance(arguments, Sequence) or isinstance(arguments, str) or not arguments:
+        raise ConfigError(f"space {name!r}: {way} takes a list, got {arguments!r}")
+    try:
+        return getattr(ray.tune, way)(*([list(arguments)] if way in _OF_A_LIST else arguments))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"space {name!r}: Ray Tune refuses {way}{list(arguments)}: {error}") from error
+
+
+def plain(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point without numpy's scalars, which configurations refuse."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in point.items()}
+
+
+def first_trainer(make: Callable[[dict[str, Any]], Any], domains: Mapping[str, Any], seed: int) -> Any:
+    """The Trainer of a point, for what all have in common. A point that cannot be trained is its trial's concern.
+
+    Raises:
+        KitharaRayError: no point of many can; of the last.
+    """
+    refused = None
+    for point in itertools.islice(_variants(domains, seed), _TRIED_POINTS):
+        try:
+            return make(plain(point))
+        except KitharaRayError as error:
+            refused = error
+    raise refused
+
+
+def _variants(domains: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+    random = np.random.RandomState(seed)
+    while True:
+        for _, point in generate_variants(dict(domains), random_state=random):
+            yield point
+
+
+def describe(value: Any) -> Any:
+    """A way to choose values, a searcher or a scheduler as plain data, alike for what is alike."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(name): describe(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(inner) for inner in value]
+    if isinstance(value, Domain):
+        inner = {name: describe(inner) for name, inner in vars(value).items() if name not in ("sampler", "func")}
+        sampler = value.get_sampler()
+        parts = {name: describe(inner) for name, inner in vars(sampler).items()}
+        return {type(value).__name__: inner, type(sampler).__name__: parts}
+    return type(value).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------ searcher
+
+
+def check_searcher(searcher: str | Searcher, domains: Mapping[str, Any]) -> None:
+    """Raises ConfigError, and UnsupportedError for what is not installed."""
+    if isinstance(searcher, Searcher):
+        return
+    if searcher not in ("random", "optuna"):
+        raise ConfigError(f'search: searcher must be "random", "optuna" or one of Ray Tune\'s, got {searcher!r}')
+    if searcher == "optuna":
+        grids = [name for name, value in domains.items() if isinstance(value, Mapping)]
+        if grids:
+            raise ConfigError(f'search: Optuna tries no grids; give {", ".join(grids)} as {{"choice": [...]}}')
+        if importlib.util.find_spec("optuna") is None:
+            raise UnsupportedError('search: searcher="optuna" needs Optuna: pip install "kithara-ray[tune]"')
+
+
+class _Here:
+    """A search that goes on in another cluster takes that cluster's concurrency."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state | {"max_concurrent": self.max_concurrent})
+
+
+class Points(_Here, BasicVariantGenerator):
+    """Grid and random points."""
+
+
+class Limited(_Here, ConcurrencyLimiter):
+    """A searcher's points."""
+
+
+def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
+    """Ray's search algorithm, with at most `at_once` trials under way."""
+    if searcher == "random":
+        return Points(max_concurrent=at_once, random_state=seed)
+    if searcher == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        searcher = OptunaSearch(seed=seed)
+    return SearchGenerator(Limited(searcher, max_concurrent=at_once))
+
+
+# ----------------------------------------------------------------------------------------------------------- scheduler
+
+
+def check_scheduler(scheduler: str | TrialScheduler | None, reduction_factor: float) -> None:
+    """Raises ConfigError, and UnsupportedError for one that does more than stop trials."""
+    if isinstance(scheduler, str) and scheduler not in ("asha", *_PAUSING):
+        raise ConfigError(f'search: scheduler must be "asha", None or one of Ray Tune\'s, got {scheduler!r}')
+    stops = scheduler is None or scheduler == "asha" or type(scheduler) is FIFOScheduler
+    if not stops and not isinstance(scheduler, _STOPPING):
+        name = repr(scheduler) if isinstance(scheduler, str) else type(scheduler).__name__
+        raise UnsupportedError(f"search: scheduler={name}: {_NO_PAUSES}")
+    if not reduction_factor > 1:
+        raise ConfigError(f"search: reduction_factor must be > 1, got {reduction_factor!r}")
+
+
+def scheduler_of(scheduler: str | TrialScheduler | None, grace_steps: int, reduction_factor: float) -> Any:
+    """Ray's scheduler."""
+    if scheduler != "asha":
+        return scheduler
+    # A trial ends by itself at its last step; the rungs beyond are never reached.
+    return ASHAScheduler(
+        time_attr="step", max_t=_STEPS_WITHOUT_END, grace_period=grace_steps, reduction_factor=reduction_factor
+    )
