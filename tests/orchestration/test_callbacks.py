@@ -90,10 +90,6 @@ def noted(path: Path, what: str) -> list[list]:
 def run(cluster, tiny_models, tmp_path_factory):
     """(its directory, its result, everything beside it)."""
     root = tmp_path_factory.mktemp("observed")
-    # Pushed to the node's agent every ten seconds: told here, looked at when the run has ended.
-    metrics, info = RayMetrics(), RunInfo("mine", "/x", 0, 9, 10, 1)
-    metrics.on_start(info)
-    metrics.on_step(info, 7, {"loss": 1.25, "tokens_per_s": 300.0, "grad_norm": 1.0})
     directory = str(tiny_models["llama"])
     data = SFTDataset(tiny.rows(5), tokenizer_handle=directory, max_seq_len=64)
     trainer = make_trainer(
@@ -234,8 +230,11 @@ def test_one_that_raises_ends_the_run_by_its_name(cluster, tiny_models, tmp_path
     assert all(np.array_equal(trainer.model.adapter[name], tensor) for name, tensor in trained.items())
 
 
-def test_rays_own_metrics(run):
-    """As Prometheus reads them from the node's agent; see the fixture."""
+def test_rays_own_metrics(cluster):
+    """As Prometheus reads them from the node's agent: pushed every few seconds, and gone again when they grow old."""
+    metrics, info = RayMetrics(), RunInfo("mine", "/x", 0, 9, 10, 1)
+    metrics.on_start(info)
+    metrics.on_step(info, 7, {"loss": 1.25, "tokens_per_s": 300.0, "grad_norm": 1.0})
     [node] = ray.nodes()
     address = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
     wanted = {"kithara_ray_loss": "1.25", "kithara_ray_tokens_per_s": "300.0", "kithara_ray_step": "7.0"}
