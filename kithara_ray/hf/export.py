@@ -77,6 +77,7 @@ def export_with_report(
     check_finite: bool = False,
     resume: bool = False,
     write: Callable[[list[Part]], Iterable[Written]] = write_here,
+    prove: Callable[[Path], str] | None = None,
 ) -> dict[str, Any]:
     """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns export_report.json.
 
@@ -88,6 +89,8 @@ def export_with_report(
     check_finite: refuse a NaN or an infinity in a written weight, also one that the base has.
     resume: go on from what a killed or failed export of the same left at `destination`, and leave what there is if
     this one fails. write: what runs the parts, one per weight file.
+    prove: a further proof of a merged model in a local directory: takes it before it is published, returns what it has
+    shown for the report.
     Raises DestinationError, AdapterError, UnsupportedError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
@@ -97,10 +100,14 @@ def export_with_report(
         check_mergeable(base, adapter, dtype)
     elif layout is Layout.SEPARATE and tag:
         refuse_quantized(base)
+    if prove is not None and (layout is not Layout.MERGED or storage.is_url(destination)):
+        raise ConfigError("logits are compared of a merged model in a local directory; leave check_logits out")
     files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
     settings = Settings(layout, dtype, base_name, files, check_finite, write)
     with publish.staged(destination, _plan(base, adapter, settings), resume) as stage:
         report, files = _write(base, adapter, stage, settings)
+        if prove is not None:
+            report["checks"].append(prove(stage.directory))
         if run:
             write_json(stage.directory / RUN, dict(run))
         (stage.directory / CARD).write_text(model_card(base_name, adapter, report, run), encoding="utf-8")

@@ -26,7 +26,7 @@ from kithara_ray.hf.export import Layout, export
 from kithara_ray.hf.trained import TensorSlice
 from kithara_ray.hf.trained_export import Receiver, export_trained
 from kithara_ray.orchestration import manifest
-from kithara_ray.orchestration.export_tasks import write_on_cluster
+from kithara_ray.orchestration.export_tasks import prove_logits_here, write_on_cluster
 from kithara_ray.orchestration.remote import head_node_id
 from kithara_ray.orchestration.snapshots import Snapshots, SnapshotWriter
 from kithara_ray.orchestration.watchdog import BEAT_S, Beat, Limits, Watch
@@ -182,6 +182,7 @@ class Coordinator:
         destination: str,
         layout: Layout,
         max_files: int | None = None,
+        check_logits: bool = False,
         **options: Any,
     ) -> str:
         """Write one of the three layouts, each weight file in a task of its own; see `kithara_ray.hf.export`.
@@ -189,6 +190,8 @@ class Coordinator:
         Of a base on an object store or the Hub, headers are all that is read here. max_files: at once.
         """
         checkpoint = BaseCheckpoint.at(base)
+        if check_logits:
+            options["prove"] = functools.partial(prove_logits_here, base, config, tensors)
         return export(
             checkpoint,
             Adapter(config, tensors),

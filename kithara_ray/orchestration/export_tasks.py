@@ -6,12 +6,17 @@ memory does not grow with the model.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.errors import ExportError, KitharaRayError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.part import Part, Written, write_part
 from kithara_ray.orchestration.remote import head_node_id, remote_get
 
@@ -44,6 +49,22 @@ def write_on_cluster(parts: Sequence[Part], max_files: int | None = None) -> Ite
             yield _result(done, name)
     finally:
         _cancel(list(running))
+
+
+def prove_logits_here(base: str, config: LoraConfig, tensors: dict[str, np.ndarray], merged: Path) -> str:
+    """See `kithara_ray.model.proof`: in a process of its own on the head node, whose memory it gives back."""
+    prove = ray.remote(max_calls=1)(_prove_logits).options(max_retries=0, **_placement(False))
+    return remote_get(prove.remote(base, config, tensors, merged))
+
+
+def _prove_logits(base: str, config: LoraConfig, tensors: dict[str, np.ndarray], merged: Path) -> str:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from kithara_ray.model import runtime
+
+    runtime.prepare()
+    from kithara_ray.model.proof import prove_logits
+
+    return prove_logits(BaseCheckpoint.open(base), config, tensors, merged)
 
 
 def _result(done: ray.ObjectRef, name: str) -> Written:

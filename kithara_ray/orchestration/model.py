@@ -212,6 +212,7 @@ class KerasHubModel:
         *,
         max_shard_size: int | str | None = None,
         check_finite: bool = False,
+        check_logits: bool = False,
         resume: bool = False,
     ) -> str:
         """Write the trained model for transformers, PEFT and vLLM; the coordinator on the head node does it.
@@ -229,6 +230,8 @@ class KerasHubModel:
                 them in its node's TMPDIR where a URL is involved.
             max_shard_size: bytes, or text like "5GB", of a weight file; as in the base by default.
             check_finite: refuse a NaN or an infinity in a written weight, the base's own too.
+            check_logits: of a small merged model in a local directory: refuse it unless it computes what the base with
+                the adapter does. Loads it on the head node in float32, some seconds and three times its parameters.
             resume: go on from what a killed or failed export of the same left there: weight files that are proven are
                 kept. If this one fails, it leaves what there is.
 
@@ -246,6 +249,8 @@ class KerasHubModel:
             )
         if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
+        if check_logits and self.lora is None:
+            raise ConfigError("check_logits compares a merged model; all weights of this one are trained, leave it out")
         destination = absolute(str(output_dir))
         options = {
             "max_files": parallel_threads,
@@ -262,7 +267,7 @@ class KerasHubModel:
             layout = Layout.SEPARATE if save_adapters_separately else Layout.MERGED
             layout = Layout.ADAPTER if only_save_adapters else layout
             export = coordinator.export.remote(
-                self.preset_handle, self.lora, self.adapter, destination, layout, **options
+                self.preset_handle, self.lora, self.adapter, destination, layout, check_logits=check_logits, **options
             )
         written = remote_get(export)
         if self.run_directory is not None:

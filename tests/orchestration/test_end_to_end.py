@@ -1,5 +1,6 @@
 """The main job on tiny models: two Ray Train workers share one sharded model; what is exported is what was trained."""
 
+import json
 import sys
 import time
 
@@ -100,7 +101,7 @@ def trained(request, cluster, tiny_models, tmp_path_factory):
         model, result = run(directory, out / "runs", workers=2, devices=2, rows_per_device=2, targets=LAYERS)
     model.save_in_hf_format(out / "adapter", only_save_adapters=True)
     model.save_in_hf_format(out / "both", only_save_adapters=False, save_adapters_separately=True)
-    model.save_in_hf_format(out / "merged", save_adapters_separately=False)
+    model.save_in_hf_format(out / "merged", save_adapters_separately=False, check_logits=True)
     yield directory, out, model, result
     model.release()
 
@@ -138,6 +139,8 @@ def test_merged_export_is_bit_identical_to_merge_and_unload(trained):
         assert merged.view(name).tobytes() == reference[name].numpy().tobytes(), name
     changed = {name for name in base.names if merged.view(name).tobytes() != base.view(name).tobytes()}
     assert {name.split(".")[-2] for name in changed} == set(LAYERS)
+    report = json.loads((out / "merged" / "export_report.json").read_text())
+    assert any(check.startswith("logits of 32 tokens: the merged model's differ by") for check in report["checks"])
 
 
 def test_base_and_adapter_load_in_transformers(trained):
