@@ -209,7 +209,7 @@ def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, mon
 def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny_models, tmp_path):
     """Same data, seed and global batch of 8: one worker of four devices, two of two, one of one. Some rows are so long
     that batches have two lengths."""
-    long = [{"prompt": "one " * 40, "answer": f"{i} " * 20} for i in range(300)]
+    long = [{"prompt": "one", "answer": f"{i} " * 60} for i in range(300)]
     losses = {}
     for workers, devices in ((1, 4), (2, 2), (1, 1)):
         rows_per_device = 8 // (workers * devices)

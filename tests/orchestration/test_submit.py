@@ -41,12 +41,6 @@ def run(command: list[str], **env: str) -> str:
     return done.stdout
 
 
-def test_as_a_driver_script(arguments):
-    out = run([sys.executable, "examples/sft_lora.py", *arguments])
-    assert any(line.startswith("['What is your name?") for line in out.splitlines())
-    check_exports(arguments)
-
-
 def test_by_ray_job_submit(cluster, arguments, tmp_path):
     """From another directory than the project's: the job has its own copy of what it is given."""
     job = tmp_path / "job"
