@@ -1,4 +1,4 @@
-"""examples/sft_lora.py, as a driver script and by `ray job submit`, on a tiny model."""
+"""examples/sft_lora.py by `ray job submit`, on a tiny model."""
 
 import json
 import os
