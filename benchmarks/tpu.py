@@ -57,11 +57,12 @@ RUNS = {
     "gemma-2-2b-8192": ("Gemma-2-2B", "v5e-16", 8192, {}),
     "llama-3.1-8b-8192": ("Llama-3.1-8B", "v5e-8", 8192, {}),
     "gemma-2-9b-8192": ("Gemma-2-9B", "v5e-16", 8192, {}),
-    "gemma-2-9b-8192-14-layers": ("Gemma-2-9B", "v5e-16", 8192, {"layers": 14}),
     "llama-3.1-70b-4096": ("Llama-3.1-70B", "v5e-32", 4096, {}),
     "llama-3.1-70b-4096-v5e-16": ("Llama-3.1-70B", "v5e-16", 4096, {}),
     "llama-3.1-70b-4096-nested": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": "nested"}),
 }
+# What compiling takes by the clock, of so many blocks of one of them, in turns; the machine must do nothing else.
+DEPTHS, DEEP, DEEP_LAYERS, DEEP_ROUNDS = "compile-time", "gemma-2-9b-8192", (14, 42), 2
 # KerasHub's own program of the first of them, of the first pair of blocks alone: it grows with every block.
 NATIVE, NATIVE_LAYERS = "kerashub-gemma-2-2b-4096", 2
 CPU = "cpu"
@@ -73,15 +74,24 @@ _CPU = dict(seq_len=512, per_device_batch_size=1, lora=LoraConfig(r=16), precisi
 _JSON = HERE / "results" / "tpu.json"
 
 
-def compiled(name: str) -> dict:
-    """One configuration's plan."""
+def compiled(name: str, layers: int | None = None) -> dict:
+    """One configuration's plan, of so many blocks or all."""
     model, where, seq_len, settings = RUNS[name]
-    settings = dict(settings)
-    config = MODELS[model] | {"num_hidden_layers": settings.pop("layers", MODELS[model]["num_hidden_layers"])}
+    config = MODELS[model] | {"num_hidden_layers": layers or MODELS[model]["num_hidden_layers"]}
     made = plan(config, where, seq_len, lora=LoraConfig(r=16), cache=False, **settings)
     return {"model": model, "layers": config["num_hidden_layers"], "remat": settings.get("remat", "block")} | (
         dataclasses.asdict(made)
     )
+
+
+def depths() -> dict:
+    """Seconds that compiling takes by the clock, by the number of blocks; `ratio` of the shortest."""
+    seconds: dict[int, list[float]] = {layers: [] for layers in DEEP_LAYERS}
+    for _ in range(DEEP_ROUNDS):
+        for layers, times in seconds.items():
+            times.append(compiled(DEEP, layers)["compile_s"])
+    few, many = (min(seconds[layers]) for layers in DEEP_LAYERS)
+    return {"row": DEEP, "compile_s": seconds, "ratio": many / few}
 
 
 def native() -> dict:
@@ -101,7 +111,8 @@ def native() -> dict:
     from kithara_ray.model.families import family_of
     from kithara_ray.sharding.mesh import batch_sharding, factor_sharding, make_mesh
 
-    mesh = make_mesh(devices=program._devices({"topology": where.topology, "devices": where.chips}))
+    asked = {"topology": where.topology, "devices": where.chips, "hosts": where.hosts}
+    mesh = make_mesh(devices=program._devices(asked))
     config = MODELS[model] | {"num_hidden_layers": NATIVE_LAYERS}
     with _without_values():
         backbone = family_of(config).build(config, keras.DTypePolicy("mixed_bfloat16"))
@@ -221,6 +232,17 @@ def table(known: dict) -> list[str]:
             f"| | | | | {made['compile_s']:.0f}, {made['compile_cpu_s']:.0f} |"
         )
     rows += _terms(known)
+    if DEPTHS in known:
+        model, where, seq_len, _ = RUNS[DEEP]
+        times = (
+            f"{layers} blocks in {' and '.join(f'{s:.0f}' for s in seconds)} s"
+            for layers, seconds in known[DEPTHS]["compile_s"].items()
+        )
+        rows += [
+            "",
+            f"Compiling {model} at {seq_len} for {where}, by the clock, in turns: {', '.join(times)} "
+            f"(ratio of the shortest {known[DEPTHS]['ratio']:.2f}).",
+        ]
     if CPU in known:
         cpu = known[CPU]
         rows += [
@@ -234,8 +256,7 @@ def table(known: dict) -> list[str]:
 
 
 def _name(made: dict) -> str:
-    layers = "" if made["layers"] == MODELS[made["model"]]["num_hidden_layers"] else f", {made['layers']} blocks"
-    return f"{made['model']}{layers}, {made['remat']}"
+    return f"{made['model']}, {made['remat']}"
 
 
 def _row(made: dict) -> str:
@@ -307,7 +328,7 @@ def code() -> str:
 
 
 def one(name: str) -> dict:
-    return {CPU: calibrated, NATIVE: native}.get(name, lambda: compiled(name))()
+    return {CPU: calibrated, NATIVE: native, DEPTHS: depths}.get(name, lambda: compiled(name))()
 
 
 def main() -> None:
@@ -321,7 +342,7 @@ def main() -> None:
         return measure(options.measure)
     if options.one:
         return print(json.dumps(one(options.one)))
-    names = [*RUNS, NATIVE, CPU]
+    names = [*RUNS, NATIVE, DEPTHS, CPU]
     known = json.loads(_JSON.read_text())["runs"] if _JSON.is_file() else {}
     stale = [name for name in names if known.get(name, {}).get("code") != code()]
     chosen = [] if options.table else options.rows.split(",") if options.rows else stale

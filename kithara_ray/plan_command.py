@@ -21,24 +21,21 @@ _LORA = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
 
 @dataclass(frozen=True)
 class Sweep:
-    """The plans of a grid: of each point the largest batch a chip that fits, or None."""
+    """The plans of a grid: of each point that of the largest batch a chip that fits, or of one row that does not."""
 
     points: list[dict[str, Any]]
-    plans: list[Plan | None]
+    plans: list[Plan]
 
     @property
     def fits(self) -> bool:
-        return any(self.plans)
+        return any(made.fits for made in self.plans)
 
     @property
     def smallest(self) -> dict[tuple[int, int], str]:
         return smallest_that_fits(self.points, self.plans)
 
     def json(self) -> str:
-        rows = [
-            point | {"plan": made and json.loads(made.json())}
-            for point, made in zip(self.points, self.plans, strict=True)
-        ]
+        rows = [point | {"plan": json.loads(made.json())} for point, made in zip(self.points, self.plans, strict=True)]
         smallest = [{"seq_len": t, "rank": r, "slice": name} for (t, r), name in self.smallest.items()]
         return json.dumps({"points": rows, "smallest_that_fits": smallest}, indent=1)
 
@@ -49,16 +46,17 @@ class Sweep:
             "T", "rank", "slice", "largest batch a chip", "GiB a chip", "step >=", "tokens/s <=", "bound by", ""
         )
         for point, made in zip(self.points, self.plans, strict=True):
-            known = [str(point["seq_len"]), str(point["rank"]), point["slice"]]
-            if made is None:
-                table.add_row(*known, "does not fit", "", "", "", "", "")
-                continue
             hbm = made.hbm_bytes_per_chip
+            known = [str(point["seq_len"]), str(point["rank"]), point["slice"]]
+            needs = f"{hbm['total'] / 2**30:.1f} of {hbm['available'] / 2**30:.1f}" if hbm["available"] else "unknown"
+            if not made.fits:
+                table.add_row(*known, "does not fit" if hbm["available"] else "unknown", needs, "", "", "", "")
+                continue
             smallest = self.smallest.get((point["seq_len"], point["rank"])) == point["slice"]
             table.add_row(
                 *known,
                 str(made.settings["per_device_batch_size"]),
-                f"{hbm['total'] / 2**30:.1f} of {hbm['available'] / 2**30:.1f}",
+                needs,
                 f"{made.step_time_s_bound * 1e3:.0f} ms",
                 f"{made.tokens_per_s_bound:,.0f}",
                 made.bound_by,
@@ -94,9 +92,7 @@ def run(
         settings["lora"] = lora
         if rows != "auto":
             return plan(base, names[0], seq_lens[0], rows, **settings)
-        return largest_batch(base, names[0], seq_lens[0], **settings) or plan(
-            base, names[0], seq_lens[0], 1, **settings
-        )
+        return largest_batch(base, names[0], seq_lens[0], **settings)
     points = grid(names, seq_lens, ranks)
     from kithara_ray.orchestration.model import start_ray
     from kithara_ray.orchestration.planned import sweep

@@ -1,38 +1,96 @@
 """Looking up embeddings in a table that is split over its vocabulary.
 
-    B  rows    T  positions    V  vocabulary    D  hidden width    n  devices of a data group
+    B  rows of a data group    T  positions    C  positions of a chunk    V  vocabulary    D  hidden width
+    n  devices of a data group
 
 As XLA partitions it by itself, every device looks up all tokens of the group in its own part of the vocabulary and the
-results are summed: (B, T, D) of all rows stands on each device, which no larger slice makes smaller. Here the table is
-turned, so that each device has D/n of every token, then the found vectors are: (V + B T) D / n elements are moved. That
-is done where a group has more tokens than the vocabulary: before, XLA's way is smaller in memory.
+results are summed: (B, T, D) of all rows stands on each device, beside what it is the sum of, which no larger slice
+makes smaller. There are two ways here. The table is turned, so that each device has D/n of every token, then the found
+vectors are: (V + B T) D / n elements are moved. Where that is more than B T D, of few tokens, they are looked up as XLA
+does it, but a chunk of positions at a time, and each row's sum goes to the devices that hold the row.
 """
 
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import keras
-from jax.lax import with_sharding_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kithara_ray.sharding.mesh import BATCH_AXES
 
+LookUp = Callable[[jax.Array], jax.Array]
+
+# Elements that are looked up at once, 64 MiB of bfloat16, unless one position of all rows has more.
+_CHUNK_ELEMENTS = 2**25
+
 
 def install(layer: keras.layers.Layer, mesh: Mesh) -> None:
-    """Make this embedding turn its table where the tokens outnumber it; a head that shares the table is left alone."""
+    """Make this embedding look up its tokens so; a head that shares the table is left alone."""
     ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    if ways == 1 or layer.input_dim % ways or layer.output_dim % ways:
+    if ways == 1 or layer.input_dim % ways:
         return
+    original = layer.call
+    turned, in_parts = _turned(layer, mesh), _in_parts(layer, mesh)
+
+    def call(inputs, reverse=False):
+        if reverse or inputs.ndim != 2:
+            return original(inputs, reverse=reverse)
+        rows, positions = inputs.shape
+        tokens = rows * positions // mesh.shape["data"]
+        if layer.output_dim % ways == 0 and layer.input_dim + tokens < tokens * ways:
+            return turned(inputs)
+        return original(inputs) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else in_parts(inputs)
+
+    layer.call = call
+
+
+def _turned(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
     original = layer.call
 
     def split(array, *spec):
-        return with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    def call(inputs, reverse=False):
-        tokens = inputs.shape[0] * inputs.shape[1] // mesh.shape["data"] if inputs.ndim == 2 else 0
-        if reverse or tokens < layer.input_dim:
-            return original(inputs, reverse=reverse)
+    def look_up(ids_BT):
         # One axis at a time, the last one of a dim first: XLA does these by all-to-alls, others by gathering all.
         table_VD = split(split(layer._embeddings.value, "fsdp", "tensor"), None, ("tensor", "fsdp"))
         with keras.StatelessScope(state_mapping=[(layer._embeddings, table_VD)]):
-            found_BTD = original(split(inputs, "data"))
+            found_BTD = original(split(ids_BT, "data"))
         return split(split(found_BTD, "data", None, ("tensor", "fsdp")), BATCH_AXES, None, "tensor")
 
-    layer.call = call
+    return look_up
+
+
+def _in_parts(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
+    part = layer.input_dim // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+
+    def on_one_device(table_VD, ids_BT):
+        first = jax.lax.axis_index(("fsdp", "tensor")) * part
+
+        def look_up(ids_BC):
+            own = ids_BC - first
+            # As the layer does: in the precision of the products.
+            found_BCD = jnp.take(table_VD, own, axis=0, mode="clip").astype(layer.compute_dtype)
+            found_BCD = jnp.where(((own >= 0) & (own < part))[..., None], found_BCD, 0)
+            return jax.lax.psum(jax.lax.psum_scatter(found_BCD, "fsdp", tiled=True), "tensor")
+
+        rows, positions = ids_BT.shape
+        chunk = _chunk_length(positions, _CHUNK_ELEMENTS // (rows * layer.output_dim))
+        if chunk == positions:
+            return look_up(ids_BT)
+        found = jax.lax.map(look_up, jnp.moveaxis(ids_BT.reshape(rows, -1, chunk), 1, 0))
+        return jnp.moveaxis(found, 0, 1).reshape(found.shape[1], positions, -1)
+
+    split = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(("fsdp", "tensor")), PartitionSpec("data")),
+        out_specs=PartitionSpec(BATCH_AXES),
+    )
+    return lambda ids_BT: split(layer._embeddings.value, ids_BT)
+
+
+def _chunk_length(positions: int, bound: int) -> int:
+    """The largest divisor within `bound`; all where none comes near: the lengths of a TPU are multiples of 128."""
+    longest = max(c for c in range(1, positions + 1) if positions % c == 0 and c <= max(1, bound))
+    return longest if 2 * longest > bound else positions

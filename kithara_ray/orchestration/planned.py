@@ -65,8 +65,8 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
     base, seq_len, settings = arguments_of(spec, slices)
     if auto:
         best = largest_batch(base, where, seq_len, **settings)
-        if best is None:
-            raise ConfigError(_refusal(plan(base, where, seq_len, 1, **settings)))
+        if not best.fits:
+            raise ConfigError(_refusal(best))
         rows = best.settings["per_device_batch_size"]
         logger.info("per_device_batch_size=%d: %s", rows, best.verdict())
         return dataclasses.replace(with_rows(spec, rows), plan=dataclasses.asdict(best))
@@ -125,15 +125,15 @@ def with_rows(spec: Any, rows: int) -> Any:
     return dataclasses.replace(spec, train=train, eval=evaluated)
 
 
-def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Plan | None]:
-    """`largest_batch` of every point in parallel tasks; None where one row does not fit.
+def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Plan]:
+    """`largest_batch` of every point in parallel tasks.
 
     Args:
         points: each with slice, seq_len and rank.
     """
 
     @ray.remote(num_cpus=1, memory=_TASK_BYTES, max_retries=0)
-    def task(point: Mapping[str, Any]) -> Plan | None:
+    def task(point: Mapping[str, Any]) -> Plan:
         lora = dataclasses.replace(settings["lora"], r=point["rank"])
         return largest_batch(base, point["slice"], point["seq_len"], **{**settings, "lora": lora})
 

@@ -77,9 +77,14 @@ class Slice:
         return self.name.startswith("cpu-")
 
     @property
+    def chips_per_host(self) -> int:
+        """As Ray counts them: all of up to eight chips of a flat torus stand in one host, else four in each."""
+        return self.chips if self.chip and self.chip.dims == 2 and self.chips <= 8 else min(4, self.chips)
+
+    @property
     def hosts(self) -> int:
-        """Four chips to a host; CPU devices are of one process."""
-        return 1 if self.is_cpu else -(-self.chips // 4)
+        """CPU devices are of one process."""
+        return 1 if self.is_cpu else -(-self.chips // self.chips_per_host)
 
     @property
     def accelerator_type(self) -> str:

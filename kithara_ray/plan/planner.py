@@ -106,6 +106,7 @@ def _request(
     return {
         "config": config,
         "devices": where.chips,
+        "hosts": where.hosts,
         "seq_len": seq_len,
         "per_device_batch_size": rows,
         "gradient_accumulation_steps": micro,

@@ -134,8 +134,9 @@ def _devices(request: Mapping[str, Any]) -> list:
         return jax.devices()[: request["devices"]]
     from jax.experimental import topologies
 
-    # A host has four chips unless told; a slice of one chip has a host of one.
-    one = {"chips_per_host_bounds": (1, 1, 1)} if request["devices"] == 1 else {}
+    # libtpu takes a host to have four chips unless told; a slice of one host may have fewer, or eight.
+    sizes = [int(size) for size in request["topology"].partition(":")[2].split("x")]
+    one = {"chips_per_host_bounds": (*sizes, 1, 1)[:3]} if request["hosts"] == 1 else {}
     return list(topologies.get_topology_desc(request["topology"], "tpu", **one).devices)
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kithara_ray.plan import terms
-from kithara_ray.plan.chips import Slice, slice_of, slice_sizes
+from kithara_ray.plan.chips import CHIPS, Slice, slice_of, slice_sizes
 from kithara_ray.plan.terms import Counts
 
 _GIB = 2**30
@@ -149,7 +149,7 @@ def assemble(
         adapter_bytes=found["adapter_bytes"],
         checkpoint_bytes=found["state_bytes"],
         cost=_cost(price_per_chip_hour, tokens_per_epoch, where.chips, tokens, bound),
-        advice=[] if fits in (None, True) else _advice(request, where, hbm),
+        advice=[] if fits in (None, True) else _advice(request, where, found, hbm, counts),
     )
 
 
@@ -159,7 +159,7 @@ _SETTINGS = (
 
 
 def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
-    width = 4 if request["precision"] == "float32" else 2
+    width = _width(request)
     rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
     parts = dict(found["bytes"])
     parts["kept_activations"] = terms.kept_bytes(counts, request["seq_len"], rows, width, request["remat"])
@@ -177,6 +177,11 @@ def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
         total = refused.get("total") or arguments + parts["temporaries"]
     available = where.chip.hbm_bytes if where.chip else None
     return parts | {"total": total, "available": available}
+
+
+def _width(request) -> int:
+    """Bytes of an activation's element."""
+    return 4 if request["precision"] == "float32" else 2
 
 
 def _program_flops(request, found, counts: Counts) -> float | None:
@@ -234,34 +239,66 @@ def _cost(price, tokens_per_epoch, chips: int, tokens_per_step: int, bound: floa
     }
 
 
-def _advice(request, where: Slice, hbm) -> list[str]:
-    """What would make it smaller, the cheapest first."""
-    found = []
-    if request["remat"] != "nested":
-        found.append('remat="block"' if request["remat"] == "dots" else 'remat="nested"')
+def _advice(request, where: Slice, found, hbm, counts: Counts) -> list[str]:
+    """What alone would make it small enough, the cheapest first; by estimate, for nothing else has been compiled."""
+    split = sum(hbm[part] for part in ("frozen", "adapter", "optimizer"))
+    rest = hbm["total"] - split
+
+    def fits(rest: float, slice: Slice = where) -> bool:
+        return split * where.chips / slice.chips + rest <= slice.chip.hbm_bytes
+
+    tried = []
+    if request["remat"] == "dots":
+        tried.append('remat="block"')
+    if request["remat"] == "block":
+        shape = request["seq_len"], request["per_device_batch_size"] * found["mesh"]["tensor"], _width(request)
+        if fits(rest - hbm["kept_activations"] + terms.kept_bytes(counts, *shape, "nested")):
+            tried.append('remat="nested"')
     rows = request["per_device_batch_size"]
-    if rows > 1:
-        found.append(f"per_device_batch_size={rows // 2} with gradient_accumulation_steps=2")
-    elif hbm["kept_activations"] > hbm["frozen"]:
-        found.append(f"max_seq_len={request['seq_len'] // 2}")
-    if where.chip and hbm["frozen"] > hbm["available"] / 8:
-        generation = where.chip.name
-        larger = [n for n in slice_sizes(generation) if n > where.chips * where.chip.per_name]
-        found += [slice_of(f"{generation}-{larger[0]}").name] if larger else []
-    return found or ["a slice whose chips have more memory"]
+    if fits(rest / 2):
+        fewer = f"per_device_batch_size={rows // 2} with gradient_accumulation_steps=2"
+        tried.append(fewer if rows > 1 else f"max_seq_len={request['seq_len'] // 2}")
+    tried += next(([name] for name in _larger(where) if fits(rest, slice_of(name))), [])
+    return tried or ["a tensor axis in the mesh, which splits what a block computes with too, or a smaller model"]
+
+
+def _larger(where: Slice) -> Iterator[str]:
+    """Slices of more chips, then of chips with more memory, the smallest first."""
+    for chip in sorted(CHIPS.values(), key=lambda chip: (chip is not where.chip, chip.hbm_bytes)):
+        for size in slice_sizes(chip.name):
+            is_larger = size // chip.per_name > where.chips if chip is where.chip else True
+            if is_larger and chip.hbm_bytes >= where.chip.hbm_bytes:
+                yield f"{chip.name}-{size}"
 
 
 def _gib(nbytes: float) -> str:
     return f"{nbytes / _GIB:.2f}" if nbytes < _GIB else f"{nbytes / _GIB:.1f}"
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _rows(plan: Plan):
     """Name and value of each line of the table."""
     hbm, flops = plan.hbm_bytes_per_chip, plan.flops_per_token
     kind = "compiled" if plan.compiled else "refused by the compiler" if plan.refusal else "estimated"
+    settings = plan.settings
+    yield (
+        "model",
+        f"{settings['model_type']}, {settings['parameters'] / 1e9:.2f} G parameters, "
+        f"{settings['trainable'] / 1e6:.2f} M trained (rank {settings['lora_rank']}), {settings['precision']}",
+    )
+    micro = settings["gradient_accumulation_steps"]
+    yield (
+        "step",
+        f"{settings['per_device_batch_size']} rows a chip"
+        + (f", {micro} times" if micro > 1 else "")
+        + f", of {settings['seq_len']:,} positions: {plan.tokens_per_step:,} tokens; remat {settings['remat']}",
+    )
     yield (
         "slice",
-        f"{plan.slice}: {plan.chips} chips, {plan.hosts} hosts, mesh "
+        f"{plan.slice}: {_count(plan.chips, 'chip')}, {_count(plan.hosts, 'host')}, mesh "
         + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
     )
     yield "how it is known", kind + (f": {plan.estimated_because}" if plan.estimated_because else "")
@@ -297,5 +334,6 @@ def _rows(plan: Plan):
     )
     yield "adapter, checkpoint", f"{plan.adapter_bytes / 1e6:.1f} MB, {plan.checkpoint_bytes / 1e6:.1f} MB"
     if plan.cost:
-        shown = {name: value for name, value in plan.cost.items() if value is not None}
-        yield "cost at the bound", ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        parts = (("per_hour", "an hour"), ("per_million_tokens", "a million tokens"), ("per_epoch", "an epoch"))
+        known = [f"{plan.cost[name]:.4g} {what}" for name, what in parts if plan.cost[name] is not None]
+        yield "cost", f"{', '.join(known)}, at the bound; a real run takes longer"

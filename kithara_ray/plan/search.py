@@ -12,15 +12,15 @@ from kithara_ray.plan.report import Plan
 _MAX_ROWS = 64
 
 
-def largest_batch(base: Any, where: str | Slice, seq_len: int, **settings: Any) -> Plan | None:
-    """The plan of the largest power of two of rows a device that fits; None if one row does not.
+def largest_batch(base: Any, where: str | Slice, seq_len: int, **settings: Any) -> Plan:
+    """The plan of the largest power of two of rows a device that fits; of one row, if not even that does.
 
     What a row adds is read off the plan of one row (its kept activations and its share of the temporaries), so that
     two or three programs are compiled and not seven.
     """
     best = plan(base, where, seq_len, 1, **settings)
     if not best.fits:
-        return None
+        return best
     hbm = best.hbm_bytes_per_chip
     room = hbm["available"] - hbm["total"]
     rows = 2 * _power_of_two(1 + room // max(1, hbm["temporaries"]))
@@ -48,10 +48,10 @@ def grid(slices: Sequence[str], seq_lens: Sequence[int], ranks: Sequence[int]) -
     return [{"slice": name, "seq_len": seq_len, "rank": rank} for seq_len, rank, name in points]
 
 
-def smallest_that_fits(points: Iterable[Mapping[str, Any]], plans: Iterable[Plan | None]) -> dict[tuple[int, int], str]:
+def smallest_that_fits(points: Iterable[Mapping[str, Any]], plans: Iterable[Plan]) -> dict[tuple[int, int], str]:
     """(seq_len, rank) -> the slice of fewest chips on which one row a chip fits."""
     found: dict[tuple[int, int], str] = {}
     for point, made in zip(points, plans, strict=True):
-        if made is not None and made.fits:
+        if made.fits:
             found.setdefault((point["seq_len"], point["rank"]), point["slice"])
     return found

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 from ray.train import ScalingConfig
+from ray.util.tpu import get_tpu_worker_resources
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.orchestration import planned
 from kithara_ray.plan import planner, slice_of
+from kithara_ray.plan.chips import slice_sizes
 
 # Eight blocks of 8.6 billion parameters: their weights alone do not fit.
 HUGE = dict(
@@ -21,8 +23,18 @@ def test_what_cannot_fit_is_refused_with_what_to_try(tmp_path, monkeypatch):
     monkeypatch.setattr(planner.storage, "cache_dir", lambda: tmp_path)
     where, slices = planned.slice_of_run(SCALING, "tpu")
     assert (where, slices) == (slice_of("v5e-4"), 1)
-    with pytest.raises(ConfigError, match=r"this run needs .* of 15\.8 GiB per chip of v5e-4 \(est.*\): try .*v5e-8"):
+    # Two of its blocks, gathered, take more than a chip of v5e or v6e has.
+    with pytest.raises(ConfigError, match=r"this run needs .* of 15\.8 GiB per chip of v5e-4 \(est.*\): try .*v5p-8"):
         planned.check(HUGE, where, 512, 1, {})
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e", "v5p"])
+def test_hosts_are_the_workers_that_ray_makes_of_a_slice(generation):
+    for size in slice_sizes(generation):
+        where = slice_of(f"{generation}-{size}")
+        topology = where.topology.partition(":")[2]
+        workers, each = get_tpu_worker_resources(topology, f"TPU-{where.chip.accelerator.upper()}")
+        assert (workers, each["TPU"]) == (where.hosts, where.chips_per_host), where.name
 
 
 def test_auto_needs_a_known_slice():

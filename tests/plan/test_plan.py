@@ -253,12 +253,29 @@ _REQUEST = {
 }  # fmt: skip
 
 
+def _refused(gib: float, where: str = "v5e-4", **request):
+    refused = _facts(refusal=f"Used {gib:.2f}G of 15.75G hbm", refused_bytes={"total": int(gib * 2**30)})
+    return assemble(_REQUEST | request, slice_of(where), refused, None)
+
+
 def test_a_refusal_is_a_plan_that_does_not_fit():
-    refused = _facts(refusal="Used 22.50G of 15.75G hbm", refused_bytes={"total": int(22.5 * 2**30)})
-    made = assemble(_REQUEST, slice_of("v5e-4"), refused, None)
+    made = _refused(22.5)
     assert made.fits is False
-    assert made.verdict() == 'needs 22.5 of 15.8 GiB per chip of v5e-4: try remat="nested", or v5e-8'
+    assert made.verdict() == "needs 22.5 of 15.8 GiB per chip of v5e-4: try max_seq_len=2048, or v6e-4"
     assert "refused by the compiler" in str(made.table().columns[1]._cells)
+
+
+def test_what_is_advised_would_do():
+    """5 GB of weights, split over the chips; ten blocks keep 0.17 GB of their inputs, in two groups of five 0.12."""
+    assert _refused(17.0).advice == ["max_seq_len=2048", "v5e-8"]
+    assert _refused(15.77).advice == ['remat="nested"', "max_seq_len=2048", "v5e-8"]
+    assert _refused(17.0, per_device_batch_size=4).advice == [
+        "per_device_batch_size=2 with gradient_accumulation_steps=2", "v5e-8"
+    ]  # fmt: skip
+    assert _refused(20.0, remat="dots").advice[0] == 'remat="block"'
+    # No larger slice of the same chips, and no shorter row, has room for 60 GiB beside the weights.
+    assert _refused(65.0).advice == ["v5p-8"]
+    assert "a tensor axis" in _refused(400.0).verdict()
 
 
 def test_the_slowest_part_bounds_the_step():
@@ -291,13 +308,13 @@ def test_the_largest_batch(bytes_a_row, largest, monkeypatch):
 
 def test_no_batch_fits(monkeypatch):
     monkeypatch.setattr("kithara_ray.plan.search.plan", _planner(20 * 10**9, 15 * 10**9))
-    assert largest_batch(None, "v5e-4", 128) is None
+    assert not largest_batch(None, "v5e-4", 128).fits
 
 
 def test_a_sweep_names_the_smallest_slice():
     points = grid(["v5e-16", "v5p-8", "v5e-4"], [2048, 4096], [8])
     assert [point["slice"] for point in points[:3]] == ["v5e-4", "v5p-8", "v5e-16"]
-    plans = [SimpleNamespace(fits=fits) if fits is not None else None for fits in (None, True, True, None, None, True)]
+    plans = [SimpleNamespace(fits=fits) for fits in (False, True, True, False, None, True)]
     assert smallest_that_fits(points, plans) == {(2048, 8): "v5p-8", (4096, 8): "v5e-16"}
 
 
