@@ -115,7 +115,7 @@ def _look(store, url: str) -> dict:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_at_every_operation(store, files, layout):
+def test_killed_at_every_operation(store, files, layout, record_property):
     """Each kill leaves nothing that loads, or all of it; another run is told so, and one that resumes completes it."""
     scheme, server, new = store
     common = {"action": "export", "layout": layout, **files}
@@ -125,6 +125,7 @@ def test_killed_at_every_operation(store, files, layout):
     assert _readable(expected, layout)
     weights = {name: sha for name, sha in expected["objects"].items() if name.endswith(".safetensors")}
     count, readable = len(whole["mutations"]), 0
+    record_property("operations", count)
     for at in range(1, count + 1):
         killed = server.run(url=(url := new()), mode="kill", at=at, **common)
         assert killed["status"] == KILLED, (at, killed)
@@ -149,7 +150,7 @@ def test_killed_at_every_operation(store, files, layout):
 @pytest.mark.parametrize(
     ("layout", "mode"), [("adapter", "fail"), ("separate", "fail"), ("merged", "fail"), ("merged", "lost")]
 )
-def test_failing_at_every_operation(store, files, layout, mode):
+def test_failing_at_every_operation(store, files, layout, mode, record_property):
     """A failure is an error of ours and leaves the destination as it was."""
     scheme, server, new = store
     if scheme != "gs" and mode == "lost":
@@ -158,6 +159,7 @@ def test_failing_at_every_operation(store, files, layout, mode):
         pytest.skip("what is put and taken back by the same code: one layout is enough where a request takes so long")
     common = {"action": "export", "layout": layout, **files}
     count = len(server.run(url=new(), **common)["mutations"])
+    record_property("operations", count)
     for at in range(1, count + 1):
         failed = server.run(url=(url := new()), mode=mode, at=at, **common)
         left = _look(store, url)
