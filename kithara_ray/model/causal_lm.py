@@ -80,6 +80,20 @@ class CausalLM:
         }
 
     @property
+    def num_parameters(self) -> int:
+        """Of the model with its adapter."""
+        return sum(math.prod(slot.shape) for slot in self.slots) + self._num_factors
+
+    @property
+    def num_trained(self) -> int:
+        """Those of them that are trained."""
+        return self.num_parameters if self.trains_weights else self._num_factors
+
+    @property
+    def _num_factors(self) -> int:
+        return sum(math.prod(shape) for shape in self.adapter_shapes.values())
+
+    @property
     def vocabulary(self) -> int:
         return self.model.backbone.vocabulary_size
 
