@@ -387,6 +387,15 @@ export("a destination in the way of the system", "/proc/x: /proc cannot be writt
 export("a hub out of reach as a destination", "hf://org/name: it cannot be looked at", output_dir="hf://org/name")
 export("a destination unheard of", "no filesystem for it", output_dir="nope://bucket/x")
 export("a dtype unheard of", "dtype", output_dir="/tmp/never", dtype="float12")
+export("a size of no unit", "max_shard_size must be bytes or text", output_dir="/tmp/never", max_shard_size="5 beans")
+export(
+    "logits of an adapter",
+    "check_logits compares a merged model .* the adapter is written by itself",
+    output_dir="/tmp/never",
+    only_save_adapters=True,
+    check_logits=True,
+)
+export("logits of a store", "check_logits .* memory://b/x is a URL", output_dir="memory://b/x", check_logits=True)
 setting("a run that cannot be written", "/proc/runs.*cannot be written", "run_config.storage_path", "/proc/runs")
 setting(
     "checkpoints that cannot be written",
