@@ -4,7 +4,10 @@ import json
 import os
 import sys
 import threading
+import urllib.error
+import urllib.request
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import ml_dtypes
@@ -56,6 +59,7 @@ def gcs():
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.port}",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "GOOGLE_CLOUD_PROJECT": "test",
+            "NO_GCE_CHECK": "true",
         }
 
 
@@ -92,6 +96,45 @@ def store(request, tmp_path_factory):
 
     yield scheme, server, new
     server.close()
+
+
+@pytest.fixture
+def public(gcs):
+    """gs://public as Google answers without credentials, anybody reads and nobody writes; (environment, requests)."""
+    emulator, requests = gcs["STORAGE_EMULATOR_HOST"], []
+
+    class Front(BaseHTTPRequestHandler):
+        def do_GET(self):
+            try:
+                with urllib.request.urlopen(emulator + self.path) as found:
+                    self.answer(found.status, found.read())
+            except urllib.error.HTTPError as error:
+                self.answer(error.code, error.read())
+
+        def do_POST(self):
+            requests.append((self.path, self.headers.get("Authorization")))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            message = "Anonymous caller does not have storage.objects.create access to the Google Cloud Storage object."
+            self.answer(401, json.dumps({"error": {"code": 401, "message": message}}).encode())
+
+        do_PUT = do_DELETE = do_POST
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_) -> None:
+            pass
+
+    bucket = urllib.request.Request(f"{emulator}/storage/v1/b?project=test", b'{"name": "public"}', method="POST")
+    urllib.request.urlopen(bucket).close()
+    front = ThreadingHTTPServer(("127.0.0.1", 0), Front)
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    yield gcs | {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{front.server_port}"}, requests
+    front.shutdown()
+    front.server_close()
 
 
 def _readable(snapshot: dict, layout: str) -> bool:
@@ -173,3 +216,22 @@ def test_failing_at_every_operation(store, files, layout, mode, record_property)
             above = Path(url).parents[1]
             assert list(above.rglob(".*")) == []
             assert failed["error"] is None or list(above.iterdir()) == []
+
+
+def test_without_credentials_the_destination_is_refused_before_anything_is_written(public, files, tmp_path):
+    """gcsfs then goes on as nobody, who may read the bucket: that shows when the place is asked for, not at the end."""
+    env, requests = public
+    server = Server(PYTHONPATH=os.pathsep.join(sys.path), HOME=str(tmp_path), **env)
+    try:
+        asked = server.run(action="check", url="gs://public/out")
+        assert "gs://public/out: an object could not be written there" in asked["error"]
+        assert "Anonymous caller does not have storage.objects.create access" in asked["error"]
+        assert "check that the bucket exists and that this host's credentials may write to it" in asked["error"]
+        ((path, authorization),) = requests
+        assert "/b/public/o" in path
+        assert authorization is None
+        export = server.run(action="export", url="gs://public/out", layout="merged", **files)
+        assert export["error"] == asked["error"]
+        assert len(export["mutations"]) == 1
+    finally:
+        server.close()
