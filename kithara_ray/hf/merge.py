@@ -1,7 +1,7 @@
 """Base + scale * B @ A, or what DoRA makes of it, as a file operation: copy each weight file, patch the merged bytes.
 
-No tensor is held whole: memory is a few blocks of MERGE_ELEMENTS. A file is the unit of work (`write_tensors`), so
-that files can be merged by different processes into one directory. The arithmetic, and its identity with PEFT: delta.py.
+No tensor is held whole: memory is a few blocks of MERGE_ELEMENTS. A file is the unit of work (`write_tensors`): several
+processes can merge files into one directory. The arithmetic, and its identity with PEFT: delta.py.
 """
 
 import json
