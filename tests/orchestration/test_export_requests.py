@@ -1,0 +1,45 @@
+"""Exports that are refused, or taken, before there is anything to export."""
+
+import os
+
+import pytest
+
+from kithara_ray.errors import ConfigError
+from kithara_ray.hf.export import Layout
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.orchestration.exports import ExportRequest, requests_of
+
+LORA = LoraConfig(r=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lora", "message"),
+    [
+        ({}, LORA, "exports: missing 1 required positional argument: 'output_dir'"),
+        ({"output_dir": "/x", "colour": "red"}, LORA, "exports: got an unexpected keyword argument 'colour'"),
+        ({"output_dir": "/x", "dtype": "int3"}, LORA, "dtype must be"),
+        ({"output_dir": "/x", "only_save_adapters": True}, None, "there is no adapter; leave both out"),
+        ({"output_dir": "/x", "check_logits": True}, None, "and all weights of this model are trained; leave it out"),
+        (
+            {"output_dir": "/x", "check_logits": True, "save_adapters_separately": True},
+            LORA,
+            "in a local directory, and here the adapter is written by itself; leave it out",
+        ),
+        ({"output_dir": "gs://b/x", "check_logits": True}, LORA, "and gs://b/x is a URL; leave it out"),
+    ],
+)
+def test_what_could_not_be_made_is_refused(arguments, lora, message):
+    with pytest.raises(ConfigError, match=message):
+        requests_of([arguments], lora)
+
+
+def test_each_export_has_a_directory_of_its_own():
+    for second in ("/a", "/a/b", "a/../../../../../../../../../../a"):
+        with pytest.raises(ConfigError, match="give each a directory of its own"):
+            requests_of([{"output_dir": "/a"}, {"output_dir": second}], LORA)
+    merged, adapter = requests_of(
+        [{"output_dir": "a", "check_logits": True}, {"output_dir": "ab", "only_save_adapters": True}], LORA
+    )
+    assert merged.output_dir == os.path.abspath("a")
+    assert [request.layout for request in (merged, adapter)] == [Layout.MERGED, Layout.ADAPTER]
+    assert ExportRequest("/x", save_adapters_separately=True).layout is Layout.SEPARATE
