@@ -34,7 +34,7 @@ def test_what_could_not_be_made_is_refused(arguments, lora, message):
 
 
 def test_each_export_has_a_directory_of_its_own():
-    for second in ("/a", "/a/b", "a/../../../../../../../../../../a"):
+    for second in ("/a", "/a/b", os.path.relpath("/a")):
         with pytest.raises(ConfigError, match="give each a directory of its own"):
             requests_of([{"output_dir": "/a"}, {"output_dir": second}], LORA)
     merged, adapter = requests_of(
