@@ -28,11 +28,9 @@ from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
-from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here, write_part
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
 from kithara_ray.hf.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
-
-__all__ = ["Layout", "Part", "Written", "export", "write_here", "write_part"]
 
 log = logging.getLogger(__name__)
 

