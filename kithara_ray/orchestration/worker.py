@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 import ray
-from ray.train.v2._internal.execution.context import get_train_context
 
 from kithara_ray.callbacks import RunInfo
 from kithara_ray.callbacks.profiler import Tracer
 from kithara_ray.errors import TrainingError
-from kithara_ray.orchestration.backend import terminated
+from kithara_ray.orchestration.backend import is_draining, terminated
 from kithara_ray.orchestration.calling import Calls
 from kithara_ray.orchestration.events import EventLog
 from kithara_ray.orchestration.figures import Figures, Window
@@ -326,7 +325,7 @@ class Run:
             return PREEMPTED
         if self.log.heart.asked == "interrupt":
             return INTERRUPT
-        drain = SAVE if _is_draining() and not self._saved_for_drain else GO_ON
+        drain = SAVE if is_draining() and not self._saved_for_drain else GO_ON
         return max(self.calls.vote, drain)
 
     def _heed(self, vote: int) -> None:
@@ -396,11 +395,3 @@ class Run:
     def _tell_checkpoints(self) -> None:
         while self.saving is not None and self.saving.committed:
             self._tell(self.calls.checkpoint, *self.saving.committed.popleft())
-
-
-def _is_draining() -> bool:
-    """Whether Ray has been told that the node of one of the ranks will go.
-
-    `ray.train.get_preemption_info()` is a barrier of all ranks, by way of an actor; what this process knows is enough.
-    """
-    return get_train_context().preemption_context.preemption_info is not None

@@ -1,9 +1,13 @@
 """Exports that are refused, or taken, before there is anything to export."""
 
+import json
 import os
 
 import pytest
+import tiny
 
+from kithara_ray import config as configuration
+from kithara_ray import tune
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.export import Layout
 from kithara_ray.hf.lora_config import LoraConfig
@@ -43,3 +47,20 @@ def test_each_export_has_a_directory_of_its_own():
     assert merged.output_dir == os.path.abspath("a")
     assert [request.layout for request in (merged, adapter)] == [Layout.MERGED, Layout.ADAPTER]
     assert ExportRequest("/x", save_adapters_separately=True).layout is Layout.SEPARATE
+
+
+def test_a_search_is_refused_for_its_exports(tiny_models, tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in tiny.rows(4)))
+    config = {
+        "model": {"preset_handle": str(tiny_models["llama"]), "lora_rank": 2},
+        "train_dataloader": {
+            "dataset": {"type": "SFTDataset", "source": str(tmp_path / "train.jsonl"), "max_seq_len": 32},
+            "per_device_batch_size": 1,
+        },
+        "optimizer": {"learning_rate": 0.001},
+        "trainer": {"steps": 1},
+        "tune": {"space": {"model.lora_rank": {"choice": [2, 4]}}, "metric": "loss"},
+        "exports": [{"output_dir": "gs://b/x", "check_logits": True}],
+    }
+    with pytest.raises(ConfigError, match="check_logits compares a merged model in a local directory"):
+        tune.run(configuration.checked(config, "test"))
