@@ -16,8 +16,9 @@ import ray.data
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft import files
+from kithara_ray.sft.blocks import TokenizedBlock
 from kithara_ray.sft.files import Piece
-from kithara_ray.sft.tokenize import RowTokenizer, TokenizedBlock
+from kithara_ray.sft.tokenize import RowTokenizer
 
 # Of what the driver holds, or of a block of Ray Data, in one task.
 _SLICE_ROWS = 2048
@@ -107,12 +108,6 @@ def work(source: Any, name: str = "") -> Iterator[tuple[Work, tuple]]:
             f"a dataset cannot be made of {type(source).__name__}; give a path, URL or list of these, a list of dicts, "
             "a Ray Dataset, a Hugging Face dataset, a pandas DataFrame or an Arrow table"
         )
-
-
-def check_exists(source: Any) -> None:
-    """Look for a source's files before anything is started. Raises DataError."""
-    if isinstance(source, (str, Path)) or files.as_sequence(source):
-        next(files.pieces(files.as_sequence(source) or source), None)
 
 
 def _of_files(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:

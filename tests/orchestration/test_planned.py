@@ -38,7 +38,7 @@ def test_hosts_are_the_workers_that_ray_makes_of_a_slice(generation):
 
 
 def test_auto_needs_a_known_slice():
-    spec = SimpleNamespace(platform="cpu", lora=object(), quantize=None)
+    spec = SimpleNamespace(platform="cpu", model=SimpleNamespace(lora=object(), quantize=None))
     assert planned.slice_of_run(SCALING, "cpu") is None
     assert planned.fitted(spec, SCALING, auto=False) is spec
     with pytest.raises(ConfigError, match='per_device_batch_size="auto" is found for a known TPU slice'):
