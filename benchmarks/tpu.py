@@ -11,6 +11,7 @@ configurations are the public ones, weights abstract. Nothing here runs on a TPU
 import argparse
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -256,7 +257,7 @@ def table(known: dict) -> list[str]:
 
 
 def _name(made: dict) -> str:
-    return f"{made['model']}, {made['remat']}"
+    return f"{made['model']}, {made['remat']}" + ("" if made["code"] == code() else " (earlier)")
 
 
 def _row(made: dict) -> str:
@@ -311,8 +312,9 @@ def write(known: dict) -> None:
         "",
         f"`make bench-tpu`, {time.strftime('%Y-%m-%d')}, {where['cores']} cores of {where['cpu']}; {versions}.",
         "LoRA r=16 on q and v, one sequence a chip, every token trained on. Compiled, not run: no figure has been",
-        "compared with a TPU. A compiler's processor seconds are those of all its threads; by the clock they depend on",
-        "what else the machine did.",
+        "compared with a TPU. Rows marked `(earlier)` were compiled before the last change to the code that makes or",
+        "reads the program; `python benchmarks/tpu.py --rows NAME` compiles one again. A compiler's processor seconds",
+        "are those of all its threads; by the clock they depend on what else the machine did.",
         "",
         *table(known),
         "",
@@ -322,6 +324,7 @@ def write(known: dict) -> None:
     _JSON.write_text(json.dumps({"command": "make bench-tpu", "machine": where, "runs": known}, indent=1) + "\n")
 
 
+@functools.cache
 def code() -> str:
     """Changes with what a program is made of: the rooms' code, and the compilers."""
     return planner._key({}, slice_of("cpu-1"))
