@@ -1,6 +1,8 @@
 """Searches on a local cluster: the right trial wins, whatever dies on the way, and nothing is left behind."""
 
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,11 +17,14 @@ import torch
 from peft import PeftModel
 from ray.train import RunConfig, ScalingConfig
 from ray.util.state import list_actors, list_placement_groups
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray.cli import main
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration import tune
+from kithara_ray.orchestration import submit, tune
+from kithara_ray.yaml_file import read_yaml
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -143,3 +148,57 @@ def test_the_right_trial_wins_though_it_was_killed(searched, tiny_models):
 def test_nothing_is_left_behind(searched):
     _, _, before, after = searched
     assert after == before
+
+
+def write_config(job: Path, base: str) -> Path:
+    """The shipped example with a tiny model and two short trials, one after the other; data beside it."""
+    content, _ = read_yaml(Path(__file__).parents[2] / "examples" / "tune.yaml")
+    for name, rows in (("train", ROWS), ("eval", HELD_OUT)):
+        (job / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        content[f"{name}_dataloader"]["dataset"]["max_seq_len"] = LENGTH
+    content["model"]["preset_handle"] = base
+    content["trainer"] = {"steps": 2, "eval_steps_interval": 1}
+    content["run_config"]["storage_path"] = str(job.parent / "runs")
+    content["exports"][0]["output_dir"] = str(job.parent / "best")
+    content["tune"] |= {"num_samples": 2, "max_concurrent_trials": 1, "searcher": "optuna", "grace_steps": 2}
+    path = job / "tune.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_search_as_a_job_that_is_stopped_goes_on(cluster, tiny_models, tmp_path, monkeypatch, capfd):
+    """Stopped when the second trial has reported; the first is not trained again, and the best is exported."""
+    job = tmp_path / "job"
+    job.mkdir()
+    path = write_config(job, str(tiny_models["llama"]))
+    address = f"http://{cluster.dashboard_url}"
+    arguments = ["submit", str(path), "--tune", "--address", address, "--working-dir", str(job)]
+    assert main([*arguments, "--python", sys.executable]) == 0
+    name = re.search(r"submitted (\S+);", capfd.readouterr().out)[1]
+    client = submit.connect(address)
+
+    def reported() -> list[str]:
+        return list(dict.fromkeys(re.findall(r"(?m)^(\S+) step=1 ", client.get_job_logs(name))))
+
+    wait_until(lambda: len(reported()) == 2 or client.get_job_status(name) in submit._ENDED, 200)
+    first, second = reported()
+    submit.stop(client, name)
+    run = tmp_path / "runs" / "search" / first / "run" / "run.json"
+    before = run.read_bytes()
+
+    monkeypatch.chdir(job)
+    assert main(["tune", str(path)]) == 0
+    shown = capfd.readouterr()
+    assert json.loads(before)["status"] == "finished"
+    assert run.read_bytes() == before
+    assert first not in shown.err
+    assert f"{second} step=2" in shown.err
+    assert f"exported {tmp_path / 'best'}" in shown.out
+    assert {place.parent.name for place in (tmp_path / "runs" / "search").glob("*/run")} == {first, second}
+    found = {trial: tmp_path / "runs" / "search" / trial / "run" / "adapter" for trial in (first, second)}
+    losses = {trial: torch_loss(str(tiny_models["llama"]), str(adapter)) for trial, adapter in found.items()}
+    best = min(losses, key=losses.get)
+    assert f"best {best} " in shown.out
+    ours, theirs = (load_file(where / "adapter_model.safetensors") for where in (tmp_path / "best", found[best]))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[tensor] == theirs[tensor]).all() for tensor in ours)
