@@ -31,7 +31,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 STEPS, GRACE, LENGTH = 3, 2, 64
 ROWS, HELD_OUT = tiny.rows(12), tiny.rows(7)
-# A learning rate, and what becomes of the trial: its driver is killed, once; it does not end by itself.
+# A learning rate, and what becomes of the trial: its worker is killed, once; it does not end by itself.
 CASES = [(0.0, None), (3e-2, "killed"), (1e-6, None), (1e-3, None), (30.0, "endless"), (1e-2, None)]
 BEST, ENDLESS = 1, 4
 AT_ONCE = 2
@@ -42,11 +42,11 @@ def compiled_once(out: Path) -> dict[str, str]:
     return {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def loop_of(fate: str | None, driver: int, done: Path):
+def loop_of(fate: str | None, done: Path):
     """The workers' own loop, which writes to `done` each step that it has made.
 
     Args:
-        fate: "killed": the process of the trial's driver dies by SIGKILL when the loop is at step GRACE, once.
+        fate: "killed": the process dies by SIGKILL when it is at step GRACE, once.
             "endless": the step after GRACE never ends.
     """
 
@@ -64,8 +64,7 @@ def loop_of(fate: str | None, driver: int, done: Path):
             if run.number == GRACE and fate == "killed" and "killed" not in made:
                 run.saving.saver.wait()
                 done.write_text(f"{made}killed ")
-                os.kill(driver, signal.SIGKILL)
-                threading.Event().wait(300)  # a worker whose driver is gone is not to end by itself
+                os.kill(os.getpid(), signal.SIGKILL)
             if run.number > GRACE and fate == "endless":
                 threading.Event().wait(300)
             done.write_text(f"{made}{run.number} ")
@@ -85,7 +84,7 @@ def factory(base: str, out: Path):
         learning_rate, fate = CASES[point["case"]]
         from kithara_ray.orchestration import trainer
 
-        trainer.train_loop = loop_of(fate, os.getpid(), out / f"steps-{point['case']}")
+        trainer.train_loop = loop_of(fate, out / f"steps-{point['case']}")
         model = KerasHubModel.from_preset(base, lora_rank=4, precision="float32")
         rows = SFTDataset(ROWS, tokenizer_handle=base, max_seq_len=LENGTH)
         held_out = SFTDataset(HELD_OUT, tokenizer_handle=base, max_seq_len=LENGTH)
@@ -236,8 +235,8 @@ def optuna_points(count: int) -> list[dict]:
     return [study.ask(fixed_distributions=space).params for _ in range(count)]
 
 
-class Workers:
-    """The processes of Ray Train's workers that appear on the cluster, in their order."""
+class Drivers:
+    """The processes that drive trials, in the order in which they appear on the cluster."""
 
     def __init__(self):
         self._address = ray.get_runtime_context().gcs_address
@@ -245,17 +244,17 @@ class Workers:
         self._before = set(self._alive())
 
     def _alive(self) -> list[int]:
-        filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
+        filters = [("class_name", "=", "TrialDriver"), ("state", "=", "ALIVE")]
         return [actor.pid for actor in list_actors(self._address, filters=filters)]
 
-    def wait_for(self, number: int, timeout_s: float = 100) -> int:
-        """The pid of the worker that came as so many-th."""
+    def wait_for(self, number: int) -> int:
+        """The pid of the one that came as so many-th."""
 
         def here() -> bool:
             self._known += [pid for pid in self._alive() if pid not in (*self._known, *self._before)]
             return len(self._known) >= number
 
-        wait_until(here, timeout_s)
+        wait_until(here, 100)
         return self._known[number - 1]
 
 
@@ -265,18 +264,19 @@ def test_a_search_as_a_job_that_is_stopped_goes_on(cluster, tiny_models, tmp_pat
     job = tmp_path / "job"
     job.mkdir()
     path = write_config(job, str(tiny_models["llama"]))
-    search, workers = Search(tmp_path / "runs" / "search"), Workers()
+    search, drivers = Search(tmp_path / "runs" / "search"), Drivers()
     address = f"http://{cluster.dashboard_url}"
     arguments = ["submit", str(path), "--tune", "--address", address, "--working-dir", str(job)]
     assert main([*arguments, "--python", sys.executable]) == 0
     name = re.search(r"submitted (\S+);", capfd.readouterr().out)[1]
-    os.kill(workers.wait_for(1), signal.SIGKILL)
-    frozen = workers.wait_for(3)  # of the third trial, whose turn came when the first had failed
+    os.kill(drivers.wait_for(1), signal.SIGKILL)
+    frozen = drivers.wait_for(3)  # of the third trial, whose turn came when the first had failed
     os.kill(frozen, signal.SIGSTOP)
     wait_until(lambda: sorted(search.states().values()) == ["ERROR", "RUNNING", "TERMINATED"], 100)
     assert main(["submit", "--address", address, "--stop", name]) == 0
     os.kill(frozen, signal.SIGCONT)
     by_state = {state: trial for trial, state in search.states().items()}
+    assert by_state.keys() == {"ERROR", "RUNNING", "TERMINATED"}
     finished = by_state["TERMINATED"]
     run = tmp_path / "runs" / "search" / finished / "run" / "run.json"
     before = run.read_bytes()
