@@ -69,7 +69,7 @@ bench-export: $(VENV)/.bench  ## a merge of 1.1 GB beside peft's and beside cp, 
 bench-tpu: $(VENV)/.bench  ## reference models compiled for TPU slices, without one; half an hour
 	@$(BIN)/python benchmarks/tpu.py
 
-faults: $(VENV)/.test  ## kill, stop and signal a run's processes; a table of what it survived; 15 minutes
+faults: $(VENV)/.test  ## kill, stop and signal a run's processes; a table of what it survived; 20 minutes
 	@$(BIN)/python benchmarks/faults.py
 
 clean:

@@ -1,14 +1,17 @@
 """What a run survives: real processes are killed, stopped and signalled while they train, save and evaluate.
 
-    make faults                      all of it, 15 minutes
+    make faults                      all of it, 20 minutes
     python benchmarks/faults.py NAME ...
 
 A tiny llama on two workers of two CPU devices, 16 steps of 8 rows, a checkpoint every 4. Each scenario is a driver in
 a process of its own with a Ray of its own. What the ranks executed is in a log that they write themselves; from it come
 the rows that were lost or doubled in the run as it counts, and the times: from the fault until the next loop begins
 (Ray's polling, ending the old group, scheduling, imports), until its model is built, and until its first step
-is done (ours). A scenario has survived if it ends as the undisturbed run does, with its driver or the next one; "disk
-full" must first end with an error that says so.
+is done (ours). Without a group that begins again, the first of these is the time until a coordinator that was started
+again has answered. A scenario has survived if it ends as the undisturbed run does, with its driver or the next one;
+"disk full" must first end with an error that says so.
+
+Last come the suite's tests that let a checkpoint or an export die or fail at each of its operations, one run for each.
 """
 
 import contextlib
@@ -19,13 +22,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import common
 
-STEPS, EVERY, STEP_S, STEP_TIMEOUT_S = 16, 4, 0.25, 15.0
+STEPS, EVERY, STEP_TIMEOUT_S = 16, 4, 15.0
 ROOT = Path(__file__).parents[1]
 MARK = "KITHARA_RAY_FAULTS"
 
@@ -40,6 +45,7 @@ class Fault:
         who: "rank 0", "rank 1", "node", "coordinator" or "driver".
         twice: the same to rank 0 two steps later.
         drivers: how many drivers it takes to the end.
+        step_s: seconds by which a step is slowed down: what Ray takes long to notice must come before the run ends.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Fault:
     where: str = "6"
     twice: bool = False
     drivers: int = 1
+    step_s: float = 0.25
     failures: int = 3
     disk_kb: int | None = None
     expect: str | None = None
@@ -57,8 +64,8 @@ FAULTS = [
     Fault("undisturbed", what="nothing"),
     Fault("kill -9 of rank 0", who="rank 0"),
     Fault("kill -9 of rank 1"),
-    Fault("kill -9 of a node's raylet", who="node"),
-    Fault("kill -9 of the coordinator", who="coordinator"),
+    Fault("kill -9 of a node's raylet", who="node", step_s=3.0),
+    Fault("kill -9 of the coordinator", who="coordinator", step_s=1.0),
     Fault("kill -9 of the driver", who="driver", drivers=2),
     Fault("SIGSTOP of rank 1", what="stop"),
     Fault("SIGTERM to rank 1", what="term"),
@@ -90,6 +97,17 @@ def make_loop(out: str, fault: dict):
         runtime.prepare()
         run = Run(config["spec"], time.monotonic())
         directory = Path(out)
+
+        def wait_for_answer(coordinator, dead: int) -> None:
+            import ray
+
+            pid = dead
+            while pid == dead:
+                time.sleep(0.1)
+                with contextlib.suppress(ray.exceptions.RayActorError):
+                    pid = ray.get(coordinator.__ray_call__.remote(lambda self: os.getpid()))
+            log(directory, kind="answered", rank=run.rank)
+
         log(directory, kind="begin", rank=run.rank, began=begun)
 
         def meet(where: str) -> None:
@@ -115,6 +133,8 @@ def make_loop(out: str, fault: dict):
                 coordinator = run.spec.coordinator
                 pid = ray.get(coordinator.__ray_call__.remote(lambda self: os.getpid()))
                 os.kill(pid, signal.SIGKILL)
+                again = threading.Thread(target=wait_for_answer, args=(coordinator, pid), daemon=True)
+                again.start()
             else:
                 import ray
 
@@ -147,7 +167,7 @@ def make_loop(out: str, fault: dict):
                 meet("step")
             if fault["twice"] and run.number == int(fault["where"]) + 2 and (directory / "met-1-1").exists():
                 meet("again")
-            time.sleep(STEP_S)
+            time.sleep(fault["step_s"])
             result = compiled(*arguments)
             if run.rank == 0:
                 import jax
@@ -171,8 +191,6 @@ def make_loop(out: str, fault: dict):
 
 def driver(out: Path, fault: dict) -> None:
     """One driver's run to its end; writes the adapter and the history, or the error."""
-    import threading
-
     import keras
     import numpy as np
     import ray
@@ -341,6 +359,8 @@ def figures(lines: list[dict]) -> dict:
         begin, built, step = after("begin", "began"), after("built"), None
         if built:
             step = min((x["time"] for x in lines if x["kind"] == "step" and x["time"] > built), default=None)
+        if answered := after("answered"):
+            row["group_s"] = answered - faults[-1]
         if begin and built and step:
             row |= {"group_s": begin - faults[-1], "build_s": built - begin, "step_s": step - built}
     return row
@@ -385,7 +405,7 @@ def judge(row: dict, reference: dict) -> dict:
 def show(rows: list[dict]) -> list[str]:
     head = "| injected | survived | steps lost | rows lost / doubled | adapter differs by | fault to next loop s "
     head += "| build s | first step s | torn | orphans |"
-    lines = [head, "|---" * 10 + "|"]
+    lines = [head, "|---" * 10 + "|"] if len(rows) > 1 else []
     for row in rows:
         if "skipped" in row:
             lines.append(f"| {row['name']} | not run: {row['skipped']} |" + " |" * 8)
@@ -398,6 +418,28 @@ def show(rows: list[dict]) -> list[str]:
             f"| {len(row['torn'])} | {len(row['orphans'])} |"
         )
     return lines
+
+
+def operations(base: Path) -> list[dict]:
+    """What the suite's tests of each operation count, a row a test."""
+    report = base / "operations.xml"
+    files = ["tests/train/test_checkpoint_faults.py", "tests/hf/test_hf_stores.py", "tests/hf/test_hf_hub.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "at_every", f"--junitxml={report}", *files]
+    subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
+    rows = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is None:
+            counted = {entry.get("name"): entry.get("value") for entry in case.iter("property")}
+            broken = [name for name in ("failure", "error") if case.find(name) is not None]
+            rows.append(
+                {"test": case.get("name"), "operations": int(counted.get("operations", 0)), "survived": not broken}
+            )
+    return rows
+
+
+def show_operations(rows: list[dict]) -> list[str]:
+    head = ["", "| at each operation of its own | runs | survived |", "|---|---|---|"]
+    return head + [f"| `{r['test']}` | {r['operations']} | {'yes' if r['survived'] else 'NO'} |" for r in rows]
 
 
 def main(names: list[str]) -> None:
@@ -415,11 +457,14 @@ def main(names: list[str]) -> None:
             print(show(rows[-1:])[-1], file=sys.stderr)
             if not row.get("survived", True):
                 print((base / fault.name.replace(" ", "-") / "driver.log").read_text()[-3000:], file=sys.stderr)
+        each: list[dict] = []
         if not names:
+            each = operations(base)
             for row in rows:
                 row.pop("rows", None), row.pop("adapter", None)
-            common.write("faults", "make faults", show(rows), {"steps": STEPS, "save_interval": EVERY, "faults": rows})
-        if not all(row.get("survived", True) and not row.get("orphans") for row in rows):
+            figures = {"steps": STEPS, "save_interval": EVERY, "faults": rows, "operations": each}
+            common.write("faults", "make faults", show(rows) + show_operations(each), figures)
+        if not all(row.get("survived", True) and not row.get("orphans") for row in rows + each):
             raise SystemExit("not everything was survived")
     finally:
         shutil.rmtree(base, ignore_errors=True)

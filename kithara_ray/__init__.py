@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from kithara_ray.orchestration.checkpointer import Checkpointer
     from kithara_ray.orchestration.data import Dataloader, SFTDataset, TextCompletionDataset, mix
     from kithara_ray.orchestration.model import KerasHubModel
-    from kithara_ray.orchestration.trainer import Trainer, TrainResult
+    from kithara_ray.orchestration.results import TrainResult
+    from kithara_ray.orchestration.trainer import Trainer
     from kithara_ray.sharding.shape import MeshShape
 
 _HOMES = {
@@ -23,7 +24,7 @@ _HOMES = {
     "Profiler": "kithara_ray.callbacks",
     "SFTDataset": "kithara_ray.orchestration.data",
     "TextCompletionDataset": "kithara_ray.orchestration.data",
-    "TrainResult": "kithara_ray.orchestration.trainer",
+    "TrainResult": "kithara_ray.orchestration.results",
     "Trainer": "kithara_ray.orchestration.trainer",
     "mix": "kithara_ray.orchestration.data",
 }

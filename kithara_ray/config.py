@@ -28,7 +28,8 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.data import Dataloader, _Dataset
 from kithara_ray.orchestration.model import KerasHubModel
-from kithara_ray.orchestration.trainer import Trainer, TrainResult
+from kithara_ray.orchestration.results import TrainResult
+from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.orchestration.tune import search
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.signatures import Section, section_of, told

@@ -107,7 +107,7 @@ def run(
 
 def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]:
     """(base, per_device_batch_size, settings of `plan`) of a run's YAML."""
-    from kithara_ray.orchestration.trainer import _portable
+    from kithara_ray.orchestration.optimizers import portable
 
     model = given.model.given()
     if model.get("adapter") is not None:
@@ -123,7 +123,7 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     mesh = trainer.get("mesh")
     settings = {
         "lora": lora,
-        "optimizer": _portable(given.optimizer.build(given.trainer.steps or 1)),
+        "optimizer": portable(given.optimizer.build(given.trainer.steps or 1)),
         "mesh": MeshShape(**mesh.given()) if mesh is not None else MeshShape(),
     }
     settings |= {name: trainer[name] for name in ("remat", "gradient_accumulation_steps") if name in trainer}

@@ -16,6 +16,7 @@ from kithara_ray import config as configuration
 from kithara_ray.config import Config
 from kithara_ray.errors import ConfigError
 from kithara_ray.orchestration import tune
+from kithara_ray.orchestration.exports import requests_of
 from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.orchestration.tune import SearchResult, TrialResult
 
@@ -56,8 +57,9 @@ def run(config: Config) -> tuple[SearchResult, list[str]]:
     """A search as its configuration says, then the exports of the best trial; the result and where they are."""
     exports = [export.given() for export in config.exports]
     model = configuration.build(config).model
-    for export in exports:
-        model.check_destination(export["output_dir"])
+    for export in requests_of(exports, model.lora):
+        if not export.resume:
+            model.check_destination(export.output_dir)
     result = search(config)
     return result, [result.model.save_in_hf_format(**export) for export in exports]
 

@@ -23,7 +23,6 @@ import numpy as np
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
-MERGE_DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
 
 MKL_K_BLOCK = 192  # measured with torch 2.13 (MKL 2024.2, AVX2): R <= 192 is one chain
 CHAIN_ELEMENTS = 1 << 15  # float64 scratch of 256 KiB each: stays in the L2 cache

@@ -28,11 +28,9 @@ from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
-from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here, write_part
+from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
 from kithara_ray.hf.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
-
-__all__ = ["Layout", "Part", "Written", "export", "write_here", "write_part"]
 
 log = logging.getLogger(__name__)
 
@@ -101,19 +99,14 @@ def export_with_report(
     elif layout is Layout.SEPARATE and tag:
         refuse_quantized(base)
     if prove is not None and (layout is not Layout.MERGED or storage.is_url(destination)):
-        raise ConfigError("logits are compared of a merged model in a local directory; leave check_logits out")
+        raise ConfigError("export(prove=...) is for a merged model in a local directory; leave it out")
     files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
     settings = Settings(layout, dtype, base_name, files, check_finite, write)
     with publish.staged(destination, _plan(base, adapter, settings), resume) as stage:
         report, files = _write(base, adapter, stage, settings)
         if prove is not None:
             report["checks"].append(prove(stage.directory))
-        if run:
-            write_json(stage.directory / RUN, dict(run))
-        (stage.directory / CARD).write_text(model_card(base_name, adapter, report, run), encoding="utf-8")
-        report["files"] = dict(sorted((files | other_files(stage.directory, files)).items()))
-        report["seconds"] = round(time.perf_counter() - started_s, 3)
-        write_json(stage.directory / REPORT, report)
+        describe(stage, report, files, model_card(base_name, adapter, report, run), run, started_s)
     log.info("exported layout=%s destination=%s seconds=%.1f", layout, destination, report["seconds"])
     return report
 
@@ -276,7 +269,27 @@ def carry_over(base: BaseCheckpoint, directory: Path) -> None:
     _carry_over(base, directory, TOKENIZER_FILES + LICENCE_FILES + MODEL_EXTRAS)
 
 
-def other_files(directory: Path, known: Iterable[str]) -> dict[str, dict]:
+def describe(
+    stage: publish.Stage,
+    report: dict[str, Any],
+    files: Mapping[str, dict],
+    card: str,
+    run: Mapping[str, object] | None,
+    started_s: float,
+) -> None:
+    """The last files of a stage: run.json, the card, and the report, to which the list of all files is added.
+
+    files: the weight files' digests. started_s: by `time.perf_counter`.
+    """
+    if run:
+        write_json(stage.directory / RUN, dict(run))
+    (stage.directory / CARD).write_text(card, encoding="utf-8")
+    report["files"] = dict(sorted((dict(files) | _other_files(stage.directory, files)).items()))
+    report["seconds"] = round(time.perf_counter() - started_s, 3)
+    write_json(stage.directory / REPORT, report)
+
+
+def _other_files(directory: Path, known: Iterable[str]) -> dict[str, dict]:
     """Size and SHA-256 of the files in a stage's directory that are not known yet."""
     names = (p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file())
     return {name: digest(directory / name) for name in names if name != publish.MARKER and name not in known}

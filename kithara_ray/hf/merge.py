@@ -1,7 +1,7 @@
 """Base + scale * B @ A, or what DoRA makes of it, as a file operation: copy each weight file, patch the merged bytes.
 
-No tensor is held whole: memory is a few blocks of MERGE_ELEMENTS. A file is the unit of work (`merge_file`), so that
-files can be merged by different processes into one directory. The arithmetic, and its identity with PEFT: delta.py.
+No tensor is held whole: memory is a few blocks of MERGE_ELEMENTS. A file is the unit of work (`write_tensors`): several
+processes can merge files into one directory. The arithmetic, and its identity with PEFT: delta.py.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kithara_ray.errors import AdapterError, ConfigError, ExportError, UnsupportedError
+from kithara_ray.errors import ConfigError, ExportError, UnsupportedError
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
 from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, TensorInfo, read_json
 from kithara_ray.hf.delta import dora_rows, merged_rows
@@ -82,18 +82,6 @@ def _refuse_embedding(base: BaseCheckpoint, module: str) -> None:
         )
 
 
-def merge(base: BaseCheckpoint, adapter: Adapter, directory: Path, dtype: str = "auto") -> tuple[Path, ...]:
-    """Write config.json, the index and all weight files of `base` with `adapter` merged in; returns what was written.
-
-    dtype "auto" keeps each tensor's dtype and is bit-identical to PEFT's merge_and_unload on a CPU. Any other casts all
-    floating tensors; merged ones are added in float32 and rounded once. `directory` must exist.
-    Raises AdapterError, UnsupportedError (check_mergeable), ExportError for values that overflow.
-    """
-    check_mergeable(base, adapter, dtype)
-    files = [merge_file(base, adapter, file, directory, dtype) for file in base.files]
-    return (*files, *write_config(base, directory, dtype))
-
-
 def write_config(
     base: BaseCheckpoint, directory: Path, dtype: str = "auto", files: Mapping[str, str] | None = None
 ) -> tuple[Path, ...]:
@@ -127,23 +115,13 @@ def out_bytes(info: TensorInfo, tag: str | Mapping[str, str] | None) -> int:
     return math.prod(info.shape) * NUMPY_DTYPES[out_tag(info, tag)].itemsize
 
 
-def merge_file(base: BaseCheckpoint, adapter: Adapter | None, file: Path, directory: Path, dtype: str = "auto") -> Path:
-    """One weight file of the base with the adapter's modules merged in (None: only copied or cast); same name.
-
-    The caller has called check_mergeable. Raises AdapterError, ExportError.
-    """
-    for name in (module + WEIGHT_SUFFIX for module in adapter.modules) if adapter else ():
-        if name not in base.tensors:
-            module = name.removesuffix(WEIGHT_SUFFIX)
-            raise AdapterError(f"{module}: the base at {base.directory} has no tensor {name!r}; wrong base?")
-    return write_tensors(base.part(file), adapter, Path(directory) / file.name, dtype)
-
-
 def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, dtype: str = "auto") -> Path:
     """All tensors of `base`, which may be some of a checkpoint's, as one weight file, merged where the adapter has
     their module. A file of the base as it stands is copied and patched, any other is written tensor by tensor.
 
-    Raises AdapterError, ExportError.
+    The caller has called check_mergeable. dtype "auto" keeps each tensor's dtype and is bit-identical to PEFT's
+    merge_and_unload on a CPU. Any other casts all floating tensors; merged ones are added in float32 and rounded once.
+    Raises ExportError for values that overflow.
     """
     tag = check_dtype(dtype)
     infos = base.in_file_order()

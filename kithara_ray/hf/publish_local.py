@@ -16,7 +16,7 @@ from typing import Any
 
 from kithara_ray.errors import DestinationError, KitharaRayError
 from kithara_ray.hf.stage import MARKER, Journal, Stage
-from kithara_ray.hf.storage import cause_of
+from kithara_ray.hf.storage import cause_of, sync
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def staged(path: Path, plan: str, resume: bool) -> Iterator[LocalStage]:
         if isinstance(error, OSError) and not isinstance(error, KitharaRayError):
             raise DestinationError(f"{target}: not published, writing failed ({cause_of(error)})") from error
         raise
-    _sync(target.parent)
+    sync(target.parent)
     log.info("published %s", target)
 
 
@@ -135,16 +135,8 @@ def _rename(staging: Path, target: Path) -> None:
         raise DestinationError(f"{target}: not published ({cause_of(error)}); was it filled meanwhile?") from error
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_tree(directory: Path) -> None:
     for parent, _, files in os.walk(directory, topdown=False):
         for name in files:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))

@@ -60,6 +60,15 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def sync(path: Path) -> None:
+    """fsync of a file or a directory. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def is_model_file(name: str) -> bool:
     """Whether a file name at the top of a model directory is one that this library takes."""
     allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)

@@ -18,8 +18,8 @@ from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.card import trained_card
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import CARD, REPORT, RUN, Settings, carry_over, other_files, write_weights
-from kithara_ray.hf.merge import check_dtype, out_tag, write_config, write_json
+from kithara_ray.hf.export import Settings, carry_over, describe, write_weights
+from kithara_ray.hf.merge import check_dtype, out_tag, write_config
 from kithara_ray.hf.part import Part, Written, files_of, parse_size, write_here
 from kithara_ray.hf.trained import TensorSlice, TrainedWriter
 
@@ -127,8 +127,6 @@ def export_trained(
     with publish.staged(destination, _plan(base, trained, settings), resume) as stage:
         written = write_weights(trained, None, stage, settings)
         carry_over(base, stage.directory)
-        if run:
-            write_json(stage.directory / RUN, dict(run))
         report = {
             "layout": "trained",
             "dtype": dtype,
@@ -139,11 +137,8 @@ def export_trained(
                 "every tensor equals what was trained, rounded to its dtype, bit by bit",
             ],
         }
-        (stage.directory / CARD).write_text(trained_card(base_name, report), encoding="utf-8")
-        known = {file.name: file.file for file in written}
-        report["files"] = dict(sorted((known | other_files(stage.directory, known)).items()))
-        report["seconds"] = round(time.perf_counter() - started_s, 3)
-        write_json(stage.directory / REPORT, report)
+        files = {file.name: file.file for file in written}
+        describe(stage, report, files, trained_card(base_name, report), run, started_s)
     log.info("exported trained weights destination=%s seconds=%.1f", destination, report["seconds"])
     return destination
 

@@ -3,7 +3,7 @@
 B  rows, 1    T  positions    V  vocabulary
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from kithara_ray.errors import ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
-from kithara_ray.model.causal_lm import build
+from kithara_ray.model.causal_lm import CausalLM, Frozen, Params, build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 
 TOKENS = 32
@@ -21,7 +21,8 @@ _TOLERANCES = {"F32": 1e-4, "F16": 1e-2, "BF16": 5e-2}
 
 
 def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, np.ndarray], merged: Path) -> str:
-    """Compute all three in float32 on this process' devices, and say how far apart their logits are.
+    """Compute the base, the base with the adapter and the merged model in float32 on this process' devices, and say how
+    far apart their logits are.
 
     Args:
         tensors: the adapter's, by PEFT's names.
@@ -31,10 +32,14 @@ def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, n
         ExportError: the merged model's logits differ by more than the rounding of its weights explains.
     """
     written = BaseCheckpoint.open(merged)
-    adapted_BTV = _logits_BTV(base, lora, tensors)
+    model = build(base.config, lora, make_mesh(), "float32")
+    # PEFT's first factors change nothing: B is zero, and DoRA's magnitudes are the weights' own.
+    first = lambda frozen: model.initial_factors(0, frozen)  # noqa: E731
+    adapted_BTV, plain_BTV = _logits_BTV(model, base, lambda frozen: model.place_factors(tensors), first)
+    (merged_BTV,) = _logits_BTV(build(written.config, None, make_mesh(), "float32"), written, lambda frozen: {})
     scale = np.linalg.norm(adapted_BTV)
-    off = np.linalg.norm(_logits_BTV(written) - adapted_BTV) / scale
-    effect = np.linalg.norm(_logits_BTV(base) - adapted_BTV) / scale
+    off = np.linalg.norm(merged_BTV - adapted_BTV) / scale
+    effect = np.linalg.norm(plain_BTV - adapted_BTV) / scale
     allowed = max(_TOLERANCES.get(info.dtype, 0.0) for info in written.tensors.values())
     if not off <= allowed:
         raise ExportError(
@@ -47,12 +52,12 @@ def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, n
     )
 
 
-def _logits_BTV(base: BaseCheckpoint, lora: LoraConfig | None = None, tensors: Mapping | None = None) -> np.ndarray:
-    mesh = make_mesh()
-    model = build(base.config, lora, mesh, "float32")
-    factors = {} if lora is None else model.place_factors(tensors)
-    ids = np.random.default_rng(0).integers(0, base.config["vocab_size"], (mesh.size, TOKENS)).astype(np.int32)
-    ids[:] = ids[0]
-    place = lambda array: jax.device_put(array, batch_sharding(mesh))  # noqa: E731
-    logits = jax.jit(model.logits_BTV)(factors, model.load(base), place(ids), place(np.ones_like(ids)))
-    return np.asarray(logits)[:1].astype(np.float64)
+def _logits_BTV(model: CausalLM, checkpoint: BaseCheckpoint, *factors: Callable[[Frozen], Params]) -> list[np.ndarray]:
+    """float64, of the same tokens with each set of factors, which is made of the loaded weights."""
+    ids = np.random.default_rng(0).integers(0, checkpoint.config["vocab_size"], (1, TOKENS)).astype(np.int32)
+    # A row a device, all alike.
+    ids = np.repeat(ids, model.mesh.size, axis=0)
+    tokens, segments = (jax.device_put(array, batch_sharding(model.mesh)) for array in (ids, np.ones_like(ids)))
+    frozen, compute = model.load(checkpoint), jax.jit(model.logits_BTV)
+    logits = (compute(make(frozen), frozen, tokens, segments) for make in factors)
+    return [np.asarray(rows)[:1].astype(np.float64) for rows in logits]

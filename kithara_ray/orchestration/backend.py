@@ -1,4 +1,5 @@
-"""How a worker's process is set up before the training loop: Ray's JAX backend, with limits and signals of ours.
+"""How a worker's process is set up before the training loop: Ray's JAX backend, with limits and signals of ours; and
+what tells the loop that its process is to go.
 
 Ray passes no time limits to `jax.distributed.initialize`, and a process that waits in a collective for a peer that is
 gone waits for as long as JAX thinks right; here that is said.
@@ -10,6 +11,7 @@ import threading
 from dataclasses import dataclass
 
 import ray
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.jax.config import JaxConfig, _JaxBackend
 
 # Set by SIGTERM: what a machine that is taken away gets some seconds before.
@@ -68,3 +70,11 @@ def _on_sigterm(signum, frame) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
     terminated.set()
+
+
+def is_draining() -> bool:
+    """Whether Ray has been told that the node of one of the ranks will go.
+
+    `ray.train.get_preemption_info()` is a barrier of all ranks, by way of an actor; what this process knows is enough.
+    """
+    return get_train_context().preemption_context.preemption_info is not None

@@ -18,6 +18,7 @@ from kithara_ray.errors import ClusterError, DestinationError, KitharaRayError
 from kithara_ray.hf import storage
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.orchestration import preflight
+from kithara_ray.orchestration.exports import requests_of
 from kithara_ray.orchestration.node import NodeFacts, look_there, versions
 from kithara_ray.orchestration.probes import FirstRows, Probes
 from kithara_ray.sharding.shape import MeshShape
@@ -77,8 +78,11 @@ def check_run(
         wait_s: how long the cluster may take to have, and to have free, what the run asks for.
         tokenize: load the tokenizer and tokenise the first rows too: seconds, which a run that tokenises next need not
             spend.
+
+    Raises:
+        ConfigError: an export that could not be made of this model, whatever was trained.
     """
-    probes = Probes(trainer, exports)
+    probes = Probes(trainer, requests_of(exports, trainer.model.lora))
     cluster = _find("cluster", lambda: wait_for_cluster(trainer, wait_s))
     nodes = _Nodes()  # those that came meanwhile too
     # Reading rows takes a free CPU, for which Ray Data would wait without end.

@@ -26,9 +26,10 @@ from kithara_ray.orchestration.data import _Dataset
 from kithara_ray.orchestration.prefetch import Prefetched
 from kithara_ray.orchestration.sources import COUNTS, Work, tokenize_rows
 from kithara_ray.orchestration.stream import describe, place, rounded
+from kithara_ray.sft.blocks import TokenizedRow
 from kithara_ray.sft.collate import collate
 from kithara_ray.sft.packing import packs
-from kithara_ray.sft.tokenize import RowTokenizer, TokenizedRow
+from kithara_ray.sft.tokenize import RowTokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,8 @@
-"""What a step's speed is against the chips, and what it holds in their memory."""
+"""How fast steps are, what that is against the chips, and what a step holds in their memory."""
+
+import contextlib
+import time
+from collections.abc import Iterator
 
 import jax
 
@@ -32,3 +36,52 @@ class Figures:
             figures["hbm_bytes"] = fullest.get("peak_bytes_in_use", 0)
             figures["hbm_limit_bytes"] = fullest.get("bytes_limit", 0)
         return figures
+
+
+class Window:
+    """The steps since the last logged one, by this rank's clock.
+
+    Attributes:
+        total_input_wait_s: seconds that steps have waited for data, of all windows.
+
+    Args:
+        step: how many steps there have been.
+    """
+
+    def __init__(self, step: int):
+        self.total_input_wait_s = 0.0
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        self._first, self._tokens, self._wait_s, self._mark = step, 0, 0.0, time.monotonic()
+
+    def add(self, tokens: int) -> None:
+        """A step of so many real tokens, of all hosts."""
+        self._tokens += tokens
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the next batch."""
+        began = time.monotonic()
+        yield
+        waited = time.monotonic() - began
+        self._wait_s += waited
+        self.total_input_wait_s += waited
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is no step; the devices must be done with those before."""
+        began = time.monotonic()
+        yield
+        self._mark += time.monotonic() - began
+
+    def close(self, step: int) -> dict[str, float]:
+        """Tokens a second, and seconds and seconds of waiting for data a step, up to this one; the next begins."""
+        seconds, steps = time.monotonic() - self._mark, step - self._first
+        row = {
+            "tokens_per_s": self._tokens / seconds,
+            "step_time_s": seconds / steps,
+            "input_wait_s": self._wait_s / steps,
+        }
+        self._begin(step)
+        return row

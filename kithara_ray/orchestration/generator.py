@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """One request to a group of workers; `platform` and `num_workers` as of `worker.RunSpec`."""
+    """One request to a group of workers; `platform` and `num_workers` as of `spec.RunSpec`."""
 
     weights: Weights
     request: Request

@@ -127,7 +127,7 @@ class RunManifest:
         self.content["base"] = _of_task(self._base)
         self.content["tokenizer"] = _of_task(self._tokenizer)
         self.content["data"] = {"train": _data(spec.train.store)} | (
-            {"eval": _data(spec.eval.store)} if spec.eval else {}
+            {"eval": _data(spec.eval.data.store)} if spec.eval else {}
         )
         axes, devices = mesh_axes(self._trainer) or {}, count_devices(self._trainer)
         if spec.plan is not None:

@@ -15,11 +15,11 @@ from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
-from kithara_ray.hf.export import Layout
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.orchestration.coordinator import start_coordinator
+from kithara_ray.orchestration.exports import ExportRequest
 from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.remote import check_address, remote_get
@@ -231,7 +231,8 @@ class KerasHubModel:
             max_shard_size: bytes, or text like "5GB", of a weight file; as in the base by default.
             check_finite: refuse a NaN or an infinity in a written weight, the base's own too.
             check_logits: of a small merged model in a local directory: refuse it unless it computes what the base with
-                the adapter does. Loads it on the head node in float32, some seconds and three times its parameters.
+                the adapter does. Computes both on the head node in float32, one after the other: some seconds, and
+                memory for the model.
             resume: go on from what a killed or failed export of the same left there: weight files that are proven are
                 kept. If this one fails, it leaves what there is.
 
@@ -242,33 +243,27 @@ class KerasHubModel:
             DestinationError: `output_dir` exists and is not empty, or cannot be written.
             ExportError: what was written did not prove itself; nothing is left behind.
         """
-        if self.lora is None and (only_save_adapters or save_adapters_separately):
-            raise ConfigError(
-                "only_save_adapters and save_adapters_separately are for lora_rank=: all weights of this model are "
-                "trained, there is no adapter; leave both out"
-            )
+        request = ExportRequest(
+            output_dir=str(output_dir),
+            dtype=dtype,
+            only_save_adapters=only_save_adapters,
+            save_adapters_separately=save_adapters_separately,
+            parallel_threads=parallel_threads,
+            max_shard_size=max_shard_size,
+            check_finite=check_finite,
+            check_logits=check_logits,
+            resume=resume,
+        )
+        request.check(self.lora)
         if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
-        if check_logits and self.lora is None:
-            raise ConfigError("check_logits compares a merged model; all weights of this one are trained, leave it out")
-        destination = absolute(str(output_dir))
-        options = {
-            "max_files": parallel_threads,
-            "dtype": dtype,
-            "max_shard_size": max_shard_size,
-            "check_finite": check_finite,
-            "resume": resume,
-            "run": self.run,
-        }
-        coordinator = self.coordinator()
+        coordinator, options = self.coordinator(), request.options | {"run": self.run}
         if self.lora is None:
-            export = coordinator.export_trained.remote(self.preset_handle, self.trained, destination, **options)
+            what = (self.preset_handle, self.trained, request.output_dir)
+            export = coordinator.export_trained.remote(*what, **options)
         else:
-            layout = Layout.SEPARATE if save_adapters_separately else Layout.MERGED
-            layout = Layout.ADAPTER if only_save_adapters else layout
-            export = coordinator.export.remote(
-                self.preset_handle, self.lora, self.adapter, destination, layout, check_logits=check_logits, **options
-            )
+            what = (self.preset_handle, self.lora, self.adapter, request.output_dir, request.layout)
+            export = coordinator.export.remote(*what, check_logits=check_logits, **options)
         written = remote_get(export)
         if self.run_directory is not None:
             try:

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from kithara_ray.errors import ConfigError, PlanError
+from kithara_ray.orchestration.remote import remote_get
 from kithara_ray.plan import Plan, Slice, plan
 from kithara_ray.plan.chips import slice_of_topology
 from kithara_ray.plan.search import largest_batch
@@ -48,9 +49,9 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
     Raises:
         ConfigError: it does not fit, and what to try; or `auto` where the slice is not known.
     """
-    if spec.lora is None or spec.quantize is not None:
+    if spec.model.lora is None or spec.model.quantize is not None:
         if auto:
-            what = "trains all weights" if spec.lora is None else "holds its base as int8"
+            what = "trains all weights" if spec.model.lora is None else "holds its base as int8"
             raise ConfigError(f'per_device_batch_size="auto": plans are of LoRA runs, this one {what}')
         return spec
     found = slice_of_run(scaling, spec.platform)
@@ -70,7 +71,7 @@ def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
         rows = best.settings["per_device_batch_size"]
         logger.info("per_device_batch_size=%d: %s", rows, best.verdict())
         return dataclasses.replace(with_rows(spec, rows), plan=dataclasses.asdict(best))
-    rows = spec.train.rows_per_device // spec.micro_batches
+    rows = spec.train.rows_per_device // spec.step.micro_batches
     return dataclasses.replace(spec, plan=dataclasses.asdict(check(base, where, seq_len, rows, settings)))
 
 
@@ -103,26 +104,28 @@ def arguments_of(spec: Any, slices: int = 1) -> tuple[str, int, dict[str, Any]]:
     """(base, T, settings of `plan`) of a run's spec; of one slice where it runs on several."""
     data = spec.train
     shape = data.store.shapes(spec.platform, data.packed_len, data.buckets)[-1]
-    mesh = spec.mesh or MeshShape()
+    mesh = spec.step.mesh or MeshShape()
     if slices > 1 and mesh.data % slices == 0:
         mesh = dataclasses.replace(mesh, data=mesh.data // slices)
     settings = {
-        "lora": spec.lora,
-        "optimizer": spec.optimizer,
+        "lora": spec.model.lora,
+        "optimizer": spec.step.optimizer,
         "mesh": mesh,
-        "remat": spec.remat,
-        "precision": spec.precision,
-        "gradient_accumulation_steps": spec.micro_batches,
+        "remat": spec.step.remat,
+        "precision": spec.model.precision,
+        "gradient_accumulation_steps": spec.step.micro_batches,
         "predictions": int(shape[1]),
     }
-    return spec.base, int(shape[0]), settings
+    return spec.model.base, int(shape[0]), settings
 
 
 def with_rows(spec: Any, rows: int) -> Any:
     """The spec with so many rows a device and micro-batch, in training and, where it has as many, in evaluation."""
-    train = dataclasses.replace(spec.train, rows_per_device=rows * spec.micro_batches)
-    evaluated = spec.eval and dataclasses.replace(spec.eval, rows_per_device=max(rows, spec.eval.rows_per_device))
-    return dataclasses.replace(spec, train=train, eval=evaluated)
+    train = dataclasses.replace(spec.train, rows_per_device=rows * spec.step.micro_batches)
+    if spec.eval is None:
+        return dataclasses.replace(spec, train=train)
+    held_out = dataclasses.replace(spec.eval.data, rows_per_device=max(rows, spec.eval.data.rows_per_device))
+    return dataclasses.replace(spec, train=train, eval=dataclasses.replace(spec.eval, data=held_out))
 
 
 def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Plan | None]:
@@ -136,7 +139,5 @@ def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str,
     def task(point: Mapping[str, Any]) -> Plan | None:
         lora = dataclasses.replace(settings["lora"], r=point["rank"])
         return largest_batch(base, point["slice"], point["seq_len"], **{**settings, "lora": lora})
-
-    from kithara_ray.orchestration.model import remote_get
 
     return [remote_get(reference) for reference in [task.remote(point) for point in points]]

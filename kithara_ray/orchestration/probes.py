@@ -9,11 +9,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kithara_ray.errors import ConfigError, DataError, DestinationError, KitharaRayError
+from kithara_ray.errors import DataError, DestinationError, KitharaRayError
 from kithara_ray.hf import storage
-from kithara_ray.hf.merge import check_dtype
 from kithara_ray.hf.publish import check_destination
 from kithara_ray.orchestration import sources
+from kithara_ray.orchestration.exports import ExportRequest
 from kithara_ray.orchestration.node import free_disk
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.remote import head_node_id
@@ -43,14 +43,10 @@ def probe_directory(path: str) -> None:
 class Probes:
     """Everything the run writes to, tried on the head node, where it will be written."""
 
-    def __init__(self, trainer: Any, exports: Sequence[Mapping[str, Any]]):
-        self._arguments = exports
-        self._exports = [absolute(str(export["output_dir"])) for export in exports]
-        self._whole = {
-            path for path, export in zip(self._exports, exports, strict=True) if not export.get("only_save_adapters")
-        }
+    def __init__(self, trainer: Any, exports: Sequence[ExportRequest]):
+        self._exports = exports
         # An export that goes on from a killed one finds something there.
-        places = {path: not export.get("resume") for path, export in zip(self._exports, exports, strict=True)}
+        places = {export.output_dir: not export.resume for export in exports}
         storage_path = absolute(str(trainer.run_config.storage_path))
         # Ray writes to other stores with a library of its own, which asks for other credentials than fsspec's.
         ours = not storage.is_url(storage_path) or storage_path.startswith("gs://")
@@ -78,13 +74,7 @@ class Probes:
         return self._found
 
     def check(self) -> str:
-        """All can be written, as what was asked for; no export stands inside another."""
-        for export in self._arguments:
-            check_dtype(export.get("dtype", "auto"))
-        for number, path in enumerate(self._exports):
-            for other in self._exports[:number]:
-                if path == other or path.startswith(f"{other}/") or other.startswith(f"{path}/"):
-                    raise ConfigError(f"exports to {other} and {path}: give each a directory of its own")
+        """All can be written."""
         errors = [error for error, _ in self._results().values() if error is not None]
         if errors:
             raise DestinationError("; ".join(map(str, errors)))
@@ -92,8 +82,9 @@ class Probes:
 
     def free(self) -> dict[str, int]:
         """Free bytes at each local directory that base or merged weights are exported to."""
-        results = self._results()
-        return {path: results[path][1] for path in self._whole if results[path][1] is not None}
+        whole = {export.output_dir for export in self._exports if not export.only_save_adapters}
+        found = {path: self._results()[path][1] for path in sorted(whole)}
+        return {path: free for path, free in found.items() if free is not None}
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kithara_ray.errors import ConfigError, TrainingError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.orchestration.checkpointer import Checkpointer
+from kithara_ray.orchestration.spec import RunSpec
 from kithara_ray.sharding.agree import agree
 from kithara_ray.train import checkpoint, saver
 from kithara_ray.train.checkpoint import Checkpoint
@@ -22,14 +24,6 @@ logger = logging.getLogger(__name__)
 
 # Kinds of events that are a run's history; the others tell of one attempt's start and end.
 HISTORY = ("step", "eval", "skipped")
-
-
-def optimizer_identity(kind: str, value: Any) -> str:
-    """What two runs' optimizers are compared by. An optax transformation is a closed function: its state must fit."""
-    if kind != "keras":
-        return kind
-    config = {**value, "config": {**value["config"], "name": None}}
-    return f"{value['class_name']} {hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 @dataclass
@@ -224,6 +218,27 @@ class Saving:
     def best(self) -> str | None:
         """Rank 0: where the best one is, by `score_attribute`."""
         return self.saver.best
+
+
+def identity_of(spec: RunSpec, base: BaseCheckpoint, order: Any) -> dict[str, Any]:
+    """What makes a run the same as another, by the names of `checkpointer.IDENTITY`."""
+    return {
+        "base": base.fingerprint(),
+        "precision": spec.model.precision,
+        "quantize": spec.model.quantize,
+        "lora": spec.model.lora and dataclasses.asdict(spec.model.lora),
+        "optimizer": optimizer_identity(*spec.step.optimizer),
+        "seed": spec.step.seed,
+        "data": sequence_identity(order, spec.train.store.content, spec.train.packed_len),
+    }
+
+
+def optimizer_identity(kind: str, value: Any) -> str:
+    """What two runs' optimizers are compared by. An optax transformation is a closed function: its state must fit."""
+    if kind != "keras":
+        return kind
+    config = {**value, "config": {**value["config"], "name": None}}
+    return f"{value['class_name']} {hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def sequence_identity(order: Any, content: str, packed_len: int | None) -> dict[str, Any]:

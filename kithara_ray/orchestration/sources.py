@@ -16,8 +16,9 @@ import ray
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft import files
+from kithara_ray.sft.blocks import TokenizedBlock
 from kithara_ray.sft.files import Piece
-from kithara_ray.sft.tokenize import RowTokenizer, TokenizedBlock
+from kithara_ray.sft.tokenize import RowTokenizer
 
 # Of what the driver holds, or of a block of Ray Data, in one task.
 _SLICE_ROWS = 2048
@@ -128,12 +129,6 @@ def is_ray_dataset(source: Any) -> bool:
     """Whoever holds one has loaded ray.data, which takes a second and is not for each process of a run."""
     loaded = sys.modules.get("ray.data")
     return loaded is not None and isinstance(source, loaded.Dataset)
-
-
-def check_exists(source: Any) -> None:
-    """Look for a source's files before anything is started. Raises DataError."""
-    if isinstance(source, (str, Path)) or files.as_sequence(source):
-        next(files.pieces(files.as_sequence(source) or source), None)
 
 
 def _of_files(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:

@@ -25,10 +25,10 @@ from kithara_ray.orchestration import sources
 from kithara_ray.orchestration.data import MixedDataset, _Dataset
 from kithara_ray.orchestration.prefetch import Prefetched
 from kithara_ray.orchestration.sources import COUNTS, tokenize_rows
+from kithara_ray.sft.blocks import TokenizedBlock, TokenizedRow
 from kithara_ray.sft.buckets import bucket_lengths
 from kithara_ray.sft.collate import collate
 from kithara_ray.sft.order import Order, Part
-from kithara_ray.sft.tokenize import TokenizedBlock, TokenizedRow
 
 logger = logging.getLogger(__name__)
 

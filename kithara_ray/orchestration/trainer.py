@@ -8,70 +8,39 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.callbacks import Callback, Profiler, TensorBoard
-from kithara_ray.errors import ConfigError, TrainingError, UnsupportedError
+from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
-from kithara_ray.model.runtime import without_tensorflow
 from kithara_ray.orchestration import calling, checks, planned
 from kithara_ray.orchestration import checkpointer as checkpointers
 from kithara_ray.orchestration.data import Dataloader
+from kithara_ray.orchestration.events import Event, one_history
 from kithara_ray.orchestration.group import WorkerGroup
 from kithara_ray.orchestration.manifest import RunManifest
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
+from kithara_ray.orchestration.optimizers import portable
 from kithara_ray.orchestration.paths import absolute
 from kithara_ray.orchestration.progress import Progress
 from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration.results import TrainResult, about, raise_for_end, result_of
 from kithara_ray.orchestration.samples import Samples
 from kithara_ray.orchestration.snapshots import Snapshots
+from kithara_ray.orchestration.spec import DataSpec, EvalSpec, ModelSpec, RunSpec, StepSpec
 from kithara_ray.orchestration.stream import tokenize
 from kithara_ray.orchestration.watchdog import Limits
-from kithara_ray.orchestration.worker import DataSpec, RunSpec, train_loop
+from kithara_ray.orchestration.worker import train_loop
 from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
 # A process tells each second that it is there; one that is frozen, or whose host is, tells nothing.
 _SILENCE_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run ended with.
-
-    Attributes:
-        metrics: the last logged step's, with the last evaluation's.
-        history: a dict a logged step: step, loss, learning_rate, grad_norm, tokens_per_s (real tokens, no padding),
-            step_time_s, input_wait_s (a step), epoch; on a TPU also mfu, hbm_bytes and hbm_limit_bytes of rank 0.
-        eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
-        phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
-        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, or `model/` the
-            trained weights as a Hugging Face model, in the dtype that they were trained in;
-            run.json says what the run was made of.
-        checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
-        stopped: why the run ended: "steps", "early_stopping", "callback" (one asked for it) or "interrupt".
-        skipped: the steps that were left out by on_nan="skip": step, rows.
-        exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
-        dropped: callbacks that the run went on without, and why.
-    """
-
-    metrics: dict[str, float]
-    history: list[dict[str, float]]
-    path: str
-    eval_history: list[dict[str, float]] = field(default_factory=list)
-    phases: dict[str, float] = field(default_factory=dict)
-    checkpoint: str | None = None
-    best_checkpoint: str | None = None
-    stopped: str = "steps"
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    exports: list[dict[str, Any]] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -155,67 +124,41 @@ class Trainer:
             raise ConfigError(f"Trainer takes one of steps and epochs, got steps={steps} and epochs={epochs}")
         if eval_steps_interval is not None and eval_epochs_interval is not None:
             raise ConfigError("Trainer takes one of eval_steps_interval and eval_epochs_interval")
-        counts = {
-            "steps": steps,
-            "epochs": epochs,
-            "log_steps_interval": log_steps_interval,
-            "eval_steps_interval": eval_steps_interval,
-            "eval_epochs_interval": eval_epochs_interval,
-            "max_eval_samples": max_eval_samples,
-            "gradient_accumulation_steps": gradient_accumulation_steps,
-            "export_every_steps": export_every_steps,
-            "report_max_length": report_max_length,
-        }
-        for name, value in counts.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
+        _check_counts(
+            steps=steps,
+            epochs=epochs,
+            log_steps_interval=log_steps_interval,
+            eval_steps_interval=eval_steps_interval,
+            eval_epochs_interval=eval_epochs_interval,
+            max_eval_samples=max_eval_samples,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            export_every_steps=export_every_steps,
+            report_max_length=report_max_length,
+        )
         _check_endless(train_dataloader, eval_dataloader, steps, max_eval_samples)
-        if steps is None and epochs is None:
-            epochs = 1
+        _check_one_of("remat", remat, REMAT)
+        _check_one_of("on_nan", on_nan, ("stop", "skip"))
+        self.model = model
+        self.optimizer = portable(optimizer)
+        self.train_dataloader, self.eval_dataloader = train_dataloader, eval_dataloader
+        self.steps, self.epochs = steps, 1 if steps is None and epochs is None else epochs
         if eval_dataloader is not None and eval_steps_interval is None and eval_epochs_interval is None:
             eval_epochs_interval = 1
-        if remat not in REMAT:
-            raise ConfigError(f"Trainer: remat must be one of {', '.join(REMAT)}, got {remat!r}")
-        self.model = model
-        self.optimizer = _portable(optimizer)
-        self.train_dataloader = train_dataloader
-        self.eval_dataloader = eval_dataloader
-        self.steps, self.epochs = steps, epochs
-        self.log_steps_interval = log_steps_interval
         self.eval_steps_interval, self.eval_epochs_interval = eval_steps_interval, eval_epochs_interval
-        self.max_eval_samples = max_eval_samples
+        self.log_steps_interval, self.max_eval_samples = log_steps_interval, max_eval_samples
+        self.mesh, self.remat, self.seed, self.on_nan = mesh, remat, seed, on_nan
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
         self.run_config = run_config or RunConfig()
-        self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
         self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
-        self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config)
-        if self.snapshots is not None and model.lora is None:
-            raise UnsupportedError(
-                "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
-                "checkpointer, or lora_rank="
-            )
-        if profiler is not None and not isinstance(profiler, Profiler):
-            raise ConfigError(
-                f"Trainer: profiler must be a kithara_ray.Profiler(directory, steps=(first, last)), "
-                f"got {type(profiler).__name__}"
-            )
-        self.profiler = profiler and Profiler(absolute(str(profiler.directory)), profiler.steps)
-        self.tensorboard_dir = tensorboard_dir and absolute(str(tensorboard_dir))
-        self.callbacks = calling.checked(callbacks)
-        if isinstance(report_prompts, str):
-            raise ConfigError(
-                f"Trainer: report_prompts must be a list of prompts, got the text {report_prompts[:40]!r}"
-            )
-        self.report_prompts, self.report_max_length = list(report_prompts), report_max_length
-        self.mesh = mesh
-        self.remat = remat
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.seed = seed
-        if on_nan not in ("stop", "skip"):
-            raise ConfigError(f"Trainer: on_nan must be 'stop' or 'skip', got {on_nan!r}")
-        self.on_nan = on_nan
+        self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
+        self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config, model)
         save_timeout_s = self.checkpointer.save_timeout_s if self.checkpointer else 0.0
         self.limits = Limits(step_timeout_s, startup_timeout_s, save_timeout_s, _SILENCE_TIMEOUT_S)
+        self.callbacks = calling.checked(callbacks)
+        self.tensorboard_dir = tensorboard_dir and absolute(str(tensorboard_dir))
+        self.profiler = _profiler(profiler)
+        self.report_prompts, self.report_max_length = _prompts(report_prompts), report_max_length
         self.progress = progress
         self.config: Mapping[str, Any] | None = None  # the YAML that this was made of
 
@@ -242,85 +185,107 @@ class Trainer:
         manifest = RunManifest(self)
         if self.snapshots is not None:
             remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
+        samples = Samples(self.model, self.report_prompts, self.report_max_length)
         with Progress(coordinator, enabled=self.progress) as progress:
-            progress.phase("check")
-            checks.raise_for(checks.check_run(self, exports, self.group.cluster_timeout_s))
-            samples = Samples(self.model, self.report_prompts, self.report_max_length)
-            if self.report_prompts:
-                progress.phase("sample")
-                samples.take("before")
-            progress.phase("tokenize")
-            spec = self._spec(coordinator, manifest.told()["settings"], called=time.time())
-            if self.scaling_config.use_tpu:
-                progress.phase("plan")
-            spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
-            progress.phase("schedule")
-            self.group.wait()
-            manifest.begin(coordinator, spec)
+            spec = self._prepared(coordinator, manifest, exports, samples, progress)
             try:
-                result = self.group.run(train_loop, {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
+                ended = self.group.run(train_loop, {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
             except BaseException as error:
                 manifest.end(coordinator, "failed", error=f"{type(error).__name__}: {error}")
                 manifest.write_report(coordinator, {"events": _events_so_far(coordinator), "samples": samples.rows})
                 raise
-        events = remote_get(coordinator.events.remote(0))
-        summary = result.return_value
-        saved = summary.get("checkpoint")
-        trained = _result(events, result.path, summary)
-        ended = {"path": trained.path, "metrics": trained.metrics, "phases": trained.phases, "stopped": trained.stopped}
-        problem = summary.get("callback_error")
-        told = manifest.end(
-            coordinator, "failed" if problem else "finished", result=ended, **({"error": problem} if problem else {})
-        )
-        self.model.run = told | _about(spec, one_history(events))
-        self.model.run_directory = manifest.directory
-        if self.model.lora is None:
-            self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
-            self._report(coordinator, manifest, events, samples)
-            _raise_left(summary, result.path)
-            return trained
-        tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
-        self.model.set_adapter(tensors)
-        path = os.path.join(result.path, "adapter")
-        if "://" not in path:
-            remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
-        self._report(coordinator, manifest, events, samples)
-        _raise_left(summary, path)
-        return trained
-
-    def _report(self, coordinator, manifest: RunManifest, events: list[dict[str, Any]], samples: Samples) -> None:
+        events, summary = remote_get(coordinator.events.remote(0)), ended.return_value
+        result = result_of(events, ended.path, summary)
+        told = self._described(coordinator, manifest, result, summary)
+        self.model.run, self.model.run_directory = told | about(spec, events), manifest.directory
+        where = self._take(coordinator, spec, summary, ended.path)
         samples.take("after")
         manifest.write_report(coordinator, {"events": one_history(events), "samples": samples.rows})
+        raise_for_end(summary, where)
+        return result
 
-    def _spec(self, coordinator, settings: Mapping[str, Any], called: float) -> RunSpec:
-        board = [TensorBoard(self.tensorboard_dir)] if self.tensorboard_dir else []
+    def _prepared(
+        self,
+        coordinator: ray.actor.ActorHandle,
+        manifest: RunManifest,
+        exports: Sequence[Mapping[str, Any]],
+        samples: Samples,
+        progress: Progress,
+    ) -> RunSpec:
+        """All that comes before the workers: checks, tokenised data, a plan; run.json is there, and so is room."""
+        progress.phase("check")
+        checks.raise_for(checks.check_run(self, exports, self.group.cluster_timeout_s))
+        if self.report_prompts:
+            progress.phase("sample")
+            samples.take("before")
+        progress.phase("tokenize")
+        spec = self._spec(coordinator, manifest.told()["settings"], called=time.time())
+        if self.scaling_config.use_tpu:
+            progress.phase("plan")
+        spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
+        progress.phase("schedule")
+        self.group.wait()
+        manifest.begin(coordinator, spec)
+        return spec
+
+    def _described(
+        self,
+        coordinator: ray.actor.ActorHandle,
+        manifest: RunManifest,
+        result: TrainResult,
+        summary: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """run.json of the run that has ended."""
+        problem = summary.get("callback_error")
+        more = {name: getattr(result, name) for name in ("path", "metrics", "phases", "stopped")}
+        failed = {"error": problem} if problem else {}
+        return manifest.end(coordinator, "failed" if problem else "finished", result=more, **failed)
+
+    def _take(
+        self, coordinator: ray.actor.ActorHandle, spec: RunSpec, summary: Mapping[str, Any], directory: str
+    ) -> str:
+        """What was trained, out of the coordinator's hands into the model's; where it is written."""
+        if self.model.lora is None:
+            self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
+            return directory
+        saved = summary.get("checkpoint")
+        tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
+        self.model.set_adapter(tensors)
+        path = os.path.join(directory, "adapter")
+        if "://" not in path:
+            remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
+        return path
+
+    def _spec(self, coordinator: ray.actor.ActorHandle, settings: Mapping[str, Any], called: float) -> RunSpec:
+        """Tokenises the data. called: when `train()` was, in seconds since the epoch."""
+        model, board = self.model, [TensorBoard(self.tensorboard_dir)] if self.tensorboard_dir else []
+        evaluation = None
+        train = self._data(self.train_dataloader, self.gradient_accumulation_steps)
+        if self.eval_dataloader is not None:
+            when = (self.eval_steps_interval, self.eval_epochs_interval, self.max_eval_samples)
+            evaluation = EvalSpec(self._data(self.eval_dataloader), *when)
         return RunSpec(
-            base=self.model.weights_handle,
-            lora=self.model.lora,
-            precision=self.model.precision,
-            quantize=self.model.quantize,
-            adapter=self.model.adapter,
-            optimizer=self.optimizer,
-            train=self._data(self.train_dataloader, self.gradient_accumulation_steps),
-            eval=self._data(self.eval_dataloader) if self.eval_dataloader else None,
+            model=ModelSpec(model.weights_handle, model.lora, model.precision, model.quantize, model.adapter),
+            train=train,
             steps=self.steps,
             epochs=self.epochs,
-            log_steps_interval=self.log_steps_interval,
-            eval_steps_interval=self.eval_steps_interval,
-            eval_epochs_interval=self.eval_epochs_interval,
-            max_eval_samples=self.max_eval_samples,
-            mesh=self.mesh,
-            remat=self.remat,
-            micro_batches=self.gradient_accumulation_steps,
-            seed=self.seed,
+            eval=evaluation,
+            step=StepSpec(
+                optimizer=self.optimizer,
+                mesh=self.mesh,
+                remat=self.remat,
+                micro_batches=self.gradient_accumulation_steps,
+                seed=self.seed,
+                on_nan=self.on_nan,
+            ),
             platform=self.group.platform,
             num_workers=self.group.num_workers,
             num_devices=checks.count_devices(self),
             directory=join(self.group.storage, self.run_config.name),
             checkpointer=self.checkpointer,
-            on_nan=self.on_nan,
-            limits=self.limits,
             snapshots=self.snapshots,
+            log_steps_interval=self.log_steps_interval,
+            limits=self.limits,
             callbacks=(calling.RayMetrics(), *board, *self.callbacks),
             profiler=self.profiler,
             settings=settings,
@@ -334,11 +299,11 @@ class Trainer:
         dataset = loader.dataset
         if dataset.is_endless and loader is self.eval_dataloader:
             dataset = dataset.head(self.max_eval_samples)
+        # "auto" begins with one row; see planned.fitted.
+        rows = 1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size
         return DataSpec(
             store=tokenize(dataset, self.model.vocabulary),
-            # "auto" begins with one row; see planned.fitted.
-            rows_per_device=(1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size)
-            * micro_batches,
+            rows_per_device=rows * micro_batches,
             packed_len=loader.dataset.max_seq_len if loader.packing else None,
             buckets=loader.length_buckets,
             shuffle=loader.shuffle,
@@ -347,38 +312,15 @@ class Trainer:
         )
 
 
-def _snapshots(every: int | None, directory: str | None, run_config: RunConfig) -> Snapshots | None:
-    if every is None:
-        if directory is not None:
-            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
-        return None
-    if directory is not None and directory.startswith("hf://"):
-        raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")
-    default = join(str(run_config.storage_path), run_config.name, "adapters")
-    return Snapshots(every, absolute(str(directory or default)))
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
 
 
-def _portable(optimizer: Any) -> tuple[str, Any]:
-    """An optimizer as it is carried to the workers."""
-    if hasattr(optimizer, "stateless_apply") and hasattr(optimizer, "get_config"):
-        import keras
-
-        with without_tensorflow():
-            serialized = keras.optimizers.serialize(optimizer)
-        if getattr(optimizer, "_exclude_from_weight_decay", None):
-            raise UnsupportedError(
-                "optimizer.exclude_from_weight_decay(var_list=...): the variables are made on the workers; give "
-                "var_names=[...], patterns of Hugging Face's tensor names such as 'norm' or 'embed_tokens'"
-            )
-        # The name of train.optimizer.NO_DECAY, which a driver does not import.
-        pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-        return "keras", serialized | ({"exclude_from_weight_decay": pattern.pattern} if pattern else {})
-    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
-        return "optax", optimizer
-    raise ConfigError(
-        f"optimizer must be a keras.optimizers.Optimizer or an optax.GradientTransformation, "
-        f"got {type(optimizer).__name__}"
-    )
+def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"Trainer: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int | None, rows: int | None) -> None:
@@ -388,88 +330,46 @@ def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int 
         raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
 
-def _raise_left(summary: dict[str, Any], path: str) -> None:
-    """What a run that was left in order was left for, if that is an error."""
-    saved = f"saved: {summary.get('checkpoint') or path}"
-    if summary["stopped"] == "interrupt":
-        raise KeyboardInterrupt(f"the run was interrupted; {saved}")
-    if summary.get("callback_error"):
-        raise TrainingError(f"{summary['callback_error']}; {saved}")
+def _snapshots(
+    every: int | None, directory: str | None, run_config: RunConfig, model: KerasHubModel
+) -> Snapshots | None:
+    if every is None:
+        if directory is not None:
+            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
+        return None
+    if directory is not None and directory.startswith("hf://"):
+        raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")
+    if model.lora is None:
+        raise UnsupportedError(
+            "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
+            "checkpointer, or lora_rank="
+        )
+    default = join(str(run_config.storage_path), run_config.name, "adapters")
+    return Snapshots(every, absolute(str(directory or default)))
 
 
-def one_history(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events of all attempts as one sequence: an attempt begins with what had been saved, and forgets the rest."""
-    kept: list[dict[str, Any]] = []
-    for event in events:
-        if event["kind"] == "begin":
-            kept = []
-        elif event["kind"] == "resumed":
-            kept = list(event["events"])
-        elif event["kind"] == "finished":
-            # Adapters that were written meanwhile are told by the coordinator alone.
-            kept = list(event["events"]) + [told for told in kept if told["kind"] == "export"]
-        else:
-            kept.append(event)
-    return kept
+def _profiler(given: Any) -> Profiler | None:
+    """With the place that the driver means."""
+    if given is None:
+        return None
+    if not isinstance(given, Profiler):
+        raise ConfigError(
+            f"Trainer: profiler must be a kithara_ray.Profiler(directory, steps=(first, last)), "
+            f"got {type(given).__name__}"
+        )
+    return Profiler(absolute(str(given.directory)), given.steps)
 
 
-def _events_so_far(coordinator: ray.actor.ActorHandle) -> list[dict[str, Any]]:
+def _prompts(given: Any) -> list[Any]:
+    if isinstance(given, str):
+        raise ConfigError(f"Trainer: report_prompts must be a list of prompts, got the text {given[:40]!r}")
+    return list(given)
+
+
+def _events_so_far(coordinator: ray.actor.ActorHandle) -> list[Event]:
     """Of a run that has failed."""
     try:
         return one_history(ray.get(coordinator.events.remote(0), timeout=30))
     except ray.exceptions.RayError as error:
         logger.warning("the history of the run is lost: %s", error)
         return []
-
-
-def _about(spec: RunSpec, events: list[dict[str, Any]]) -> dict[str, Any]:
-    """How a model was trained, as plain data: for run.json and the model card of its exports."""
-
-    def last(kind: str) -> dict[str, Any]:
-        rows = [event for event in events if event["kind"] == kind]
-        return {name: value for name, value in rows[-1].items() if name != "kind"} if rows else {}
-
-    kind, value = spec.optimizer
-    config = value["config"] if kind == "keras" else {}
-    plain = {name: item for name, item in config.items() if isinstance(item, (int, float, str)) and name != "name"}
-    about = {
-        "optimizer": value["class_name"] if kind == "keras" else kind,
-        "optimizer_settings": plain,
-        "rows_per_device_and_step": spec.train.rows_per_device,
-        "micro_batches": spec.micro_batches,
-        "workers": spec.num_workers,
-        "precision": spec.precision,
-        "seed": spec.seed,
-        "data_fingerprint": spec.train.store.content,
-        "rows": spec.train.store.num_rows,
-        "packed_to": spec.train.packed_len,
-        "last_step": {name: last("step")[name] for name in ("step", "epoch", "loss") if name in last("step")},
-        "evaluation": last("eval"),
-    }
-    return {name: value for name, value in about.items() if value not in (None, "", {})}
-
-
-def _result(events: list[dict[str, Any]], path: str, summary: dict[str, Any]) -> TrainResult:
-    events = one_history(events)
-
-    def rows(kind: str) -> list[dict[str, Any]]:
-        return [{k: v for k, v in event.items() if k != "kind"} for event in events if event["kind"] == kind]
-
-    history, evals, started = rows("step"), rows("eval"), rows("started")
-    phases = started[-1]["phases"] if started else {}
-    for event in rows("first_step"):
-        phases = phases | {"first_step": event["seconds"]}
-    metrics = (history[-1] if history else {}) | (evals[-1] if evals else {})
-    return TrainResult(
-        metrics,
-        history,
-        path,
-        evals,
-        phases,
-        checkpoint=summary.get("checkpoint"),
-        best_checkpoint=summary.get("best_checkpoint"),
-        stopped=summary.get("stopped") or "steps",
-        skipped=rows("skipped"),
-        exports=rows("export"),
-        dropped=[event["text"] for event in rows("dropped")],
-    )

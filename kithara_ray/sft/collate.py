@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kithara_ray.sft.tokenize import TokenizedRow
+from kithara_ray.sft.blocks import TokenizedRow
 
 
 def collate(

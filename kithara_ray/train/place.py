@@ -18,7 +18,7 @@ from typing import Any
 
 from kithara_ray.errors import DestinationError
 from kithara_ray.hf.publish import put_file
-from kithara_ray.hf.storage import cause_of, filesystem, is_url, join
+from kithara_ray.hf.storage import cause_of, filesystem, is_url, join, sync
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ class Place:
 
     def _move(self, local: Path, directory: Path, name: str) -> None:
         try:
-            _sync(local)
+            sync(local)
             directory.mkdir(parents=True, exist_ok=True)
             os.rename(local, directory / name)
-            _sync(directory)
-            _sync(directory.parent)
+            sync(directory)
+            sync(directory.parent)
         except OSError as error:
             raise DestinationError(f"{directory / name} cannot be written ({cause_of(error)})") from error
 
@@ -169,11 +169,3 @@ class Place:
                 logger.warning("%s: failed (%s); trying again in %.1f s", what, cause_of(cause), pause_s)
                 time.sleep(pause_s)
                 pause_s *= 2
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

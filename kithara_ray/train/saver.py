@@ -5,7 +5,6 @@ each other about it: each puts its part, rank 0 sees all parts appear, and puts 
 """
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -123,10 +122,6 @@ class Saver:
             self._thread.join()
             self._thread = None
         self.check()
-
-    @property
-    def is_busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     def _write(self, step, shards, shapes, document, events) -> None:
         directory = checkpoint.directory_name(step, self.attempt)
@@ -257,8 +252,3 @@ def restore(found: Checkpoint, state: Any, skip: Callable[[str], bool] = lambda 
         return jax.make_array_from_callback(shape, sharding, lambda index: found.read(name, index))
 
     return jax.tree_util.tree_map_with_path(placed, state)
-
-
-def state_bytes(state: Any) -> int:
-    """Of all arrays of a state, over all hosts."""
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in named_arrays(state).values())

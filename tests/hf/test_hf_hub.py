@@ -108,10 +108,11 @@ def test_check_destination_leaves_nothing(hub, server):
     assert server.run(action="check", url="hf://org/empty")["error"] is None
 
 
-def test_killed_and_failing_at_every_request(hub, server, job):
+def test_killed_and_failing_at_every_request(hub, server, job, record_property):
     """Before the commit nothing is to be seen; a failure deletes the repository that it has made, a kill leaves it."""
     count = len(server.run(url="hf://org/whole", **job)["mutations"])
     assert count >= 4
+    record_property("operations", 2 * count)
     for at in range(1, count + 1):
         hub.objects.clear()
         assert server.run(url=f"hf://org/killed{at}", mode="kill", at=at, **job)["status"] == KILLED

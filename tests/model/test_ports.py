@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from merging import merge
 from parity import LORA, adapter_of, assert_equal, logits, reference
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +13,6 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import merge
 from kithara_ray.model import ports, weights
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of

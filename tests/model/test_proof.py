@@ -36,7 +36,7 @@ def test_a_merged_export_is_proven_before_it_is_published(given, tmp_path):
     assert off < 1e-4 < 0.1 < effect
     adapted, plain = (logits(base.directory, given_adapter) for given_adapter in (tensors, None))
     assert effect == pytest.approx(np.linalg.norm(plain - adapted) / np.linalg.norm(adapted), rel=0.5)
-    with pytest.raises(ConfigError, match="logits are compared of a merged model in a local directory"):
+    with pytest.raises(ConfigError, match="is for a merged model in a local directory"):
         export_with_report(base, Adapter(lora, tensors), str(tmp_path / "again"), Layout.ADAPTER, **how)
 
 

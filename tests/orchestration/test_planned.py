@@ -26,7 +26,7 @@ def test_what_cannot_fit_is_refused_with_what_to_try(tmp_path, monkeypatch):
 
 
 def test_auto_needs_a_known_slice():
-    spec = SimpleNamespace(platform="cpu", lora=object(), quantize=None)
+    spec = SimpleNamespace(platform="cpu", model=SimpleNamespace(lora=object(), quantize=None))
     assert planned.slice_of_run(SCALING, "cpu") is None
     assert planned.fitted(spec, SCALING, auto=False) is spec
     with pytest.raises(ConfigError, match='per_device_batch_size="auto" is found for a known TPU slice'):

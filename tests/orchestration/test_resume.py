@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import tiny
+from loops import loop_with
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
@@ -47,55 +47,26 @@ def make_trainer(directory, out, workers=2, devices=2, failures=0, **kwargs):
 
 
 def killed_before(step, rank, once):
-    """The workers' own loop, of which one rank dies by SIGKILL before a step, the first time."""
+    """A loop of which one rank dies by SIGKILL before a step, the first time."""
 
-    def loop(config):
-        from kithara_ray.model import runtime
-        from kithara_ray.orchestration.worker import Run
+    def kill(run):
+        if run.number == step and run.rank == rank and not Path(once).exists():
+            Path(once).touch()
+            run.saving.saver.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        runtime.prepare()
-        run = Run(config["spec"], time.monotonic())
-        run.build()
-        compiled = run.step
-
-        def doomed(*arguments):
-            if run.number == step and run.rank == rank and not Path(once).exists():
-                Path(once).touch()
-                run.saving.saver.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return compiled(*arguments)
-
-        run.step = doomed
-        run.train()
-        return run.finish()
-
-    return loop
+    return loop_with(before_step=kill)
 
 
-def told_before(step, tell, once):
-    """The workers' own loop; before a step, the first time, `tell(run)` is done on every rank."""
+def told_after(step, tell, once):
+    """A loop in which after a step, the first time, `tell(run, metrics)` is done on every rank."""
 
-    def loop(config):
-        from kithara_ray.model import runtime
-        from kithara_ray.orchestration.worker import Run
+    def told(run, metrics):
+        if run.number == step and not Path(f"{once}-{run.rank}").exists():
+            Path(f"{once}-{run.rank}").touch()
+            return tell(run, metrics)
 
-        runtime.prepare()
-        run = Run(config["spec"], time.monotonic())
-        run.build()
-        compiled = getattr(run, "step", None)
-
-        def told(*arguments):
-            state, metrics = compiled(*arguments)
-            if run.number == step and not Path(f"{once}-{run.rank}").exists():
-                Path(f"{once}-{run.rank}").touch()
-                metrics = tell(run, metrics) or metrics
-            return state, metrics
-
-        run.step = told
-        run.train()
-        return run.finish()
-
-    return loop
+    return loop_with(after_step=told)
 
 
 def not_a_number(run, metrics):
@@ -172,7 +143,7 @@ def test_resumed_on_another_number_of_hosts(undisturbed, tiny_models, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_its_rows(tiny_models, cluster, tmp_path, monkeypatch):
     """Logged every 8 steps: it is seen before."""
-    loop = told_before(4, not_a_number, tmp_path / "told")
+    loop = told_after(4, not_a_number, tmp_path / "told")
     monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
     trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=2, log_steps_interval=8)
     with pytest.raises(TrainingError, match=r"step 4: .* holds rows [\d, ]+ of the dataset") as caught:

@@ -49,7 +49,7 @@ def test_figures(shown):
 
 
 def test_a_character_split_over_the_border(tokenizers):
-    from kithara_ray.sft.tokenize import TokenizedRow
+    from kithara_ray.sft.blocks import TokenizedRow
 
     tokenizer = tokenizers["chat"]
     ids = np.array(tokenizer("aü")["input_ids"], np.int32)

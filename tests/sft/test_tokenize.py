@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.sft.encode import encode, with_bos
 from kithara_ray.sft.formats import PromptAnswer, Text
-from kithara_ray.sft.tokenize import (
-    RowTokenizer,
-    encode,
-    encode_prompt,
-    tokenize_prompt_answer,
-    tokenize_text,
-)
+from kithara_ray.sft.tokenize import RowTokenizer
 from kithara_ray.sft.tokenizer import SpecialTokens
 
 LONG = 10_000
@@ -22,6 +17,26 @@ LONG = 10_000
 @pytest.fixture
 def special(tokenizer):
     return SpecialTokens.of(tokenizer)
+
+
+def tokenize_prompt_answer(prompt, answer, tokenizer, special, max_seq_len):
+    return _row({"prompt": prompt, "answer": answer}, PromptAnswer(), tokenizer, special, max_seq_len)
+
+
+def tokenize_text(text, tokenizer, special, max_seq_len):
+    return _row({"text": text}, Text(), tokenizer, special, max_seq_len)
+
+
+def _row(read, read_as, tokenizer, special, max_seq_len):
+    rows = RowTokenizer(tokenizer, read_as, max_seq_len)
+    rows._special = special
+    (row,) = rows.tokenize([read])
+    return row
+
+
+def encode_prompt(prompt, tokenizer, special):
+    """What inference gives the model."""
+    return with_bos(encode(prompt, tokenizer), special)
 
 
 def _decode(tokenizer, ids):
@@ -85,7 +100,8 @@ class _Contextual:
     ids = {"a": [1], "b": [2], "ab": [1, 3], "\n": [4], "\nb": [4, 2]}  # noqa: RUF012
 
     def __call__(self, text, **options):
-        return {"input_ids": list(self.ids[text])}
+        one = lambda text: list(self.ids[text])  # noqa: E731
+        return {"input_ids": one(text) if isinstance(text, str) else [one(each) for each in text]}
 
     def decode(self, ids, **options):
         return "".join({1: "a", 2: "b", 3: "b", 4: "\n"}[int(i)] for i in ids)

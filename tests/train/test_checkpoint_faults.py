@@ -89,13 +89,14 @@ def fresh(kind, tmp_path, number):
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
 @pytest.mark.parametrize("dies", [True, False], ids=["killed", "disk full"])
-def test_failure_at_every_operation(kind, dies, tmp_path, monkeypatch):
+def test_failure_at_every_operation(kind, dies, tmp_path, monkeypatch, record_property):
     monkeypatch.setattr(place, "_ATTEMPTS", 1)
     where = fresh(kind, tmp_path, "count")
     with monkeypatch.context() as patch:
         counter = Faults(patch)
         save(where, 30, "0000000a")
     operations = counter.count
+    record_property("operations", operations)
     assert operations > (12 if kind == "local" else 5)
     committed = 0
     for number in range(1, operations + 1):

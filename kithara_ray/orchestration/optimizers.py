@@ -1,0 +1,34 @@
+"""A user's optimizer as it is carried to the workers, which make it anew: see `kithara_ray.train.optimizer`."""
+
+from typing import Any
+
+from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.model.runtime import without_tensorflow
+
+
+def portable(optimizer: Any) -> tuple[str, Any]:
+    """("keras", serialised configuration) or ("optax", the transformation itself).
+
+    Raises:
+        ConfigError: it is neither a Keras optimizer nor an optax transformation.
+        UnsupportedError: it names variables, which are not there yet.
+    """
+    if hasattr(optimizer, "stateless_apply") and hasattr(optimizer, "get_config"):
+        import keras
+
+        with without_tensorflow():
+            serialized = keras.optimizers.serialize(optimizer)
+        if getattr(optimizer, "_exclude_from_weight_decay", None):
+            raise UnsupportedError(
+                "optimizer.exclude_from_weight_decay(var_list=...): the variables are made on the workers; give "
+                "var_names=[...], patterns of Hugging Face's tensor names such as 'norm' or 'embed_tokens'"
+            )
+        # The name of train.optimizer.NO_DECAY, which a driver does not import.
+        pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+        return "keras", serialized | ({"exclude_from_weight_decay": pattern.pattern} if pattern else {})
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return "optax", optimizer
+    raise ConfigError(
+        f"optimizer must be a keras.optimizers.Optimizer or an optax.GradientTransformation, "
+        f"got {type(optimizer).__name__}"
+    )

@@ -1,0 +1,69 @@
+"""Tokenised rows, and blocks of them laid end to end.
+
+T is a row's length in tokens, N the number of rows of a block. `loss_mask[t] == 1` if and only if token t is to be
+predicted, which is done from position t-1; so `loss_mask[0]` is always 0.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedRow:
+    token_ids: np.ndarray  # int32 (T,)
+    loss_mask: np.ndarray  # uint8 (T,)
+    truncated: bool = False  # tokens beyond max_seq_len, up to the last to be learned, were cut off
+    unlearned: int = 0  # messages of the assistant that the chat template shows otherwise than it asks for them
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.loss_mask.any())
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedBlock:
+    """N rows laid end to end, in source order, and what became of the others."""
+
+    row_ids: np.ndarray  # int64 (N,), the row's place in the source
+    lengths: np.ndarray  # int32 (N,)
+    token_ids: np.ndarray  # int32 (sum of lengths,)
+    loss_mask: np.ndarray  # uint8 (sum of lengths,)
+    dropped_untrained: int = 0  # rows of which truncation left no trained token
+    skipped_bad: int = 0  # bad rows, under on_bad_row="skip"
+    truncated: int = 0  # rows kept, but cut at max_seq_len
+    unlearned_messages: int = 0  # in rows kept
+    samples: tuple[str, ...] = ()  # messages about the first of the rows dropped or skipped
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (self.row_ids, self.lengths, self.token_ids, self.loss_mask))
+
+    def trained(self) -> np.ndarray:
+        """Tokens to be learned of each row, int32 (N,)."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        before = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
+        return (before[ends] - before[ends - self.lengths]).astype(np.int32)
+
+    def content(self) -> int:
+        """128 bits of the rows' tokens, masks and places in the source; of several blocks, the sum modulo 2**128.
+
+        So it is the same however the source is cut into blocks.
+        """
+        total = 0
+        for row_id, row in zip(self.row_ids.tolist(), self.rows(), strict=True):
+            digest = hashlib.sha256(row_id.to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(row.token_ids))
+            digest.update(np.ascontiguousarray(row.loss_mask))
+            total += int.from_bytes(digest.digest()[:16], "little")
+        return total % (1 << 128)
+
+    def rows(self) -> Iterator[TokenizedRow]:
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        for start, end in zip(ends - self.lengths, ends, strict=True):
+            yield TokenizedRow(self.token_ids[start:end], self.loss_mask[start:end])
