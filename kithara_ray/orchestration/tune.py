@@ -127,7 +127,8 @@ def search(
         grace_steps, reduction_factor: of "asha": after how many steps it first looks, and which part goes on, 1 of so
             many.
         searcher: "random", "optuna" where it is installed, or one of Ray's.
-        max_concurrent_trials: at most so many at once; in any case no more than the cluster has free workers for.
+        max_concurrent_trials: at most so many at once; in any case no more than the cluster has free workers for. A
+            search that goes on begins with all trials that are to go on.
         max_failures: how often a trial whose processes died or failed is tried again. It goes on from its checkpoint.
         seed: of the points.
         progress: show a line a report.
