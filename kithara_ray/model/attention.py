@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from kithara_ray.errors import UnsupportedError
@@ -33,6 +34,8 @@ _MIN_TILE = 128
 # XLA's blocks of queries: so short at least that the products stay efficient, so many at most that compiling does.
 _MIN_QUERIES = 64
 _MAX_BLOCKS = 8
+# Name of what `remat="dots"` keeps in the place of the projections: rotated queries and keys, and values.
+INPUTS = "attention inputs"
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 # While a block is traced in parts: where what its attention gives is put down, or what it gives.
@@ -69,15 +72,16 @@ def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks
     kv = k_BTKH.shape[2]
     q_BKGTH = jnp.transpose(q_BTNH.reshape(b, t, kv, n // kv, h), (0, 2, 3, 1, 4))
     k_BKTH, v_BKTH = (jnp.swapaxes(array, 1, 2) for array in (k_BTKH, v_BTKH))
+    blocks = _query_blocks(t, settings.window)
+    # Not by slices: the gradient of those is a sum of padded arrays, that of a split their concatenation.
+    parts = jax.lax.split(q_BKGTH, [stop - start for start, stop, _ in blocks], axis=3)
     outs = []
-    for start, stop, first in _query_blocks(t, settings.window):
+    for q_BKGQH, (start, stop, first) in zip(parts, blocks, strict=True):
         queries, keys = slice(start, stop), slice(first, stop)
         distance = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
         seen = distance >= 0 if settings.window is None else (distance >= 0) & (distance < settings.window)
         seen_BQS = seen & (segments_BT[:, queries, None] == segments_BT[:, None, keys])
-        logits = jnp.einsum(
-            "bkgqh,bksh->bkgqs", q_BKGTH[:, :, :, queries], k_BKTH[:, :, keys], preferred_element_type=jnp.float32
-        )
+        logits = jnp.einsum("bkgqh,bksh->bkgqs", q_BKGQH, k_BKTH[:, :, keys], preferred_element_type=jnp.float32)
         weights = _softmax(logits * settings.scale, seen_BQS, settings.soft_cap, sinks_N)
         outs.append(jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(v_BKTH.dtype), v_BKTH[:, :, keys]))
     return jnp.transpose(jnp.concatenate(outs, axis=3), (0, 3, 1, 2, 4)).reshape(b, t, n, h)
@@ -286,6 +290,7 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
             return output
         sinks = getattr(layer, "sinks", None)
         sinks = None if sinks is None else keras.ops.convert_to_tensor(sinks)
+        query, key, value = (checkpoint_name(array, INPUTS) for array in (query, key, value))
         output = attend(query, key, value, attention_mask[..., 0], settings, sinks)
         if (record := _RECORD.get()) is not None:
             record.append(output)
