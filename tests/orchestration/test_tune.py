@@ -1,5 +1,6 @@
 """Searches on a local cluster: the right trial wins, whatever dies on the way, and nothing is left behind."""
 
+import contextlib
 import json
 import os
 import re
@@ -274,7 +275,8 @@ def test_a_search_as_a_job_that_is_stopped_goes_on(cluster, tiny_models, tmp_pat
     os.kill(frozen, signal.SIGSTOP)
     wait_until(lambda: sorted(search.states().values()) == ["ERROR", "RUNNING", "TERMINATED"], 100)
     assert main(["submit", "--address", address, "--stop", name]) == 0
-    os.kill(frozen, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(frozen, signal.SIGCONT)
     by_state = {state: trial for trial, state in search.states().items()}
     assert by_state.keys() == {"ERROR", "RUNNING", "TERMINATED"}
     finished = by_state["TERMINATED"]
