@@ -12,9 +12,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray's workers are nice, and would wait for the suite's other process.
 os.environ["RAY_worker_niceness"] = "0"
-# Ray Train looks at its workers, and Ray Tune writes its state, every few seconds: as long as the runs of tests take.
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
-os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
 
 import pytest
 from tiny import SIZES, write_model
