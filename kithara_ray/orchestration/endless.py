@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import _Dataset
 from kithara_ray.orchestration.prefetch import Prefetched
-from kithara_ray.orchestration.sources import Work
-from kithara_ray.orchestration.stream import COUNTS, describe, place, rounded, tokenize_rows
+from kithara_ray.orchestration.sources import COUNTS, Work, tokenize_rows
+from kithara_ray.orchestration.stream import describe, place, rounded
 from kithara_ray.sft.blocks import TokenizedRow
 from kithara_ray.sft.collate import collate
 from kithara_ray.sft.packing import packs

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.train import Result
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.jax import JaxTrainer
 
@@ -25,6 +26,10 @@ class InterruptibleTrainer(JaxTrainer):
 
     coordinator: ray.actor.ActorHandle | None
     interrupts = 0
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without the actor by which Ray Train's workers share datasets: here each reads its rows by itself."""
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
         """Ray's own handler aborts at the first signal and loses what was trained."""

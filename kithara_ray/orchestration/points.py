@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -133,6 +134,11 @@ class Points(_Here, BasicVariantGenerator):
 class Limited(_Here, ConcurrencyLimiter):
     """A searcher's points."""
 
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        # To the searcher a trial that had failed is over, and it would warn of all that its next try reports.
+        if not self._limit_concurrency or trial_id in self.live_trials:
+            super().on_trial_result(trial_id, result)
+
 
 def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
     """Ray's search algorithm, with at most `at_once` trials under way."""
@@ -153,7 +159,8 @@ def check_scheduler(scheduler: str | TrialScheduler | None, reduction_factor: fl
     if isinstance(scheduler, str) and scheduler not in ("asha", *_PAUSING):
         raise ConfigError(f'search: scheduler must be "asha", None or one of Ray Tune\'s, got {scheduler!r}')
     stops = scheduler is None or scheduler == "asha" or type(scheduler) is FIFOScheduler
-    if not stops and not isinstance(scheduler, _STOPPING):
+    stops |= isinstance(scheduler, _STOPPING) and getattr(scheduler, "_hard_stop", True)
+    if not stops:
         name = repr(scheduler) if isinstance(scheduler, str) else type(scheduler).__name__
         raise UnsupportedError(f"search: scheduler={name}: {_NO_PAUSES}")
     if not reduction_factor > 1:
@@ -162,9 +169,26 @@ def check_scheduler(scheduler: str | TrialScheduler | None, reduction_factor: fl
 
 def scheduler_of(scheduler: str | TrialScheduler | None, grace_steps: int, reduction_factor: float) -> Any:
     """Ray's scheduler."""
+    if isinstance(scheduler, MedianStoppingRule):
+        # While it knows too few trials it would pause one as soon as another waits, and start its run again later.
+        scheduler._min_time_slice = math.inf
     if scheduler != "asha":
         return scheduler
     # A trial ends by itself at its last step; the rungs beyond are never reached.
     return ASHAScheduler(
         time_attr="step", max_t=_STEPS_WITHOUT_END, grace_period=grace_steps, reduction_factor=reduction_factor
     )
+
+
+def seen_by(scheduler: Any) -> list[list[dict[str, float]]] | None:
+    """What ASHA has seen: trial -> metric, by bracket and rung. Ray Tune does not keep it. None of other schedulers."""
+    if not isinstance(scheduler, ASHAScheduler):
+        return None
+    return [[dict(recorded) for _, recorded in bracket._rungs] for bracket in scheduler._brackets]
+
+
+def show_again(scheduler: Any, seen: Sequence[Sequence[Mapping[str, float]]]) -> None:
+    """Let ASHA know what one with the same settings had seen."""
+    for bracket, rungs in zip(scheduler._brackets, seen, strict=True):
+        for (_, recorded), known in zip(bracket._rungs, rungs, strict=True):
+            recorded.update(known)

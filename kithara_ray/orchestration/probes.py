@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.errors import DataError, DestinationError, KitharaRayError
@@ -154,7 +153,7 @@ def first_rows(dataset: Any) -> list[tuple[str, Any]]:
     """
     if dataset.is_endless:
         return []
-    if isinstance(dataset.source, ray.data.Dataset):
+    if sources.is_ray_dataset(dataset.source):
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         dataset.source.context.enable_progress_bars = False
         found = _numbered(dataset.source.take(_FIRST_ROWS))

@@ -5,6 +5,7 @@ block by block.
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import ray.data
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft import files
@@ -23,6 +23,12 @@ from kithara_ray.sft.tokenize import RowTokenizer
 # Of what the driver holds, or of a block of Ray Data, in one task.
 _SLICE_ROWS = 2048
 _SLICE_BYTES = 2 * files.PIECE_BYTES
+COUNTS = {
+    "dropped_untrained": "were dropped because truncation left nothing to train",
+    "skipped_bad": "were skipped as bad",
+    "truncated": "were truncated",
+    "unlearned_messages": "messages of the assistant were not learned, as the chat template shows them otherwise later",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,15 @@ class Work:
         return tokenize(rows(), piece.first_id, where)
 
 
+@ray.remote(num_returns=2, num_cpus=1)
+def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
+    """Some rows of the source, tokenised; and what the driver must know of them."""
+    tokenized = work.tokenize(tokenize, block, start, stop)
+    counts = {name: getattr(tokenized, name) for name in COUNTS}
+    summary = tokenized.lengths, tokenized.trained(), counts, list(tokenized.samples), tokenized.content()
+    return tokenized, summary
+
+
 def work(source: Any, name: str = "") -> Iterator[tuple[Work, tuple]]:
     """The source's rows, a task's at a time: the work, and the block and rows of it where Ray Data holds them.
 
@@ -88,7 +103,7 @@ def work(source: Any, name: str = "") -> Iterator[tuple[Work, tuple]]:
     """
     if isinstance(source, (str, Path)) or files.as_sequence(source):
         yield from _of_files(source, name)
-    elif isinstance(source, ray.data.Dataset):
+    elif is_ray_dataset(source):
         yield from _of_ray(source, name)
     elif isinstance(source, list):
         if not source:
@@ -108,6 +123,12 @@ def work(source: Any, name: str = "") -> Iterator[tuple[Work, tuple]]:
             f"a dataset cannot be made of {type(source).__name__}; give a path, URL or list of these, a list of dicts, "
             "a Ray Dataset, a Hugging Face dataset, a pandas DataFrame or an Arrow table"
         )
+
+
+def is_ray_dataset(source: Any) -> bool:
+    """Whoever holds one has loaded ray.data, which takes a second and is not for each process of a run."""
+    loaded = sys.modules.get("ray.data")
+    return loaded is not None and isinstance(source, loaded.Dataset)
 
 
 def _of_files(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:
@@ -132,7 +153,7 @@ def _slices(count: int, cut, name: str) -> Iterator[tuple[Work, tuple]]:
         yield Work(name, None, cut(start, min(start + _SLICE_ROWS, count)), start), ()
 
 
-def _of_ray(dataset: ray.data.Dataset, name: str) -> Iterator[tuple[Work, tuple]]:
+def _of_ray(dataset: Any, name: str) -> Iterator[tuple[Work, tuple]]:
     """Blocks as Ray Data makes them, in order, each in parts."""
     # The default lets blocks come as they are ready; then the same data has another order every time.
     dataset.context.execution_options.preserve_order = True

@@ -24,12 +24,11 @@ from kithara_ray.errors import DataError
 from kithara_ray.orchestration import sources
 from kithara_ray.orchestration.data import MixedDataset, _Dataset
 from kithara_ray.orchestration.prefetch import Prefetched
-from kithara_ray.orchestration.sources import Work
+from kithara_ray.orchestration.sources import COUNTS, tokenize_rows
 from kithara_ray.sft.blocks import TokenizedBlock, TokenizedRow
 from kithara_ray.sft.buckets import bucket_lengths
 from kithara_ray.sft.collate import collate
 from kithara_ray.sft.order import Order, Part
-from kithara_ray.sft.tokenize import RowTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +42,6 @@ _CPU_LENGTH_MULTIPLE = 8
 _PREDICTIONS_MARGIN = 1.5
 # Of blocks that a process keeps mapped, at most.
 _KEPT_BYTES = 2**28
-COUNTS = {
-    "dropped_untrained": "were dropped because truncation left nothing to train",
-    "skipped_bad": "were skipped as bad",
-    "truncated": "were truncated",
-    "unlearned_messages": "messages of the assistant were not learned, as the chat template shows them otherwise later",
-}
 
 
 @dataclass(frozen=True)
@@ -125,15 +118,6 @@ def _multiple(platform: str) -> int:
 
 def rounded(count: int, platform: str) -> int:
     return -(-count // _multiple(platform)) * _multiple(platform)
-
-
-@ray.remote(num_returns=2, num_cpus=1)
-def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
-    """Some rows of the source, tokenised; and what the driver must know of them."""
-    tokenized = work.tokenize(tokenize, block, start, stop)
-    counts = {name: getattr(tokenized, name) for name in COUNTS}
-    summary = tokenized.lengths, tokenized.trained(), counts, list(tokenized.samples), tokenized.content()
-    return tokenized, summary
 
 
 def tokenize(dataset: _Dataset | MixedDataset, vocabulary: int | None = None) -> TokenStore:

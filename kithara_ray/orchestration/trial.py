@@ -30,6 +30,7 @@ RUN = "run"  # the run's directory in the trial's
 FINISHED, REFUSED = "finished", "refused"  # keys of a trial's last report, with path and reason
 _POLL_S = 1.0
 _SLIVER = 0.001
+_SHOWN = 200  # characters of what Ray says of a process that died
 _TURN_S = 30 * 24 * 3600.0  # for its turn a trial waits; that the cluster can hold one at all is known before the first
 # The driver computes nothing, and must not take an accelerator from the workers of its host.
 _DRIVER_ENV = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -166,6 +167,9 @@ def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
         driver = ray.remote(TrialDriver).options(**options).remote(settings)
         try:
             last = _watched(driver, point, directory, settings.metric)
+        except ray.exceptions.RayActorError as error:
+            # Tune would take it for the death of this process, and not write down that the trial has failed.
+            raise TrainingError(f"a process of the trial died: {' '.join(str(error).split())[:_SHOWN]}") from None
         except KitharaRayError as error:
             if isinstance(error, (ClusterError, TrainingError)) and not isinstance(error, DivergedError):
                 raise

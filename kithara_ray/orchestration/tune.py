@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from kithara_ray.errors import ConfigError, TrainingError
-from kithara_ray.hf.storage import join
+from kithara_ray.hf.storage import is_url, join
 from kithara_ray.orchestration import orphans, points, preflight
 from kithara_ray.orchestration.launch import sigint_kept
 from kithara_ray.orchestration.model import KerasHubModel, start_ray
@@ -37,6 +37,7 @@ from kithara_ray.orchestration.trial import (
     trial_directory,
     workers_of,
 )
+from kithara_ray.orchestration.whole_files import whole_files
 from kithara_ray.redact import redact
 from kithara_ray.train.place import Place
 from kithara_ray.train.run_files import read_trained
@@ -126,7 +127,8 @@ def search(
         grace_steps, reduction_factor: of "asha": after how many steps it first looks, and which part goes on, 1 of so
             many.
         searcher: "random", "optuna" where it is installed, or one of Ray's.
-        max_concurrent_trials: at most so many at once; in any case no more than the cluster has free workers for.
+        max_concurrent_trials: at most so many at once; in any case no more than the cluster has free workers for. A
+            search that goes on begins with all trials that are to go on.
         max_failures: how often a trial whose processes died or failed is tried again. It goes on from its checkpoint.
         seed: of the points.
         progress: show a line a report.
@@ -161,14 +163,18 @@ def search(
     goes_on = _begin(settings.directory, about, getattr(trainer_factory, "config", None))
     at_once = min(_room(trainer), max_concurrent_trials or math.inf)
     logger.info("searching in %s: trials_at_once=%d", settings.directory, at_once)
-    arguments = {"name": name, "storage_path": storage, "storage_filesystem": trainer.run_config.storage_filesystem}
+    files = trainer.run_config.storage_filesystem
+    if files is None and not is_url(storage):
+        files = whole_files()
+    arguments = {"name": name, "storage_path": storage, "storage_filesystem": files}
     arguments |= {"config": domains, "num_samples": num_samples, "metric": metric, "mode": mode}
+    stops = points.scheduler_of(scheduler, grace_steps, reduction_factor)
     analysis = _run(
         trainable(settings),
         points.points(searcher, at_once, seed),
-        _Shown(metric, Console(stderr=True, quiet=not progress, highlight=False)),
+        _Shown(metric, stops, goes_on, Console(stderr=True, quiet=not progress, highlight=False)),
         goes_on,
-        scheduler=points.scheduler_of(scheduler, grace_steps, reduction_factor),
+        scheduler=stops,
         max_failures=max_failures,
         **arguments,
     )
@@ -243,9 +249,18 @@ def _begin(directory: str, about: dict[str, Any], config: Mapping[str, Any] | No
                     f"{directory} holds a search with another {name}: it was {found.get(name)!r} and is {value!r}; "
                     "give another run_config name, or the same arguments to go on"
                 )
-        return any(name.startswith("experiment_state-") for name in files)
+        states = [name for name in files if name.startswith("experiment_state-") and name.endswith(".json")]
+        return bool(states) and _has_trials(place.fs.cat_file(place.path(max(states))))
     place.put_bytes(json.dumps(about, indent=2).encode(), "", SEARCH)
     return False
+
+
+def _has_trials(state: bytes) -> bool:
+    """Of what Ray Tune has kept; what cannot be read is told of when Ray has tried."""
+    try:
+        return bool(json.loads(state)["trial_data"])
+    except (ValueError, KeyError, TypeError):
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -275,12 +290,34 @@ def _pickled(make: Callable[[dict[str, Any]], Any]) -> bytes:
 
 
 class _Shown(ray.tune.Callback):
-    """A line a report; what dead trials held is freed; and how many trials were left when the search ended."""
+    """A line a report; what dead trials held is freed; and how many trials were left when the search ended.
 
-    def __init__(self, metric: str, console: Console):
-        self._metric, self._console = metric, console
+    Its state, which Tune keeps with the search's, is what the scheduler has seen.
+
+    Args:
+        goes_on: there must be trials from the beginning.
+    """
+
+    def __init__(self, metric: str, scheduler: Any, goes_on: bool, console: Console):
+        self._metric, self._scheduler, self._goes_on, self._console = metric, scheduler, goes_on, console
         self._looked = 0.0
         self.unfinished = 0
+
+    def get_state(self) -> dict[str, Any] | None:
+        seen = points.seen_by(self._scheduler)
+        return None if seen is None else {"seen": seen}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        points.show_again(self._scheduler, state["seen"])
+
+    def on_step_begin(self, iteration, trials, **info) -> None:
+        if self._goes_on and not trials:
+            # Ray Tune says why, and would begin anew beside what the trials have left.
+            raise ConfigError(
+                "search: the state that Ray Tune had written cannot be read, so the search cannot go on; give another "
+                "run_config name. Adapters of trials that finished are in their directories"
+            )
+        self._goes_on = False
 
     def on_step_end(self, iteration, trials, **info) -> None:
         self.unfinished = sum(not trial.is_finished() for trial in trials)

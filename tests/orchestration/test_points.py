@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -13,13 +14,24 @@ import pytest
 import ray.tune
 import yaml
 from ray.train import RunConfig, ScalingConfig
-from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, MedianStoppingRule, PopulationBasedTraining
+from ray.tune.callback import CallbackList
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+from rich.console import Console
 
 from kithara_ray import Profiler, config, tune
 from kithara_ray.errors import ConfigError, TrainingError, UnsupportedError
 from kithara_ray.orchestration import points, trial
 from kithara_ray.orchestration import tune as searching
 from kithara_ray.orchestration.tune import TrialResult
+from kithara_ray.orchestration.whole_files import whole_files
 
 
 def test_a_space_as_data_is_the_space_in_rays_own_terms():
@@ -84,7 +96,14 @@ def test_arguments_that_are_wrong(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "scheduler", ["pbt", "hyperband", PopulationBasedTraining(hyperparam_mutations={"x": [1]}), HyperBandScheduler()]
+    "scheduler",
+    [
+        "pbt",
+        "hyperband",
+        PopulationBasedTraining(hyperparam_mutations={"x": [1]}),
+        HyperBandScheduler(),
+        MedianStoppingRule(hard_stop=False),
+    ],
 )
 def test_schedulers_that_change_or_pause_trials_are_refused_by_name(scheduler):
     name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
@@ -97,6 +116,92 @@ def test_schedulers_that_stop_trials_are_taken():
         points.check_scheduler(scheduler, 4)
     asha = points.scheduler_of("asha", 12, 3)
     assert (asha._time_attr, asha._brackets[0]._rungs[-1][0], asha._brackets[0].rf) == ("step", 12, 3)
+
+
+class Tried:
+    """What a scheduler looks at of a trial."""
+
+    def __init__(self, trial_id, status=Trial.RUNNING):
+        self.trial_id, self.status = trial_id, status
+
+
+def test_asha_goes_on_with_what_it_had_seen_when_the_search_was_ended(tmp_path):
+    good, bad = Tried("good"), Tried("bad")
+
+    def search():
+        asha = points.scheduler_of("asha", 2, 4)
+        asha.set_search_properties("loss", "min")
+        for each in (good, bad):
+            asha.on_trial_add(None, each)
+        return asha, CallbackList([searching._Shown("loss", asha, False, Console(quiet=True))])
+
+    (first, kept), (fresh, _), (again, restored) = search(), search(), search()
+    assert first.on_trial_result(None, good, {"step": 2, "loss": 1.0}) == TrialScheduler.CONTINUE
+    kept.save_to_dir(str(tmp_path))
+    restored.restore_from_dir(str(tmp_path))
+    seen = {"step": 2, "loss": 2.0}
+    assert [asha.on_trial_result(None, bad, seen) for asha in (fresh, again)] == ["CONTINUE", "STOP"]
+    # Of a trial that goes on it has decided.
+    assert again.on_trial_result(None, good, {"step": 2, "loss": 3.0}) == TrialScheduler.CONTINUE
+
+
+def test_the_median_rule_pauses_no_trial_for_one_that_waits():
+    controller = MagicMock()
+    controller.get_live_trials.return_value = [Tried("waits", Trial.PENDING)]
+    actions = []
+    for rule in (MedianStoppingRule(grace_period=1), points.scheduler_of(MedianStoppingRule(grace_period=1), 1, 4)):
+        rule.set_search_properties("loss", "min")
+        actions.append(rule.on_trial_result(controller, Tried("runs"), {"time_total_s": 2, "loss": 1.0}))
+    assert actions == ["PAUSE", "CONTINUE"]
+
+
+class Told(Searcher):
+    """A searcher that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__("loss", "min")
+        self.results = []
+
+    def suggest(self, trial_id):
+        return {"x": 1}
+
+    def on_trial_result(self, trial_id, result):
+        self.results.append((trial_id, result["loss"]))
+
+    def on_trial_complete(self, trial_id, result=None, error=False):
+        self.results.append((trial_id, "failed" if error else "complete"))
+
+
+def test_a_searcher_is_not_told_of_a_trial_that_is_tried_again_after_it_failed():
+    chosen = points.points(told := Told(), at_once=2, seed=0).searcher
+    chosen.suggest("a")
+    chosen.on_trial_result("a", {"loss": 3.0})
+    chosen.on_trial_complete("a", error=True)
+    chosen.on_trial_result("a", {"loss": 2.0})
+    chosen.on_trial_complete("a", {"loss": 1.0})
+    assert told.results == [("a", 3.0), ("a", "failed")]
+
+
+def test_the_state_of_a_search_is_whole_at_any_moment(tmp_path):
+    files, state = whole_files(), tmp_path / "experiment_state-1.json"
+    state.write_text("before")
+    with files.open_output_stream(str(state)) as stream:
+        stream.write(b"after, and lo")
+        stream.flush()
+        assert state.read_text() == "before"
+        stream.write(b"nger")
+    assert state.read_text() == "after, and longer"
+    assert [path.name for path in tmp_path.iterdir()] == [state.name]
+    with pickle.loads(pickle.dumps(files)).open_input_stream(str(state)) as stream:
+        assert stream.readall() == state.read_bytes()
+
+
+def test_a_search_whose_state_cannot_be_read_does_not_begin_anew():
+    shown = searching._Shown("loss", None, True, Console(quiet=True))
+    with pytest.raises(ConfigError, match="cannot be read, so the search cannot go on; give another run_config name"):
+        shown.on_step_begin(0, [])
+    fresh = searching._Shown("loss", None, False, Console(quiet=True))
+    fresh.on_step_begin(0, [])
 
 
 def test_optuna_is_asked_for_when_it_is_not_there(monkeypatch):
