@@ -1,7 +1,7 @@
 """What a run survives: real processes are killed, stopped and signalled while they train, save and evaluate.
 
     make faults                      all of it, 20 minutes
-    python benchmarks/faults.py NAME ...
+    python benchmarks/faults.py NAME ...          some, or "operations"; put into the table that is there
 
 A tiny llama on two workers of two CPU devices, 16 steps of 8 rows, a checkpoint every 4. Each scenario is a driver in
 a process of its own with a Ray of its own. What the ranks executed is in a log that they write themselves; from it come
@@ -74,7 +74,7 @@ FAULTS = [
     Fault("kill -9 in an evaluation", where="eval"),
     Fault("kill -9 of rank 0 in a save", who="rank 0", where="save"),
     Fault("kill -9 in the first step", where="first"),
-    Fault("disk full", what="nothing", disk_kb=300, drivers=2, failures=0, expect="No space left on device"),
+    Fault("disk full", what="nothing", disk_kb=40, drivers=2, failures=0, expect="No space left on device"),
 ]
 
 
@@ -442,6 +442,16 @@ def show_operations(rows: list[dict]) -> list[str]:
     return head + [f"| `{r['test']}` | {r['operations']} | {'yes' if r['survived'] else 'NO'} |" for r in rows]
 
 
+def write(rows: list[dict], each: list[dict], into: bool) -> None:
+    """The table; `into` the one that is there, rows of the same name are replaced."""
+    if into:
+        before = json.loads((common.HERE / "results" / "faults.json").read_text())
+        new = {row["name"]: row for row in rows}
+        rows, each = [new.get(row["name"], row) for row in before["faults"]], each or before["operations"]
+    figures = {"steps": STEPS, "save_interval": EVERY, "faults": rows, "operations": each}
+    common.write("faults", "make faults", show(rows) + show_operations(each), figures)
+
+
 def main(names: list[str]) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
@@ -457,13 +467,10 @@ def main(names: list[str]) -> None:
             print(show(rows[-1:])[-1], file=sys.stderr)
             if not row.get("survived", True):
                 print((base / fault.name.replace(" ", "-") / "driver.log").read_text()[-3000:], file=sys.stderr)
-        each: list[dict] = []
-        if not names:
-            each = operations(base)
-            for row in rows:
-                row.pop("rows", None), row.pop("adapter", None)
-            figures = {"steps": STEPS, "save_interval": EVERY, "faults": rows, "operations": each}
-            common.write("faults", "make faults", show(rows) + show_operations(each), figures)
+        each = operations(base) if not names or "operations" in names else []
+        for row in rows:
+            row.pop("rows", None), row.pop("adapter", None)
+        write(rows, each, bool(names))
         if not all(row.get("survived", True) and not row.get("orphans") for row in rows + each):
             raise SystemExit("not everything was survived")
     finally:

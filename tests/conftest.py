@@ -4,7 +4,8 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+# Tiny models are compiled for longer than they run.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["KERAS_BACKEND"] = "jax"
@@ -12,6 +13,9 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Ray's workers are nice, and would wait for the suite's other process.
 os.environ["RAY_worker_niceness"] = "0"
+# How often Ray Train looks at its workers, which is how long the end of a run is waited for; and Ray Tune writes.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
+os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
 
 import pytest
 from tiny import SIZES, write_model
@@ -44,17 +48,30 @@ def every_family(request):
     return request.param
 
 
+# One of the suite's two processes runs these, the other what else needs Ray: about half of the time each.
+_FIRST_CLUSTER = {
+    f"test_{name}.py"
+    for name in ("cli_run", "examples", "export_cluster", "newcomer", "points", "submit", "tpu_slice", "tune")
+}
+
+
+def pytest_collection_modifyitems(items):
+    """What needs Ray takes longest and comes first."""
+    items.sort(key=lambda item: "orchestration" not in item.path.parts)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay together for their fixtures, and all that start a Ray cluster are run by one process, since
-    two clusters on one machine contend for the port of the agent that takes jobs."""
+    """A file's tests stay together for their fixtures, and those of many files for their cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return "ray" if "orchestration" in path.split("/") else path
+            *rooms, file = path.split("/")
+            return f"Ray, {file in _FIRST_CLUSTER}" if "orchestration" in rooms else path
 
+    config.option.loadscopereorder = False
     return ByCluster(config, log)
 
 

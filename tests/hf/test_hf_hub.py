@@ -110,19 +110,23 @@ def test_check_destination_leaves_nothing(hub, server):
 
 def test_killed_and_failing_at_every_request(hub, server, job, record_property):
     """Before the commit nothing is to be seen; a failure deletes the repository that it has made, a kill leaves it."""
-    count = len(server.run(url="hf://org/whole", **job)["mutations"])
+
+    def run(url: str, **how) -> dict:
+        hub.objects.clear()  # what has been uploaded is not uploaded again
+        return server.run(url=url, **how, **job)
+
+    count = len(run("hf://org/whole")["mutations"])
+    whole = _pushed(hub, "org/whole").keys()
     assert count >= 4
     record_property("operations", 2 * count)
     for at in range(1, count + 1):
-        hub.objects.clear()
-        assert server.run(url=f"hf://org/killed{at}", mode="kill", at=at, **job)["status"] == KILLED
-        assert f"org/killed{at}" not in hub.repos or _pushed(hub, f"org/killed{at}") in ({}, _pushed(hub, "org/whole"))
-        again = server.run(url=f"hf://org/killed{at}", **job)
-        whole = at > 1 and len(hub.repos[f"org/killed{at}"]["commits"]) == 2
-        assert again["error"] is None or whole
-        failed = server.run(url=f"hf://org/failed{at}", mode="fail", at=at, **job)
-        if failed["error"] is None:
-            assert _pushed(hub, f"org/failed{at}")
-        else:
-            assert "injected" in failed["error"]
-            assert f"org/failed{at}" not in hub.repos or at == count
+        killed, failed = f"org/killed{at}", f"org/failed{at}"
+        assert run(f"hf://{killed}", mode="kill", at=at)["status"] == KILLED
+        left = _pushed(hub, killed).keys() if killed in hub.repos else set()
+        assert left in (set(), whole)
+        again = run(f"hf://{killed}")
+        assert (again["error"] is None) == (left == set())
+        result = run(f"hf://{failed}", mode="fail", at=at)
+        assert result["error"].startswith(f"DestinationError: hf://{failed}")
+        committed = any("/commit/" in request for request in result["mutations"][: at - 1])
+        assert committed == (failed in hub.repos)
