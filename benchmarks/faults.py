@@ -215,7 +215,7 @@ def driver(out: Path, fault: dict) -> None:
 
         threading.Thread(target=wait_then_kill, daemon=True).start()
     else:
-        ray.init(num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init("local", num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     trainers.train_loop = make_loop(str(out), fault)
     directory = str(out / "model")
     model = kithara_ray.KerasHubModel.from_preset(directory, lora_rank=4, lora_dropout=0.1, precision="float32")
@@ -424,7 +424,18 @@ def operations(base: Path) -> list[dict]:
     """What the suite's tests of each operation count, a row a test."""
     report = base / "operations.xml"
     files = ["tests/train/test_checkpoint_faults.py", "tests/hf/test_hf_stores.py", "tests/hf/test_hf_hub.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "at_every", f"--junitxml={report}", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "at_every",
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={report}",
+        *files,
+    ]
     subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
     rows = []
     for case in ElementTree.parse(report).iter("testcase"):
