@@ -47,13 +47,6 @@ def every_family(request):
     return request.param
 
 
-# One of the suite's two processes runs these, the other what else needs Ray: about half of the time each.
-_FIRST_CLUSTER = {
-    f"test_{name}.py"
-    for name in ("cli_run", "examples", "export_cluster", "newcomer", "points", "submit", "tpu_slice", "tune")
-}
-
-
 def pytest_collection_modifyitems(items):
     """What needs Ray takes longest and comes first."""
     items.sort(key=lambda item: "orchestration" not in item.path.parts)
@@ -61,14 +54,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay together for their fixtures, and those of many files for their cluster."""
+    """A file's tests stay together for their fixtures, and all that start a Ray cluster are run by one process: of two
+    clusters on one machine, a job that was given to one may join the other, and their agents want the same port."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            *rooms, file = path.split("/")
-            return f"Ray, {file in _FIRST_CLUSTER}" if "orchestration" in rooms else path
+            return "ray" if "orchestration" in path.split("/") else path
 
     config.option.loadscopereorder = False
     return ByCluster(config, log)
