@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -15,6 +16,11 @@ os.environ["RAY_worker_niceness"] = "0"
 # How often Ray Train looks at its workers, which is how long the end of a run is waited for; and Ray Tune writes.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
+# Programs that several tests compile are compiled once: by pytest's processes and by all that they start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
 from tiny import SIZES, write_model

@@ -23,7 +23,8 @@ print(json.dumps(jax.config.jax_compilation_cache_dir))
     ("platform", "variable", "kept"), [("cpu", None, None), ("cpu", "own", "own"), ("tpu", None, "compiled")]
 )
 def test_where_programs_are_kept(platform, variable, kept, tmp_path):
-    env = os.environ | {"KITHARA_RAY_CACHE": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    env |= {"JAX_PLATFORMS": "cpu"} | dict.fromkeys(("KITHARA_RAY_CACHE", "XDG_CACHE_HOME", "HOME"), str(tmp_path))
     if variable:
         env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / variable)
     done = subprocess.run([sys.executable, "-c", SCRIPT, platform], env=env, capture_output=True, text=True, check=True)
