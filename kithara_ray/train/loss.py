@@ -89,13 +89,33 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 def _chunk_loss(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, jax.Array]:
     """(sum of weight * -log p(target), its gradient for the logits), float32."""
-    logits_BCV = logits_BCV.astype(jnp.float32)
+    parts = logits_BCV.astype(jnp.float32), targets_BC, weights_BC
+    return jax.lax.platform_dependent(*parts, cpu=_exponentials_once, default=_exponentials_twice)
+
+
+def _exponentials_twice(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, jax.Array]:
+    """Nothing but the logits and their gradient is written to memory, where sums fuse with what they are of."""
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
     # A masked sum and not a gather: the vocabulary may be split over devices.
-    is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
+    is_target_BCV = _is_target_BCV(logits_BCV, targets_BC)
     picked_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
     d_logits_BCV = weights_BC[..., None] * (jnp.exp(logits_BCV - log_z_BC[..., None]) - is_target_BCV)
     return jnp.sum(weights_BC * (log_z_BC - picked_BC)), d_logits_BCV
+
+
+def _exponentials_once(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, jax.Array]:
+    """On CPU sums do not fuse with a mask, and slow the exponentials down that they fuse with."""
+    largest_BC = jnp.max(logits_BCV, axis=-1)
+    exponentials_BCV = jax.lax.optimization_barrier(jnp.exp(logits_BCV - largest_BC[..., None]))
+    sum_BC = jnp.sum(exponentials_BCV, axis=-1)
+    picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    on_target_BCV = jnp.where(_is_target_BCV(logits_BCV, targets_BC), weights_BC[..., None], 0)
+    d_logits_BCV = (weights_BC / sum_BC)[..., None] * exponentials_BCV - on_target_BCV
+    return jnp.sum(weights_BC * (jnp.log(sum_BC) + largest_BC - picked_BC)), d_logits_BCV
+
+
+def _is_target_BCV(logits_BCV, targets_BC) -> jax.Array:
+    return jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
 
 
 def _chunks(chunk: int, *arrays_BK: jax.Array) -> tuple[jax.Array, ...]:
