@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean bench-step bench-load bench-export bench-tpu bench-data bench-sft faults families
+.PHONY: quickstart test test-long lint clean bench-step bench-load bench-export bench-tpu bench-data bench-sft faults families
 
 # torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
 $(VENV)/.base: pyproject.toml
@@ -38,8 +38,11 @@ quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, s
 	@$(BIN)/python examples/quickstart.py
 
 # Two processes: much of the suite waits for Ray; see tests/conftest.py.
-test: $(VENV)/.test $(VENV)/.browser lint  ## the whole test suite
-	@$(BIN)/python -m pytest -n 2
+test: $(VENV)/.test $(VENV)/.browser lint  ## the test suite, but for its longest stories; under 20 minutes
+	@$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: $(VENV)/.test  ## the rest of it, all on Ray; 8 minutes
+	@$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """The test process computes on four CPU devices, so that sharding is tested anywhere; set before jax is imported."""
 
+import functools
 import os
+import re
 import sys
 import tempfile
 
@@ -16,6 +18,8 @@ os.environ["RAY_worker_niceness"] = "0"
 # How often Ray Train looks at its workers, which is how long the end of a run is waited for; and Ray Tune writes.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
+# A process more of each run, which asks whether a node will go: of these clusters none does.
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 # Programs that several tests compile are compiled once: by pytest's processes and by all that they start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="compiled_", ignore_cleanup_errors=True)
@@ -53,9 +57,14 @@ def every_family(request):
     return request.param
 
 
+def _needs_ray(item) -> int:
+    """2: the cluster of tests/orchestration. 1: one of its own. 0: none."""
+    return 2 if "cluster" in item.fixturenames else int("no_cluster" in item.fixturenames)
+
+
 def pytest_collection_modifyitems(items):
-    """What needs Ray takes longest and comes first."""
-    items.sort(key=lambda item: "orchestration" not in item.path.parts)
+    """What needs Ray takes longest and comes first; what shares a cluster, together."""
+    items.sort(key=_needs_ray, reverse=True)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -65,9 +74,12 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
+        @functools.cache  # noqa: B019
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return "ray" if "orchestration" in path.split("/") else path
+            # xdist knows the names of tests, not their fixtures.
+            text = (config.rootpath / path).read_text()
+            return "ray" if re.search(r"\bdef \w+\([^)]*\b(no_)?cluster\b", text) else path
 
     config.option.loadscopereorder = False
     return ByCluster(config, log)
@@ -77,5 +89,5 @@ def pytest_xdist_make_scheduler(config, log):
 def _no_stray_cluster(request):
     """A cluster that is started elsewhere stays for the rest of the process, beside the one of tests/orchestration."""
     yield
-    if "ray" in sys.modules and "orchestration" not in request.node.path.parts:
-        assert not sys.modules["ray"].is_initialized(), "this test starts Ray: it belongs in tests/orchestration"
+    if "ray" in sys.modules and not _needs_ray(request.node):
+        assert not sys.modules["ray"].is_initialized(), "this test starts Ray: give it `cluster` or `no_cluster`"

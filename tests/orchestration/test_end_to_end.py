@@ -73,7 +73,7 @@ def logits_of(model) -> np.ndarray:
         return model.eval()(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gemma2", marks=pytest.mark.long)])
 def trained(request, cluster, tiny_models, tmp_path_factory):
     """One run on two workers of two devices, and its three exports."""
     directory = tiny_models[request.param]
@@ -188,6 +188,7 @@ def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, mon
     assert 0 < np.linalg.norm(exported - trained) < 0.5 * np.linalg.norm(exported - plain)
 
 
+@pytest.mark.long
 def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny_models, tmp_path):
     """Same data, seed and global batch of 8: one worker of four devices, two of two, one of one. Some rows are so long
     that batches have two lengths."""
@@ -204,10 +205,24 @@ def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny
     assert len(set(losses[1, 1])) == 7
 
 
-def test_packed_epochs_on_two_workers(cluster, tiny_models, tmp_path):
-    """22 rows twice, several to a sequence: every token once an epoch."""
-    _, result = run(tiny_models["llama"], tmp_path, 2, 2, 1, packing=True, steps=None, epochs=2)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
+def test_packed_epochs_and_an_evaluation_on_two_workers(cluster, tiny_models, tmp_path):
+    """22 rows twice, several to a sequence: every token once an epoch. Then the loss over 5 rows in batches of 4, each
+    row once, by tokens, against transformers on what was trained."""
+    directory, held_out = tiny_models["llama"], tiny.rows(5)
+    loader = Dataloader(SFTDataset(held_out, tokenizer_handle=str(directory)), per_device_batch_size=1)
+    _, result = run(
+        directory,
+        tmp_path,
+        2,
+        2,
+        1,
+        packing=True,
+        steps=None,
+        epochs=2,
+        eval_dataloader=loader,
+        eval_epochs_interval=2,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     tokens = sum(
         len(tokenizer(row["prompt"])["input_ids"]) + len(tokenizer(row["answer"])["input_ids"]) + 1
         for row in tiny.rows(22)
@@ -219,16 +234,6 @@ def test_packed_epochs_on_two_workers(cluster, tiny_models, tmp_path):
     assert result.history[-1]["epoch"] == 2
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
-
-def test_evaluation_counts_every_row_once(cluster, tiny_models, tmp_path):
-    """Loss over 5 rows in batches of 2, token-weighted, against transformers on the untrained model."""
-    directory = tiny_models["llama"]
-    held_out = tiny.rows(5)
-    loader = Dataloader(SFTDataset(held_out, tokenizer_handle=str(directory)), per_device_batch_size=1)
-    _, result = run(
-        directory, tmp_path, 1, 2, 4, steps=2, eval_dataloader=loader, eval_steps_interval=2, log_steps_interval=2
-    )
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), f"{result.path}/adapter")
     total = count = 0
     for row in held_out:

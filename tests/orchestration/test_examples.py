@@ -68,6 +68,7 @@ def adapter_of(directory: Path, base: Path):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory).peft_config["default"]
 
 
+@pytest.mark.long
 def test_alpaca(run, base, tmp_path):
     rows = [
         {"instruction": row["prompt"], "input": "" if number % 2 else "small numbers", "output": row["answer"]}
@@ -132,6 +133,7 @@ def test_load_with_peft(run, base, foreign):
     assert shown.startswith("what is 1 + 2 ?")
 
 
+@pytest.mark.long
 def test_the_page_on_lora(cluster, base, tmp_path, monkeypatch):
     """docs/lora.md, its Python in order: what it trains loads in the four ways that it shows, to the same logits."""
     monkeypatch.chdir(tmp_path)

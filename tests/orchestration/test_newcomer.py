@@ -63,7 +63,7 @@ def home():
 
 
 @pytest.fixture(scope="module")
-def environment(home):
+def environment(home, no_cluster):
     """A cluster with a token, by the page's command, on ports of its own; yields the newcomer's environment."""
     token = home / "auth_token"
     token.write_text(secrets.token_hex(32))
@@ -103,6 +103,7 @@ def newcomer(environment, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_init_edit_doctor_submit_export(newcomer, environment, tiny_models, tmp_path):
     out = tmp_path / "out"
     newcomer("kithara-ray init")

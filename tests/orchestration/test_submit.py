@@ -41,6 +41,7 @@ def run(command: list[str], **env: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_by_ray_job_submit(cluster, arguments, tmp_path):
     """From another directory than the project's: the job has its own copy of what it is given."""
     job = tmp_path / "job"

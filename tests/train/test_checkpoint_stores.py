@@ -1,5 +1,6 @@
 """Checkpoints on gs:// and s3://, on emulators of the two."""
 
+import fsspec
 import numpy as np
 import pytest
 from stores import gs_emulator, s3_emulator
@@ -12,35 +13,17 @@ from kithara_ray.train.place import Place
 DOCUMENT = {"identity": {}, "tensors": {}, "metrics": {}, "evaluations": [], "finished": None}
 
 
-@pytest.fixture
-def gs(monkeypatch):
-    with gs_emulator() as env:
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        import gcsfs  # reads its environment
-
-        gcsfs.GCSFileSystem.clear_instance_cache()
-        yield "gs://of-checkpoints"
-        gcsfs.GCSFileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    import s3fs
-
-    with s3_emulator() as env:
-        for name, value in env.items():
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield "s3://of-checkpoints"
-        s3fs.S3FileSystem.clear_instance_cache()
-
-
 @pytest.fixture(params=["gs", "s3"])
-def where(request):
-    bucket = request.getfixturevalue(request.param)
-    Place(bucket).fs.mkdir("of-checkpoints")
-    return Place(f"{bucket}/deep/run")
+def where(request, monkeypatch):
+    with {"gs": gs_emulator, "s3": s3_emulator}[request.param]() as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        # gcsfs reads its environment when it is imported.
+        kind = fsspec.get_filesystem_class(request.param)
+        kind.clear_instance_cache()
+        Place(f"{request.param}://of-checkpoints").fs.mkdir("of-checkpoints")
+        yield Place(f"{request.param}://of-checkpoints/deep/run")
+        kind.clear_instance_cache()
 
 
 def test_on_an_object_store(where, monkeypatch):
