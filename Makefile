@@ -38,11 +38,11 @@ quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, s
 	@$(BIN)/python examples/quickstart.py
 
 # Two processes: much of the suite waits for Ray; see tests/conftest.py.
-test: $(VENV)/.test $(VENV)/.browser lint  ## the test suite, but for its longest stories; under 20 minutes
+test: $(VENV)/.test $(VENV)/.browser lint  ## the test suite, but for what takes longest
 	@$(BIN)/python -m pytest -n 2 -m "not long"
 
-test-long: $(VENV)/.test  ## the rest of it, all on Ray; 8 minutes
-	@$(BIN)/python -m pytest -m long
+test-long: $(VENV)/.test  ## the rest of it; 12 minutes
+	@$(BIN)/python -m pytest -n 2 -m long
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .

@@ -57,6 +57,15 @@ def every_family(request):
     return request.param
 
 
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in sorted(SIZES.keys() - {"gemma2", "gpt_oss", "llama"})]
+
+
+@pytest.fixture(params=["gemma2", "gpt_oss", "llama", *LONG])
+def any_family(request):
+    """Every family, most of them among the long tests: what `every_family` proves of each is behind what is asked."""
+    return request.param
+
+
 def _needs_ray(item) -> int:
     """2: the cluster of tests/orchestration. 1: one of its own. 0: none."""
     return 2 if "cluster" in item.fixturenames else int("no_cluster" in item.fixturenames)

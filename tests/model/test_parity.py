@@ -101,16 +101,16 @@ def assert_adapted_logits(ours, family, adapter, tiny_models, tmp_path):
     assert np.abs(ours - plain)[SEGMENTS.astype(bool)].max() > 0.1
 
 
-def test_greedy_decoding(every_family, tiny_models, random_adapter, tmp_path):
+def test_greedy_decoding(any_family, tiny_models, random_adapter, tmp_path):
     """With a KV cache, prompts of two lengths in one batch, both longer than the windows."""
-    directory, adapter = tiny_models[every_family], random_adapter[every_family]
+    directory, adapter = tiny_models[any_family], random_adapter[any_family]
     base = BaseCheckpoint.open(directory)
-    model = build(base.config, LORA[every_family], make_mesh(), "float32", scan=False)
+    model = build(base.config, LORA[any_family], make_mesh(), "float32", scan=False)
     decoder = Decoder(model, model.place_factors(adapter), model.load(base))
     prompts = [TOKENS[0, :13].tolist(), TOKENS[1, :9].tolist()]
     ours = decoder.greedy(prompts, 24, (2,))
 
-    Adapter(LORA[every_family], adapter).write(tmp_path, str(directory))
+    Adapter(LORA[any_family], adapter).write(tmp_path, str(directory))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path).eval()
     for prompt, row in zip(prompts, ours, strict=True):
         wanted = theirs.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_length=24)

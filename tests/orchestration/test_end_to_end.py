@@ -155,6 +155,7 @@ def test_generate_is_transformers_greedy(trained):
     assert texts == [tokenizer.decode(ours[0][len(tokenizer(prompts[0])["input_ids"]) :], skip_special_tokens=True)]
 
 
+@pytest.mark.long
 def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, monkeypatch):
     """Computed on the base as int8; exported for, and merged into, the base as it is."""
     directory, targets = tiny_models["llama"], r".*(q|up|down)_proj"

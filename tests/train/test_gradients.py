@@ -37,7 +37,11 @@ def torch_s(directory, adapter_directory):
     return loss.item(), {name: p.grad.numpy() for name, p in named.items() if "lora_" in name}
 
 
-@pytest.mark.parametrize("family", sorted(SIZES.keys() - {"gemma2", "gemma4_text", "llama"}))
+SHORT = ["gemma3_text", "gpt_oss", "qwen3"]
+LONG = sorted(SIZES.keys() - {"gemma2", "gemma4_text", "llama", *SHORT})
+
+
+@pytest.mark.parametrize("family", [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 def test_loss_and_gradients(family, tiny_models, tmp_path, monkeypatch):
     """Of the three others float32's noise is above what is asserted, or torch has no float64: test_parity.py compares
     their scan with the unrolled model."""
