@@ -34,11 +34,12 @@ def prepare() -> None:
 
 
 def keep_compiled(platform: str) -> None:
-    """Keep compiled programs on this host's disk, so that a run that starts again does not compile again.
+    """Keep compiled programs, so that a run that starts again does not compile again.
 
-    Where JAX_COMPILATION_CACHE_DIR says (a shared or `gs://` directory serves all hosts); else on a TPU in the cache
-    directory of this library. Programs for a CPU are kept only where that variable says: they hold that CPU's
-    instructions, and a home directory may be shared with another.
+    Where JAX_COMPILATION_CACHE_DIR says; else on a TPU in the cache directory of this library. JAX writes what the
+    run's first process has compiled: a shared or `gs://` directory serves all hosts, one on each host's disk the first
+    alone. Programs for a CPU are kept only where that variable says: they hold that CPU's instructions, and a home
+    directory may be shared with another.
     """
     import jax
 
