@@ -55,6 +55,7 @@ MODELS = {
 # name -> (model, slice, T, settings). LoRA of rank 16 on q and v, one sequence a chip.
 RUNS = {
     "gemma-2-2b-4096": ("Gemma-2-2B", "v5e-16", 4096, {}),
+    "gemma-2-2b-4096-tight": ("Gemma-2-2B", "v5e-16", 4096, {}),
     "gemma-2-2b-8192": ("Gemma-2-2B", "v5e-16", 8192, {}),
     "llama-3.1-8b-8192": ("Llama-3.1-8B", "v5e-8", 8192, {}),
     "gemma-2-9b-8192": ("Gemma-2-9B", "v5e-16", 8192, {}),
@@ -62,6 +63,8 @@ RUNS = {
     "llama-3.1-70b-4096-v5e-16": ("Llama-3.1-70B", "v5e-16", 4096, {}),
     "llama-3.1-70b-4096-nested": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": "nested"}),
 }
+# What the compiler is told that a chip has, MiB. Where there is more than enough it leaves gaps between buffers.
+HBM = {"gemma-2-2b-4096-tight": 1360}
 # What compiling takes by the clock, of so many blocks of one of them, in turns; the machine must do nothing else.
 DEPTHS, DEEP, DEEP_LAYERS, DEEP_ROUNDS = "compile-time", "gemma-2-9b-8192", (14, 42), 2
 # KerasHub's own program of the first of them, of the first pair of blocks alone: it grows with every block.
@@ -79,10 +82,11 @@ def compiled(name: str, layers: int | None = None) -> dict:
     """One configuration's plan, of so many blocks or all."""
     model, where, seq_len, settings = RUNS[name]
     config = MODELS[model] | {"num_hidden_layers": layers or MODELS[model]["num_hidden_layers"]}
+    if name in HBM:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_tpu_max_hbm_size_mib={HBM[name]}"
     made = plan(config, where, seq_len, lora=LoraConfig(r=16), cache=False, **settings)
-    return {"model": model, "layers": config["num_hidden_layers"], "remat": settings.get("remat", "block")} | (
-        dataclasses.asdict(made)
-    )
+    known = {"model": model, "layers": config["num_hidden_layers"], "remat": settings.get("remat", "block")}
+    return known | {"hbm_mib": HBM.get(name)} | dataclasses.asdict(made)
 
 
 def depths() -> dict:
@@ -257,7 +261,8 @@ def table(known: dict) -> list[str]:
 
 
 def _name(made: dict) -> str:
-    return f"{made['model']}, {made['remat']}" + ("" if made["code"] == code() else " (earlier)")
+    told = f", told of {made['hbm_mib']:,} MiB" if made.get("hbm_mib") else ""
+    return f"{made['model']}, {made['remat']}{told}" + ("" if made["code"] == code() else " (earlier)")
 
 
 def _row(made: dict) -> str:
