@@ -121,6 +121,8 @@ def searched(cluster, tiny_models, tmp_path_factory):
     Yields (directory, result, what was there before, and after).
     """
     out = tmp_path_factory.mktemp("searched")
+    # The jobs of tests before this may not have ended yet.
+    wait_until(lambda: {"JobSupervisor", "Coordinator"}.isdisjoint(left_behind()["actors"]), 60)
     before = left_behind()
     make = factory(str(tiny_models["llama"]), out)
     space = {"case": ray.tune.grid_search([*range(len(CASES)), "never"])}
