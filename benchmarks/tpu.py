@@ -269,7 +269,9 @@ def _row(made: dict) -> str:
     hbm, flops, moved = made["hbm_bytes_per_chip"], made["flops_per_token"], made["collective_bytes_per_step"]
     arguments = sum(hbm[part] for part in ("frozen", "adapter", "optimizer", "batch"))
     # Where a weight is as wide as the row is long, its own array would count.
-    square = "" if made["square_arrays"] is None or _is_width(made) else made["square_arrays"]
+    square = made["square_arrays"]
+    if square is None or (square and _is_width(made)):
+        square = ""
     figures = " | | | |"
     if made["compiled"]:
         figures = (
