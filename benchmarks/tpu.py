@@ -63,7 +63,7 @@ RUNS = {
     "llama-3.1-70b-4096-v5e-16": ("Llama-3.1-70B", "v5e-16", 4096, {}),
     "llama-3.1-70b-4096-nested": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": "nested"}),
 }
-# What the compiler is told that a chip has, MiB. Where there is more than enough it leaves gaps between buffers.
+# What the compiler is told that a chip has, MiB. Where there is more than enough it reserves more than it must.
 HBM = {"gemma-2-2b-4096-tight": 1360}
 # What compiling takes by the clock, of so many blocks of one of them, in turns; the machine must do nothing else.
 DEPTHS, DEEP, DEEP_LAYERS, DEEP_ROUNDS = "compile-time", "gemma-2-9b-8192", (14, 42), 2
@@ -261,7 +261,7 @@ def table(known: dict) -> list[str]:
 
 
 def _name(made: dict) -> str:
-    told = f", told of {made['hbm_mib']:,} MiB" if made.get("hbm_mib") else ""
+    told = f", told of {made['hbm_mib']:,} MiB" if made["hbm_mib"] else ""
     return f"{made['model']}, {made['remat']}{told}" + ("" if made["code"] == code() else " (earlier)")
 
 

@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
-from tiny import SIZES, write_model
+from tiny import SIZES, mostly_long, write_model
 
 from kithara_ray.model import runtime
 
@@ -57,10 +57,7 @@ def every_family(request):
     return request.param
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in sorted(SIZES.keys() - {"gemma2", "gpt_oss", "llama"})]
-
-
-@pytest.fixture(params=["gemma2", "gpt_oss", "llama", *LONG])
+@pytest.fixture(params=mostly_long(["gemma2", "gpt_oss", "llama"]))
 def any_family(request):
     """Every family, most of them among the long tests: what `every_family` proves of each is behind what is asked."""
     return request.param

@@ -1,9 +1,11 @@
 """Tiny random models as a user's directory holds them: config, float32 weights, a tokenizer with a chat template."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 VOCABULARY = 320
 TEXT = ["what is 1 + 2 ? three", "the sum of two and five is seven", "0 1 2 3 4 5 6 7 8 9"] * 4
@@ -121,6 +123,12 @@ _LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
 MIXTURES = {family for family, size in SIZES.items() if "num_experts_per_tok" in size}
 # The names of a family's linear layers, which LoRA can adapt.
 TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in SIZES}
+
+
+def mostly_long(short: Iterable[str], families: Iterable[str] = SIZES) -> list:
+    """Parameters: these families, and the others of `families` among the long tests."""
+    others = sorted(set(families) - set(short))
+    return [*short, *(pytest.param(family, marks=pytest.mark.long) for family in others)]
 
 
 def write_model(directory: Path, family: str, **fields) -> Path:
