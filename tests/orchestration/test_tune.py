@@ -1,6 +1,7 @@
 """Searches on a local cluster: the right trial wins, whatever dies on the way, and nothing is left behind."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
 from kithara_ray.cli import main
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration import tune
+from kithara_ray.orchestration import trainer, tune
 from kithara_ray.yaml_file import read_yaml
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -65,8 +66,6 @@ def factory(base: str, out: Path):
         if point["case"] == "never":
             raise ConfigError("this point cannot be trained")
         learning_rate, fate = CASES[point["case"]]
-        from kithara_ray.orchestration import trainer
-
         trainer.train_loop = loop_of(fate, out / f"steps-{point['case']}")
         model = KerasHubModel.from_preset(base, lora_rank=4, precision="float32")
         rows = SFTDataset(ROWS, tokenizer_handle=base, max_seq_len=LENGTH)
@@ -121,12 +120,16 @@ def searched(cluster, tiny_models, tmp_path_factory):
     Yields (directory, result, what was there before, and after).
     """
     out = tmp_path_factory.mktemp("searched")
-    # The jobs of tests before this may not have ended yet.
+    # Errors that tests before this have seen hold coordinators, in cycles; and their jobs may not have ended yet.
+    gc.collect()
     wait_until(lambda: {"JobSupervisor", "Coordinator"}.isdisjoint(left_behind()["actors"]), 60)
     before = left_behind()
     make = factory(str(tiny_models["llama"]), out)
     space = {"case": ray.tune.grid_search([*range(len(CASES)), "never"])}
-    result = tune.search(make, space, scheduler="asha", grace_steps=GRACE, max_concurrent_trials=AT_ONCE)
+    with pytest.MonkeyPatch.context() as patch:
+        # The search calls the factory in this process too.
+        patch.setattr(trainer, "train_loop", trainer.train_loop)
+        result = tune.search(make, space, scheduler="asha", grace_steps=GRACE, max_concurrent_trials=AT_ONCE)
     wait_until(lambda: left_behind()["actors"] == before["actors"], 20)
     return out, result, before, left_behind()
 
