@@ -13,6 +13,8 @@ from kithara_ray.plan.terms import Counts
 _GIB = 2**30
 # A worker's process before it holds an array: python, jax, keras, keras-hub and Ray.
 _PROCESS_BYTES = 1_000_000_000
+# No chip has more VMEM.
+_MOST_VMEM_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Plan:
         estimated_because: why it did not; None where it did, or where it refused.
         fits: None where the chip's memory is not known.
         refusal: the compiler's own words where the program does not fit.
-        hbm_bytes_per_chip: frozen, adapter, optimizer, batch, temporaries (of which `kept_activations`), program, total
-            and available.
+        hbm_bytes_per_chip: frozen, adapter, optimizer, batch, temporaries, program, total and available; and
+            kept_activations, the inputs of blocks kept for the backward pass, by count. They are among the temporaries,
+            but for those that the compiler holds in VMEM, where they are few.
         flops_per_token: of the ideal program by term, its `total`, and `program`: what was compiled.
         flops_per_step, hbm_traffic_bytes_per_step: of one chip.
         collective_bytes_per_step: received by one chip, by kind, `total`, and `fsdp_minimum`: every weight once
@@ -304,10 +307,15 @@ def _rows(plan: Plan):
     yield "how it is known", kind + (f": {plan.estimated_because}" if plan.estimated_because else "")
     if plan.refusal:
         yield "", plan.refusal
-    for name in ("frozen", "adapter", "optimizer", "batch", "temporaries", "kept_activations", "program", "total"):
-        if hbm.get(name) is not None:
-            label = f"HBM per chip: {name}" if name != "kept_activations" else "    of which kept activations"
-            yield label, f"{hbm[name] / _GIB:.3f} GiB"
+    kept = hbm["kept_activations"]
+    # Of a TPU's program; an estimate counts them among the temporaries, and a CPU has no VMEM.
+    may_be_in_vmem = plan.compiled and hbm["available"] is not None and kept <= _MOST_VMEM_BYTES
+    for name in ("frozen", "adapter", "optimizer", "batch", "temporaries"):
+        yield f"HBM per chip: {name}", f"{hbm[name] / _GIB:.3f} GiB"
+    yield "    kept inputs of blocks", f"{kept / _GIB:.3f} GiB, there{' or in VMEM' if may_be_in_vmem else ''}"
+    for name in ("program", "total"):
+        if hbm[name] is not None:
+            yield f"HBM per chip: {name}", f"{hbm[name] / _GIB:.3f} GiB"
     yield (
         "FLOPs per token",
         f"{flops['program'] / 1e9:.2f} G; ideal {flops['total'] / 1e9:.2f} G: "

@@ -15,8 +15,8 @@ _MAX_ROWS = 64
 def largest_batch(base: Any, where: str | Slice, seq_len: int, **settings: Any) -> Plan:
     """The plan of the largest power of two of rows a device that fits; of one row, if not even that does.
 
-    What a row adds is read off the plan of one row (its kept activations and its share of the temporaries), so that
-    two or three programs are compiled and not seven.
+    A row is first taken to add the temporaries of a plan of one row, so that two or three programs are compiled and not
+    seven.
     """
     best = plan(base, where, seq_len, 1, **settings)
     if not best.fits:

@@ -291,6 +291,20 @@ def test_the_slowest_part_bounds_the_step():
     assert made.tokens_per_s_bound == pytest.approx(4 * 4096 / 3)
 
 
+@pytest.mark.parametrize(
+    ("where", "seq_len", "shown"),
+    [("v5e-4", 2048, "0.078 GiB, there or in VMEM"), ("v5e-4", 4096, "0.156 GiB, there"),
+     ("cpu-4", 2048, "0.078 GiB, there")],
+)  # fmt: skip
+def test_few_kept_inputs_need_not_be_among_the_temporaries(where, seq_len, shown):
+    """Of ten blocks, two bytes for each of 2048 elements of a token."""
+    cost = {"matmul_flops": 1e12, "kernels": {}, "hbm_bytes": 1e9, "collectives": {}, "collective_counts": {}}
+    memory = dict.fromkeys(("argument", "output", "alias", "temp", "generated_code"), 10**9)
+    made = assemble(_REQUEST | {"seq_len": seq_len}, slice_of(where), _facts(cost=cost, memory=memory), None)
+    names, values = (list(column.cells) for column in made.table().columns)
+    assert values[names.index("    kept inputs of blocks")] == shown
+
+
 def _planner(bytes_a_row: int, room: int):
     def planned(base, where, seq_len, rows, **settings):
         total = 10**9 + bytes_a_row * rows
