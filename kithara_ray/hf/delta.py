@@ -5,8 +5,9 @@ Legend: O out features, I in features, R rank, N single elements.
 
 PEFT (peft/tuners/lora/layer.py, Linear.get_delta_weight and merge; float32 factors, as PEFT loads them) computes
 `delta = (B @ A) * float32(scale)` in float32 and `W += delta`, which torch rounds once to W's dtype. All of that is
-elementwise except the sum over R. torch's sgemm (MKL, AVX2) was measured to be a chain of fused multiply-adds over R
-from 0 upwards; above R = 192 it sums chunks (see `k_chunks`) and adds their results. That holds for O >= 12 and
+elementwise except the sum over R. torch's sgemm (MKL) was measured to be a chain of fused multiply-adds over R
+from 0 upwards; above R = 192 it sums chunks (see `k_chunks`) and adds their results: with AVX2, whose order is taken
+here on every processor. With AVX-512 it is one chain up to R = 384. That holds for O >= 12 and
 I >= 16 with one or two threads and every R up to 192 (tests/hf/test_hf_delta.py); with four or more threads
 torch changes its own last bits where I is not a multiple of 16. numpy's OpenBLAS sums in another order (2 % of the
 elements differ in the last bit for R = 16), and changes it with the row block. So:
@@ -31,11 +32,11 @@ ONE_THREAD_PRODUCTS = 1 << 17  # multiplications up to which OpenBLAS' sgemm use
 UNIT_ROUNDOFF = 2.0**-24
 LOW_BITS = (1 << 29) - 1  # what float64 has below float32's last bit
 TIE = 1 << 28
-NORM_LANES = 8  # of torch.linalg.norm over rows, torch 2.13 with AVX2
+NORM_LANES = 8  # of torch.linalg.norm over rows, torch 2.13 with AVX2 and AVX-512
 
 
 def k_chunks(r: int) -> list[tuple[int, int]]:
-    """The [begin, end) ranges of R that torch's sgemm sums apart. Measured bit-identical for R up to 1024."""
+    """The [begin, end) ranges of R that torch's sgemm sums apart with AVX2. Measured bit-identical for R up to 1024."""
     size = r if r <= MKL_K_BLOCK else r // 2 if r <= 2 * MKL_K_BLOCK else MKL_K_BLOCK
     return [(begin, min(begin + size, r)) for begin in range(0, r, size)]
 

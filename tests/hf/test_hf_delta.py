@@ -1,5 +1,7 @@
 """The arithmetic alone, against torch, bit by bit."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,13 +32,26 @@ def _case(n_out: int, n_in: int, r: int, dtype: str) -> tuple[torch.Tensor, torc
     return w_OI.to(TORCH[dtype]), b_OR, a_RI
 
 
+@functools.cache
+def _chain_of_this_processor() -> int:
+    """Up to which R torch's sgemm is one chain: 192 with AVX2, 384 with AVX-512."""
+    _, b_OR, a_RI = _case(64, 80, 384, "float32")
+    halves = b_OR[:, :192] @ a_RI[:192] + b_OR[:, 192:] @ a_RI[192:]
+    return 192 if torch.equal(b_OR @ a_RI, halves) else 384
+
+
+@pytest.fixture
+def as_this_processor(monkeypatch):
+    monkeypatch.setattr(delta, "MKL_K_BLOCK", _chain_of_this_processor())
+
+
 @pytest.mark.parametrize("dtype", TORCH)
 @pytest.mark.parametrize(
     ("n_out", "n_in", "r"),
     [(576, 576, 16), (192, 576, 4), (192, 576, 64), (192, 576, 8), (37, 53, 1), (37, 53, 3), (64, 80, 193)]
     + [(64, 80, 256), (64, 80, 512), (1024, 512, 16), (12, 2048, 16)],
 )
-def test_merged_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype):
+def test_merged_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype, as_this_processor):
     w_OI, b_OR, a_RI = _case(n_out, n_in, r, dtype)
     expected = w_OI.clone()
     expected += (b_OR @ a_RI) * (10 / 3)  # what peft's Linear.merge does
@@ -47,7 +62,7 @@ def test_merged_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype):
 
 @pytest.mark.parametrize("dtype", TORCH)
 @pytest.mark.parametrize(("n_out", "n_in", "r"), [(576, 576, 16), (192, 1536, 4), (64, 80, 256), (37, 53, 3)])
-def test_dora_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype):
+def test_dora_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype, as_this_processor):
     w_OI, b_OR, a_RI = _case(n_out, n_in, r, dtype)
     w_OI[2] += 0.25  # a row of zeros has no direction
     magnitude = torch.linspace(-0.5, 3, n_out)
@@ -55,6 +70,16 @@ def test_dora_rows_equal_torch_bit_by_bit(n_out, n_in, r, dtype):
     factor = magnitude / torch.linalg.norm(adapted, dim=1)
     expected = (factor.view(-1, 1) * adapted).to(TORCH[dtype])
     merged = delta.dora_rows(_numpy(w_OI), b_OR.numpy(), a_RI.numpy(), 10 / 3, magnitude.numpy())
+    assert np.array_equal(_bits(merged), _bits(expected))
+
+
+@pytest.mark.parametrize(("r", "sizes"), [(193, (96, 96, 1)), (256, (128, 128)), (512, (192, 192, 128))])
+def test_a_large_rank_has_the_bits_of_avx2_on_every_processor(r, sizes):
+    """No part is so long that torch would sum it in another order elsewhere."""
+    w_OI, b_OR, a_RI = _case(64, 80, r, "float32")
+    parts = zip(b_OR.split(sizes, dim=1), a_RI.split(sizes), strict=True)
+    expected = w_OI + sum((b @ a for b, a in parts), torch.zeros(64, 80)) * (10 / 3)
+    merged = delta.merged_rows(w_OI.numpy(), b_OR.numpy(), a_RI.numpy(), 10 / 3)
     assert np.array_equal(_bits(merged), _bits(expected))
 
 
