@@ -88,102 +88,90 @@ def log(out: Path, **line) -> None:
 
 def make_loop(out: str, fault: dict):
     """The workers' own loop, slowed down, that writes down what it does and meets its fault."""
+    from loops import loop_with
 
-    def loop(config):
-        from kithara_ray.model import runtime
-        from kithara_ray.orchestration.worker import Run
+    directory = Path(out)
 
-        begun = time.time()
-        runtime.prepare()
-        run = Run(config["spec"], time.monotonic())
-        directory = Path(out)
-
-        def wait_for_answer(coordinator, dead: int) -> None:
-            import ray
-
-            pid = dead
-            while pid == dead:
-                time.sleep(0.1)
-                with contextlib.suppress(ray.exceptions.RayActorError):
-                    pid = ray.get(coordinator.__ray_call__.remote(lambda self: os.getpid()))
-            log(directory, kind="answered", rank=run.rank)
-
-        log(directory, kind="begin", rank=run.rank, began=begun)
-
-        def meet(where: str) -> None:
-            number = 2 if where.startswith("again") else 1
-            once = directory / f"met-{number}-{run.rank}"
-            rank = 0 if number == 2 or fault["who"] != "node" else 1
-            if number == 1 and fault["who"].startswith("rank"):
-                rank = int(fault["who"][-1])
-            if run.rank != rank or once.exists() or fault["what"] == "nothing":
-                return
-            once.touch()
-            log(directory, kind="fault", rank=run.rank)
-            if fault["who"].startswith("rank") or number == 2:
-                sent = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[fault["what"]]
-                os.kill(os.getpid(), sent)
-                if sent == signal.SIGTERM:
-                    from kithara_ray.orchestration.backend import terminated
-
-                    terminated.wait(30)
-            elif fault["who"] == "coordinator":
-                import ray
-
-                coordinator = run.spec.coordinator
-                pid = ray.get(coordinator.__ray_call__.remote(lambda self: os.getpid()))
-                os.kill(pid, signal.SIGKILL)
-                again = threading.Thread(target=wait_for_answer, args=(coordinator, pid), daemon=True)
-                again.start()
-            else:
-                import ray
-
-                (directory / "now.writing").write_text(ray.get_runtime_context().get_node_id())
-                (directory / "now.writing").rename(directory / "now")
-
+    def begun(run):
         from kithara_ray.train import checkpoint
 
+        # When the loop did, which has imported since.
+        log(directory, kind="begin", rank=run.rank, began=time.time() - run.log.phases["import"])
         commit, evaluate = checkpoint.commit, run.evaluate
 
         def committing(*arguments):
             if fault["where"] == "save":
-                meet("save")
+                meet(run, directory, fault)
             return commit(*arguments)
 
         def evaluating():
             if fault["where"] == "eval":
-                meet("eval")
+                meet(run, directory, fault)
             return evaluate()
 
         checkpoint.commit, run.evaluate = committing, evaluating
-        run.build()
+
+    def built(run):
         log(directory, kind="built", rank=run.rank, step=run.number)
-        compiled = getattr(run, "step", None)
 
-        def step(*arguments):
-            if fault["where"] == "first":
-                meet("first")
-            if fault["where"].isdigit() and run.number == int(fault["where"]):
-                meet("step")
-            if fault["twice"] and run.number == int(fault["where"]) + 2 and (directory / "met-1-1").exists():
-                meet("again")
-            time.sleep(fault["step_s"])
-            result = compiled(*arguments)
-            if run.rank == 0:
-                import jax
+    def before_step(run):
+        number = int(fault["where"]) if fault["where"].isdigit() else None
+        if fault["where"] == "first" or run.number == number:
+            meet(run, directory, fault)
+        if fault["twice"] and run.number == number + 2 and (directory / "met-1-1").exists():
+            meet(run, directory, fault, again=True)
+        time.sleep(fault["step_s"])
 
-                jax.block_until_ready(result[1])
-                rows = [int(row) for pack in run.data.order.batch(run.number - 1) for row in pack]
-                log(directory, kind="step", rank=0, step=run.number, rows=rows)
-            return result
+    def after_step(run, metrics):
+        import jax
 
-        run.step = step
-        run.train()
-        summary = run.finish()
-        log(directory, kind="end", rank=run.rank)
-        return summary
+        if run.rank == 0:
+            jax.block_until_ready(metrics)
+            rows = [int(row) for pack in run.data.order.batch(run.number - 1) for row in pack]
+            log(directory, kind="step", rank=0, step=run.number, rows=rows)
 
-    return loop
+    return loop_with(begun=begun, built=built, before_step=before_step, after_step=after_step)
+
+
+def meet(run, directory: Path, fault: dict, again: bool = False) -> None:
+    """The fault, once, on the rank that it is for; `again`: a kill of rank 0."""
+    who = "rank 0" if again else fault["who"]
+    rank = int(who[-1]) if who.startswith("rank") else 1 if who == "node" else 0
+    once = directory / f"met-{2 if again else 1}-{run.rank}"
+    if run.rank != rank or once.exists() or fault["what"] == "nothing":
+        return
+    once.touch()
+    log(directory, kind="fault", rank=run.rank)
+    if who.startswith("rank"):
+        sent = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[fault["what"]]
+        os.kill(os.getpid(), sent)
+        if sent == signal.SIGTERM:
+            from kithara_ray.orchestration.backend import terminated
+
+            terminated.wait(30)
+        return
+    import ray
+
+    if who == "coordinator":
+        coordinator = run.spec.coordinator
+        pid = ray.get(coordinator.__ray_call__.remote(lambda self: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+        threading.Thread(target=wait_for_answer, args=(coordinator, pid, directory), daemon=True).start()
+    else:
+        (directory / "now.writing").write_text(ray.get_runtime_context().get_node_id())
+        (directory / "now.writing").rename(directory / "now")
+
+
+def wait_for_answer(coordinator, dead: int, directory: Path) -> None:
+    """Of a coordinator that is another process than the dead one."""
+    import ray
+
+    pid = dead
+    while pid == dead:
+        time.sleep(0.1)
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            pid = ray.get(coordinator.__ray_call__.remote(lambda self: os.getpid()))
+    log(directory, kind="answered")
 
 
 # ------------------------------------------------------------------------------------------------------ in the driver
