@@ -52,7 +52,7 @@ def start_ray(**how) -> None:
 
 def ours(path: str) -> None:
     from kithara_ray import SFTDataset
-    from kithara_ray.orchestration.stream import tokenize
+    from kithara_ray.orchestration.token_store import tokenize
     from kithara_ray.sft.order import PackedOrder
 
     start_ray()
@@ -111,7 +111,7 @@ def large(path: str) -> None:
     import ray
 
     from kithara_ray import TextCompletionDataset
-    from kithara_ray.orchestration.stream import tokenize
+    from kithara_ray.orchestration.token_store import tokenize
     from kithara_ray.sft.order import BatchOrder
 
     start_ray(object_store_memory=STORE_BYTES)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from kithara_ray.errors import CheckpointError
-from kithara_ray.hf import storage
+from kithara_ray.hf.fetch import fetch_headers
 from kithara_ray.hf.safetensors_file import TensorInfo, read_header
 
 __all__ = ["CONFIG", "INDEX", "SINGLE", "BaseCheckpoint", "TensorInfo", "read_json"]
@@ -73,7 +73,7 @@ class BaseCheckpoint:
     @classmethod
     def at(cls, handle: str) -> "BaseCheckpoint":
         """Of a handle. The weights of one on an object store stay there (`source`): headers are all that is read."""
-        directory, source = storage.fetch_headers(str(handle))
+        directory, source = fetch_headers(str(handle))
         return cls.open(directory, source=source)
 
     @classmethod
@@ -173,7 +173,7 @@ class BaseCheckpoint:
 
     def _need_bytes(self) -> None:
         if self.source:
-            raise CheckpointError(f"{self.source}: only its headers are here; storage.fetch brings the tensors")
+            raise CheckpointError(f"{self.source}: only its headers are here; hf.fetch.fetch brings the tensors")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}, "tensors": dict(self.tensors)}

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kithara_ray.errors import ConfigError, UnsupportedError
-from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, Adapter
+from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.lora_config import LoraConfig
 
 
@@ -25,7 +25,7 @@ def read_weighted(text: str) -> tuple[Adapter, float]:
         weight = float(number)
     except ValueError:  # no weight: a colon of a URL, or none
         handle, weight = text, 1.0
-    return Adapter.read(storage.fetch(handle or text)), weight
+    return Adapter.read(fetch(handle or text)), weight
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

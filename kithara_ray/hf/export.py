@@ -26,6 +26,7 @@ from kithara_ray.hf import publish, storage
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.card import max_lora_rank, model_card, serving_notes, split_reference, stop_notes
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.fetch import REFUSED_FILES
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
 from kithara_ray.hf.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
@@ -259,7 +260,7 @@ def _carry_over(base: BaseCheckpoint, directory: Path, patterns: tuple[str, ...]
     """Copy the base's files that match; never what the export wrote, never code or pickles."""
     for path in sorted(base.directory.iterdir()):
         wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
-        refused = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in storage.REFUSED_FILES)
+        refused = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in REFUSED_FILES)
         if wanted and not refused and path.is_file() and not (directory / path.name).exists():
             copy_file(path, directory / path.name)
 

@@ -20,6 +20,7 @@ from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf import publish, storage
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
 from kithara_ray.hf.checkpoint import SINGLE, BaseCheckpoint
+from kithara_ray.hf.fetch import fetch_tensors
 from kithara_ray.hf.merge import check_dtype, out_bytes, write_tensors
 from kithara_ray.hf.proof import prove_file
 
@@ -188,7 +189,7 @@ def fetch_part(base: BaseCheckpoint, directory: Path) -> BaseCheckpoint:
     """The tensors of a part whose weights are at a URL, and nothing else of its files, into `directory`."""
     for file in base.files:
         spans = [(i.offset, i.offset + i.nbytes) for i in base.in_file_order() if i.file == file]
-        storage.fetch_tensors(base.source, file.name, directory, spans)
+        fetch_tensors(base.source, file.name, directory, spans)
     return base.moved(directory)
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, DestinationError, ExportError
+from kithara_ray.hf.fetch import fetch_header
 from kithara_ray.hf.stage import MARKER, Journal, Stage, publishing_order
-from kithara_ray.hf.storage import cause_of, fetch_header, filesystem, version_of
+from kithara_ray.hf.storage import cause_of, filesystem, version_of
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from kithara_ray.errors import ExportError
-from kithara_ray.hf import storage
 from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
+from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.merge import CAST_TAGS, FLOAT_TAGS, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, read_header
 
@@ -89,7 +89,7 @@ class TrainedWriter:
         complete: Callable[[Path], None] = lambda path: None,
     ):
         if base.source and not set(base.names) <= {*trained, HEAD}:
-            base = BaseCheckpoint.open(storage.fetch(base.source))
+            base = BaseCheckpoint.open(fetch(base.source))
         self._tag, self._trained, self._complete = CAST_TAGS[dtype], set(trained), complete
         self._lock = threading.Lock()
         self._files: dict[Path, _File] = {}

@@ -172,7 +172,8 @@ def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> Mixed
 def preview(dataset: _Dataset | MixedDataset, rows: int = 3) -> Preview:
     """A dataset's first rows as the model sees them, and what its tokens amount to."""
     from kithara_ray.orchestration.model import start_ray
-    from kithara_ray.orchestration.stream import Rows, tokenize
+    from kithara_ray.orchestration.stream import Rows
+    from kithara_ray.orchestration.token_store import tokenize
     from kithara_ray.sft.preview import preview as made
 
     start_ray()

@@ -25,7 +25,8 @@ from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import _Dataset
 from kithara_ray.orchestration.prefetch import Prefetched
 from kithara_ray.orchestration.sources import COUNTS, Work, tokenize_rows
-from kithara_ray.orchestration.stream import describe, place, rounded
+from kithara_ray.orchestration.stream import place
+from kithara_ray.orchestration.token_store import describe, rounded
 from kithara_ray.sft.blocks import TokenizedRow
 from kithara_ray.sft.collate import collate
 from kithara_ray.sft.packing import packs

@@ -4,7 +4,8 @@ from jax.sharding import Mesh
 
 from kithara_ray.orchestration.endless import WINDOW_ROWS, EndlessOrder, EndlessStore, EndlessStream
 from kithara_ray.orchestration.spec import DataSpec
-from kithara_ray.orchestration.stream import HostStream, TokenStore
+from kithara_ray.orchestration.stream import HostStream
+from kithara_ray.orchestration.token_store import TokenStore
 from kithara_ray.sft.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.mesh import batch_sharding
 

@@ -55,16 +55,16 @@ class Generator:
     """Holds one loaded model and continues prompts with it. Of a group, all ranks hold one and are asked together."""
 
     def __init__(self, weights: Weights, mesh: MeshShape | None = None):
+        from kithara_ray.hf.fetch import fetch
         from kithara_ray.model import runtime
 
         runtime.prepare()
-        from kithara_ray.hf import storage
         from kithara_ray.hf.checkpoint import BaseCheckpoint
         from kithara_ray.model.causal_lm import build
         from kithara_ray.model.generate import Decoder
         from kithara_ray.sharding.mesh import make_mesh
 
-        checkpoint = BaseCheckpoint.open(storage.fetch(weights.base))
+        checkpoint = BaseCheckpoint.open(fetch(weights.base))
         lora = weights.lora if weights.adapter is not None else None
         self.model = build(checkpoint.config, lora, make_mesh(mesh), weights.precision, scan=False)
         factors = self.model.place_factors(weights.adapter) if lora is not None else {}

@@ -11,10 +11,10 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
-from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
+from kithara_ray.hf.fetch import fetch
 from kithara_ray.model.families import family_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
@@ -187,7 +187,7 @@ class KerasHubModel:
         allow_other_base: bool,
         quantize: str | None,
     ) -> "KerasHubModel":
-        directory = storage.fetch(adapter)
+        directory = fetch(adapter)
         loaded = Adapter.read(directory)
         named = read_json(directory / ADAPTER_CONFIG, AdapterError).get("base_model_name_or_path") or ""
         same = named.rstrip("/").rpartition("/")[2] == handle.rstrip("/").rpartition("/")[2]

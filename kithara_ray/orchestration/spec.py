@@ -12,7 +12,7 @@ from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.orchestration.checkpointer import Checkpointer
 from kithara_ray.orchestration.endless import EndlessStore
 from kithara_ray.orchestration.snapshots import Snapshots
-from kithara_ray.orchestration.stream import TokenStore
+from kithara_ray.orchestration.token_store import TokenStore
 from kithara_ray.orchestration.watchdog import Limits
 from kithara_ray.sharding.shape import MeshShape
 

@@ -32,7 +32,7 @@ from kithara_ray.orchestration.results import TrainResult, about, raise_for_end,
 from kithara_ray.orchestration.samples import Samples
 from kithara_ray.orchestration.snapshots import Snapshots
 from kithara_ray.orchestration.spec import DataSpec, EvalSpec, ModelSpec, RunSpec, StepSpec
-from kithara_ray.orchestration.stream import tokenize
+from kithara_ray.orchestration.token_store import tokenize
 from kithara_ray.orchestration.watchdog import Limits
 from kithara_ray.orchestration.worker import train_loop
 from kithara_ray.sharding.shape import MeshShape

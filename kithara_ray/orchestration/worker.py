@@ -114,15 +114,15 @@ class Run:
 
     def _build_model(self) -> None:
         """Variables with shapes and no values, on a mesh of all ranks' devices."""
-        from kithara_ray.hf import storage
         from kithara_ray.hf.checkpoint import BaseCheckpoint
+        from kithara_ray.hf.fetch import fetch
         from kithara_ray.model.causal_lm import build
         from kithara_ray.sharding.mesh import make_mesh
         from kithara_ray.train.optimizer import KerasOptimizer, OptaxOptimizer, is_elementwise
 
         model, step = self.spec.model, self.spec.step
         with self.log.phase("fetch"):
-            self.base = BaseCheckpoint.open(storage.fetch(model.base, self.log.fetched))
+            self.base = BaseCheckpoint.open(fetch(model.base, self.log.fetched))
         with self.log.phase("build"):
             self.mesh = make_mesh(step.mesh)
             self.model = build(

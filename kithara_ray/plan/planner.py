@@ -21,6 +21,7 @@ from typing import Any
 from kithara_ray.errors import ConfigError, PlanError, UnsupportedError
 from kithara_ray.hf import storage
 from kithara_ray.hf.checkpoint import CONFIG, read_json
+from kithara_ray.hf.fetch import fetch_headers
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.options import PRECISIONS, REMAT
 from kithara_ray.plan.chips import Slice, slice_of
@@ -126,7 +127,7 @@ def config_of(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(base)
     directory = Path(str(base)).expanduser()
     if not directory.is_dir():
-        directory = storage.fetch_headers(str(base))[0]
+        directory = fetch_headers(str(base))[0]
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory}: {CONFIG} is missing; it is all that a plan needs of a model")
     return read_json(directory / CONFIG, UnsupportedError)

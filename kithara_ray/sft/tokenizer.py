@@ -21,7 +21,7 @@ def load_tokenizer(handle: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from kithara_ray.hf.storage import fetch_headers
+    from kithara_ray.hf.fetch import fetch_headers
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(fetch_headers(handle)[0]), trust_remote_code=False)

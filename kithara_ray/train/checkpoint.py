@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from kithara_ray.errors import CheckpointError, ConfigError
+from kithara_ray.hf.fetch import fetch_header
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TAGS, TensorInfo, read_header, write_arrays
-from kithara_ray.hf.storage import cause_of, fetch_header
+from kithara_ray.hf.storage import cause_of
 from kithara_ray.sharding.gather import Bounds, Shard
 from kithara_ray.train.place import Place
 

@@ -10,6 +10,7 @@ from kithara_ray.errors import AdapterError, CheckpointError, ConfigError
 from kithara_ray.hf import storage
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
+from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.train import checkpoint
 from kithara_ray.train.checkpoint import Checkpoint
@@ -91,7 +92,7 @@ def check_base(base: BaseCheckpoint, trained: Trained) -> None:
 
 
 def _read_adapter(location: str) -> Trained:
-    directory = storage.fetch(location)
+    directory = fetch(location)
     config = read_json(directory / ADAPTER_CONFIG, AdapterError)
     name, revision = config.get("base_model_name_or_path") or None, config.get("revision")
     if name and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not storage.is_url(name):

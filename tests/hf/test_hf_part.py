@@ -15,6 +15,7 @@ from kithara_ray.hf import safetensors_file, storage
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.export import Layout, export
+from kithara_ray.hf.fetch import read_header_bytes
 from kithara_ray.hf.part import files_of, parse_size, parts_of, write_part
 
 MODULES = [f"layers.{number}.{leaf}" for number in range(3) for leaf in ("q_proj", "up_proj")]
@@ -94,7 +95,7 @@ def test_only_the_needed_ranges_are_read(memory, directory, adapter, monkeypatch
     for part in parts_of(base, adapter, "memory://out/x", "auto", files):
         read.clear()
         write_part(part)
-        header_bytes = storage.read_header_bytes(directory / "model.safetensors")
+        header_bytes = read_header_bytes(directory / "model.safetensors")
         assert sum(read) - header_bytes == part.out_bytes
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import DestinationError, ExportError
-from kithara_ray.hf import trained_export
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.safetensors_file import write_arrays
 from kithara_ray.hf.trained import TensorSlice, checksum
 from kithara_ray.hf.trained_export import Receiver, export_trained
@@ -83,7 +83,7 @@ def test_slices_become_a_model_and_exports_have_the_base_s_dtypes(scheme, base, 
     root = str(tmp_path) if scheme == "local" else f"memory://{tmp_path.name}"
     path = receive(base, f"{root}/run", slices(values))
     assert path == f"{root}/run/model"
-    state = BaseCheckpoint.open(trained_export.storage.fetch(path))
+    state = BaseCheckpoint.open(fetch(path))
     assert state.names == base.names
     for name, value in expected(base, values).items():
         wanted = base.view(name) if value is None else value
@@ -91,7 +91,7 @@ def test_slices_become_a_model_and_exports_have_the_base_s_dtypes(scheme, base, 
         assert state.view(name).dtype == np.float32
         assert (state.view(name) == wanted).all(), name
     out = export_trained(base, state, f"{root}/out", base_name="hf://org/name@v2")
-    export = BaseCheckpoint.open(trained_export.storage.fetch(out))
+    export = BaseCheckpoint.open(fetch(out))
     for name, value in expected(base, values).items():
         wanted = base.view(name) if value is None else value.astype(base.tensors[name].numpy_dtype)
         assert export.view(name).dtype == wanted.dtype
@@ -102,7 +102,7 @@ def test_slices_become_a_model_and_exports_have_the_base_s_dtypes(scheme, base, 
     with fsspec.open(f"{out}/README.md", "rt") as card:
         assert "base_model: org/name" in card.read()
     half = export_trained(base, state, f"{root}/half", "float16", base_name=str(base.directory))
-    half = BaseCheckpoint.open(trained_export.storage.fetch(half))
+    half = BaseCheckpoint.open(fetch(half))
     assert {info.dtype for info in half.tensors.values()} == {"F16"}
     if scheme == "memory":
         fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)

@@ -15,7 +15,8 @@ import tiny
 
 from kithara_ray import Dataloader, SFTDataset, TextCompletionDataset, mix
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.orchestration.stream import Rows, tokenize
+from kithara_ray.orchestration.stream import Rows
+from kithara_ray.orchestration.token_store import tokenize
 
 ROWS = tiny.rows(50)
 

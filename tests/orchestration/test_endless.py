@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer, mix
 from kithara_ray.errors import ConfigError, DataError, UnsupportedError
 from kithara_ray.orchestration.endless import EndlessOrder, EndlessStream
-from kithara_ray.orchestration.stream import tokenize
+from kithara_ray.orchestration.token_store import tokenize
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -8,7 +8,8 @@ import huggingface_hub
 import pytest
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf import storage
+from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.storage import CACHE_VARIABLE, cache_dir
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def memory():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -37,12 +38,12 @@ def _names(directory: Path) -> set[str]:
 def test_fetch_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("org/name").mkdir(parents=True)
-    assert storage.fetch("org/name") == tmp_path / "org/name"
-    assert storage.fetch(str(tmp_path)) == tmp_path
-    assert storage.fetch(f"file://{tmp_path}") == tmp_path
+    assert fetch("org/name") == tmp_path / "org/name"
+    assert fetch(str(tmp_path)) == tmp_path
+    assert fetch(f"file://{tmp_path}") == tmp_path
     Path("file").touch()
     with pytest.raises(CheckpointError, match="is a file; give the model's directory"):
-        storage.fetch("file")
+        fetch("file")
 
 
 @pytest.mark.parametrize(
@@ -63,13 +64,13 @@ def test_fetch_local(tmp_path, monkeypatch):
 )
 def test_handles_that_cannot_be_fetched(handle, error, message):
     with pytest.raises(error, match=message):
-        storage.fetch(handle)
+        fetch(handle)
 
 
 def test_fetch_hub(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kw: seen.update(kw, repo=repo) or tmp_path)
-    assert storage.fetch("hf://google/gemma-2-2b@v1.0") == tmp_path
+    assert fetch("hf://google/gemma-2-2b@v1.0") == tmp_path
     assert (seen["repo"], seen["revision"]) == ("google/gemma-2-2b", "v1.0")
     files = ["config.json", "model.safetensors", "tokenizer.model", "LICENSE", "a.py", "w.bin", "original/params.json"]
     kept = huggingface_hub.utils.filter_repo_objects(
@@ -84,7 +85,7 @@ def test_fetch_hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"hf://a/b: could not be fetched .*no network.*HF_TOKEN"):
-        storage.fetch("hf://a/b")
+        fetch("hf://a/b")
 
 
 def test_fetch_remote_once(memory, cache, monkeypatch):
@@ -95,17 +96,17 @@ def test_fetch_remote_once(memory, cache, monkeypatch):
     fetched = []
     original = type(memory).get_file
     monkeypatch.setattr(type(memory), "get_file", lambda s, r, *a, **k: fetched.append(r) or original(s, r, *a, **k))
-    directory = storage.fetch("memory://bucket/m")
+    directory = fetch("memory://bucket/m")
     assert _names(directory) == {"config.json", "model.safetensors"}
     assert (directory / "model.safetensors").read_bytes() == b"weights"
-    assert storage.fetch("memory://bucket/m/") == directory
+    assert fetch("memory://bucket/m/") == directory
     assert len(fetched) == 2
     memory.pipe("/bucket/m/model.safetensors", b"changed")  # the same size
-    newer = storage.fetch("memory://bucket/m")
+    newer = fetch("memory://bucket/m")
     assert newer != directory
     assert (newer / "model.safetensors").read_bytes() == b"changed"
     with pytest.raises(CheckpointError, match="no model files there"):
-        storage.fetch("memory://bucket/empty")
+        fetch("memory://bucket/empty")
 
 
 def test_a_torn_download_is_not_kept(memory, cache, monkeypatch):
@@ -120,9 +121,9 @@ def test_a_torn_download_is_not_kept(memory, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(memory), "get_file", torn)
         with pytest.raises(CheckpointError, match=r"model.safetensors: 3 of 7 bytes arrived"):
-            storage.fetch("memory://b")
+            fetch("memory://b")
     assert [p.suffix for p in cache.iterdir()] == [".lock"]
-    assert (storage.fetch("memory://b") / "model.safetensors").read_bytes() == b"weights"
+    assert (fetch("memory://b") / "model.safetensors").read_bytes() == b"weights"
 
 
 def _fetch_counting(url: str, counter: str) -> None:
@@ -132,27 +133,27 @@ def _fetch_counting(url: str, counter: str) -> None:
     def counted(self, remote, local, **kwargs):
         with open(counter, "a") as stream:
             stream.write("x")
-        (lock,) = storage.cache_dir().glob("*.lock")
+        (lock,) = cache_dir().glob("*.lock")
         with lock.open() as stream, pytest.raises(BlockingIOError):  # nobody else downloads meanwhile
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return original(self, remote, local, **kwargs)
 
     fs.get_file = counted
-    storage.fetch(url)
+    fetch(url)
 
 
 def test_a_download_tells_how_far_it_is(memory, cache):
     memory.pipe("/m/config.json", b"{}")
     memory.pipe("/m/model.safetensors", b"x" * (12 << 20))
     told = []
-    storage.fetch("memory://m", lambda here, total: told.append((here, total)))
+    fetch("memory://m", lambda here, total: told.append((here, total)))
     total = (12 << 20) + 2
     assert told[-1] == (total, total)
     assert len(told) > 2
     assert told == sorted(told)
     assert {whole for _, whole in told} == {total}
     told.clear()
-    storage.fetch("memory://m", lambda here, total: told.append((here, total)))
+    fetch("memory://m", lambda here, total: told.append((here, total)))
     assert not told
 
 

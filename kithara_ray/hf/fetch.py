@@ -1,0 +1,303 @@
+"""Where models come from: local directories, hf:// and whatever fsspec knows. Where exports go: publish.py.
+
+A download is made once a host, under a lock, and renamed into place when it is whole. Remote libraries are imported
+where they are used.
+"""
+
+import contextlib
+import fcntl
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kithara_ray.errors import CheckpointError, UnsupportedError
+from kithara_ray.hf.storage import cache_dir, cause_of, filesystem, is_url, version_of
+
+log = logging.getLogger(__name__)
+
+# What is taken from a model repository: weights as safetensors, configuration, tokenizer, licence. No pickle, no code.
+MODEL_FILES = (
+    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+REFUSED_FILES = (
+    "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "consolidated*",
+)  # fmt: skip
+WEIGHTS = "*.safetensors"
+HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors library itself
+RANGE_BYTES = 32 << 20  # of one ranged read, held in memory
+
+Report = Callable[[int, int], None]  # (bytes that are here, bytes in all), called while a model is fetched
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file name at the top of a model directory is one that this library takes."""
+    allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+    return allowed and not any(fnmatch.fnmatchcase(name, pattern) for pattern in REFUSED_FILES)
+
+
+def fetch(handle: str, report: Report | None = None) -> Path:
+    """The local directory of a model: itself when local, else downloaded once per host.
+
+    handle: a local directory, `hf://org/name[@revision]`, or an fsspec URL such as `gs://bucket/dir`.
+    report: told how far a download is; not called where nothing is downloaded.
+    Raises CheckpointError when there is nothing to fetch, UnsupportedError for a handle that cannot be honoured.
+    """
+    handle = str(handle)
+    scheme, _, rest = handle.partition("://")
+    if not is_url(handle) or scheme == "file":
+        return _fetch_local(rest if scheme == "file" and rest else handle)
+    if scheme == "hf":
+        return _fetch_hub(handle, rest, report)
+    _refuse_keras(handle)
+    return _fetch_remote(handle, report=report)
+
+
+def _refuse_keras(handle: str) -> None:
+    scheme = handle.partition("://")[0]
+    if scheme in ("kaggle", "kerashub", "keras", "modelscope"):
+        raise UnsupportedError(
+            f"{handle}: {scheme}:// presets hold Keras weights, and exports are made from Hugging Face files; "
+            "use hf://org/name, a gs:// directory or a local directory with config.json and safetensors"
+        )
+
+
+def _fetch_local(handle: str) -> Path:
+    path = Path(handle).expanduser().absolute()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the model's directory")
+    advice = f"for the Hugging Face hub write hf://{handle}" if handle.count("/") == 1 and handle[0] not in "./~" else (
+        "a KerasHub preset name cannot be used, since exports are made from Hugging Face files: "
+        "write hf://org/name or the path of a directory that exists on this host"
+    )  # fmt: skip
+    raise CheckpointError(f"no directory at {path} for the handle {handle!r}; {advice}")
+
+
+def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo_id, revision = _repo_of(handle)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=list(MODEL_FILES),
+                ignore_patterns=["*/*", *REFUSED_FILES],  # no original/, onnx/, checkpoints of the training run
+                tqdm_class=_reporting_bar(report) if report else None,
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise _not_from_hub(handle, error) from error
+
+
+def _reporting_bar(report: Report) -> type:
+    """The hub's own progress bar, which also reports. It has one for bytes received and one for bytes written, whose
+    totals grow as files are begun: what is reported is the one that is further."""
+    from huggingface_hub.utils import tqdm
+
+    furthest = 0
+
+    class Reporting(tqdm):
+        def update(self, n=1):
+            nonlocal furthest
+            shown = super().update(n)
+            if self.unit == "B" and self.total and self.n > furthest:
+                furthest = int(self.n)
+                report(furthest, int(self.total))
+            return shown
+
+    return Reporting
+
+
+def fetch_headers(handle: str) -> tuple[Path, str | None]:
+    """(directory, source) of a model whose weights are left where they are.
+
+    Of a URL, the directory holds all small files, and of each weight file its header alone, in a sparse file of the
+    true size; source is the URL, of a Hub's model with the commit. A local model, or a Hub's that this host has
+    fetched already, is there as a whole: source is None.
+    """
+    if not is_url(handle) or handle.startswith("file://"):
+        return fetch(handle), None
+    _refuse_keras(handle)
+    if handle.startswith("hf://"):
+        fetched = _fetched_from_hub(handle)
+        if fetched is not None:
+            return fetched, None
+        handle = _with_commit(handle)
+    return _fetch_remote(handle, weights=False), handle.rstrip("/")
+
+
+def _fetched_from_hub(handle: str) -> Path | None:
+    """Where a Hub's model lies in this host's cache with all its weights."""
+    import huggingface_hub
+
+    repo_id, revision = _repo_of(handle)
+    try:
+        directory = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+        index = directory / "model.safetensors.index.json"
+        weights = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    except (OSError, ValueError, KeyError):
+        return None
+    needed = ["config.json", *weights]
+    return directory if all((directory / name).is_file() for name in needed) else None
+
+
+def _with_commit(handle: str) -> str:
+    """hf://org/name@<commit>: a branch may move while files are read."""
+    import huggingface_hub
+
+    repo_id, revision = _repo_of(handle)
+    try:
+        commit = huggingface_hub.HfApi().model_info(repo_id, revision=revision).sha
+    except Exception as error:
+        raise _not_from_hub(handle, error) from error
+    return f"hf://{repo_id}@{commit}"
+
+
+def _repo_of(handle: str) -> tuple[str, str | None]:
+    """(org/name, revision) of hf://org/name[@revision]."""
+    repo_id, _, revision = handle.removeprefix("hf://").partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise CheckpointError(f"{handle}: expected hf://org/name or hf://org/name@revision")
+    return repo_id, revision or None
+
+
+def _not_from_hub(handle: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{handle}: could not be fetched from the Hugging Face hub ({cause_of(error)}); check the "
+        "name, the network, and for gated models that HF_TOKEN is set on every host"
+    )
+
+
+def fetch_tensors(source: str, name: str, directory: Path, spans: list[tuple[int, int]]) -> Path:
+    """Of one weight file of the model at the URL `source`, the header and the byte ranges [begin, end) in ascending
+    order, into a sparse file of the same size in `directory`. Raises CheckpointError."""
+    fs, root = filesystem(source, CheckpointError)
+    remote, local = f"{root}/{name}", directory / name
+    try:
+        size_bytes = int(fs.info(remote)["size"])
+    except Exception as error:
+        raise CheckpointError(f"{source}/{name}: not found ({cause_of(error)}); was the base changed?") from error
+    fetch_header(fs, remote, local, size_bytes)
+    spans = _joined(spans)
+    if spans == [(read_header_bytes(local), size_bytes)]:  # all of it: as one stream
+        _download(fs, remote, local, size_bytes)
+        return local
+    with local.open("r+b") as stream:
+        for begin, end in spans:
+            stream.seek(begin)
+            for start in range(begin, end, RANGE_BYTES):
+                stop = min(end, start + RANGE_BYTES)
+                try:
+                    data = fs.cat_file(remote, start=start, end=stop)
+                except Exception as error:
+                    raise CheckpointError(f"{remote}: download failed ({cause_of(error)}); try again") from error
+                if len(data) != stop - start:
+                    raise CheckpointError(f"{remote}: {len(data)} of {stop - start} bytes arrived; try again")
+                stream.write(data)
+    return local
+
+
+def read_header_bytes(path: Path) -> int:
+    """Where the tensors' bytes begin in a safetensors file."""
+    with path.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Adjacent ranges as one; empty ones left out."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        elif end > begin:
+            joined.append((begin, end))
+    return joined
+
+
+def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) -> Path:
+    """Download into `<cache>/<hash of url and listing>` under a lock; renamed into place only when complete."""
+    fs, root = filesystem(url, CheckpointError)
+    try:
+        listing = fs.ls(root, detail=True)
+    except FileNotFoundError:
+        listing = []
+    except Exception as error:  # every backend has its own exceptions
+        raise CheckpointError(f"{url}: cannot be listed ({cause_of(error)}); check credentials") from error
+    entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in listing if entry["type"] == "file"}
+    sizes = {name: int(entry["size"]) for name, entry in sorted(entries.items()) if is_model_file(name)}
+    if not sizes:
+        raise CheckpointError(f"{url}: no model files there; give a directory with config.json and safetensors")
+    versions = [[name, sizes[name], version_of(entries[name])] for name in sizes]
+    key = hashlib.sha256(json.dumps([url.rstrip("/"), versions]).encode()).hexdigest()[:32]
+    key += "" if weights else ".headers"
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / key
+    with _locked(cache / f"{key}.lock"):
+        if target.is_dir():
+            return target
+        partial = cache / f".{key}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that died; the lock is ours
+        partial.mkdir()
+        try:
+            log.info("fetching %s: files=%d bytes=%d weights=%s", url, len(sizes), sum(sizes.values()), weights)
+            before = 0
+            for name, size_bytes in sizes.items():
+                if weights or not fnmatch.fnmatchcase(name, WEIGHTS):
+                    _download(fs, f"{root}/{name}", partial / name, size_bytes, _from(before, sizes, report))
+                    before += size_bytes
+                else:
+                    fetch_header(fs, f"{root}/{name}", partial / name, size_bytes)
+            os.rename(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _from(before: int, sizes: dict[str, int], report: Report | None) -> Report | None:
+    """A report of one file as a part of all of them, which `before` bytes are here of."""
+    total = sum(sizes.values())
+    return report and (lambda here, _: report(before + here, total))
+
+
+def fetch_header(fs: Any, remote: str, local: Path, size_bytes: int) -> None:
+    """The header of a safetensors file into a sparse file of the same size; read_header judges what arrived."""
+    try:
+        start = fs.cat_file(remote, start=0, end=min(8, size_bytes))
+        header_bytes = min(int.from_bytes(start, "little"), HEADER_LIMIT_BYTES, max(0, size_bytes - 8))
+        data = start + (fs.cat_file(remote, start=8, end=8 + header_bytes) if header_bytes else b"")
+    except Exception as error:
+        raise CheckpointError(f"{remote}: its header could not be read ({cause_of(error)}); try again") from error
+    with local.open("wb") as stream:
+        stream.write(data)
+        stream.truncate(size_bytes)
+
+
+def _download(fs: Any, remote: str, local: Path, size_bytes: int, report: Report | None = None) -> None:
+    import fsspec
+
+    hooks = {"report": lambda size, value, **_: report(value, size_bytes)} if report else {}
+    try:
+        fs.get_file(remote, str(local), callback=fsspec.Callback(hooks=hooks))
+    except Exception as error:
+        raise CheckpointError(f"{remote}: download failed ({cause_of(error)}); try again") from error
+    if local.stat().st_size != size_bytes:
+        raise CheckpointError(f"{remote}: {local.stat().st_size} of {size_bytes} bytes arrived; try again")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
