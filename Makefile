@@ -27,12 +27,12 @@ $(VENV)/.test: $(VENV)/.demo
 # those tests are skipped, and say so. Its own libraries are unpacked where it is told that it runs on AWS Lambda.
 CHROMIUM := @sparticuz/chromium@147.0.0
 # An npm registry that does not answer is given up within minutes, not half an hour.
-QUICK := --fetch-timeout=60000 --fetch-retries=1 --fetch-retry-mintimeout=1000
+NPM_LIMITS := --fetch-timeout=60000 --fetch-retries=1 --fetch-retry-mintimeout=1000
 UNPACK := import("@sparticuz/chromium").then((it) => it.default.executablePath())
 $(VENV)/.browser: $(VENV)/.test
 	@mkdir -p $(VENV)/browser
 	@export PATH="$(CURDIR)/$(BIN):$$PATH" && cd $(VENV)/browser && \
-	  npm install --silent --no-audit --no-fund --ignore-scripts $(QUICK) --prefix . $(CHROMIUM) && \
+	  npm install --silent --no-audit --no-fund --ignore-scripts $(NPM_LIMITS) --prefix . $(CHROMIUM) && \
 	  TMPDIR="$$PWD" AWS_EXECUTION_ENV=AWS_Lambda_nodejs22.x node -e '$(UNPACK)' && touch "$(CURDIR)/$@" || \
 	  echo "no Chromium from the npm registry: the report's browser tests take one of the system, or are skipped"
 
