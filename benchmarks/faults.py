@@ -341,16 +341,20 @@ def figures(lines: list[dict]) -> dict:
     row = {"steps": sorted(counts), "rows": counts, "steps_lost": executed - len(counts)}
     faults = [line["time"] for line in lines if line["kind"] == "fault"]
     if faults:
-        after = lambda kind, key="time": min(  # noqa: E731
-            (line[key] for line in lines if line["kind"] == kind and line["time"] > faults[-1]), default=None
-        )
-        begin, built, step = after("begin", "began"), after("built"), None
-        if built:
-            step = min((x["time"] for x in lines if x["kind"] == "step" and x["time"] > built), default=None)
-        if answered := after("answered"):
-            row["group_s"] = answered - faults[-1]
-        if begin and built and step:
-            row |= {"group_s": begin - faults[-1], "build_s": built - begin, "step_s": step - built}
+
+        def first(kind: str, since: float) -> dict | None:
+            after = (line for line in lines if line["kind"] == kind and line["time"] > since)
+            return min(after, key=lambda line: line["time"], default=None)
+
+        # A rank that lives on may have been built a moment after another's fault.
+        begin = first("begin", faults[-1])
+        built = begin and first("built", begin["time"])
+        step = built and first("step", built["time"])
+        if answered := first("answered", faults[-1]):
+            row["group_s"] = answered["time"] - faults[-1]
+        if step:
+            row["group_s"] = begin["began"] - faults[-1]
+            row |= {"build_s": built["time"] - begin["began"], "step_s": step["time"] - built["time"]}
     return row
 
 
