@@ -26,7 +26,7 @@ $(VENV)/.test: $(VENV)/.demo
 # Chromium, which looks at the run report: a package of the npm registry ships it, a wheel of PyPI the npm. Without it
 # those tests are skipped, and say so. Its own libraries are unpacked where it is told that it runs on AWS Lambda.
 CHROMIUM := @sparticuz/chromium@147.0.0
-# An npm registry that does not answer is given up within minutes, not half an hour.
+# By itself npm tried for more than twenty minutes where its registry could not be reached.
 NPM_LIMITS := --fetch-timeout=60000 --fetch-retries=1 --fetch-retry-mintimeout=1000
 UNPACK := import("@sparticuz/chromium").then((it) => it.default.executablePath())
 $(VENV)/.browser: $(VENV)/.test

@@ -57,7 +57,7 @@ def cache_in_single_pages(path: Path) -> None:
     """Read a file into the page cache anew, a page at a time. Of the larger folios that writing it may leave, the
     kernel maps more than the page that is touched."""
     file, page = os.open(path, os.O_RDONLY), os.sysconf("SC_PAGE_SIZE")
-    os.sync()
+    os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
     for begin in range(0, os.fstat(file).st_size, page):

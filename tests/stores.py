@@ -1,9 +1,19 @@
-"""Emulators of gs:// and s3:// on loopback; each gives the environment in which fsspec's packages find it."""
+"""Emulators of gs:// and s3:// on loopback; each gives the environment in which fsspec's packages find it. And memory://."""
 
 import contextlib
 import os
 import threading
 from collections.abc import Iterator
+
+
+def clear_memory():
+    """fsspec's store in this process, emptied."""
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    return fs
 
 
 @contextlib.contextmanager

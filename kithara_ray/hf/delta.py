@@ -6,11 +6,11 @@ Legend: O out features, I in features, R rank, N single elements.
 PEFT (peft/tuners/lora/layer.py, Linear.get_delta_weight and merge; float32 factors, as PEFT loads them) computes
 `delta = (B @ A) * float32(scale)` in float32 and `W += delta`, which torch rounds once to W's dtype. All of that is
 elementwise except the sum over R. torch's sgemm (MKL) was measured to be a chain of fused multiply-adds over R
-from 0 upwards; above R = 192 it sums chunks (see `k_chunks`) and adds their results: with AVX2, whose order is taken
-here on every processor. With AVX-512 it is one chain up to R = 384. That holds for O >= 12 and
-I >= 16 with one or two threads and every R up to 192 (tests/hf/test_hf_delta.py); with four or more threads
-torch changes its own last bits where I is not a multiple of 16. numpy's OpenBLAS sums in another order (2 % of the
-elements differ in the last bit for R = 16), and changes it with the row block. So:
+from 0 upwards, for O >= 12 and I >= 16 with one or two threads and every R up to 192 (tests/hf/test_hf_delta.py).
+Above it sums chunks (see `k_chunks`) and adds their results: with AVX2, whose order is taken here on every processor;
+with AVX-512 it is one chain up to R = 384. With four or more threads torch changes its own last bits where I is not a
+multiple of 16. numpy's OpenBLAS sums in another order (2 % of the elements differ in the last bit for R = 16), and
+changes it with the row block. So:
 
 * float32 results: the chain itself, emulated in float64. The product of two float32 is exact there, and so is the
   sum up to one rounding; the double rounding is repaired where it can matter (`_fma`).

@@ -1,7 +1,7 @@
 """Where models come from: local directories, hf:// and whatever fsspec knows. Where exports go: publish.py.
 
-A download is made once a host, under a lock, and renamed into place when it is whole. Remote libraries are imported
-where they are used.
+What fsspec downloads whole is downloaded once a host, under a lock, and renamed into place when it is there. Remote
+libraries are imported where they are used.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from stores import clear_memory
 
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig, target_modules_of
@@ -29,6 +30,13 @@ def _model(family: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model.to(dtype)
+
+
+@pytest.fixture
+def memory():
+    """fsspec's store in this process, empty before and behind."""
+    yield clear_memory()
+    clear_memory()
 
 
 @pytest.fixture(autouse=True)

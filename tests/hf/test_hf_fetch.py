@@ -13,16 +13,6 @@ from kithara_ray.hf.storage import CACHE_VARIABLE, cache_dir
 
 
 @pytest.fixture
-def memory():
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    yield fs
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-
-
-@pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -1,21 +1,10 @@
 import os
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from kithara_ray.errors import DestinationError
 from kithara_ray.hf import publish, storage
-
-
-@pytest.fixture
-def memory():
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    yield fs
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
 
 
 def _names(directory: Path) -> set[str]:

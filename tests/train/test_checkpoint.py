@@ -1,11 +1,11 @@
 """Checkpoints as files: what is written is what is read, on any mesh; what is torn is never taken."""
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from stores import clear_memory
 
 from kithara_ray.errors import CheckpointError, ConfigError, DestinationError, TrainingError
 from kithara_ray.sharding.gather import Shard, local_shards
@@ -20,13 +20,6 @@ DOCUMENT = {"identity": {}, "tensors": {}, "metrics": {}, "evaluations": [], "fi
 
 def alone(text: str) -> list[str]:
     return [text]
-
-
-def clear_memory():
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    return fs
 
 
 @pytest.fixture(params=["local", "memory"])
