@@ -50,7 +50,7 @@ lint: $(VENV)/.test
 	@$(BIN)/ruff check .
 
 families:  ## README's table of families, from the parity suite
-	@$(PYTHON) tests/readme_families.py
+	@$(PYTHON) tests/helpers/readme_families.py
 
 $(VENV)/.bench: $(VENV)/.test
 	@$(BIN)/pip install -q -e ".[bench]"

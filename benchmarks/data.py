@@ -52,8 +52,8 @@ def start_ray(**how) -> None:
 
 def ours(path: str) -> None:
     from kithara_ray import SFTDataset
-    from kithara_ray.orchestration.token_store import tokenize
-    from kithara_ray.sft.order import PackedOrder
+    from kithara_ray.orchestration.data.pipeline import tokenize
+    from kithara_ray.sft.batches.order import PackedOrder
 
     start_ray()
     few = [json.loads(line) for line, _ in zip(open(path), range(5000), strict=False)]
@@ -111,8 +111,8 @@ def large(path: str) -> None:
     import ray
 
     from kithara_ray import TextCompletionDataset
-    from kithara_ray.orchestration.token_store import tokenize
-    from kithara_ray.sft.order import BatchOrder
+    from kithara_ray.orchestration.data.pipeline import tokenize
+    from kithara_ray.sft.batches.order import BatchOrder
 
     start_ray(object_store_memory=STORE_BYTES)
     before = common.peak_rss_mb()
@@ -124,7 +124,7 @@ def large(path: str) -> None:
 
     @ray.remote(num_cpus=1)
     def read(store, order, host: int) -> tuple[int, float, float]:
-        from kithara_ray.orchestration.stream import Rows
+        from kithara_ray.orchestration.data.token_rows import Rows
 
         before = common.peak_rss_mb()
         rows, tokens = Rows(store), 0

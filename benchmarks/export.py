@@ -121,7 +121,7 @@ def gigabytes(directory: Path) -> float:
 def ours(name: str = "base") -> dict:
     from kithara_ray.hf.adapter import Adapter
     from kithara_ray.hf.checkpoint import BaseCheckpoint
-    from kithara_ray.hf.export import Layout, export
+    from kithara_ray.hf.exports.export import Layout, export
 
     before, mark = peak_mb(), time.perf_counter()
     base, adapter = BaseCheckpoint.open(ROOT / name), Adapter.read(ROOT / f"{name}-adapter")
@@ -155,8 +155,8 @@ def head(name: str) -> dict:
     """What one process does for an export whose parts others run: its peak RSS, less the adapter it holds."""
     from kithara_ray.hf.adapter import Adapter
     from kithara_ray.hf.checkpoint import BaseCheckpoint
-    from kithara_ray.hf.export import Layout, export
-    from kithara_ray.hf.part import Written
+    from kithara_ray.hf.exports.export import Layout, export
+    from kithara_ray.hf.exports.part import Written
     from kithara_ray.hf.safetensors_file import pack_header
 
     def stand_in(parts):

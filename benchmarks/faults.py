@@ -93,11 +93,11 @@ def make_loop(out: str, fault: dict):
     directory = Path(out)
 
     def begun(run):
-        from kithara_ray.train import checkpoint
+        from kithara_ray.checkpoint import disk_format
 
         # When the loop did, which has imported since.
         log(directory, kind="begin", rank=run.rank, began=time.time() - run.log.phases["import"])
-        commit, evaluate = checkpoint.commit, run.evaluate
+        commit, evaluate = disk_format.commit, run.evaluate
 
         def committing(*arguments):
             if fault["where"] == "save":
@@ -109,7 +109,7 @@ def make_loop(out: str, fault: dict):
                 meet(run, directory, fault)
             return evaluate()
 
-        checkpoint.commit, run.evaluate = committing, evaluating
+        disk_format.commit, run.evaluate = committing, evaluating
 
     def built(run):
         log(directory, kind="built", rank=run.rank, step=run.number)
@@ -146,7 +146,7 @@ def meet(run, directory: Path, fault: dict, again: bool = False) -> None:
         sent = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[fault["what"]]
         os.kill(os.getpid(), sent)
         if sent == signal.SIGTERM:
-            from kithara_ray.orchestration.backend import terminated
+            from kithara_ray.orchestration.cluster.process_setup import terminated
 
             terminated.wait(30)
         return
@@ -278,7 +278,7 @@ def run_driver(out: Path, fault: Fault, mark: str) -> tuple[dict, str]:
         "HF_HUB_OFFLINE": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "benchmarks")]),
     }
     command = [sys.executable, __file__, "--driver", str(out), json.dumps(asdict(fault))]
     with (out / "driver.log").open("a") as stream:
@@ -360,17 +360,17 @@ def figures(lines: list[dict]) -> dict:
 
 def stored(directory: Path) -> dict:
     """Whether what is stored is whole, and what else lies there."""
+    from kithara_ray.checkpoint import disk_format
     from kithara_ray.errors import CheckpointError
-    from kithara_ray.train import checkpoint
-    from kithara_ray.train.place import Place
+    from kithara_ray.storage.places import Place
 
     place, torn = Place(str(directory)), []
-    for name in checkpoint.committed(place):
+    for name in disk_format.committed(place):
         try:
-            checkpoint.Checkpoint.open(place, name).verify()
+            disk_format.Checkpoint.open(place, name).verify()
         except CheckpointError as error:
             torn.append(str(error))
-    return {"torn": torn, "litter": checkpoint.unfinished(place) + [p.name for p in directory.glob(".*")]}
+    return {"torn": torn, "litter": disk_format.unfinished(place) + [p.name for p in directory.glob(".*")]}
 
 
 def judge(row: dict, reference: dict) -> dict:
@@ -415,7 +415,7 @@ def show(rows: list[dict]) -> list[str]:
 def operations(base: Path) -> list[dict]:
     """What the suite's tests of each operation count, a row a test."""
     report = base / "operations.xml"
-    files = ["tests/train/test_checkpoint_faults.py", "tests/hf/test_hf_stores.py", "tests/hf/test_hf_hub.py"]
+    files = ["tests/checkpoint/test_checkpoint_faults.py", "tests/hf/test_hf_stores.py", "tests/hf/test_hf_hub.py"]
     command = [
         sys.executable,
         "-m",
@@ -456,7 +456,7 @@ def write(rows: list[dict], each: list[dict], into: bool) -> None:
 
 
 def main(names: list[str]) -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     import tiny
 
     chosen = [fault for fault in FAULTS if not names or fault.name in names or fault.name == "undisturbed"]

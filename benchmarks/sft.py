@@ -59,10 +59,10 @@ def ours(packs: int = 1) -> None:
     from kithara_ray.hf.checkpoint import BaseCheckpoint
     from kithara_ray.hf.lora_config import LoraConfig
     from kithara_ray.model.causal_lm import build
-    from kithara_ray.sft.collate import collate
-    from kithara_ray.sft.formats import PromptAnswer
-    from kithara_ray.sft.order import PackedOrder
-    from kithara_ray.sft.tokenize import RowTokenizer
+    from kithara_ray.sft.batches.collate import collate
+    from kithara_ray.sft.batches.order import PackedOrder
+    from kithara_ray.sft.rows.formats import PromptAnswer
+    from kithara_ray.sft.tokens.tokenize import RowTokenizer
     from kithara_ray.sharding.mesh import make_mesh
     from kithara_ray.train import step
     from kithara_ray.train.optimizer import KerasOptimizer

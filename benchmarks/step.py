@@ -45,8 +45,8 @@ def ours_model(layers: int | None = None):
 def ours_batch(model):
     import jax
 
-    from kithara_ray.sft.collate import collate
-    from kithara_ray.sft.tokenize import TokenizedRow
+    from kithara_ray.sft.batches.collate import collate
+    from kithara_ray.sft.tokens.tokenize import TokenizedRow
     from kithara_ray.sharding.mesh import batch_sharding
 
     mask = np.ones(LENGTH, np.uint8)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kithara_ray.callbacks import Callback, Profiler
-    from kithara_ray.orchestration.checkpointer import Checkpointer
-    from kithara_ray.orchestration.data import Dataloader, SFTDataset, TextCompletionDataset, mix
+    from kithara_ray.checkpoint.checkpointer import Checkpointer
+    from kithara_ray.orchestration.data.datasets import Dataloader, SFTDataset, TextCompletionDataset, mix
     from kithara_ray.orchestration.model import KerasHubModel
     from kithara_ray.orchestration.results import TrainResult
     from kithara_ray.orchestration.trainer import Trainer
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Callback": "kithara_ray.callbacks",
-    "Checkpointer": "kithara_ray.orchestration.checkpointer",
-    "Dataloader": "kithara_ray.orchestration.data",
+    "Checkpointer": "kithara_ray.checkpoint.checkpointer",
+    "Dataloader": "kithara_ray.orchestration.data.datasets",
     "KerasHubModel": "kithara_ray.orchestration.model",
     "MeshShape": "kithara_ray.sharding.shape",
     "Profiler": "kithara_ray.callbacks",
-    "SFTDataset": "kithara_ray.orchestration.data",
-    "TextCompletionDataset": "kithara_ray.orchestration.data",
+    "SFTDataset": "kithara_ray.orchestration.data.datasets",
+    "TextCompletionDataset": "kithara_ray.orchestration.data.datasets",
     "TrainResult": "kithara_ray.orchestration.results",
     "Trainer": "kithara_ray.orchestration.trainer",
-    "mix": "kithara_ray.orchestration.data",
+    "mix": "kithara_ray.orchestration.data.datasets",
 }
 
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from kithara_ray.cli import main
+from kithara_ray.cli.app import main
 
 sys.exit(main())

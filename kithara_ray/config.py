@@ -24,13 +24,13 @@ from pydantic import Discriminator, Field, Tag, ValidationError
 
 import kithara_ray
 from kithara_ray.callbacks import MLflow, Profiler, WandB
+from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration.checkpointer import Checkpointer
-from kithara_ray.orchestration.data import Dataloader, _Dataset
+from kithara_ray.orchestration.data.datasets import Dataloader, _Dataset
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.results import TrainResult
+from kithara_ray.orchestration.search.search import search
 from kithara_ray.orchestration.trainer import Trainer
-from kithara_ray.orchestration.tune import search
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.signatures import Section, section_of, told
 from kithara_ray.yaml_file import Where, parse_scalar, read_yaml

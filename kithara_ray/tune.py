@@ -1,6 +1,6 @@
-"""Searches over the settings of runs: `tune.search` of the public API, of a trainer factory or of a configuration.
+"""Searches over the settings of runs: `search.search` of the public API, of a trainer factory or of a configuration.
 
-What a search is and does, and all arguments: `kithara_ray.orchestration.tune.search`; the pages say it in docs/tune.md.
+What a search is and does, and all arguments: `kithara_ray.orchestration.search.search.search`; see also docs/tune.md.
 """
 
 import copy
@@ -15,10 +15,10 @@ from rich.table import Table
 from kithara_ray import config as configuration
 from kithara_ray.config import Config
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration import tune
-from kithara_ray.orchestration.exports import requests_of
+from kithara_ray.hf.exports.request import requests_of
+from kithara_ray.orchestration.search import search
+from kithara_ray.orchestration.search.search import SearchResult, TrialResult
 from kithara_ray.orchestration.trainer import Trainer
-from kithara_ray.orchestration.tune import SearchResult, TrialResult
 
 __all__ = ["SearchResult", "TrialResult", "search"]
 
@@ -32,7 +32,7 @@ _OF_THE_SEARCH = {
 }
 
 
-@functools.wraps(tune.search)
+@functools.wraps(search.search)
 def search(
     trainer_factory: Callable[[dict[str, Any]], Trainer] | str | Path | Config,
     space: Mapping[str, Any] | None = None,
@@ -40,17 +40,17 @@ def search(
 ) -> SearchResult:
     # Of a configuration: the keys of the space are its own, and what is not given is in its section `tune`.
     if callable(trainer_factory):
-        return tune.search(trainer_factory, space or {}, **settings)
+        return search.search(trainer_factory, space or {}, **settings)
     config = trainer_factory
     if not isinstance(config, Config):
         config = configuration.load(config)
     given = (config.tune.given() if config.tune else {}) | settings | ({} if space is None else {"space": space})
     if not given.get("space"):
         raise ConfigError(
-            'a search needs a space: give tune.space in the configuration, as "optimizer.learning_rate": '
+            'a search needs a space: give search.space in the configuration, as "optimizer.learning_rate": '
             "{loguniform: [1e-5, 1e-3]}, or space="
         )
-    return tune.search(ConfigFactory(config, given["space"]), **given)
+    return search.search(ConfigFactory(config, given["space"]), **given)
 
 
 def run(config: Config) -> tuple[SearchResult, list[str]]:

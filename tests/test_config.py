@@ -10,9 +10,9 @@ import yaml
 
 import kithara_ray
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, MeshShape, Profiler, Trainer, config
-from kithara_ray.cli import main
+from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError, KitharaRayError
-from kithara_ray.orchestration.tune import search
+from kithara_ray.orchestration.search.search import search
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [*sorted((ROOT / "examples").glob("*.yaml")), ROOT / "kithara_ray" / "template.yaml"]

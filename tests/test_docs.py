@@ -13,7 +13,8 @@ import yaml
 from doc_pages import PAGES, ROOT, blocks, commands, with_sections
 
 import kithara_ray
-from kithara_ray import cli, config
+from kithara_ray import config
+from kithara_ray.cli import app
 
 RAYS = ("FailureConfig", "RunConfig", "ScalingConfig", "CheckpointConfig")
 CALLABLES = {name: getattr(kithara_ray, name) for name in kithara_ray.__all__}
@@ -61,7 +62,7 @@ def test_arguments_in_running_text(page):
 
 def test_commands(page):
     """Parsed, and not run."""
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app.app)
     for line in commands(page):
         if "..." in line or "|" in line.split("--")[0]:
             continue

@@ -9,7 +9,7 @@ HEAVY = {"jax", "keras", "keras_hub", "ray", "torch", "tensorflow"}
 ROOMS = {
     "kithara_ray": (["kithara_ray"], HEAVY),
     "errors": (["kithara_ray.errors"], HEAVY),
-    "command line": (["kithara_ray.cli"], HEAVY | {"pydantic", "transformers"}),
+    "command line": (["kithara_ray.cli.app"], HEAVY | {"pydantic", "transformers"}),
     "hf": (
         [f"kithara_ray.hf.{name}" for name in ("storage", "checkpoint", "adapter", "merge", "export", "combine")],
         HEAVY,
@@ -26,12 +26,12 @@ ROOMS = {
         HEAVY - {"jax"},
     ),
     "sharding, driver's part": (["kithara_ray.sharding.shape", "kithara_ray.sharding.gather"], HEAVY),
-    "model, driver's part": (["kithara_ray.model.families", "kithara_ray.model.targets"], HEAVY),
+    "model, driver's part": (["kithara_ray.model.families", "kithara_ray.model.lora.targets"], HEAVY),
     "model": (
         [f"kithara_ray.model.{name}" for name in ("runtime", "causal_lm", "weights", "lora", "generate")],
         {"ray", "torch"},
     ),
-    "train, what a run has left in files": (["kithara_ray.train.run_files"], HEAVY),
+    "train, what a run has left in files": (["kithara_ray.checkpoint.run_files"], HEAVY),
     "train": ([f"kithara_ray.train.{name}" for name in ("loss", "optimizer", "step")], {"ray", "torch"}),
     "configuration": (
         [f"kithara_ray.{name}" for name in ("config", "doctor", "tune")],

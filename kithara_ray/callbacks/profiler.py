@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import ConfigError
-from kithara_ray.train.place import Place
+from kithara_ray.storage.places import Place
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kithara_ray.callbacks.callback import Callback, RunInfo
-from kithara_ray.train.place import Place
+from kithara_ray.storage.places import Place
 
 _PUT_EVERY_S = 30.0
 _FLUSH_S = 5

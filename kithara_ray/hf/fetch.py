@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf.storage import cache_dir, cause_of, filesystem, is_url, version_of
+from kithara_ray.storage.urls import cache_dir, cause_of, filesystem, is_url, version_of
 
 log = logging.getLogger(__name__)
 

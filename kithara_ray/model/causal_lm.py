@@ -20,12 +20,14 @@ from keras.src.backend.common import global_state
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import LoraConfig
-from kithara_ray.model import attention, embedding, lora, ports, stack, weights
-from kithara_ray.model.arrays import Factors, Frozen, ModelArrays, Params
-from kithara_ray.model.dropout import dropping
+from kithara_ray.model.blocks import attention, embedding, stack
 from kithara_ray.model.families import family_of
+from kithara_ray.model.lora import layers
+from kithara_ray.model.lora.dropout import dropping
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS, REMAT, chunk_length
-from kithara_ray.model.quantized import Int8
+from kithara_ray.model.weights import ports, slots
+from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
+from kithara_ray.model.weights.quantized import Int8
 from kithara_ray.sharding.mesh import BATCH_AXES
 
 
@@ -110,7 +112,7 @@ class CausalLM(ModelArrays):
         array_of = {id(slot): array for slot, array in zip(self.slots, frozen, strict=True)}
         return [array_of[id(slot)] for slot in self._head_slots()]
 
-    def _head_slots(self) -> list[weights.Slot]:
+    def _head_slots(self) -> list[slots.Slot]:
         embedding = self.model.backbone.token_embedding
         # Of an untied head, the table that tokens are looked up in is no part.
         table = () if embedding.tie_weights else (id(embedding._embeddings),)
@@ -266,18 +268,18 @@ def build(
     recorded = ports.record_ports(family.converter, model, config)
     if train_weights:
         ports.check_invertible(recorded, config)
-    kernels = lora.linear_modules(backbone, recorded).values() if quantize else ()
+    kernels = layers.linear_modules(backbone, recorded).values() if quantize else ()
     int8_kernels = frozenset(id(layer._kernel) for layer in kernels)
     with _without_values():
-        targets = lora.inject(backbone, recorded, lora_config) if lora_config else []
+        targets = layers.inject(backbone, recorded, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
     embedding.install(backbone.token_embedding, mesh)
     stacked = chain if scan and (stack_factors or not train_weights) else None
     return CausalLM(
         model=model,
-        slots=weights.slots(backbone, recorded, stacked, int8_kernels),
-        factor_slots=lora.factor_slots(targets, chain if scan and stack_factors else None),
+        slots=slots.slots(backbone, recorded, stacked, int8_kernels),
+        factor_slots=layers.factor_slots(targets, chain if scan and stack_factors else None),
         chain=chain,
         precision=precision,
         mesh=mesh,

@@ -44,7 +44,7 @@ def keep_compiled(platform: str) -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None and platform == "tpu":
-        from kithara_ray.hf.storage import cache_dir
+        from kithara_ray.storage.urls import cache_dir
 
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 

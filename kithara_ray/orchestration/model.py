@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,18 +11,19 @@ from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
-from kithara_ray.hf.card import split_reference
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
+from kithara_ray.hf.exports.card import split_reference
+from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.model.families import family_of
+from kithara_ray.model.lora.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
-from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of, targets_of
-from kithara_ray.orchestration.coordinator import start_coordinator
-from kithara_ray.orchestration.exports import ExportRequest
-from kithara_ray.orchestration.group import WorkerGroup
-from kithara_ray.orchestration.paths import absolute
-from kithara_ray.orchestration.remote import check_address, remote_get
+from kithara_ray.orchestration.cluster.connection import start_ray
+from kithara_ray.orchestration.cluster.remote import remote_get
+from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
+from kithara_ray.orchestration.head.coordinator import start_coordinator
 from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.storage.urls import absolute
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +341,7 @@ class KerasHubModel:
         start_ray()
         if tokenizer is not None and tokenizer_handle is not None:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
-        from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
+        from kithara_ray.orchestration.decoding import Request, Weights, generate_on_group, start_generator
 
         weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
         request = Request(
@@ -379,17 +379,3 @@ class KerasHubModel:
         """The same where all weights were trained: where they are."""
         self.release()
         self.trained = directory
-
-
-def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one.
-
-    Raises:
-        ClusterError: there is none at RAY_ADDRESS.
-    """
-    if not ray.is_initialized():
-        check_address()
-        with warnings.catch_warnings():
-            # Ray starts its processes by fork and exec, which leaves nothing of this process' threads behind.
-            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            ray.init(log_to_driver=False, logging_level="ERROR")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kithara_ray.errors import TrainingError
-from kithara_ray.orchestration.events import Event, one_history, rows_of
-from kithara_ray.orchestration.spec import RunSpec
+from kithara_ray.orchestration.worker.event_log import Event, one_history, rows_of
+from kithara_ray.orchestration.worker.spec import RunSpec
 
 
 @dataclass(frozen=True)

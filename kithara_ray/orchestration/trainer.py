@@ -15,27 +15,29 @@ from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.callbacks import Callback, Profiler, TensorBoard
 from kithara_ray.errors import ConfigError, UnsupportedError
-from kithara_ray.hf.storage import join
 from kithara_ray.model.options import REMAT
-from kithara_ray.orchestration import calling, checks, planned
-from kithara_ray.orchestration import checkpointer as checkpointers
-from kithara_ray.orchestration.data import Dataloader
-from kithara_ray.orchestration.events import Event, one_history
-from kithara_ray.orchestration.group import WorkerGroup
-from kithara_ray.orchestration.manifest import RunManifest
-from kithara_ray.orchestration.model import KerasHubModel, start_ray
-from kithara_ray.orchestration.optimizers import portable
-from kithara_ray.orchestration.paths import absolute
-from kithara_ray.orchestration.progress import Progress
-from kithara_ray.orchestration.remote import remote_get
+from kithara_ray.orchestration import request
+from kithara_ray.orchestration.cluster.connection import start_ray
+from kithara_ray.orchestration.cluster.remote import remote_get
+from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
+from kithara_ray.orchestration.data.data_spec import DataSpec
+from kithara_ray.orchestration.data.datasets import Dataloader
+from kithara_ray.orchestration.data.pipeline import tokenize
+from kithara_ray.orchestration.driver.progress import Progress
+from kithara_ray.orchestration.driver.run_manifest import RunManifest
+from kithara_ray.orchestration.driver.samples import Samples
+from kithara_ray.orchestration.model import KerasHubModel
+from kithara_ray.orchestration.preflight import checks, memory_fit
 from kithara_ray.orchestration.results import TrainResult, about, raise_for_end, result_of
-from kithara_ray.orchestration.samples import Samples
-from kithara_ray.orchestration.snapshots import Snapshots
-from kithara_ray.orchestration.spec import DataSpec, EvalSpec, ModelSpec, RunSpec, StepSpec
-from kithara_ray.orchestration.token_store import tokenize
-from kithara_ray.orchestration.watchdog import Limits
-from kithara_ray.orchestration.worker import train_loop
+from kithara_ray.orchestration.worker import callback_runner
+from kithara_ray.orchestration.worker.event_log import Event, one_history
+from kithara_ray.orchestration.worker.heartbeat import Limits
+from kithara_ray.orchestration.worker.run import train_loop
+from kithara_ray.orchestration.worker.snapshots import Snapshots
+from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec, StepSpec
 from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.storage.urls import absolute, join
+from kithara_ray.train.optimizer_config import portable
 
 logger = logging.getLogger(__name__)
 
@@ -151,11 +153,11 @@ class Trainer:
         self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
         self.run_config = run_config or RunConfig()
         self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
-        self.checkpointer = checkpointers.choose(checkpointer, self.run_config, eval_dataloader is not None)
+        self.checkpointer = request.choose(checkpointer, self.run_config, eval_dataloader is not None)
         self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config, model)
         save_timeout_s = self.checkpointer.save_timeout_s if self.checkpointer else 0.0
         self.limits = Limits(step_timeout_s, startup_timeout_s, save_timeout_s, _SILENCE_TIMEOUT_S)
-        self.callbacks = calling.checked(callbacks)
+        self.callbacks = callback_runner.checked(callbacks)
         self.tensorboard_dir = tensorboard_dir and absolute(str(tensorboard_dir))
         self.profiler = _profiler(profiler)
         self.report_prompts, self.report_max_length = _prompts(report_prompts), report_max_length
@@ -222,7 +224,7 @@ class Trainer:
         spec = self._spec(coordinator, manifest.told()["settings"], called=time.time())
         if self.scaling_config.use_tpu:
             progress.phase("plan")
-        spec = planned.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
+        spec = memory_fit.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
         progress.phase("schedule")
         self.group.wait()
         manifest.begin(coordinator, spec)
@@ -286,7 +288,7 @@ class Trainer:
             snapshots=self.snapshots,
             log_steps_interval=self.log_steps_interval,
             limits=self.limits,
-            callbacks=(calling.RayMetrics(), *board, *self.callbacks),
+            callbacks=(callback_runner.RayMetrics(), *board, *self.callbacks),
             profiler=self.profiler,
             settings=settings,
             plan=None,
@@ -299,7 +301,7 @@ class Trainer:
         dataset = loader.dataset
         if dataset.is_endless and loader is self.eval_dataloader:
             dataset = dataset.head(self.max_eval_samples)
-        # "auto" begins with one row; see planned.fitted.
+        # "auto" begins with one row; see memory_fit.fitted.
         rows = 1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size
         return DataSpec(
             store=tokenize(dataset, self.model.vocabulary),

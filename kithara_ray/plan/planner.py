@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import ConfigError, PlanError, UnsupportedError
-from kithara_ray.hf import storage
 from kithara_ray.hf.checkpoint import CONFIG, read_json
 from kithara_ray.hf.fetch import fetch_headers
 from kithara_ray.hf.lora_config import LoraConfig
@@ -27,6 +26,7 @@ from kithara_ray.model.options import PRECISIONS, REMAT
 from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.report import Plan, assemble
 from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.storage import urls
 
 # What the step is made of, besides the request: the code of these rooms and the compilers.
 _ROOMS = ("model", "train", "sharding", "plan")
@@ -149,7 +149,7 @@ def _why_not_compiled(where: Slice, compile: bool) -> str | None:
 
 
 def _facts(request: dict[str, Any], where: Slice, cache: bool, timeout_s: float) -> dict[str, Any]:
-    kept = storage.cache_dir() / "plans" / f"{_key(request, where)}.json"
+    kept = urls.cache_dir() / "plans" / f"{_key(request, where)}.json"
     if cache and kept.is_file():
         return json.loads(kept.read_text()) | {"cached": True}
     with tempfile.TemporaryDirectory(prefix="kithara-plan-") as directory:

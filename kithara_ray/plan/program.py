@@ -152,7 +152,7 @@ def _leaves(tree: Any) -> list:
 
 def counts_of(model, config: Mapping[str, Any]) -> Counts:
     """What a built model's tokens are multiplied with; of experts the ones that a token is sent to."""
-    from kithara_ray.model import attention
+    from kithara_ray.model.blocks import attention
 
     names = {id(port.variable): port.variable.path for slot in model.slots for port in slot.ports}
     in_blocks = {id(variable) for block in model.chain.blocks for variable in block.variables}

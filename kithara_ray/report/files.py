@@ -12,12 +12,12 @@ from typing import Any
 
 import jinja2
 
+from kithara_ray.checkpoint import disk_format
+from kithara_ray.checkpoint.disk_format import Checkpoint
 from kithara_ray.errors import ConfigError
 from kithara_ray.redact import redact
 from kithara_ray.report import page
-from kithara_ray.train import checkpoint
-from kithara_ray.train.checkpoint import Checkpoint
-from kithara_ray.train.place import Place
+from kithara_ray.storage.places import Place
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _read(place: Place, name: str) -> dict[str, Any]:
 
 def _of_checkpoint(place: Place) -> dict[str, Any]:
     inner = Place(place.url("checkpoints"))
-    for directory in checkpoint.committed(inner):
+    for directory in disk_format.committed(inner):
         try:
             return {"events": Checkpoint.open(inner, directory).events()}
         except (ValueError, OSError) as error:

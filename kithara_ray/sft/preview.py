@@ -11,8 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kithara_ray.sft.blocks import TokenizedRow
-from kithara_ray.sft.packing import best_fit
+from kithara_ray.sft.batches.blocks import TokenizedRow
+from kithara_ray.sft.batches.packing import best_fit
 
 _LEARNED = "bold green"
 _BAR_WIDTH = 30

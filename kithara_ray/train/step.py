@@ -3,7 +3,7 @@
     state  = {"params": adapter factors, or all weights, "opt": optimizer state, "step": int32}     donated
     frozen = the base's arrays, none where all weights are trained                  never donated or updated
     batch  = {"token_ids", "segment_ids" (B, T) int32, "target_positions", "target_ids" (B, K) int32,
-              "target_weights" (B, K) float32}                            see kithara_ray.sft.collate
+              "target_weights" (B, K) float32}                            see kithara_ray.sft.batches.collate
 
 The loss is the mean over the unmasked tokens of the *global* batch: rows that a host holds weigh by their tokens.
 """

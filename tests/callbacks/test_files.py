@@ -8,7 +8,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from kithara_ray.callbacks import MLflow, Profiler, RunInfo, TensorBoard, WandB, profiler, tensorboard
 from kithara_ray.errors import DestinationError
-from kithara_ray.train.place import Place
+from kithara_ray.storage.places import Place
 
 
 def info(step: int = 0) -> RunInfo:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from kithara_ray.cli import main
+from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint

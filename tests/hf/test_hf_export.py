@@ -10,12 +10,13 @@ import torch
 import transformers
 
 from kithara_ray.errors import AdapterError, ConfigError, DestinationError, ExportError, UnsupportedError
-from kithara_ray.hf import export as export_module
-from kithara_ray.hf import part as part_module
-from kithara_ray.hf import proof, safetensors_file
+from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import Layout, export
+from kithara_ray.hf.exports import export as export_module
+from kithara_ray.hf.exports import part as part_module
+from kithara_ray.hf.exports import proof
+from kithara_ray.hf.exports.export import Layout, export
 
 IDS = torch.arange(1, 13).reshape(2, 6)
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}

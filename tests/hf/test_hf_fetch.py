@@ -9,7 +9,7 @@ import pytest
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
 from kithara_ray.hf.fetch import fetch
-from kithara_ray.hf.storage import CACHE_VARIABLE, cache_dir
+from kithara_ray.storage.urls import CACHE_VARIABLE, cache_dir
 
 
 @pytest.fixture

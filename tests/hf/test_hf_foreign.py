@@ -6,7 +6,7 @@ import tiny
 import torch
 import transformers
 
-from kithara_ray.cli import main
+from kithara_ray.cli.app import main
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

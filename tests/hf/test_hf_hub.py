@@ -14,7 +14,7 @@ from killing import KILLED, Server
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import Layout, export
+from kithara_ray.hf.exports.export import Layout, export
 
 LARGE = 700_000  # elements of a matrix that is no target: ranged reads have to leave it alone
 

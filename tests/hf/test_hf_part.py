@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import CheckpointError, ConfigError, DestinationError, ExportError
-from kithara_ray.hf import part as part_module
-from kithara_ray.hf import safetensors_file, storage
+from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import Layout, export
+from kithara_ray.hf.exports import part as part_module
+from kithara_ray.hf.exports.export import Layout, export
+from kithara_ray.hf.exports.part import files_of, parse_size, parts_of, write_part
 from kithara_ray.hf.fetch import read_header_bytes
-from kithara_ray.hf.part import files_of, parse_size, parts_of, write_part
+from kithara_ray.storage import urls
 
 MODULES = [f"layers.{number}.{leaf}" for number in range(3) for leaf in ("q_proj", "up_proj")]
 
@@ -46,7 +47,7 @@ def adapter():
 @pytest.fixture
 def memory(directory, tmp_path, monkeypatch):
     """The base at memory://models/m."""
-    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(urls.CACHE_VARIABLE, str(tmp_path / "cache"))
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     fs.pseudo_dirs[:] = [""]

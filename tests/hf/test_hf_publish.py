@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from kithara_ray.errors import DestinationError
-from kithara_ray.hf import publish, storage
+from kithara_ray.hf.publish import publish
+from kithara_ray.storage import urls
 
 
 def _names(directory: Path) -> set[str]:
@@ -12,8 +13,8 @@ def _names(directory: Path) -> set[str]:
 
 
 def test_join():
-    assert storage.join("gs://b/x/", "adapter", "f") == "gs://b/x/adapter/f"
-    assert storage.join("/a/b", "c") == "/a/b/c"
+    assert urls.join("gs://b/x/", "adapter", "f") == "gs://b/x/adapter/f"
+    assert urls.join("/a/b", "c") == "/a/b/c"
 
 
 def test_check_destination_local(tmp_path):

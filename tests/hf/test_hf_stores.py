@@ -18,7 +18,7 @@ from stores import gs_emulator, s3_emulator
 
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
-from kithara_ray.hf.stage import MARKER
+from kithara_ray.hf.publish.stage import MARKER
 
 STARTS = {"adapter": "adapter_config.json", "separate": "config.json", "merged": "config.json"}
 LAYOUTS = tuple(STARTS)

@@ -11,10 +11,10 @@ import pytest
 
 from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.trained import TensorSlice, checksum
+from kithara_ray.hf.exports.trained_export import Receiver, export_trained
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.safetensors_file import write_arrays
-from kithara_ray.hf.trained import TensorSlice, checksum
-from kithara_ray.hf.trained_export import Receiver, export_trained
 
 EMBEDDING, QUERY, NORM = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 TRAINED = (EMBEDDING, QUERY, NORM)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model.attention import Settings, splash_attention, xla_attention
+from kithara_ray.model.blocks.attention import Settings, splash_attention, xla_attention
 from kithara_ray.model.causal_lm import build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape

@@ -21,8 +21,8 @@ from kithara_ray.model.causal_lm import build
 from kithara_ray.model.families import FAMILIES, family_of
 from kithara_ray.model.families.family import completed
 from kithara_ray.model.generate import Decoder
+from kithara_ray.model.lora.targets import linear_modules_of
 from kithara_ray.model.options import groups_of
-from kithara_ray.model.targets import linear_modules_of
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from kithara_ray import KerasHubModel
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import Layout, export
+from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.causal_lm import build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
@@ -205,13 +205,13 @@ def test_dropout_before_the_magnitude_is_peft_s(tiny_models, tmp_path):
     model = build(base.config, config, mesh, "float32", scan=False)
     tensors = random_adapter(model.adapter_shapes, row_norms(base, model.adapter_shapes))
     Adapter(config, tensors).write(tmp_path, str(base.directory))
-    from kithara_ray.model import dropout, lora
+    from kithara_ray.model.lora import dropout, layers
 
     x = np.random.default_rng(2).normal(size=(3, 7, 64)).astype(np.float32)
     (layer,) = {id(slot.layers[0]): slot.layers[0] for slot in model.factor_slots}.values()
     factors, frozen = model.place_factors(tensors), model.load(base)
     with model.bind(factors, frozen, unstack=True), dropout.dropping(jax.random.key(0)):
-        kept = np.asarray(lora.dropped(x, 0.4, layer._lora_number))
+        kept = np.asarray(layers.dropped(x, 0.4, layer._lora_number))
         ours = np.asarray(layer(x))
     reference = loaded_by_peft(base, tmp_path).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     reference.lora_dropout["default"].forward = lambda _: torch.tensor(kept)

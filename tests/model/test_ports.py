@@ -13,9 +13,9 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model import ports, weights
 from kithara_ray.model.causal_lm import build
-from kithara_ray.model.targets import check_targets, linear_modules_of, other_modules_of
+from kithara_ray.model.lora.targets import check_targets, linear_modules_of, other_modules_of
+from kithara_ray.model.weights import ports, slots
 from kithara_ray.sharding.mesh import make_mesh
 
 
@@ -25,8 +25,8 @@ def test_each_process_reads_only_the_slices_it_owns(family, tiny_models, monkeyp
     base = BaseCheckpoint.open(tiny_models[family])
     model = build(base.config, None, make_mesh(), "float32")
     placed, taken = [], []
-    aligned, relative = weights._aligned, ports.Tiled.__getitem__
-    monkeypatch.setattr(weights, "_aligned", lambda s, d: placed.append(int(np.prod(s))) or aligned(s, d))
+    aligned, relative = slots._aligned, ports.Tiled.__getitem__
+    monkeypatch.setattr(slots, "_aligned", lambda s, d: placed.append(int(np.prod(s))) or aligned(s, d))
     monkeypatch.setattr(ports.Tiled, "__getitem__", lambda t, i: taken.append(r := relative(t, i)) or r)
     frozen = model.load(base)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from tiny import write_model
 from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import Layout, export_with_report
+from kithara_ray.hf.exports.export import Layout, export_with_report
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.proof import prove_logits
 from kithara_ray.sharding.mesh import make_mesh

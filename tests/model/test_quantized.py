@@ -13,7 +13,7 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
-from kithara_ray.model.quantized import Int8, int8_of
+from kithara_ray.model.weights.quantized import Int8, int8_of
 from kithara_ray.sharding.mesh import make_mesh
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train import step

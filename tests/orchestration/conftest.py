@@ -3,7 +3,7 @@ import ray
 from programs import KeptForAllRanks
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from kithara_ray.orchestration.launch import InterruptibleTrainer
+from kithara_ray.orchestration.cluster.jax_trainer import InterruptibleTrainer
 
 _context = None
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TESTED = {"quickstart", "arithmetic", "smollm2", "sft_lora"}  # by tests/examples and tests/orchestration/test_submit.py
+TESTED = {"quickstart", "arithmetic", "smollm2", "sft_lora"}  # by tests/examples and driver/test_jobs.py
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -6,12 +6,12 @@ import math
 import pytest
 import story
 
-from kithara_ray.cli import main
+from kithara_ray.checkpoint import disk_format
+from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError
 from kithara_ray.report import charts, files, page
 from kithara_ray.report.charts import Series, chart, nice_ticks, seconds, short, size
-from kithara_ray.train import checkpoint
-from kithara_ray.train.place import Place
+from kithara_ray.storage.places import Place
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def test_on_an_object_store():
 def test_a_run_that_was_killed_is_told_by_its_newest_checkpoint(run):
     """run.json says that it is running, and no history was written."""
     (run / "run.json").write_text(json.dumps(story.run_json("running", ended=None)))
-    place, directory = Place(str(run / "checkpoints")), checkpoint.directory_name(3, "0" * 8)
-    checkpoint.write_part(place, directory, [], 0, 1)
+    place, directory = Place(str(run / "checkpoints")), disk_format.directory_name(3, "0" * 8)
+    disk_format.write_part(place, directory, [], 0, 1)
     document = {"identity": {}, "base": "b", "tensors": {}, "metrics": {}, "evaluations": [], "finished": None}
-    checkpoint.commit(place, directory, 1, {}, document, story.steps(3))
+    disk_format.commit(place, directory, 1, {}, document, story.steps(3))
     html = (run / files.rewrite(str(run)).rpartition("/")[2]).read_text()
     assert "running" in html
     assert f"from {short(story.steps(1)[0]['loss'])}" in html

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kithara_ray.sft.buckets import bucket_lengths
+from kithara_ray.sft.batches.buckets import bucket_lengths
 
 
 def padded(lengths, bounds):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import DataError
-from kithara_ray.sft.chat import ChatTemplate
-from kithara_ray.sft.formats import PromptAnswer
-from kithara_ray.sft.tokenize import RowTokenizer
+from kithara_ray.sft.rows.formats import PromptAnswer
+from kithara_ray.sft.tokens.chat import ChatTemplate
+from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 # The shapes of the families' own templates; {G} and {E} mark what the assistant says where the template can.
 CHATML = (
@@ -228,7 +228,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_templates_end_in_an_error_that_names_the_row(tokenizers, case, monkeypatch):
-    monkeypatch.setattr("kithara_ray.sft.chat.MAX_SECONDS", 1.0)
+    monkeypatch.setattr("kithara_ray.sft.tokens.chat.MAX_SECONDS", 1.0)
     source, text = HOSTILE[case]
     began = time.process_time()
     with pytest.raises(DataError, match=f"^row 0: the chat template .*({text})"):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from kithara_ray.sft.blocks import TokenizedRow
-from kithara_ray.sft.collate import collate
+from kithara_ray.sft.batches.blocks import TokenizedRow
+from kithara_ray.sft.batches.collate import collate
 
 
 def _row(ids, mask):

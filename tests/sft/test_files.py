@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kithara_ray.errors import DataError
-from kithara_ray.sft.files import pieces
+from kithara_ray.sft.rows.files import pieces
 
 ROWS = [{"prompt": f"question {i}?", "answer": "answer " * (i % 7) + "ü\u2028"} for i in range(200)]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kithara_ray.errors import ConfigError
-from kithara_ray.sft.order import BatchOrder, PackedOrder, Part
+from kithara_ray.sft.batches.order import BatchOrder, PackedOrder, Part
 
 
 @st.composite

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kithara_ray.sft.packing import best_fit
+from kithara_ray.sft.batches.packing import best_fit
 
 
 def packs(lengths, trained=None, **how):

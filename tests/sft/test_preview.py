@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kithara_ray.sft.formats import PromptAnswer
 from kithara_ray.sft.preview import preview
-from kithara_ray.sft.tokenize import RowTokenizer
+from kithara_ray.sft.rows.formats import PromptAnswer
+from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 ROWS = [{"prompt": f"what is {i} + 7? ", "answer": "foobar " * (1 + i % 9) + str(i)} for i in range(100)]
 COUNTS = {"dropped_untrained": 0, "skipped_bad": 2, "truncated": 5, "unlearned_messages": 1}
@@ -49,7 +49,7 @@ def test_figures(shown):
 
 
 def test_a_character_split_over_the_border(tokenizers):
-    from kithara_ray.sft.blocks import TokenizedRow
+    from kithara_ray.sft.batches.blocks import TokenizedRow
 
     tokenizer = tokenizers["chat"]
     ids = np.array(tokenizer("aü")["input_ids"], np.int32)

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.sft.prompts import prompt_ids
+from kithara_ray.sft.tokens.prompts import prompt_ids
 
 CHAT = [{"role": "system", "content": "be short"}, {"role": "user", "content": "what is 1 + 2 ?"}]
 TEMPLATE = (

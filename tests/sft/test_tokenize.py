@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.sft.encode import encode, with_bos
-from kithara_ray.sft.formats import PromptAnswer, Text
-from kithara_ray.sft.tokenize import RowTokenizer
-from kithara_ray.sft.tokenizer import SpecialTokens
+from kithara_ray.sft.rows.formats import PromptAnswer, Text
+from kithara_ray.sft.tokens.encode import encode, with_bos
+from kithara_ray.sft.tokens.tokenize import RowTokenizer
+from kithara_ray.sft.tokens.tokenizer import SpecialTokens
 
 LONG = 10_000
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kithara_ray.errors import DataError
-from kithara_ray.sft.tokenizer import SpecialTokens, load_tokenizer
+from kithara_ray.sft.tokens.tokenizer import SpecialTokens, load_tokenizer
 
 
 def test_bos_is_what_the_tokenizer_adds_not_what_it_names(tokenizers):
@@ -79,7 +79,8 @@ def test_malformed_model_names_handle(tmp_path, tokenizer_directories):
 def test_importing_the_room_imports_nothing_heavy():
     code = """
 import sys
-import kithara_ray.sft.collate, kithara_ray.sft.formats, kithara_ray.sft.tokenize, kithara_ray.sft.tokenizer
+import kithara_ray.sft.batches.collate, kithara_ray.sft.rows.formats
+import kithara_ray.sft.tokens.tokenize, kithara_ray.sft.tokens.tokenizer
 heavy = {"torch", "jax", "keras", "keras_hub", "ray", "tensorflow", "transformers"} & set(sys.modules)
 sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)
 """

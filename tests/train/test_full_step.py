@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
-from kithara_ray.model.layout import local_slices
+from kithara_ray.model.weights.layout import local_slices
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train import step

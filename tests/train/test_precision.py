@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.export import Layout, export
+from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.options import PRECISIONS
 from kithara_ray.sharding.mesh import make_mesh

@@ -15,8 +15,8 @@ from tiny import with_mild_attention
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
-from kithara_ray.sft.blocks import TokenizedRow
-from kithara_ray.sft.collate import collate
+from kithara_ray.sft.batches.blocks import TokenizedRow
+from kithara_ray.sft.batches.collate import collate
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train import loss as loss_module

@@ -1,0 +1,64 @@
+"""The Checkpointer of the public API: where a run is saved, how often, and what is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kithara_ray.checkpoint.disk_format import Keep
+from kithara_ray.errors import ConfigError
+from kithara_ray.storage.urls import absolute
+
+# What makes two runs the same, as the manifests name it.
+IDENTITY = ("base", "precision", "lora", "optimizer", "seed", "data")
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """Saves a run, so that it can go on after whatever ended it.
+
+    Attributes:
+        checkpoint_dir: a directory that all hosts share, or `gs://...`, `s3://...`. A run whose directory holds a whole
+            checkpoint of the same run goes on from the newest; one that has finished is not trained again.
+        save_interval_steps: steps between two checkpoints; the last step is always saved.
+        max_to_keep: how many stay, the newest among them; None keeps all.
+        score_attribute: a metric, e.g. "eval_loss": the best by it stay, and each evaluation is saved.
+        score_order: "min" or "max", which is better.
+        early_stopping_patience: end the run after so many evaluations without a better `score_attribute`.
+        allow_changes: what may differ from the run that wrote the checkpoint: "base", "precision", "lora" (alpha and
+            dropout; other shapes never fit), "optimizer", "seed", "data".
+        save_timeout_s: how long a checkpoint waits for the slowest rank.
+    """
+
+    checkpoint_dir: str
+    save_interval_steps: int = 100
+    max_to_keep: int | None = 5
+    score_attribute: str | None = None
+    score_order: str = "min"
+    early_stopping_patience: int | None = None
+    allow_changes: Sequence[str] = ()
+    save_timeout_s: float = 900.0
+
+    def __post_init__(self):
+        for name in ("save_interval_steps", "max_to_keep", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is None and name != "save_interval_steps":
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Checkpointer: {name} must be an integer >= 1, got {value!r}")
+        if self.score_order not in ("min", "max"):
+            raise ConfigError(f"Checkpointer: score_order must be 'min' or 'max', got {self.score_order!r}")
+        if self.early_stopping_patience is not None and self.score_attribute is None:
+            raise ConfigError(
+                "Checkpointer: early_stopping_patience needs score_attribute, the metric that must get better"
+            )
+        unknown = sorted(set(self.allow_changes) - set(IDENTITY))
+        if isinstance(self.allow_changes, str) or unknown:
+            raise ConfigError(
+                f"Checkpointer: allow_changes must be a tuple of names out of {', '.join(IDENTITY)}, "
+                f"got {self.allow_changes!r}"
+            )
+        object.__setattr__(self, "checkpoint_dir", absolute(str(self.checkpoint_dir)).rstrip("/"))
+        object.__setattr__(self, "allow_changes", tuple(self.allow_changes))
+
+    @property
+    def keep(self) -> Keep:
+        return Keep(self.max_to_keep, self.score_attribute, self.score_order)

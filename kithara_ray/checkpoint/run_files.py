@@ -1,0 +1,114 @@
+"""What a finished, failed or running run has left in files: its newest adapter, or that of a step. No Ray, no JAX."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from kithara_ray.checkpoint import disk_format
+from kithara_ray.checkpoint.disk_format import Checkpoint
+from kithara_ray.errors import AdapterError, CheckpointError, ConfigError
+from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
+from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
+from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.storage import urls
+from kithara_ray.storage.places import Place
+
+CHECKPOINTS, ADAPTER, RUN = "checkpoints", "adapter", "run.json"
+
+
+@dataclass
+class Trained:
+    """An adapter, and where it comes from.
+
+    base: the handle of its base as far as the files tell; None where they do not.
+    base_fingerprint: of the base that it was trained on; None where the files do not tell.
+    run: what is known of the training, for run.json.
+    """
+
+    adapter: Adapter
+    base: str | None
+    base_fingerprint: str | None
+    run: dict[str, Any]
+
+
+def read_trained(location: str, step: int | None = None) -> Trained:
+    """The adapter at `location`: a PEFT adapter, a run's directory, its directory of checkpoints, or one checkpoint.
+
+    A run that ended has `adapter/`, which is taken unless a step is asked for; else the newest checkpoint, or that of
+    `step`. Every file of the checkpoint is verified. Raises AdapterError, CheckpointError, ConfigError.
+    """
+    trained = _find(location, step)
+    manifest = _manifest(str(location))
+    if manifest is not None:
+        trained.run["training"] = manifest
+    return trained
+
+
+def _manifest(location: str) -> dict[str, Any] | None:
+    """run.json of a run's directory, where that is what was given. It is told on, and nothing is decided by it."""
+    place = Place(location.rstrip("/"))
+    if RUN not in place.files(""):
+        return None
+    try:
+        found = json.loads(place.fs.cat_file(place.path(RUN)))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _find(location: str, step: int | None) -> Trained:
+    place = Place(str(location).rstrip("/"))
+    if step is None:
+        for directory in ("", ADAPTER):
+            if ADAPTER_CONFIG in place.files(directory):
+                return _read_adapter(urls.join(str(location), directory) if directory else str(location))
+    parent, _, name = str(location).rstrip("/").rpartition("/")
+    if re.fullmatch(r"step-\d{8,}-[0-9a-f]{8}", name) and disk_format.MANIFEST in place.files(""):
+        return _read_checkpoint(Checkpoint.open(Place(parent), name), step)
+    for directory in (str(location), urls.join(str(location), CHECKPOINTS)):
+        found = disk_format.committed(Place(directory))
+        chosen = [name for name in found if step is None or disk_format.step_of(name) == step]
+        if chosen:
+            return _read_checkpoint(Checkpoint.open(Place(directory), chosen[0]), step)
+        if found:
+            steps = ", ".join(str(disk_format.step_of(name)) for name in sorted(found))
+            raise ConfigError(f"{directory}: no checkpoint of step {step}; there are those of steps {steps}")
+    raise CheckpointError(
+        f"{location}: neither a PEFT adapter ({ADAPTER_CONFIG}), nor a run's directory with adapter/ or checkpoints/, "
+        "nor a checkpoint that was committed; give the run's path or its checkpoint_dir"
+    )
+
+
+def check_base(base: BaseCheckpoint, trained: Trained) -> None:
+    """Raises AdapterError when the base is not the one that was trained on, as far as both are known here."""
+    if trained.base_fingerprint and not base.source and base.fingerprint() != trained.base_fingerprint:
+        raise AdapterError(
+            f"{trained.run['source']} was trained on a base of fingerprint {trained.base_fingerprint}, "
+            f"{base.directory} has {base.fingerprint()}; give the base of the run"
+        )
+
+
+def _read_adapter(location: str) -> Trained:
+    directory = fetch(location)
+    config = read_json(directory / ADAPTER_CONFIG, AdapterError)
+    name, revision = config.get("base_model_name_or_path") or None, config.get("revision")
+    if name and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not urls.is_url(name):
+        name = f"hf://{name}" + (f"@{revision}" if revision else "")
+    return Trained(Adapter.read(directory), name, None, {"source": str(location)})
+
+
+def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
+    if step is not None and found.step != step:
+        raise ConfigError(f"{found.url} is of step {found.step}, asked for is {step}")
+    found.verify()
+    identity = found.manifest["identity"]
+    if not identity.get("lora"):
+        raise CheckpointError(f"{found.url} is not of a LoRA run: there is no adapter in it")
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    lora = {name: value for name, value in identity["lora"].items() if name in fields}
+    config = LoraConfig(**{**lora, "target_modules": tuple(lora["target_modules"])})
+    run = {"source": found.url, "step": found.step, "metrics": found.manifest["metrics"], "identity": identity}
+    return Trained(Adapter(config, found.adapter()), found.manifest.get("base"), identity.get("base"), run)

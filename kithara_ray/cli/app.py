@@ -1,0 +1,339 @@
+"""The command line `kithara-ray`, also `python -m kithara_ray`.
+
+Importing this module loads neither jax, keras nor ray: each command imports what it needs when it runs. Errors of
+`kithara_ray.errors` end a command with one message and exit code 1, usage errors with 2.
+"""
+
+import importlib.resources
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kithara_ray import __version__
+from kithara_ray.errors import ConfigError, KitharaRayError
+from kithara_ray.redact import redact
+
+app = typer.Typer(
+    name="kithara-ray",
+    help="LoRA fine-tuning of open LLMs on Cloud TPU pods with Ray, KerasHub and JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kithara-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log more, and show the traceback of an error.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if debug:
+        logging.getLogger("kithara_ray").setLevel(logging.DEBUG)
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `kithara-ray init` writes one.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value: trainer.steps=10; may be given again."),
+]
+
+
+def _driver_environment() -> None:
+    """This process computes nothing: it must not take the accelerator from the workers of its host."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="The file to write.")] = Path("kithara_ray.yaml"),
+) -> None:
+    """Write a commented configuration to start from.
+
+    Example: kithara-ray init my_run.yaml
+    """
+    text = importlib.resources.files("kithara_ray").joinpath("template.yaml").read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists; remove it or give another name") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); give another name") from error
+    typer.echo(f"{path}: fill in model, source and exports; then `kithara-ray doctor {path}`")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; without one, the cluster alone.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check configuration, base, data, destinations and cluster; train nothing, wait for nothing.
+
+    Example: kithara-ray doctor my_run.yaml
+    """
+    _driver_environment()
+    from kithara_ray.cli import doctor as checks
+
+    findings = checks.diagnose(config, overrides or ())
+    checks.show(findings, Console())
+    if any(finding.error is not None for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train as CONFIG says, then write its exports.
+
+    Example: kithara-ray train my_run.yaml --set trainer.steps=10
+    """
+    _driver_environment()
+    from kithara_ray import config as configuration
+
+    result, exports = configuration.build(configuration.load(config, overrides or ())).run()
+    typer.echo(f"loss {result.history[0]['loss']:.4f} -> {result.history[-1]['loss']:.4f}, run: {result.path}")
+    for destination in exports:
+        typer.echo(f"exported {destination}")
+
+
+@app.command()
+def tune(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Search the space of CONFIG's section `tune`, then write CONFIG's exports from the best trial.
+
+    The same command goes on with a search that was ended. Example: kithara-ray tune my_run.yaml
+    """
+    _driver_environment()
+    from kithara_ray import config as configuration
+    from kithara_ray import tune as searching
+
+    result, exports = searching.run(configuration.load(config, overrides or ()))
+    Console(highlight=False, soft_wrap=True).print(searching.table(result))
+    typer.echo(f"best {result.best.id} {result.best.point}, run: {result.best.path}")
+    for destination in exports:
+        typer.echo(f"exported {destination}")
+
+
+data = typer.Typer(help="Look at the data of a run.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def preview(
+    config: ConfigPath,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    overrides: Overrides = None,
+) -> None:
+    """Show rows of the training data with what is learned marked, their lengths, and how well they pack.
+
+    Example: kithara-ray data preview my_run.yaml --rows 5
+    """
+    _driver_environment()
+    from kithara_ray import config as configuration
+
+    loaded = configuration.load(config, overrides or ())
+    dataset = configuration.dataloader(loaded.train_dataloader, loaded).dataset
+    Console(highlight=False).print(dataset.preview(rows).render())
+
+
+@app.command()
+def submit(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="A YAML file under --working-dir."),
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="The cluster's dashboard, http://HEAD:8265.", envvar="RAY_API_SERVER_ADDRESS")
+    ] = "http://127.0.0.1:8265",
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log until it ends.")] = False,
+    job: Annotated[str | None, typer.Option(metavar="ID", help="Follow a job that runs already.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job.")] = None,
+    working_dir: Annotated[Path, typer.Option(help="What the job gets a copy of, 100 MiB at most.")] = Path(),
+    python: Annotated[str, typer.Option(help="The interpreter on the head node.")] = "python",
+    search: Annotated[bool, typer.Option("--tune", help="Search as `tune` does, instead of one run.")] = False,
+) -> None:
+    """Train as CONFIG says on another cluster, through Ray's job API.
+
+    A token that the cluster asks for is read where Ray reads it: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.
+
+    Example: kithara-ray submit my_run.yaml --address http://HEAD:8265 --follow
+    """
+    if [config, job, stop].count(None) != 2:
+        raise typer.BadParameter("give one of CONFIG, --job ID and --stop ID")
+    _driver_environment()
+    from kithara_ray import config as configuration
+    from kithara_ray.orchestration.driver import jobs as jobs
+
+    if config is not None:
+        configuration.require_absolute(configuration.load(config, overrides or ()))
+    client = jobs.connect(address)
+    if stop is not None:
+        typer.echo(f"{stop}: {'asked to stop' if jobs.stop(client, stop) else 'was not running'}")
+        return
+    if config is not None:
+        job = jobs.submit(client, config, overrides or (), working_dir, python, "tune" if search else "train")
+        typer.echo(f"submitted {job}; follow: --job {job}, stop: --stop {job}")
+    if follow or config is None:
+        jobs.follow(client, job, lambda text: typer.echo(text, nl=False))
+        typer.echo(f"{job} succeeded")
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    slice: Annotated[str | None, typer.Option("--slice", help="E.g. v5e-16; default: of scaling_config.")] = None,
+    slices: Annotated[str | None, typer.Option(help="Several, by commas: the largest batch on each.")] = None,
+    seq: Annotated[str | None, typer.Option(help="Sequence lengths, by commas; default: of the dataset.")] = None,
+    rank: Annotated[str | None, typer.Option(help="LoRA ranks, by commas; default: of the model.")] = None,
+    price: Annotated[float | None, typer.Option(help="Per chip and hour, for the cost.")] = None,
+    epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of the data set, for the cost of an epoch.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Do not compile.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What CONFIG needs on a TPU slice and how fast it can be there, from the TPU's compiler; no TPU is needed.
+
+    Of the base only config.json is read. Example: kithara-ray plan my_run.yaml --slice v5e-16
+    """
+    _driver_environment()
+    from kithara_ray.cli import plan
+
+    made = plan.run(config, overrides or (), slice, slices, seq, rank, price, epoch_tokens, compile=not estimate)
+    typer.echo(made.json()) if as_json else Console(soft_wrap=True).print(made.table())
+    if made.fits is False:
+        raise typer.Exit(1)
+
+
+Format = Annotated[str, typer.Option(help="adapter, separate (base, and the adapter in adapter/) or merged.")]
+Destination = Annotated[str, typer.Option("--to", metavar="DEST", help="A new directory, gs://..., s3://...")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 of all that is written; auto: as in the base.")]
+ShardSize = Annotated[str | None, typer.Option(help='Of a weight file, like "5GB"; the base\'s own files by default.')]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed or failed export left at DEST.")]
+Finite = Annotated[bool, typer.Option("--check-finite", help="Refuse a NaN or an infinity in a written weight.")]
+OnCluster = Annotated[bool, typer.Option("--cluster", help="A Ray task a weight file, on the cluster of RAY_ADDRESS.")]
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, a checkpoint, or a PEFT adapter.")],
+    to: Destination,
+    format: Format = "merged",
+    base: Annotated[str | None, typer.Option(help="The base, where RUN does not name it or it has moved.")] = None,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the end of the run or the newest one.")] = None,
+    dtype: Dtype = "auto",
+    max_shard_size: ShardSize = None,
+    resume: Resume = False,
+    check_finite: Finite = False,
+    cluster: OnCluster = False,
+) -> None:
+    """Export what a finished or failed run has trained. Needs no accelerator.
+
+    Example: kithara-ray export runs/my_run --to gs://bucket/merged --format merged
+    """
+    from kithara_ray.checkpoint.run_files import check_base, read_trained
+
+    trained = read_trained(run, step)
+    handle = base or trained.base
+    if handle is None:
+        raise ConfigError(f"{run} does not name its base; give --base hf://org/name or a directory")
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
+    options |= {"run": trained.run, "check": lambda opened: check_base(opened, trained)}
+    _export(handle, trained.adapter, to, format, cluster, **options)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="hf://org/name, a directory, gs://... or s3://...")],
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="ADAPTER[:WEIGHT]", help="A PEFT LoRA adapter; given again, the weighted sum of all."),
+    ],
+    to: Destination,
+    format: Format = "merged",
+    dtype: Dtype = "auto",
+    max_shard_size: ShardSize = None,
+    resume: Resume = False,
+    check_finite: Finite = False,
+    cluster: OnCluster = False,
+) -> None:
+    """Merge any PEFT LoRA adapter, or a weighted sum of several, into its base. Needs neither Ray nor an accelerator.
+
+    Example: kithara-ray merge --base hf://org/name --adapter a:0.7 --adapter b:0.3 --to merged
+    """
+    from kithara_ray.hf.combine import combine, read_weighted
+
+    adapters, weights = zip(*map(read_weighted, adapter), strict=True)
+    combined = adapters[0] if weights == (1.0,) else combine(adapters, weights)
+    run = {"adapters": list(adapter)}
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
+    _export(base, combined, to, format, cluster, run=run, **options)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory or URL: <storage_path>/<name>.")],
+) -> None:
+    """Write report.html again, one self-contained page, from what is in a run's directory. Needs no Ray.
+
+    Example: kithara-ray report ~/ray_results/my-run
+    """
+    from kithara_ray.report import files
+
+    typer.echo(files.rewrite(str(Path(run).expanduser()) if "://" not in run else run))
+
+
+def _export(base: str, adapter, to: str, format: str, cluster: bool, check=lambda base: None, **options) -> None:
+    from kithara_ray.hf.checkpoint import BaseCheckpoint
+    from kithara_ray.hf.exports.card import summary
+    from kithara_ray.hf.exports.export import export_with_report
+
+    if cluster:
+        _driver_environment()
+        from kithara_ray.orchestration.cluster.connection import start_ray
+        from kithara_ray.orchestration.head.export_tasks import write_on_cluster
+
+        start_ray()
+        options["write"] = write_on_cluster
+    opened = BaseCheckpoint.at(base)
+    check(opened)
+    report = export_with_report(opened, adapter, to, format, base_name=base, **options)
+    typer.echo(summary(to, report))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. What is not an error of ours is a bug, and keeps its traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=given, prog_name="kithara-ray")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KitharaRayError as error:
+        if "--debug" in given:
+            raise
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {redact(str(error))}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""`kithara-ray plan`: a run's YAML as the arguments of a plan, one slice or a sweep of them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kithara_ray import config as configuration
+from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf.lora_config import ALL_LINEAR, LoraConfig
+from kithara_ray.plan import Plan, plan, slice_of
+from kithara_ray.plan.chips import slice_of_topology
+from kithara_ray.plan.planner import LINEAR_MODULES
+from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
+from kithara_ray.sharding.shape import MeshShape
+
+_LORA = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The plans of a grid: of each point that of the largest batch a chip that fits, or of one row that does not."""
+
+    points: list[dict[str, Any]]
+    plans: list[Plan]
+
+    @property
+    def fits(self) -> bool:
+        return any(made.fits for made in self.plans)
+
+    @property
+    def smallest(self) -> dict[tuple[int, int], str]:
+        return smallest_that_fits(self.points, self.plans)
+
+    def json(self) -> str:
+        rows = [point | {"plan": json.loads(made.json())} for point, made in zip(self.points, self.plans, strict=True)]
+        smallest = [{"seq_len": t, "rank": r, "slice": name} for (t, r), name in self.smallest.items()]
+        return json.dumps({"points": rows, "smallest_that_fits": smallest}, indent=1)
+
+    def table(self):
+        from rich.table import Table
+
+        table = Table(
+            "T", "rank", "slice", "largest batch a chip", "GiB a chip", "step >=", "tokens/s <=", "bound by", ""
+        )
+        for point, made in zip(self.points, self.plans, strict=True):
+            hbm = made.hbm_bytes_per_chip
+            known = [str(point["seq_len"]), str(point["rank"]), point["slice"]]
+            needs = f"{hbm['total'] / 2**30:.1f} of {hbm['available'] / 2**30:.1f}" if hbm["available"] else "unknown"
+            if not made.fits:
+                table.add_row(*known, "does not fit" if hbm["available"] else "unknown", needs, "", "", "", "")
+                continue
+            smallest = self.smallest.get((point["seq_len"], point["rank"])) == point["slice"]
+            table.add_row(
+                *known,
+                str(made.settings["per_device_batch_size"]),
+                needs,
+                f"{made.step_time_s_bound * 1e3:.0f} ms",
+                f"{made.tokens_per_s_bound:,.0f}",
+                made.bound_by,
+                "the smallest that fits" if smallest else "",
+            )
+        return table
+
+
+def run(
+    path: str | Path,
+    overrides: Sequence[str],
+    slice: str | None,
+    slices: str | None,
+    seq: str | None,
+    rank: str | None,
+    price: float | None,
+    epoch_tokens: int | None,
+    compile: bool = True,
+) -> Plan | Sweep:
+    """One plan, or a sweep where `slices`, or several lengths or ranks, are given.
+
+    Raises:
+        ConfigError: the file or an argument is wrong.
+    """
+    given = configuration.load(path, overrides)
+    base, rows, settings = arguments_of(given)
+    settings |= {"price_per_chip_hour": price, "tokens_per_epoch": epoch_tokens, "compile": compile}
+    seq_lens = _numbers("--seq", seq) or [given.train_dataloader.dataset.max_seq_len]
+    ranks = _numbers("--rank", rank) or [settings["lora"].r]
+    names = _names(slice, slices, given)
+    if slices is None and len(seq_lens) == len(ranks) == 1:
+        lora = LoraConfig(**{**vars(settings["lora"]), "r": ranks[0]})
+        settings["lora"] = lora
+        if rows != "auto":
+            return plan(base, names[0], seq_lens[0], rows, **settings)
+        return largest_batch(base, names[0], seq_lens[0], **settings)
+    points = grid(names, seq_lens, ranks)
+    from kithara_ray.orchestration.cluster.connection import start_ray
+    from kithara_ray.orchestration.preflight.memory_fit import sweep
+
+    start_ray()
+    return Sweep(points, sweep(base, points, settings))
+
+
+def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]:
+    """(base, per_device_batch_size, settings of `plan`) of a run's YAML."""
+    from kithara_ray.train.optimizer_config import portable
+
+    model = given.model.given()
+    if model.get("adapter") is not None:
+        raise ConfigError("plan: model.adapter brings its own LoRA settings; give lora_rank and target_modules instead")
+    if model.get("lora_rank") is None:
+        raise UnsupportedError("plan: a run that trains all weights is not planned; give model.lora_rank")
+    lora = LoraConfig(
+        r=model["lora_rank"],
+        target_modules=_targets(model.get("target_modules", LoraConfig.target_modules)),
+        **{name: model[name] for name in _LORA if model.get(name) is not None},
+    )
+    trainer = given.trainer.given()
+    mesh = trainer.get("mesh")
+    settings = {
+        "lora": lora,
+        "optimizer": portable(given.optimizer.build(given.trainer.steps or 1)),
+        "mesh": MeshShape(**mesh.given()) if mesh is not None else MeshShape(),
+    }
+    settings |= {name: trainer[name] for name in ("remat", "gradient_accumulation_steps") if name in trainer}
+    settings |= {"precision": model["precision"]} if "precision" in model else {}
+    return model["preset_handle"], given.train_dataloader.per_device_batch_size, settings
+
+
+def _targets(given: str | Sequence[str]) -> str | tuple[str, ...]:
+    """As `model.targets.targets_of`, of a base whose tensors are not there."""
+    if not isinstance(given, str):
+        return tuple(given)
+    if given.lower() == ALL_LINEAR:
+        return LINEAR_MODULES
+    return (given,) if re.fullmatch(r"[\w.]+", given) else given
+
+
+def _names(slice: str | None, slices: str | None, given: configuration.Config) -> list[str]:
+    if slice is not None and slices is not None:
+        raise ConfigError("plan takes one of --slice and --slices")
+    if slices is not None:
+        return [slice_of(name).name for name in slices.split(",")]
+    if slice is not None:
+        return [slice_of(slice).name]
+    scaling: Mapping[str, Any] = given.scaling_config.given() if given.scaling_config else {}
+    where = None
+    if scaling.get("topology") and scaling.get("accelerator_type"):
+        where = slice_of_topology(scaling["topology"], scaling["accelerator_type"])
+    if where is None:
+        raise ConfigError("plan: give --slice, e.g. --slice v5e-16; the configuration names no known TPU slice")
+    return [where.name]
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers by commas, e.g. {option} 2048,4096") from None
+    if any(number < 1 for number in numbers):
+        raise ConfigError(f"{option} {text!r}: numbers must be >= 1")
+    return numbers

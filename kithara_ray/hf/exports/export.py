@@ -1,0 +1,303 @@
+"""The three layouts in which a trained adapter leaves: alone, beside its base, merged into it.
+
+Everything is written to a staging directory, read back and proved there, described in export_report.json, and only
+then published. A failed proof raises ExportError and publishes nothing.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kithara_ray import __version__ as VERSION
+from kithara_ray.errors import ConfigError, ExportError
+from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.card import max_lora_rank, model_card, serving_notes, split_reference, stop_notes
+from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
+from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
+from kithara_ray.hf.fetch import REFUSED_FILES
+from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
+from kithara_ray.hf.merge import write_config as write_base_config
+from kithara_ray.hf.publish import publish
+from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
+from kithara_ray.storage import urls
+
+log = logging.getLogger(__name__)
+
+REPORT = "export_report.json"
+CARD = "README.md"
+RUN = "run.json"
+ADAPTER_DIRECTORY = (
+    "adapter"  # apart from config.json: transformers redirects from_pretrained where both stand together
+)
+TOKENIZER_FILES = (
+    ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
+    + ("*.model", "chat_template*")
+)  # fmt: skip
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+MODEL_EXTRAS = ("generation_config.json",)
+
+
+class Layout(StrEnum):
+    """ADAPTER: a PEFT directory. SEPARATE: the base with the adapter in adapter/. MERGED: one model."""
+
+    ADAPTER = "adapter"
+    SEPARATE = "separate"
+    MERGED = "merged"
+
+
+def export(base: BaseCheckpoint, adapter: Adapter, destination: str, layout: Layout, **options: Any) -> str:
+    """`export_with_report`, which see; returns the destination."""
+    export_with_report(base, adapter, destination, layout, **options)
+    return str(destination)
+
+
+def export_with_report(
+    base: BaseCheckpoint,
+    adapter: Adapter,
+    destination: str,
+    layout: Layout,
+    *,
+    dtype: str = "auto",
+    base_name: str,
+    run: Mapping[str, object] | None = None,
+    max_shard_size: int | str | None = None,
+    check_finite: bool = False,
+    resume: bool = False,
+    write: Callable[[list[Part]], Iterable[Written]] = write_here,
+    prove: Callable[[Path], str] | None = None,
+) -> dict[str, Any]:
+    """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns export_report.json.
+
+    base_name: what adapter_config.json names as its base, a hub name, a path, or an hf:// handle with a revision.
+    dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
+    written: the adapter's in ADAPTER, base and adapter in SEPARATE, the merged weights in MERGED (factors stay exact).
+    run: what is known of the training; written as run.json.
+    max_shard_size: bytes, or text like "5GB", of one weight file; the base's own files by default.
+    check_finite: refuse a NaN or an infinity in a written weight, also one that the base has.
+    resume: go on from what a killed or failed export of the same left at `destination`, and leave what there is if
+    this one fails. write: what runs the parts, one per weight file.
+    prove: a further proof of a merged model in a local directory: takes it before it is published, returns what it has
+    shown for the report.
+    Raises DestinationError, AdapterError, UnsupportedError, ConfigError, ExportError; nothing is published then.
+    """
+    started_s = time.perf_counter()
+    layout, destination, tag = _layout(layout), str(destination), check_dtype(dtype)
+    adapter.validate(base)
+    if layout is Layout.MERGED:
+        check_mergeable(base, adapter, dtype)
+    elif layout is Layout.SEPARATE and tag:
+        refuse_quantized(base)
+    if prove is not None and (layout is not Layout.MERGED or urls.is_url(destination)):
+        raise ConfigError("export(prove=...) is for a merged model in a local directory; leave it out")
+    files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
+    settings = Settings(layout, dtype, base_name, files, check_finite, write)
+    with publish.staged(destination, _plan(base, adapter, settings), resume) as stage:
+        report, files = _write(base, adapter, stage, settings)
+        if prove is not None:
+            report["checks"].append(prove(stage.directory))
+        describe(stage, report, files, model_card(base_name, adapter, report, run), run, started_s)
+    log.info("exported layout=%s destination=%s seconds=%.1f", layout, destination, report["seconds"])
+    return report
+
+
+def _layout(layout: Layout | str) -> Layout:
+    try:
+        return Layout(layout)
+    except ValueError:
+        raise ConfigError(f"layout must be one of {', '.join(Layout)}, got {layout!r}") from None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `export` that decide what is written, and who writes it.
+
+    files: as of `part.files_of`. tags: a safetensors tag a tensor, in place of `dtype`, where there are values of
+    other dtypes than the base's; config.json and the index are then those of `like`.
+    """
+
+    layout: Layout
+    dtype: str
+    base_name: str
+    files: dict[str, str]
+    check_finite: bool
+    write: Callable[[list[Part]], Iterable[Written]]
+    tags: Mapping[str, str] | None = None
+    like: BaseCheckpoint | None = None
+
+
+def _plan(base: BaseCheckpoint, adapter: Adapter, settings: Settings) -> str:
+    """A digest of all that decides the bytes of the weight files but the base's own bytes, which parts compare."""
+    config = repr(adapter.config)
+    what = [VERSION, settings.layout, settings.dtype, settings.files, config, base.source, settings.check_finite]
+    what.append(base.directory.name if base.source else str(base.directory))  # a cache's name tells the version
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    for name in sorted(adapter.tensors):
+        digest.update(name.encode() + np.ascontiguousarray(adapter.tensors[name]).view(np.uint8).tobytes())
+    return digest.hexdigest()
+
+
+def _write(
+    base: BaseCheckpoint, adapter: Adapter, stage: publish.Stage, settings: Settings
+) -> tuple[dict[str, object], dict[str, dict]]:
+    """Fill and prove the stage; returns the report without its file list, and the weight files' digests."""
+    layout, dtype, base_name = settings.layout, settings.dtype, settings.base_name
+    checks, counts, written = [], {}, []
+    if layout is not Layout.ADAPTER:
+        merged = adapter if layout is Layout.MERGED else None
+        written = write_weights(base, merged, stage, settings)
+        counts = {key: sum(file.counts[key] for file in written) for key in written[0].counts}
+        checks.append("checkpoint reopened; untouched tensors equal the base's bit by bit")
+        if merged:
+            formula = "magnitude * (W + scale * B @ A) / its norm" if adapter.config.use_dora else "W + scale * B @ A"
+            checks.append(f"sampled rows of every merged tensor equal {formula} in float64 up to rounding")
+        if settings.check_finite:
+            checks.append("every written weight is finite")
+    if layout is not Layout.MERGED:
+        target = stage.directory / ADAPTER_DIRECTORY if layout is Layout.SEPARATE else stage.directory
+        final = adapter.cast(NUMPY_DTYPES[CAST_TAGS[dtype]]) if check_dtype(dtype) else adapter
+        final.write(target, *split_reference(base_name))
+        prove_adapter(target, final)
+        checks.append("adapter reopened; tensors equal those given bit by bit, scales equal")
+    carried = TOKENIZER_FILES + LICENCE_FILES + (MODEL_EXTRAS if layout is not Layout.ADAPTER else ())
+    _carry_over(base, stage.directory, carried)
+    notes = _notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
+    notes += stop_notes(base)
+    for note in notes:
+        log.warning("%s", note)
+    report = {
+        "layout": str(layout),
+        "dtype": dtype,
+        "base": {"name": base_name, "fingerprint": _fingerprint(base, written), "tensors": len(base.tensors)},
+        "adapter": {
+            "modules": len(adapter.modules),
+            "parameters": adapter.parameters,
+            "r": adapter.config.r,
+            "lora_alpha": adapter.config.alpha,
+            "all_zero": adapter.is_zero,
+            "vllm_max_lora_rank": max_lora_rank(adapter),
+        },
+        "tensors": counts,
+        "checks": checks,
+        "notes": notes,
+    }
+    return report, {file.name: file.file for file in written}
+
+
+def write_weights(
+    base: BaseCheckpoint, merged: Adapter | None, stage: publish.Stage, settings: Settings
+) -> list[Written]:
+    """The weight files, by `write`, then config.json and the index; proven as one checkpoint."""
+    dtype, files = settings.dtype, settings.files
+    like = settings.like or base
+    parts = parts_of(base, merged, stage.target, settings.tags or dtype, files, settings.check_finite)
+    stage.expect([part.name for part in parts])
+    written = _taken_up(stage, parts)
+    for file in settings.write([part for part in parts if part.name not in written]):
+        stage.add(file.name, file.record())
+        written[file.name] = file
+    if written.keys() != {part.name for part in parts}:
+        raise ExportError(f"{len(written)} of {len(parts)} weight files were written; start the export again")
+    remove_leftovers(stage.directory)
+    configs = write_base_config(like, stage.directory, dtype, files)
+    with contextlib.ExitStack() as stack:
+        directory = stage.directory
+        if stage.is_remote:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kithara_ray_proof_")))
+            stage.read_headers(directory)
+            for path in configs:
+                shutil.copyfile(path, directory / path.name)
+        prove_checkpoint(directory, like, check_dtype(dtype), files)
+    return [written[part.name] for part in parts]
+
+
+def _taken_up(stage: publish.Stage, parts: list[Part]) -> dict[str, Written]:
+    """The weight files that an earlier run left, checked once more: against the base where that is at hand, and, if
+    local, byte by byte."""
+    taken, kept = {}, stage.kept()
+    for part in parts:
+        if part.name not in kept:
+            continue
+        written = Written.of(part.name, kept[part.name])
+        same_base = part.base.source or part.base.digests() == written.digests
+        if same_base and (stage.is_remote or digest(stage.directory / part.name) == written.file):
+            taken[part.name] = written
+        else:
+            stage.drop(part.name)
+    if taken:
+        log.info("resumed: files=%d of %d", len(taken), len(parts))
+    return taken
+
+
+def _fingerprint(base: BaseCheckpoint, written: list[Written]) -> str | None:
+    """Of the base; None when nothing read its weights: an adapter alone, of a base that stays on an object store."""
+    if written:
+        return base.fingerprint_of({name: digest for file in written for name, digest in file.digests.items()})
+    return None if base.source else base.fingerprint()
+
+
+def _notes(adapter: Adapter, counts: dict[str, int]) -> list[str]:
+    if adapter.is_zero:
+        return ["every lora_B is zero: the adapter is untrained and the model computes what the base computes"]
+    unchanged = counts.get("merged", 0) - counts.get("merged_and_changed", 0)
+    if unchanged:
+        return [f"{unchanged} of {counts['merged']} merged tensors equal the base: their delta is zero or rounds away"]
+    return []
+
+
+def _carry_over(base: BaseCheckpoint, directory: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the base's files that match; never what the export wrote, never code or pickles."""
+    for path in sorted(base.directory.iterdir()):
+        wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
+        refused = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in REFUSED_FILES)
+        if wanted and not refused and path.is_file() and not (directory / path.name).exists():
+            copy_file(path, directory / path.name)
+
+
+def carry_over(base: BaseCheckpoint, directory: Path) -> None:
+    """All that a whole model brings beside its weights and config.json."""
+    _carry_over(base, directory, TOKENIZER_FILES + LICENCE_FILES + MODEL_EXTRAS)
+
+
+def describe(
+    stage: publish.Stage,
+    report: dict[str, Any],
+    files: Mapping[str, dict],
+    card: str,
+    run: Mapping[str, object] | None,
+    started_s: float,
+) -> None:
+    """The last files of a stage: run.json, the card, and the report, to which the list of all files is added.
+
+    files: the weight files' digests. started_s: by `time.perf_counter`.
+    """
+    if run:
+        write_json(stage.directory / RUN, dict(run))
+    (stage.directory / CARD).write_text(card, encoding="utf-8")
+    report["files"] = dict(sorted((dict(files) | _other_files(stage.directory, files)).items()))
+    report["seconds"] = round(time.perf_counter() - started_s, 3)
+    write_json(stage.directory / REPORT, report)
+
+
+def _other_files(directory: Path, known: Iterable[str]) -> dict[str, dict]:
+    """Size and SHA-256 of the files in a stage's directory that are not known yet."""
+    names = (p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file())
+    return {name: digest(directory / name) for name in names if name != publish.MARKER and name not in known}
+
+
+def digest(path: Path) -> dict[str, object]:
+    """Size and SHA-256 of a file, as a report names them."""
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

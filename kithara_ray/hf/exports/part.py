@@ -1,0 +1,207 @@
+"""One weight file of an export, written and proven by any process on any host: the unit of a distributed merge.
+
+A part is pickled with the headers and the factors that concern its file, a few megabytes; the weights go from the base
+to the destination through the process that runs it, in blocks, and never through the one that made it.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kithara_ray.errors import ConfigError, ExportError
+from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
+from kithara_ray.hf.checkpoint import SINGLE, BaseCheckpoint
+from kithara_ray.hf.exports.proof import prove_file
+from kithara_ray.hf.fetch import fetch_tensors
+from kithara_ray.hf.merge import check_dtype, out_bytes, write_tensors
+from kithara_ray.hf.publish import publish
+from kithara_ray.storage import urls
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SPARE_BYTES = 64 << 20
+FILES_AT_ONCE = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is to be written: one weight file.
+
+    base: the tensors that go into it. adapter: the modules of it that are merged in; None copies or casts.
+    name: of the file. target: the directory or URL that it goes to.
+    dtype: as of `export`, or a safetensors tag a tensor.
+    check_finite: refuse a NaN or an infinity in what is written, wherever it comes from.
+    """
+
+    base: BaseCheckpoint
+    adapter: Adapter | None
+    name: str
+    target: str
+    dtype: str | Mapping[str, str]
+    check_finite: bool = False
+
+    @property
+    def runs_anywhere(self) -> bool:
+        """Whether it needs no directory of this host."""
+        return self.base.source is not None and urls.is_url(self.target)
+
+    @property
+    def out_bytes(self) -> int:
+        """Of the written tensors."""
+        tag = check_dtype(self.dtype)
+        return sum(out_bytes(info, tag) for info in self.base.tensors.values())
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written and proven.
+
+    file: its size and SHA-256. counts: see `prove_file`. digests: of the base's tensors, for its fingerprint.
+    receipt: how the destination names what it holds, see `publish.put_file`.
+    """
+
+    name: str
+    file: dict[str, object]
+    counts: dict[str, int]
+    digests: dict[str, bytes]
+    receipt: dict[str, object] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """As plain data, without the name."""
+        hexadecimal = {tensor: digest.hex() for tensor, digest in self.digests.items()}
+        return {"file": self.file, "counts": self.counts, "digests": hexadecimal, "receipt": self.receipt}
+
+    @classmethod
+    def of(cls, name: str, record: Mapping[str, dict]) -> "Written":
+        digests = {tensor: bytes.fromhex(digest) for tensor, digest in record["digests"].items()}
+        return cls(name, record["file"], record["counts"], digests, record["receipt"])
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of 5_000_000_000, "5GB" or "500 MiB". Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    if not match or match[2] not in UNITS or not float(match[1]) * UNITS[match[2]] >= 1:
+        raise ConfigError(f'max_shard_size must be bytes or text like "5GB" or "500MB", got {size!r}')
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def files_of(base: BaseCheckpoint, dtype: str = "auto", max_shard_bytes: int | None = None) -> dict[str, str]:
+    """Tensor -> weight file of an export, in the order in which they lie there: the base's own files, or new ones of
+    at most `max_shard_bytes` of tensors; a larger tensor has a file to itself."""
+    infos = base.in_file_order()
+    if max_shard_bytes is None:
+        return {info.name: info.file.name for info in infos}
+    tag, numbers, number, filled = check_dtype(dtype), {}, 1, 0
+    for info in infos:
+        size_bytes = out_bytes(info, tag)
+        if filled and filled + size_bytes > max_shard_bytes:
+            number, filled = number + 1, 0
+        numbers[info.name] = number
+        filled += size_bytes
+    if number == 1:
+        return dict.fromkeys(numbers, SINGLE)
+    return {name: f"model-{which:05d}-of-{number:05d}.safetensors" for name, which in numbers.items()}
+
+
+def parts_of(
+    base: BaseCheckpoint,
+    adapter: Adapter | None,
+    target: str,
+    dtype: str | Mapping[str, str],
+    files: Mapping[str, str],
+    check_finite: bool = False,
+) -> list[Part]:
+    """One part a weight file of `files_of`. The caller has checked that the adapter fits."""
+    names: dict[str, list[str]] = {}
+    for tensor, file in files.items():
+        names.setdefault(file, []).append(tensor)
+    parts = []
+    for file, tensors in names.items():
+        part = base.only(tensors)
+        targets = [m for m in adapter.modules if m + WEIGHT_SUFFIX in part.tensors] if adapter else []
+        merged = adapter.only(targets) if targets else None
+        parts.append(Part(part, merged, file, target, dtype, check_finite))
+    return parts
+
+
+def write_part(part: Part) -> Written:
+    """Fetch (from a URL), merge, prove, digest and put (to a URL). Raises CheckpointError, ExportError,
+    DestinationError. May be run again, even while an earlier run goes on: it puts the same bytes."""
+    base, is_remote = part.base, urls.is_url(part.target)
+    with tempfile.TemporaryDirectory(prefix="kithara_ray_part_") as scratch:
+        _check_room(part, scratch)
+        if base.source:
+            directory = Path(scratch, "base")
+            directory.mkdir()
+            base = fetch_part(base, directory)
+        directory = Path(scratch if is_remote else part.target)
+        file = directory / (part.name if is_remote else f".{part.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            write_tensors(base, part.adapter, file, part.dtype)
+            with contextlib.nullcontext() if is_remote else _syncing(file):
+                counts, sha256 = prove_file(file, base, part.adapter, check_dtype(part.dtype), part.check_finite)
+            described = {"bytes": file.stat().st_size, "sha256": sha256}
+            receipt = {}
+            if is_remote:
+                receipt = publish.put_file(file, part.target, part.name)
+            else:
+                os.replace(file, directory / part.name)
+        finally:
+            file.unlink(missing_ok=True)
+        return Written(part.name, described, counts, base.digests(), receipt)
+
+
+@contextlib.contextmanager
+def _syncing(file: Path) -> Iterator[None]:
+    """The file goes to the disk while the block reads it from memory."""
+    with file.open("rb") as stream, ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(os.fsync, stream.fileno())
+        yield
+        synced.result()
+
+
+def remove_leftovers(directory: Path) -> None:
+    """What tasks that were killed have left in a local target; none may be running any more."""
+    for path in directory.glob(".*.safetensors.*"):
+        path.unlink()
+
+
+def _check_room(part: Part, scratch: str) -> None:
+    """A part with a URL at one end takes disk for its whole files, at both ends twice."""
+    infos = part.base.tensors.values()
+    needed = sum(info.nbytes for info in infos) if part.base.source else 0
+    needed += part.out_bytes if urls.is_url(part.target) else 0
+    free = shutil.disk_usage(scratch).free
+    if needed and needed + SPARE_BYTES > free:
+        raise ExportError(
+            f"{part.name}: {needed:,} bytes of temporary files are needed in {tempfile.gettempdir()} of this host, "
+            f"{free:,} are free; set TMPDIR to a larger disk, or export fewer files at a time (parallel_threads)"
+        )
+
+
+def fetch_part(base: BaseCheckpoint, directory: Path) -> BaseCheckpoint:
+    """The tensors of a part whose weights are at a URL, and nothing else of its files, into `directory`."""
+    for file in base.files:
+        spans = [(i.offset, i.offset + i.nbytes) for i in base.in_file_order() if i.file == file]
+        fetch_tensors(base.source, file.name, directory, spans)
+    return base.moved(directory)
+
+
+def write_here(parts: Iterable[Part]) -> Iterator[Written]:
+    """In this process, two at a time: one merges while the other is proven. When one fails, nothing is written any
+    more after this has ended."""
+    waiting, running = deque(parts), set()
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        while waiting or running:
+            while waiting and len(running) < FILES_AT_ONCE:
+                running.add(pool.submit(write_part, waiting.popleft()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()

@@ -1,0 +1,96 @@
+"""What `save_in_hf_format` is asked for. A run that will be exported is refused for it before it is trained."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kithara_ray.errors import ConfigError
+from kithara_ray.hf.exports.export import Layout
+from kithara_ray.hf.exports.part import parse_size
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.merge import check_dtype
+from kithara_ray.storage.urls import absolute, is_url
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The arguments of one `KerasHubModel.save_in_hf_format`, which see; a local `output_dir` made absolute."""
+
+    output_dir: str
+    dtype: str = "auto"
+    only_save_adapters: bool = False
+    save_adapters_separately: bool = False
+    parallel_threads: int | None = None
+    max_shard_size: int | str | None = None
+    check_finite: bool = False
+    check_logits: bool = False
+    resume: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "output_dir", absolute(str(self.output_dir)))
+
+    @property
+    def layout(self) -> Layout:
+        """Of a model with an adapter."""
+        if self.only_save_adapters:
+            return Layout.ADAPTER
+        return Layout.SEPARATE if self.save_adapters_separately else Layout.MERGED
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the export itself is told, whatever its layout."""
+        names = ("dtype", "max_shard_size", "check_finite", "resume")
+        return {name: getattr(self, name) for name in names} | {"max_files": self.parallel_threads}
+
+    def check(self, lora: LoraConfig | None) -> None:
+        """What can be known without anything trained.
+
+        Args:
+            lora: of the model; None where all its weights are trained.
+
+        Raises:
+            ConfigError: an argument is wrong, or contradicts another or the model.
+        """
+        check_dtype(self.dtype)
+        if self.max_shard_size is not None:
+            parse_size(self.max_shard_size)
+        if lora is None and (self.only_save_adapters or self.save_adapters_separately):
+            raise ConfigError(
+                "only_save_adapters and save_adapters_separately are for lora_rank=: all weights of this model are "
+                "trained, there is no adapter; leave both out"
+            )
+        if not self.check_logits:
+            return
+        why = None
+        if lora is None:
+            why = "all weights of this model are trained"
+        elif self.layout is not Layout.MERGED:
+            why = "here the adapter is written by itself"
+        elif is_url(self.output_dir):
+            why = f"{self.output_dir} is a URL"
+        if why:
+            raise ConfigError(f"check_logits compares a merged model in a local directory, and {why}; leave it out")
+
+
+def requests_of(exports: Sequence[Mapping[str, Any]], lora: LoraConfig | None) -> list[ExportRequest]:
+    """The exports that will follow a run.
+
+    Args:
+        exports: arguments of `save_in_hf_format`, a dict an export.
+        lora: as of `ExportRequest.check`.
+
+    Raises:
+        ConfigError: of one of them; or two of them are to one place.
+    """
+    requests = []
+    for arguments in exports:
+        try:
+            requests.append(ExportRequest(**arguments))
+        except TypeError as error:
+            raise ConfigError(f"exports: {str(error).removeprefix('ExportRequest.__init__() ')}") from None
+        requests[-1].check(lora)
+    for one, other in itertools.combinations([request.output_dir for request in requests], 2):
+        if one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/"):
+            raise ConfigError(f"exports to {one} and {other}: give each a directory of its own")
+    return requests

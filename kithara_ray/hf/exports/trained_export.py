@@ -1,0 +1,158 @@
+"""A model whose weights were all trained: the directory that a run leaves, and its export.
+
+The run's directory is a Hugging Face model in the dtype that was trained in. It is what training goes on from and what
+exports are made of: those have the base's dtypes.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from kithara_ray import __version__ as VERSION
+from kithara_ray.errors import DestinationError, ExportError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.card import trained_card
+from kithara_ray.hf.exports.export import Settings, carry_over, describe, write_weights
+from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, write_here
+from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter
+from kithara_ray.hf.merge import check_dtype, out_tag, write_config
+from kithara_ray.hf.publish import publish
+from kithara_ray.storage import urls
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "model"
+
+
+class Receiver:
+    """Takes the trained weights of one run and publishes them as `<directory>/model`, or `model-2` and so on.
+
+    Args:
+        base: what was trained.
+        names: of the tensors that will come.
+        dtype: that they come in.
+        directory: the run's, a path or a URL. For a URL every file is kept here until it is whole.
+
+    Attributes:
+        token: tells this receiver from one of an earlier attempt.
+    """
+
+    def __init__(self, base: BaseCheckpoint, names: Collection[str], dtype: str, directory: str):
+        self.token = secrets.randbelow(2**31)
+        self._base, self._dtype = base, dtype
+        self._destination = next(url for url in _candidates(directory) if not _exists(url))
+        self._open = contextlib.ExitStack()
+        self._stage = self._open.enter_context(publish.staged(self._destination))
+        try:
+            self._writer = TrainedWriter(base, names, dtype, self._stage.directory, self._place)
+        except BaseException as error:
+            self._open.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def put(self, part: TensorSlice) -> None:
+        """See `TrainedWriter.put`; threads may call it at once."""
+        self._writer.put(part)
+
+    def _place(self, path: Path) -> None:
+        """A whole file of a URL goes there at once, so that this host's disk holds a few."""
+        if self._stage.is_remote:
+            self._stage.expect([path.name])
+            publish.put_file(path, self._stage.target, path.name)
+            path.unlink()
+
+    def publish(self, num_ranks: int) -> str:
+        """Where it is. Raises ExportError when something is missing."""
+        try:
+            self._writer.check_complete(num_ranks)
+            write_config(self._base, self._stage.directory, self._dtype)
+            carry_over(self._base, self._stage.directory)
+        except BaseException as error:
+            self._open.__exit__(type(error), error, error.__traceback__)
+            raise
+        self._open.close()
+        return self._destination
+
+    def abandon(self) -> None:
+        """Leave nothing, unless it was published."""
+        error = DestinationError("the run began again")
+        self._open.__exit__(DestinationError, error, None)
+
+
+def _candidates(directory: str) -> Iterator[str]:
+    yield urls.join(directory, DIRECTORY)
+    number = 2
+    while True:
+        yield urls.join(directory, f"{DIRECTORY}-{number}")
+        number += 1
+
+
+def _exists(url: str) -> bool:
+    if not urls.is_url(url):
+        return Path(url).exists()
+    fs, root = urls.filesystem(url, DestinationError)
+    return fs.exists(root)
+
+
+# ---------------------------------------------------------------------------------------------------------- export
+
+
+def export_trained(
+    base: BaseCheckpoint,
+    trained: BaseCheckpoint,
+    destination: str,
+    dtype: str = "auto",
+    *,
+    base_name: str,
+    run: Mapping[str, object] | None = None,
+    max_shard_size: int | str | None = None,
+    check_finite: bool = False,
+    resume: bool = False,
+    write: Callable[[list[Part]], Iterable[Written]] = write_here,
+) -> str:
+    """Write what a `Receiver` published at `destination`, in files and dtypes like the base's; returns the destination.
+
+    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. The others: as of `hf.export.export`.
+    Raises DestinationError, ConfigError, ExportError; nothing is published then.
+    """
+    started_s = time.perf_counter()
+    tag, destination = check_dtype(dtype), str(destination)
+    _check_same_tensors(base, trained)
+    files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
+    tags = {name: out_tag(info, tag) for name, info in base.tensors.items()}
+    settings = Settings("trained", dtype, base_name, files, check_finite, write, tags, base)
+    with publish.staged(destination, _plan(base, trained, settings), resume) as stage:
+        written = write_weights(trained, None, stage, settings)
+        carry_over(base, stage.directory)
+        report = {
+            "layout": "trained",
+            "dtype": dtype,
+            "base": {"name": base_name, "tensors": len(base.tensors)},
+            "tensors": {"trained": len(trained.tensors)},
+            "checks": [
+                "checkpoint reopened; names, shapes, files and dtypes are the base's",
+                "every tensor equals what was trained, rounded to its dtype, bit by bit",
+            ],
+        }
+        files = {file.name: file.file for file in written}
+        describe(stage, report, files, trained_card(base_name, report), run, started_s)
+    log.info("exported trained weights destination=%s seconds=%.1f", destination, report["seconds"])
+    return destination
+
+
+def _check_same_tensors(base: BaseCheckpoint, trained: BaseCheckpoint) -> None:
+    ours, theirs = ({n: (i.shape, i.file.name) for n, i in one.tensors.items()} for one in (trained, base))
+    if ours != theirs:
+        different = sorted(name for name in ours.keys() | theirs if ours.get(name) != theirs.get(name))
+        raise ExportError(f"{trained.directory}: {different[0]} is not as in the base; was the base changed since?")
+
+
+def _plan(base: BaseCheckpoint, trained: BaseCheckpoint, settings: Settings) -> str:
+    """A digest of all that decides the bytes of the weight files; trained weights are never written over."""
+    where = [one.source or str(one.directory) for one in (base, trained)]
+    what = [VERSION, settings.layout, settings.dtype, settings.files, settings.tags, settings.check_finite, where]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

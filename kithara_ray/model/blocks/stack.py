@@ -1,0 +1,213 @@
+"""Equal decoder blocks as one scan over stacked weights, each block rematerialised.
+
+A KerasHub backbone is a functional graph: inputs, some layers, a chain of decoder blocks, some layers. The chain is
+found in the graph and run as `lax.scan`: one compiled body, whatever the depth. Blocks that differ in configuration
+(gemma's sliding and global pairs) make a period of more than one block; what is left over runs behind the scan.
+
+Of long rows a block is run in parts: its attention over all positions, then all else, in which no position looks at
+another, over chunks of them. The widest arrays of a block, those inside its MLP, exist of one chunk at a time.
+
+    N  blocks of the model    P  blocks of a period    S = N // P  steps of the scan
+    B  rows    T  positions    C  positions of a chunk    D  hidden width
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from kithara_ray.errors import UnsupportedError
+from kithara_ray.model.blocks import attention
+from kithara_ray.model.lora.dropout import dropping
+from kithara_ray.model.options import groups_of
+
+Gather = Callable[[keras.Variable, jax.Array], jax.Array]
+
+_POLICIES = {
+    "block": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.INPUTS),
+    ),
+    "nested": None,
+}
+
+# Attributes of a layer that differ between equal layers.
+_NAMES = {"name", "_name", "_path", "_parent_path", "auto_name", "_lora_number"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The decoder blocks of a backbone.
+
+    Attributes:
+        blocks: in order, N of them.
+        period: P, the smallest for which block i equals block i - P.
+    """
+
+    blocks: tuple[keras.layers.Layer, ...]
+    period: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.blocks) // self.period
+
+    def peers(self) -> dict[int, tuple[keras.Variable, ...]]:
+        """id(variable) -> the same variable of every step, for every variable of the scanned blocks."""
+        scanned = self.blocks[: self.steps * self.period]
+        groups = (
+            group
+            for place in range(self.period)
+            for group in zip(*(block.variables for block in scanned[place :: self.period]), strict=True)
+        )
+        return {id(variable): group for group in groups for variable in group}
+
+
+def find_chain(backbone: keras.Model) -> Chain:
+    """The backbone's decoder blocks and their period.
+
+    Raises:
+        UnsupportedError: the backbone has no `transformer_layers`.
+    """
+    blocks = tuple(getattr(backbone, "transformer_layers", ()))
+    if not blocks:
+        raise UnsupportedError(f"{type(backbone).__name__} keeps its decoder blocks in a place that is not known")
+    kinds = [_kind(block) for block in blocks]
+    period = next(p for p in range(1, len(blocks) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
+    return Chain(blocks, period)
+
+
+def _kind(block: keras.layers.Layer) -> str:
+    """What must be equal for two blocks to share one program: settings of all their layers, shapes of all variables.
+
+    Read from the layers themselves and not from `get_config`, which raises for some of KerasHub's blocks and does not
+    know what was changed after they were built.
+    """
+    layers = [_settings(layer) for layer in block._flatten_layers()]
+    return json.dumps([layers, [tuple(variable.shape) for variable in block.variables]], sort_keys=True)
+
+
+def _settings(layer: keras.layers.Layer) -> list:
+    plain = {name: v for name, v in vars(layer).items() if isinstance(v, (bool, int, float, str, type(None)))}
+    return [type(layer).__name__, {name: v for name, v in plain.items() if name not in _NAMES}]
+
+
+def run(
+    backbone: keras.Model,
+    chain: Chain,
+    inputs: Mapping[str, jax.Array],
+    values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]],
+    scanned: Sequence[Sequence[jax.Array]],
+    gather: Gather,
+    place: Callable[[jax.Array], jax.Array],
+    remat: str,
+    chunk: int,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """The backbone's output for `inputs`, its chain scanned.
+
+    Args:
+        inputs: by the names of the backbone's inputs. Other variables than the chain's must be bound already.
+        values_of: the arrays of one block behind the scan, in the order of its `variables`.
+        scanned: for each place of the period, for each variable of its block, an array (S, ...) of all steps.
+        gather: makes one variable's value what its block computes with, just before it runs.
+        place: puts the activations between blocks where they belong.
+        remat: one of `options.REMAT`.
+        chunk: C, of `options.chunk_length`.
+        dropout_key: of this pass; None drops nothing. Every block has its own.
+    """
+    first, last = chain.blocks[0], chain.blocks[-1]
+    known = {id(symbolic): inputs[symbolic.name] for symbolic in backbone.inputs}
+    for depth in sorted(backbone._nodes_by_depth, reverse=True):
+        for node in backbone._nodes_by_depth[depth]:
+            if node.is_input or (node.operation in chain.blocks and node.operation is not first):
+                continue
+            args, kwargs = node.arguments.fill_in(known)
+            outputs = node.outputs
+            if node.operation is first:
+                how = values_of, scanned, gather, place, remat, chunk, dropout_key
+                result = _run_chain(chain, args[0], kwargs, *how)
+                # A block may also give its keys and values, for other blocks; none here takes them.
+                outputs = last._inbound_nodes[0].outputs[:1]
+            else:
+                result = node.operation(*args, **kwargs)
+            for symbolic, value in zip(outputs, keras.tree.flatten(result), strict=True):
+                known[id(symbolic)] = value
+    return known[id(backbone.outputs[0])]
+
+
+def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, remat, chunk, dropout_key):
+    def call(block, x, values, key):
+        own = zip(block.variables, values, strict=True)
+        pairs = [(variable, gather(variable, value)) for variable, value in own]
+        with keras.StatelessScope(state_mapping=pairs), dropping(key):
+            if chunk == x.shape[1]:
+                return place(_output(block, x, kwargs))
+            return place(_in_chunks(block, x, kwargs, chunk, place, key))
+
+    def rematerialised(block, *operands):
+        return jax.checkpoint(functools.partial(call, block), policy=_POLICIES[remat])(*operands)
+
+    def body(x, step):
+        values, key = step
+        for block, own in zip(chain.blocks[: chain.period], values, strict=True):
+            x = rematerialised(block, x, own, key)
+        return x, None
+
+    behind = chain.blocks[chain.steps * chain.period :]
+    keys, last_key = None, None
+    if dropout_key is not None:
+        *keys, last_key = jax.random.split(dropout_key, chain.steps + 1)
+        keys = jnp.stack(keys)
+    groups = groups_of(chain.steps) if remat == "nested" else 1
+    x = _scan_in_groups(body, place(x), (scanned, keys), groups)
+    for block in behind:
+        x = rematerialised(block, x, values_of(block), last_key)
+    return x
+
+
+def _output(block: keras.layers.Layer, x: jax.Array, kwargs: Mapping) -> jax.Array:
+    return keras.tree.flatten(block(x, **kwargs))[0]
+
+
+def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array | None) -> jax.Array:
+    """The block's output, all behind its attention a chunk of positions at a time, each rematerialised."""
+    with attention.recorded() as outputs:
+        # Of what is traced here nothing is used but what attention gives.
+        _output(block, x_BTD, kwargs)
+    (attended_BTNH,) = outputs
+    rows, positions = x_BTD.shape[:2]
+
+    def is_of_positions(value) -> bool:
+        return getattr(value, "shape", ())[:2] == (rows, positions)
+
+    def split(array):
+        return jnp.moveaxis(array.reshape(rows, positions // chunk, chunk, *array.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def rest(number, x_BCD, attended_BCNH, sliced):
+        own_key = None if key is None else jax.random.fold_in(key, number)
+        with attention.given(attended_BCNH), dropping(own_key):
+            return place(_output(block, place(x_BCD), {**kwargs, **sliced}))
+
+    of_positions = {name: split(value) for name, value in kwargs.items() if is_of_positions(value)}
+    parts = jnp.arange(positions // chunk), split(x_BTD), split(attended_BTNH), of_positions
+    out = jax.lax.map(lambda part: rest(*part), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(x_BTD.shape)
+
+
+def _scan_in_groups(body, x, steps, groups: int) -> jax.Array:
+    """`lax.scan` over the steps; in groups, of which only the inputs are kept, where there are several."""
+    if groups == 1:
+        return jax.lax.scan(body, x, steps)[0]
+
+    @jax.checkpoint
+    def group(x, part):
+        return jax.lax.scan(body, x, part)[0]
+
+    grouped = jax.tree.map(lambda array: array.reshape(groups, array.shape[0] // groups, *array.shape[1:]), steps)
+    return jax.lax.scan(lambda x, part: (group(x, part), None), x, grouped)[0]

@@ -1,0 +1,289 @@
+"""LoRA as PEFT defines it, on built Keras layers.
+
+    I  in     width of what the layer contracts, its input dims flattened
+    O  out    width of what it gives, its output dims flattened
+    R  rank
+
+    y = layer(x) + scale * (dropout(x_I) @ A_RI.T) @ B_OR.T        Hu et al. 2021, arXiv:2106.09685
+    y = m_O / ||V_OI|| * (V_OI @ x), V = W + scale * B @ A         DoRA, Liu et al. 2024, arXiv:2402.09353
+
+The factors are stored in PEFT's orientation, A (R, I) and B (O, R), float32, so what is trained is what is saved.
+A layer is adapted by giving the *built* layer the class of a LoRA subclass: every reference to it, in the functional
+graph and in its block, stays valid.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from keras import ops
+from keras.src.backend.common.variables import AutocastScope
+
+from kithara_ray.errors import UnsupportedError
+from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model.blocks.stack import Chain
+from kithara_ray.model.lora.dropout import dropped
+from kithara_ray.model.lora.targets import check_targets, linear
+from kithara_ray.model.weights.ports import Port
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted layer.
+
+    Attributes:
+        module: the HF module, e.g. `model.layers.0.self_attn.q_proj`.
+        layer: the Keras layer.
+        initialiser: of A's first values, "kaiming" or "gaussian"; B's are zeros, the magnitude's the kernel's norms.
+        lora_A, lora_B, magnitude: the layer's `keras.Variable`s; no magnitude without DoRA.
+    """
+
+    module: str
+    layer: keras.layers.Layer
+    initialiser: str
+    lora_A: keras.Variable
+    lora_B: keras.Variable
+    magnitude: keras.Variable | None
+
+    @property
+    def variables(self) -> dict[str, keras.Variable]:
+        """By the names that an adapter file gives them."""
+        made = {f"{self.module}.lora_A.weight": self.lora_A, f"{self.module}.lora_B.weight": self.lora_B}
+        return made if self.magnitude is None else made | {f"{self.module}.lora_magnitude_vector": self.magnitude}
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """What a layer's kernel does, a letter for each of its dims: "mnh" with contracted "m" and produced "nh".
+
+    Attributes:
+        contracted: in the order of the input's trailing dims, which they are.
+        produced: in the order of the output's trailing dims, which they are.
+        shape: of the kernel.
+    """
+
+    kernel: str
+    contracted: str
+    produced: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: keras.layers.Layer) -> "LinearMap":
+        shape = tuple(layer._kernel.shape)
+        if isinstance(layer, keras.layers.Dense):
+            return cls("io", "i", "o", shape)
+        inputs, rest = layer.equation.split(",")
+        kernel, output = rest.split("->")
+        contracted = "".join(label for label in inputs if label in kernel and label not in output)
+        produced = "".join(label for label in output if label in kernel and label not in inputs)
+        batch = inputs.removesuffix(contracted)
+        if batch + contracted != inputs or batch + produced != output:
+            raise UnsupportedError(
+                f"layer {layer.path}: equation {layer.equation!r} is not a linear map of trailing dims"
+            )
+        return cls(kernel, contracted, produced, shape)
+
+    def dims(self, labels: str) -> tuple[int, ...]:
+        """The sizes of some of its dims."""
+        return tuple(self.shape[self.kernel.index(label)] for label in labels)
+
+    @property
+    def in_dim(self) -> int:
+        return math.prod(self.dims(self.contracted))
+
+    @property
+    def out_dim(self) -> int:
+        return math.prod(self.dims(self.produced))
+
+    def squares_O(self, kernel: jax.Array) -> jax.Array:
+        """The squared norm of each of W_OI's rows, float32."""
+        axes = tuple(self.kernel.index(label) for label in self.contracted)
+        squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
+        left = [label for label in self.kernel if label not in self.contracted]
+        return jnp.transpose(squares, [left.index(label) for label in self.produced]).reshape(self.out_dim)
+
+    def norms_O(self, kernel: jax.Array) -> jax.Array:
+        """The norm of each of W_OI's rows, float32: DoRA's first magnitudes."""
+        return jnp.sqrt(self.squares_O(kernel))
+
+    def adapted_norms_O(self, kernel: jax.Array, a_RI: jax.Array, b_OR: jax.Array, scale: float) -> jax.Array:
+        """The norm of each row of W + scale * B @ A, float32, from products with R columns: it is never made.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T
+        """
+        kernel, a_RI, b_OR = (array.astype(jnp.float32) for array in (kernel, a_RI, b_OR))
+        rank, exact = a_RI.shape[0], jax.lax.Precision.HIGHEST
+        a_R = a_RI.reshape(rank, *self.dims(self.contracted))
+        # "Z" is none of the labels: Keras' equations are in small letters.
+        wa = jnp.einsum(f"{self.kernel},Z{self.contracted}->{self.produced}Z", kernel, a_R, precision=exact)
+        gram_RR = jnp.matmul(a_RI, a_RI.T, precision=exact)
+        quadratic_OR = jnp.matmul(b_OR, gram_RR, precision=exact)
+        cross_OR = 2 * scale * wa.reshape(self.out_dim, rank) + scale**2 * quadratic_OR
+        return jnp.sqrt(self.squares_O(kernel) + jnp.sum(b_OR * cross_OR, axis=-1))
+
+
+class _SidePath:
+    """Mixed into Dense and EinsumDense; `call` keeps the signature that Keras has cached for the layer."""
+
+    def call(self, inputs, training=None):
+        y = super().call(inputs, training=training)
+        linear = self._lora_map
+        batch_shape = ops.shape(inputs)[: len(inputs.shape) - len(linear.contracted)]
+        whole_I = ops.cast(ops.reshape(inputs, (*batch_shape, linear.in_dim)), self.compute_dtype)
+        x_I = dropped(whole_I, self._lora_dropout, self._lora_number)
+        x_R = ops.matmul(x_I, ops.transpose(self.lora_A))
+        delta = ops.reshape(ops.matmul(x_R, ops.transpose(self.lora_B)) * self._lora_scale, ops.shape(y))
+        if self.lora_magnitude is None:
+            return ops.add(y, delta)
+        # PEFT scales what the kernel makes of the dropped input, beside what the layer makes of the whole one.
+        scaled = y if x_I is whole_I else super().call(ops.reshape(x_I, ops.shape(inputs)), training=training)
+        return self._with_magnitude(y, scaled, delta)
+
+    def _with_magnitude(self, y, scaled, delta):
+        """y + (m / norm - 1) * (scaled - bias) + m / norm * delta, in float32, rounded once to y's dtype."""
+        with AutocastScope(None):
+            # A constant to the gradient, as section 4.3 of the paper has it and PEFT does.
+            values = (jax.lax.stop_gradient(v.value) for v in (self._kernel, self.lora_A, self.lora_B))
+            norms_O = self._lora_map.adapted_norms_O(*values, self._lora_scale)
+            ratio = (self.lora_magnitude.value / norms_O).reshape(self._lora_map.dims(self._lora_map.produced))
+        scaled = scaled.astype(jnp.float32)
+        if self.bias is not None:
+            scaled = scaled - self.bias.value.astype(jnp.float32)
+        return (y.astype(jnp.float32) + (ratio - 1) * scaled + ratio * delta.astype(jnp.float32)).astype(y.dtype)
+
+
+class _LoraDense(_SidePath, keras.layers.Dense):
+    pass
+
+
+class _LoraEinsumDense(_SidePath, keras.layers.EinsumDense):
+    pass
+
+
+_ADAPTED = {keras.layers.Dense: _LoraDense, keras.layers.EinsumDense: _LoraEinsumDense}
+
+
+def linear_modules(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.Layer]:
+    """HF module name -> Keras layer, for every linear layer of the backbone.
+
+    Layers are matched to names by the identity of their kernel: variable paths are not unique in every family.
+    """
+    name_of = {id(port.variable): port.hf_name for port in ports}
+    layers = [layer for layer in backbone._flatten_layers() if type(layer) in _ADAPTED]
+    named = {name_of[id(layer._kernel)]: layer for layer in layers if id(layer._kernel) in name_of}
+    modules = {name.removesuffix(_WEIGHT): named[name] for name in name_of.values() if name in named}
+    return {module: modules[module] for module in linear(_modules(ports)) if module in modules}
+
+
+def _modules(ports: Sequence[Port]) -> list[str]:
+    """HF modules with a matrix."""
+    pieces = [piece for port in ports for piece in port.pieces if len(piece.shape) > 1]
+    return [piece.hf_name.removesuffix(_WEIGHT) for piece in pieces if piece.hf_name.endswith(_WEIGHT)]
+
+
+def inject(backbone, ports: Sequence[Port], config: LoraConfig) -> list[Target]:
+    """Adapt every linear layer that `config` targets.
+
+    Raises:
+        ConfigError: a target module matches nothing.
+        UnsupportedError: a matched layer has an activation or is not a linear map.
+    """
+    layers = linear_modules(backbone, ports)
+    check_targets(config, list(layers))
+    return [_adapt(module, layer, config) for module, layer in layers.items() if config.matches(module)]
+
+
+def _adapt(module: str, layer, config: LoraConfig) -> Target:
+    if keras.activations.serialize(layer.activation) not in ("linear", None):
+        raise UnsupportedError(f"{module}: its layer applies an activation, LoRA beside it would not be PEFT's")
+    linear, rank = LinearMap.of(layer), config.rank_of(module)
+    layer.__class__ = _ADAPTED[type(layer)]
+    layer._tracker.unlock()
+    float32 = {"dtype": "float32", "initializer": "zeros"}
+    layer.lora_A = layer.add_weight(name="lora_A", shape=(rank, linear.in_dim), **float32)
+    layer.lora_B = layer.add_weight(name="lora_B", shape=(linear.out_dim, rank), **float32)
+    layer.lora_magnitude = None
+    if config.use_dora:
+        layer.lora_magnitude = layer.add_weight(name="lora_magnitude", shape=(linear.out_dim,), **float32)
+    layer._tracker.lock()
+    layer._lora_map = linear
+    layer._lora_scale, layer._lora_dropout = config.scale_of(module), config.lora_dropout
+    layer._lora_number = zlib.crc32(module.encode())
+    layer._kernel.trainable = False
+    initialiser = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
+    return Target(module, layer, initialiser, layer.lora_A, layer.lora_B, layer.lora_magnitude)
+
+
+@dataclass(frozen=True)
+class FactorSlot:
+    """One trained array: a factor, or the same factor of every step of the scan, stacked.
+
+    Attributes:
+        names: adapter tensor names, one or one for each step.
+        variables: theirs, in the same order.
+        layers: whose they are, in the same order.
+        initialiser: of their first values: "zeros", "kaiming", "gaussian" or, of a magnitude, "norms".
+        stacked: whether the array's first dim counts the steps.
+    """
+
+    names: tuple[str, ...]
+    variables: tuple[keras.Variable, ...]
+    layers: tuple[keras.layers.Layer, ...]
+    initialiser: str
+    stacked: bool
+
+    @property
+    def key(self) -> str:
+        """What the array is called in a state: the name of its first factor."""
+        return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one = tuple(self.variables[0].shape)
+        return (len(self.names), *one) if self.stacked else one
+
+    def initial(self, name: str, seed: int) -> np.ndarray:
+        """PEFT's initial values of one of its factors, float32: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5) or
+        normal with deviation 1/R, B zero. Magnitudes are zeros here and norms in `CausalLM.initial_factors`.
+
+        A factor's depend on the seed and its name alone, not on the mesh, the stacking or the other targets.
+        """
+        shape = self.shape[self.stacked :]
+        # Drawn on the host: XLA takes 20 s to compile the drawing of a few hundred factors by name.
+        draws = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
+        if self.initialiser in ("zeros", "norms"):
+            return np.zeros(shape, np.float32)
+        if self.initialiser == "gaussian":
+            return draws.standard_normal(shape, np.float32) / np.float32(shape[0])
+        unit = draws.random(shape, np.float32)
+        return (2 * unit - 1) / np.float32(math.sqrt(shape[1]))
+
+
+def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorSlot]:
+    """The trained arrays: factors of the chain's scanned blocks stacked by step, the others by themselves.
+
+    Args:
+        chain: None stacks nothing.
+    """
+    factors = {
+        id(variable): (name, variable, target.layer, initialiser)
+        for target in targets
+        for (name, variable), initialiser in zip(
+            target.variables.items(), (target.initialiser, "zeros", "norms"), strict=False
+        )
+    }
+    peers = chain.peers() if chain is not None else {}
+    made = []
+    for number in factors:
+        group = [factors[id(variable)] for variable in peers.get(number, ())] or [factors[number]]
+        names, variables, layers, initialisers = zip(*group, strict=True)
+        if variables[0] is factors[number][1]:
+            made.append(FactorSlot(names, variables, layers, initialisers[0], stacked=number in peers))
+    return made

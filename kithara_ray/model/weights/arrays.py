@@ -1,0 +1,245 @@
+"""The arrays of a model: which there are, how each is split over the mesh, and where its values come from.
+
+Two kinds: the weights, by `slots.Slot`, in the order of `Frozen`; and the adapter's factors, by `layers.FactorSlot`.
+Weights are read from a base checkpoint, each process only the slices that its devices own; factors are drawn as PEFT
+draws them, or placed from an adapter. Equal arrays of the scanned blocks are one, stacked: (steps, ...).
+"""
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from kithara_ray.errors import AdapterError, ConfigError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.lora import layers
+from kithara_ray.model.weights import slots
+from kithara_ray.model.weights.quantized import Int8, floats
+from kithara_ray.sharding.agree import check_copies
+from kithara_ray.sharding.gather import Shard, local_shards
+from kithara_ray.sharding.mesh import factor_sharding, weight_sharding
+
+logger = logging.getLogger(__name__)
+
+Factors = dict[str, jax.Array]
+Frozen = list[jax.Array | Int8]
+# Factors, or, of a model whose weights are trained, its weights by the `key` of their slots.
+Params = dict[str, jax.Array]
+
+
+@dataclass(kw_only=True)
+class ModelArrays:
+    """The arrays of a built model, whose variables hold no values.
+
+    Attributes:
+        slots: the weights in the order of `Frozen`: which ports each is made of.
+        factor_slots: the adapter's arrays, by `key` in `Factors`: which factors each is made of.
+        precision: Keras dtype policy.
+        mesh: the device mesh that the arrays live on.
+        trains_weights: whether the weights are what is trained; then there are no factors and nothing is frozen.
+    """
+
+    slots: list[slots.Slot]
+    factor_slots: list[layers.FactorSlot]
+    precision: str
+    mesh: Mesh
+    trains_weights: bool = False
+
+    @property
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Adapter tensor name -> shape."""
+        return {
+            name: tuple(variable.shape)
+            for slot in self.factor_slots
+            for name, variable in zip(slot.names, slot.variables, strict=True)
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model with its adapter."""
+        return sum(math.prod(slot.shape) for slot in self.slots) + self._num_factors
+
+    @property
+    def num_trained(self) -> int:
+        """Those of them that are trained."""
+        return self.num_parameters if self.trains_weights else self._num_factors
+
+    @property
+    def _num_factors(self) -> int:
+        return sum(math.prod(shape) for shape in self.adapter_shapes.values())
+
+    def _roles(self, params: Params, frozen: Frozen) -> tuple[Factors, Frozen]:
+        """(factors, weights in the order of the slots)."""
+        return ({}, [params[slot.key] for slot in self.slots]) if self.trains_weights else (params, frozen)
+
+    def weight_sharding(self, slot: slots.Slot) -> NamedSharding:
+        try:
+            return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
+        except ConfigError as error:
+            raise ConfigError(f"{slot.ports[0].hf_name}: {error}") from error
+
+    def factor_sharding(self, slot: layers.FactorSlot) -> NamedSharding:
+        return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))
+
+    # --- without values ----------------------------------------------------------------------------------------------
+
+    def abstract_frozen(self, dtype: np.dtype) -> list[jax.ShapeDtypeStruct]:
+        """What `load` gives for a base of this dtype, without its bytes: for compiling ahead of time."""
+        for slot in self.slots:
+            self._stored_as(slot, dtype)
+        return [self._abstract(slot, dtype) for slot in self.slots]
+
+    def _abstract(self, slot: slots.Slot, dtype: np.dtype) -> jax.ShapeDtypeStruct | Int8:
+        split = self.weight_sharding(slot)
+        if slot.contracted is None:
+            return jax.ShapeDtypeStruct(slot.shape, dtype, sharding=split)
+        values = jax.ShapeDtypeStruct(slot.shape, jnp.int8, sharding=split)
+        scales = jax.ShapeDtypeStruct(slot.scales_shape, jnp.float32, sharding=slot.scales_sharding(split))
+        return Int8(values, scales)
+
+    def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What is trained, without values."""
+        if self.trains_weights:
+            dtype = self._weight_dtype()
+            return {slot.key: array for slot, array in zip(self.slots, self.abstract_frozen(dtype), strict=True)}
+        return {
+            slot.key: jax.ShapeDtypeStruct(slot.shape, jnp.float32, sharding=self.factor_sharding(slot))
+            for slot in self.factor_slots
+        }
+
+    def _weight_dtype(self) -> np.dtype | None:
+        """What weights are stored in; None is the checkpoint's dtype.
+
+        A float32 copy of a frozen bfloat16 weight costs twice the memory and says nothing more. Of a trained one it is
+        what small updates add up in.
+        """
+        if self.precision == "bfloat16":
+            return np.dtype(jnp.bfloat16)
+        return np.dtype(np.float32) if self.trains_weights else None
+
+    def _stored_as(self, slot: slots.Slot, dtype: np.dtype) -> None:
+        """Keras casts a bound value to its variable's dtype; the variable follows what is stored.
+
+        What is stored as int8 becomes floats in the precision of the products.
+        """
+        if slot.contracted is not None:
+            dtype = "float32" if self.precision == "float32" else "bfloat16"
+        for port in slot.ports:
+            port.variable._dtype = keras.backend.standardize_dtype(dtype)
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def load(self, base: BaseCheckpoint) -> Frozen:
+        """The weights, split over the mesh; each process reads only the slices its devices own."""
+        slots.check_complete(base, [port for slot in self.slots for port in slot.ports])
+        dtype = self._weight_dtype()
+        started = time.monotonic()
+        frozen = []
+        for slot in self.slots:
+            if slot.contracted is None:
+                array = slots.load_sharded(base, slot, self.weight_sharding(slot), dtype)
+                self._stored_as(slot, array.dtype)
+            else:
+                array = slots.load_int8(base, slot, self.weight_sharding(slot))
+                self._stored_as(slot, np.dtype(np.int8))
+            frozen.append(array)
+        local = sum(shard.data.nbytes for array in jax.tree.leaves(frozen) for shard in array.addressable_shards)
+        logger.info("loaded %.0f MB on this host in %.1f s", local / 1e6, time.monotonic() - started)
+        return frozen
+
+    def as_params(self, loaded: Frozen) -> Params:
+        """What `load` gave, to be trained."""
+        return {slot.key: array for slot, array in zip(self.slots, loaded, strict=True)}
+
+    def check_copies(self, params: Params, frozen: Frozen) -> int:
+        """Compare the weights that stand on more than one device; see `sharding.agree`."""
+        _, frozen = self._roles(params, frozen)
+        named = {}
+        for slot, array in zip(self.slots, frozen, strict=True):
+            name = slot.ports[0].hf_name
+            is_int8 = isinstance(array, Int8)
+            named |= {name: array.values, f"{name} (scales)": array.scales} if is_int8 else {name: array}
+        return check_copies(self.mesh, named)
+
+    # --- the adapter -------------------------------------------------------------------------------------------------
+
+    def place_factors(self, arrays: Mapping[str, np.ndarray]) -> Factors:
+        """Adapter arrays (host, by tensor name) as global arrays split over the mesh.
+
+        Raises:
+            AdapterError: a tensor is missing or has another shape than the model's.
+        """
+        for name, shape in self.adapter_shapes.items():
+            found = arrays[name].shape if name in arrays else None
+            if found != shape:
+                raise AdapterError(f"adapter tensor {name}: the model has shape {shape}, found {found or 'none'}")
+        return self._place(lambda name: np.asarray(arrays[name], np.float32))
+
+    def initial_factors(self, seed: int, frozen: Frozen | None = None) -> Factors:
+        """PEFT's initial factors; every process draws those that its devices hold a part of.
+
+        DoRA's magnitudes are the norms of the rows of `frozen`'s kernels, computed where these are; without `frozen`
+        they are zeros, for a checkpoint to be restored over.
+        """
+        slot_of = {name: slot for slot in self.factor_slots for name in slot.names}
+        magnitudes = [slot for slot in self.factor_slots if slot.initialiser == "norms"]
+        placed = self._place(lambda name: slot_of[name].initial(name, seed))
+        return placed | (self._row_norms(magnitudes, frozen) if magnitudes and frozen is not None else {})
+
+    def _row_norms(self, magnitudes: Sequence[layers.FactorSlot], frozen: Frozen) -> Factors:
+        where = {
+            id(port.variable): (number, step if slot.stacked else None)
+            for number, slot in enumerate(self.slots)
+            for step, port in enumerate(slot.ports)
+        }
+
+        def compute(frozen):
+            norms, made = {}, {}
+            for slot in magnitudes:
+                places = [where[id(layer._kernel)] for layer in slot.layers]
+                for layer, (number, step) in zip(slot.layers, places, strict=True):
+                    if number not in norms:
+                        norms_O = layer._lora_map.norms_O
+                        kernels = floats(frozen[number], layer._kernel.dtype)
+                        norms[number] = (norms_O if step is None else jax.vmap(norms_O))(kernels)
+                of_each = [norms[number] if step is None else norms[number][step] for number, step in places]
+                made[slot.key] = jnp.stack(of_each) if slot.stacked else of_each[0]
+            return made
+
+        split = {slot.key: self.factor_sharding(slot) for slot in magnitudes}
+        return jax.jit(compute, out_shardings=split)(frozen)
+
+    def _place(self, tensor_of: Callable[[str], np.ndarray]) -> Factors:
+        """Global arrays split over the mesh, of the adapter tensors by name."""
+        placed = {}
+        for slot in self.factor_slots:
+            tensors = functools.cache(tensor_of)
+
+            def part(index: tuple[slice, ...], slot=slot, tensors=tensors) -> np.ndarray:
+                if not slot.stacked:
+                    return tensors(slot.names[0])[index]
+                return np.stack([tensors(name)[index[1:]] for name in slot.names[index[0]]])
+
+            placed[slot.key] = jax.make_array_from_callback(slot.shape, self.factor_sharding(slot), part)
+        return placed
+
+    def adapter_shards(self, factors: Factors, rank: int) -> list[Shard]:
+        """What this process holds of the adapter, by tensor name: stacked arrays taken apart."""
+        slots = {slot.key: slot for slot in self.factor_slots}
+        shards = []
+        for shard in local_shards(factors, rank):
+            slot = slots[shard.name]
+            if slot.stacked:
+                steps = zip(slot.names, shard.data, strict=True)
+                shards += [Shard(name, shard.bounds[1:], data, rank) for name, data in steps]
+            else:
+                shards.append(shard)
+        return shards

@@ -1,0 +1,191 @@
+"""The frozen arrays of a model, and loading them sharded: each process reads only the slices that its devices own."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import keras
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kithara_ray.errors import CheckpointError
+from kithara_ray.hf import mxfp4
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.blocks.stack import Chain
+from kithara_ray.model.weights.ports import Port
+from kithara_ray.model.weights.quantized import Int8, floats, int8_of
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One array of weights: a port, or the same variable of every step of the scan, stacked.
+
+    Attributes:
+        ports: one, or one for each step.
+        stacked: whether the array's first dim counts the steps.
+        split_first: dims to split over the mesh before the largest one, the first that divides: an embedding's
+            vocabulary, the experts, or the dims of a kernel that are the file's rows, so that a host reads whole
+            stretches of it.
+        contracted: the dims that a linear layer contracts, where its kernel is held as int8; None holds floats.
+    """
+
+    ports: tuple[Port, ...]
+    stacked: bool
+    split_first: tuple[int, ...] = ()
+    contracted: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """What the array is called in a state: the name of its first tensor."""
+        return self.ports[0].hf_name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.ports), *self.ports[0].shape) if self.stacked else self.ports[0].shape
+
+    def split(self, array: jax.Array | Int8) -> list[tuple[Port, jax.Array]]:
+        """Each port with its own value, in floats."""
+        steps = [array[step] for step in range(len(self.ports))] if self.stacked else [array]
+        return [(port, floats(step, port.variable.dtype)) for port, step in zip(self.ports, steps, strict=True)]
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """Of an int8 array: one for each output channel."""
+        return tuple(1 if dim in self.contracted else size for dim, size in enumerate(self.shape))
+
+    def scales_sharding(self, sharding: NamedSharding) -> NamedSharding:
+        """Scales are split as their channels are."""
+        spec = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
+        split = [None if dim in self.contracted else axes for dim, axes in enumerate(spec)]
+        return NamedSharding(sharding.mesh, PartitionSpec(*split))
+
+
+def slots(
+    backbone: keras.Model, ports: Sequence[Port], chain: Chain | None, int8_kernels: frozenset[int] = frozenset()
+) -> list[Slot]:
+    """The arrays of a model's weights: its ports, those of the chain's scanned blocks stacked by step.
+
+    Args:
+        int8_kernels: ids of the kernels that are held as int8.
+    """
+    by_variable = {id(port.variable): port for port in ports}
+    rows = {id(layer._kernel): _produced_dims(layer) for layer in backbone._flatten_layers() if _is_linear(layer)}
+    peers = chain.peers() if chain is not None else {}
+
+    def split_first(port: Port) -> tuple[int, ...]:
+        return _vocabulary_dim(port) or port.tiled_dims or rows.get(id(port.variable), ())
+
+    def contracted(port: Port, before: int) -> tuple[int, ...] | None:
+        if id(port.variable) not in int8_kernels:
+            return None
+        return tuple(dim + before for dim in range(len(port.shape)) if dim not in rows[id(port.variable)])
+
+    made = []
+    for port in ports:
+        group = tuple(by_variable[id(variable)] for variable in peers.get(id(port.variable), ()))
+        if not group:
+            made.append(Slot((port,), False, split_first(port), contracted(port, 0)))
+        elif group[0] is port:
+            made.append(Slot(group, True, tuple(dim + 1 for dim in split_first(port)), contracted(port, 1)))
+    return made
+
+
+def _vocabulary_dim(port: Port) -> tuple[int, ...]:
+    """An embedding table (V, D) and a head (D, V) are split over the vocabulary."""
+    leaf = port.variable.path.rpartition("/")[2]
+    return {"embeddings": (0,), "reverse_embeddings": (1,)}.get(leaf, ())
+
+
+def _is_linear(layer: keras.layers.Layer) -> bool:
+    return isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
+
+
+def _produced_dims(layer: keras.layers.Layer) -> tuple[int, ...]:
+    """The dims of a kernel that its layer's output has; Hugging Face stores them as rows."""
+    if isinstance(layer, keras.layers.Dense):
+        return (1,)
+    kernel, output = layer.equation.split(",")[1].split("->")
+    return tuple(dim for dim, label in enumerate(kernel) if label in output)
+
+
+def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtype: np.dtype | None) -> jax.Array:
+    """One frozen array as a global array; this process reads only the slices its devices own.
+
+    Args:
+        dtype: what the array is stored in; None keeps the checkpoint's.
+    """
+    views = [port.view(base) for port in slot.ports]
+    dtype = views[0].dtype if dtype is None else dtype
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        parts = [view[index[1:]] for view in views[index[0]]] if slot.stacked else [views[0][index]]
+        own = _aligned(((len(parts),) if slot.stacked else ()) + parts[0].shape, dtype)
+        for place, part in enumerate(parts):
+            own[place if slot.stacked else ...] = part
+        return own
+
+    array = jax.make_array_from_callback(slot.shape, sharding, read)
+    base.forget_pages()
+    return array
+
+
+def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8:
+    """One kernel, or the same kernel of every step, as int8; this process reads the channels its devices own a part of.
+
+    Quantised a matrix at a time: no float32 copy of more than one matrix's part is made.
+    """
+    views = [port.view(base) for port in slot.ports]
+    before = int(slot.stacked)
+    dims = tuple(dim - before for dim in slot.contracted)
+    scales_of: dict[tuple, np.ndarray] = {}
+
+    def quantised(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Of some channels, whole in the contracted dims."""
+        whole = tuple(slice(None) if dim in dims else part for dim, part in enumerate(index[before:]))
+        made = [int8_of(view[whole], dims) for view in (views[index[0]] if slot.stacked else views)]
+        values, scales = (np.stack(arrays) if slot.stacked else arrays[0] for arrays in zip(*made, strict=True))
+        return values, scales
+
+    def read_values(index: tuple[slice, ...]) -> np.ndarray:
+        values, scales_of[_channels(index)] = quantised(index)
+        return values[tuple(part if dim in slot.contracted else slice(None) for dim, part in enumerate(index))]
+
+    def read_scales(index: tuple[slice, ...]) -> np.ndarray:
+        return scales_of[_channels(index)] if _channels(index) in scales_of else quantised(index)[1]
+
+    def _channels(index: tuple[slice, ...]) -> tuple:
+        sizes = enumerate(zip(index, slot.shape, strict=True))
+        return tuple(part.indices(size)[:2] for dim, (part, size) in sizes if dim not in slot.contracted)
+
+    values = jax.make_array_from_callback(slot.shape, sharding, read_values)
+    scales = jax.make_array_from_callback(slot.scales_shape, slot.scales_sharding(sharding), read_scales)
+    base.forget_pages()
+    return Int8(values, scales)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which JAX on CPU takes as it is; any other it would copy."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:
+    """Every tensor that the model needs is in the checkpoint and, tied heads aside, the other way round.
+
+    Raises:
+        CheckpointError: names the tensors.
+    """
+    needed = {name for port in ports for piece in port.pieces for name in mxfp4.names_of(base, piece.hf_name)}
+    missing = sorted(needed - set(base.names))
+    if missing:
+        raise CheckpointError(f"{base.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    ignorable = ("rotary_emb.inv_freq", "lm_head.weight")
+    extra = sorted(name for name in set(base.names) - needed if not name.endswith(ignorable))
+    if extra:
+        raise CheckpointError(
+            f"{base.directory}: {len(extra)} tensors belong to nothing in the model, the first is {extra[0]}; "
+            "config.json and weights do not belong together"
+        )

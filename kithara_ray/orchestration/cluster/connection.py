@@ -1,0 +1,41 @@
+"""The driver's connection to a Ray cluster."""
+
+import os
+import socket
+import warnings
+
+import ray
+
+from kithara_ray.errors import ClusterError
+
+_ANSWER_S = 20.0
+
+
+def start_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one.
+
+    Raises:
+        ClusterError: there is none at RAY_ADDRESS.
+    """
+    if not ray.is_initialized():
+        check_address()
+        with warnings.catch_warnings():
+            # Ray starts its processes by fork and exec, which leaves nothing of this process' threads behind.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            ray.init(log_to_driver=False, logging_level="ERROR")
+
+
+def check_address() -> None:
+    """Raises ClusterError where nothing answers at RAY_ADDRESS: Ray itself would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    place = address.removeprefix("ray://")
+    if place in ("", "auto", "local") or "://" in place:
+        return
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ClusterError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({error}); give HOST:PORT of its head, or unset it for a "
+            "local one"
+        ) from error

@@ -1,0 +1,56 @@
+"""Single rows of a tokenised dataset, read from its blocks in the object store."""
+
+from collections import OrderedDict
+
+import numpy as np
+import ray
+
+from kithara_ray.orchestration.data.token_store import TokenStore
+from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
+
+# Of blocks that a process keeps mapped, at most.
+_KEPT_BYTES = 2**28
+
+
+def _kept_bytes() -> int:
+    """An eighth of this node's object store at most: several processes may share it."""
+    here = ray.get_runtime_context().get_node_id()
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return min(_KEPT_BYTES, int(resources.get("object_store_memory", _KEPT_BYTES * 8)) // 8)
+
+
+class Rows:
+    """Rows of a store by their number, their blocks read when needed and the last used kept.
+
+    Blocks are the object store's own memory, mapped. What is kept of them is bounded, and rows are copied out: a block
+    that is mapped cannot leave the store for the disk.
+    """
+
+    def __init__(self, store: TokenStore, kept_bytes: int | None = None):
+        self.store, self.kept_bytes = store, _kept_bytes() if kept_bytes is None else kept_bytes
+        self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
+        self._bytes = 0
+
+    def source_row(self, row: int) -> int:
+        """A row's place in the source."""
+        number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
+        return int(self._block(number)[0].row_ids[row - int(self.store.starts[number])])
+
+    def row(self, row: int) -> TokenizedRow:
+        number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
+        block, ends = self._block(number)
+        within = row - int(self.store.starts[number])
+        stop = int(ends[within])
+        start = stop - int(block.lengths[within])
+        return TokenizedRow(block.token_ids[start:stop].copy(), block.loss_mask[start:stop].copy())
+
+    def _block(self, number: int) -> tuple[TokenizedBlock, np.ndarray]:
+        if number not in self._blocks:
+            block = ray.get(self.store.blocks[number])
+            self._blocks[number] = (block, np.cumsum(block.lengths))
+            self._bytes += block.nbytes
+            while self._bytes > self.kept_bytes and len(self._blocks) > 1:
+                _, (oldest, _) = self._blocks.popitem(last=False)
+                self._bytes -= oldest.nbytes
+        self._blocks.move_to_end(number)
+        return self._blocks[number]

@@ -1,0 +1,106 @@
+"""A dataset as tokenised blocks in Ray's object store.
+
+    T  positions    K  predictions of a row
+
+The driver keeps references to the tokenised blocks; they stay in the object store, which spills to disk by itself.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+
+from kithara_ray.errors import DataError
+from kithara_ray.orchestration.data.sources import COUNTS
+from kithara_ray.sft.batches.buckets import bucket_lengths
+from kithara_ray.sft.batches.order import Part
+
+# Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU padding is only work.
+_LENGTH_MULTIPLE = {"tpu": 128}
+_CPU_LENGTH_MULTIPLE = 8
+# Room for predictions in a pack, over the mean: the head's work grows with it, and rows with much to learn fill it
+# before the tokens' room. Of real chat pairs in packs of 1,024, a margin of 1.15 fills 85 to 94 %, 1.5 98 %.
+_PREDICTIONS_MARGIN = 1.5
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """A tokenised dataset in the object store.
+
+    Attributes:
+        blocks: references to `TokenizedBlock`s, in the dataset's order.
+        lengths: tokens of every row, int32 (N,), over all blocks; row numbers are positions in it.
+        trained: trained tokens of every row, int32 (N,).
+        starts: the number of the first row of each block, and the total, int64 (len(blocks) + 1,).
+        pad_id: the tokenizer's.
+        content: a hash of all tokens and masks in their order, however they are cut into blocks.
+        counts: rows that were dropped, skipped, truncated.
+        parts: of a mixture.
+    """
+
+    blocks: tuple[ray.ObjectRef, ...]
+    lengths: np.ndarray
+    trained: np.ndarray
+    starts: np.ndarray
+    pad_id: int
+    content: str = ""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
+        """The shapes (T, K) that batches may have, ascending; the last holds every row.
+
+        Packed, one. Else up to `buckets`: T a length to pad to, K the most trained tokens of a row that is no longer.
+        """
+        if packed_len is not None:
+            return (self.packed_shape(platform, packed_len),)
+        bounds = bucket_lengths(self.lengths, buckets, _multiple(platform))
+        return tuple((t, rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
+
+    def packed_shape(self, platform: str, max_seq_len: int) -> tuple[int, int]:
+        """(T, K) of packed batches: `max_seq_len`, and a little more than the share of its tokens that is trained."""
+        seq_len = rounded(max_seq_len, platform)
+        share = self.trained.sum(dtype=np.int64) / self.lengths.sum(dtype=np.int64)
+        predictions = max(int(self.trained.max()), int(_PREDICTIONS_MARGIN * share * seq_len))
+        return seq_len, min(seq_len, rounded(predictions, platform))
+
+    def head(self, num_rows: int) -> "TokenStore":
+        """The first rows alone."""
+        return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows], parts=())
+
+    @classmethod
+    def joined(cls, stores: Sequence["TokenStore"], draws: Sequence[int]) -> "TokenStore":
+        """One after the other, as the parts of a mixture of which an epoch takes so many rows each."""
+        if len({store.pad_id for store in stores}) > 1:
+            raise DataError("the datasets of a mixture have tokenizers with different padding")
+        offsets = np.cumsum([0] + [store.num_rows for store in stores])
+        parts = [Part(int(a), int(b), n) for (a, b), n in zip(itertools.pairwise(offsets), draws, strict=True)]
+        return cls(
+            blocks=tuple(block for store in stores for block in store.blocks),
+            lengths=np.concatenate([store.lengths for store in stores]),
+            trained=np.concatenate([store.trained for store in stores]),
+            starts=np.concatenate([[0], *(s.starts[1:] + n for s, n in zip(stores, offsets[:-1], strict=True))]),
+            pad_id=stores[0].pad_id,
+            content=" ".join(store.content for store in stores),
+            counts={name: sum(store.counts[name] for store in stores) for name in COUNTS},
+            parts=tuple(parts),
+        )
+
+
+def _multiple(platform: str) -> int:
+    return _LENGTH_MULTIPLE.get(platform, _CPU_LENGTH_MULTIPLE)
+
+
+def rounded(count: int, platform: str) -> int:
+    return -(-count // _multiple(platform)) * _multiple(platform)
+
+
+def describe(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {COUNTS[name]}" for name, count in counts.items() if count) or "none is usable"

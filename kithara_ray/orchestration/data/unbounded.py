@@ -1,0 +1,165 @@
+"""Sources whose length nobody knows, such as a streaming Hugging Face dataset: batches as the rows come.
+
+One actor reads the source, has the rows tokenised by tasks, shuffles them within consecutive windows, packs them if
+that is asked for, and hands the same global batches to all hosts. Where the source ends, it begins again.
+
+The sequence of batches is a function of what the source gives, the batch size, the seed and the step. To go on at step
+k the source is read and tokenised again from its start: its rows cannot be numbered without being read. That is all
+that resuming promises here, and only if the source gives the same rows in the same order again.
+"""
+
+import itertools
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from kithara_ray.errors import DataError
+from kithara_ray.orchestration.data.sources import COUNTS, Work, tokenize_rows
+from kithara_ray.orchestration.data.token_store import describe, rounded
+from kithara_ray.sft.batches.blocks import TokenizedRow
+from kithara_ray.sft.batches.packing import packs
+from kithara_ray.sft.tokens.tokenize import RowTokenizer
+
+logger = logging.getLogger(__name__)
+
+_SLICE_ROWS = 256
+_MAX_TASKS = 4
+# Rows that are shuffled with each other, where the Dataloader says nothing.
+WINDOW_ROWS = 4096
+# Batches that the actor keeps for hosts that are behind.
+_KEPT_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class EndlessOrder:
+    """What is known of the sequence of batches."""
+
+    batch_rows: int
+    seed: int
+    shuffle: bool
+    shuffle_rows: int
+    num_rows: int = 0
+    parts: tuple = ()
+
+    def locate(self, step: int) -> tuple[int, int]:
+        return 0, step
+
+    def steps_of(self, epoch: int) -> float:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class EndlessStore:
+    """In the place of a TokenStore: who reads the source."""
+
+    reader: ray.actor.ActorHandle
+    pad_id: int
+    max_seq_len: int
+    content: str = "endless"
+
+    @property
+    def num_rows(self) -> None:
+        """Nobody knows."""
+
+    def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
+        """(T, K) of batches: `max_seq_len`, and without packing its halves; any token may be one to be learned."""
+        lengths = {rounded(self.max_seq_len >> i, platform) for i in range(buckets if packed_len is None else 1)}
+        return tuple((length, length) for length in sorted(lengths))
+
+
+@ray.remote(num_cpus=0)
+class Reader:
+    """Reads one source, from its start, as far as batches are asked for."""
+
+    def __init__(self, source: Any, tokenizer: RowTokenizer):
+        self._source, self._tokenizer = source, ray.put(tokenizer)
+        self._how: tuple | None = None
+        self._counts = dict.fromkeys(COUNTS, 0)
+
+    def batch(self, step: int, order: EndlessOrder, shape: tuple[int, int] | None) -> list[list[TokenizedRow]]:
+        """The packs of a step's global batch.
+
+        Args:
+            shape: (T, K) of packs; None packs nothing.
+        """
+        if self._how != (order, shape) or step < self._next - len(self._kept):
+            self._how, self._next, self._kept = (order, shape), 0, OrderedDict()
+            self._packs = self._all_packs(order, shape)
+        while self._next <= step:
+            self._kept[self._next] = list(itertools.islice(self._packs, order.batch_rows))
+            self._next += 1
+            if len(self._kept) > _KEPT_BATCHES:
+                self._kept.popitem(last=False)
+        return self._kept[step]
+
+    def _all_packs(self, order: EndlessOrder, shape: tuple[int, int] | None) -> Iterator[list[TokenizedRow]]:
+        rows = self._windows(order)
+        if shape is None:
+            return ([row] for row in rows)
+        held: dict[int, TokenizedRow] = {}
+
+        def sizes():
+            for number, row in enumerate(rows):
+                held[number] = row
+                yield number, len(row.token_ids), int(row.loss_mask.sum())
+
+        return ([held.pop(number) for number in pack] for pack in packs(sizes(), *shape))
+
+    def _windows(self, order: EndlessOrder) -> Iterator[TokenizedRow]:
+        rows = self._rows()
+        for number in itertools.count():
+            window = list(itertools.islice(rows, order.shuffle_rows if order.shuffle else _SLICE_ROWS))
+            if order.shuffle:
+                rng = np.random.Generator(np.random.Philox(key=[order.seed, number]))
+                window = [window[i] for i in rng.permutation(len(window))]
+            yield from window
+
+    def _rows(self) -> Iterator[TokenizedRow]:
+        """Of one pass over the source after another."""
+        while True:
+            found = 0
+            for row in self._once():
+                found += 1
+                yield row
+            if not found:
+                raise DataError(f"the streaming source gives nothing to train on: {describe(self._counts)}")
+
+    def _once(self) -> Iterator[TokenizedRow]:
+        source, pending, first = iter(self._source), deque(), 0
+        while True:
+            rows = list(itertools.islice(source, _SLICE_ROWS))
+            if rows:
+                work = Work("the stream", None, rows, first)
+                pending.append(tokenize_rows.remote(self._tokenizer, work))
+                first += len(rows)
+            while pending and (len(pending) >= _MAX_TASKS or not rows):
+                block_ref, summary_ref = pending.popleft()
+                try:
+                    block, summary = ray.get([block_ref, summary_ref])
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause if isinstance(error.cause, DataError) else error from None
+                self._report(summary)
+                yield from block.rows()
+            if not rows:
+                return
+
+    def _report(self, summary: tuple) -> None:
+        counts, samples = summary[2], summary[3]
+        self._counts = {name: self._counts[name] + counts[name] for name in COUNTS}
+        if counts["dropped_untrained"] or counts["skipped_bad"]:
+            logger.warning("streamed so far: rows that %s; for example: %s", describe(self._counts), "; ".join(samples))
+
+
+def start_reader(source: Any, max_seq_len: int, tokenizer: RowTokenizer) -> EndlessStore:
+    """Raises DataError: the source cannot be carried to an actor."""
+    try:
+        reader = Reader.remote(source, tokenizer)
+    except TypeError as error:
+        raise DataError(f"the streaming source cannot be sent to the cluster: {error}") from error
+    return EndlessStore(reader, tokenizer.pad_id, max_seq_len)

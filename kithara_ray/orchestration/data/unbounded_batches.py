@@ -1,0 +1,63 @@
+"""The global batches of an endless source, and of them what this host's devices own."""
+
+import itertools
+
+import jax
+import numpy as np
+import ray
+from jax.sharding import NamedSharding
+
+from kithara_ray.errors import DataError
+from kithara_ray.orchestration.data.placement import place
+from kithara_ray.orchestration.data.prefetch import Prefetched
+from kithara_ray.orchestration.data.unbounded import EndlessOrder, EndlessStore
+from kithara_ray.sft.batches.collate import collate
+
+
+class EndlessStream:
+    """The global batches of an endless source, of which this process places what its devices own; see HostStream."""
+
+    def __init__(
+        self,
+        store: EndlessStore,
+        order: EndlessOrder,
+        shapes: tuple[tuple[int, int], ...],
+        sharding: NamedSharding,
+        packed: bool,
+        ahead: int,
+    ):
+        self.store, self.order, self.shapes, self.sharding = store, order, shapes, sharding
+        self._shape = shapes[-1] if packed else None
+        self._ahead = ahead
+        self._made: Prefetched | None = None
+        self._next: int | None = None
+
+    def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
+        if self._next != step:
+            if self._made is not None:
+                self._made.close()
+            self._made = Prefetched(self._make, itertools.count(step), self._ahead)
+        self._next = step + 1
+        return next(self._made)
+
+    def source_rows(self, step: int) -> list[int]:
+        """None are known by number: the source streams."""
+        return []
+
+    def close(self) -> None:
+        """No more is asked for."""
+        if self._made is not None:
+            self._made.close()
+
+    def _make(self, step: int) -> tuple[dict[str, jax.Array], int]:
+        try:
+            batch = ray.get(self.store.reader.batch.remote(step, self.order, self._shape))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, DataError) else error from None
+        tokens = [sum(len(row.token_ids) for row in pack) for pack in batch]
+        shape = next(shape for shape in self.shapes if shape[0] >= max(tokens))
+
+        def part(start: int, stop: int) -> dict[str, np.ndarray]:
+            return collate(batch[start:stop], *shape, self.store.pad_id)
+
+        return place(part, len(batch), shape, self.sharding), sum(tokens)

@@ -1,0 +1,241 @@
+"""A run on another cluster, through Ray's job API: pack the working directory, start, follow, stop.
+
+The job is `python -m kithara_ray train CONFIG`, or `tune`, in a copy of the directory. Its token, where the cluster
+asks for one, comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is
+never an argument.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from kithara_ray.errors import ClusterError, ConfigError, TrainingError
+from kithara_ray.orchestration.driver.run_manifest import GIT_VARIABLE, git_revision
+
+logger = logging.getLogger(__name__)
+
+LIMIT_BYTES = 100 * 1024**2  # of Ray's packages
+EXCLUDED = (".git", ".venv", "venv", "__pycache__", ".pytest_cache", ".ruff_cache", "runs", "*.safetensors")
+_ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+_ZIPPED_TO_SEE = 10  # times the limit, beyond which no packing helps
+_RETRY_S = 2.0
+_QUIET_S = 120.0  # after which a log that says nothing is asked for again
+# What requests, aiohttp and Ray raise for a server that is gone, refuses or answers nonsense.
+_FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, asyncio.TimeoutError, ray.exceptions.RayError)
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the job server at `http://HEAD:8265`. Raises ClusterError."""
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"--address {address!r}: give the dashboard's URL, e.g. http://HEAD:8265")
+    # Ray lets this variable win over what was asked for.
+    with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        try:
+            return JobSubmissionClient(address)
+        except _FAILURES as error:
+            raise ClusterError(f"{address}: {_reason(error)}") from error
+
+
+class _without:
+    """Variables of the environment taken away for a while."""
+
+    def __init__(self, *names: str):
+        self._names = names
+
+    def __enter__(self) -> None:
+        self._kept = {name: os.environ.pop(name) for name in self._names if name in os.environ}
+
+    def __exit__(self, *exc: Any) -> None:
+        os.environ.update(self._kept)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "401" in text or "403" in text or "uthenticat" in text or "uthoriz" in text:
+        return (
+            f"the cluster does not take this token ({text[:200]}); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to "
+            "the cluster's token file"
+        )
+    if "status code" in text:
+        return f"the job server says: {text[:300]}"
+    return f"no job server answers there ({text[:200]}); check the address, and that the port is forwarded"
+
+
+def package_files(directory: Path) -> dict[Path, int]:
+    """Size of each file that Ray would pack, by its own rules: EXCLUDED, .gitignore and .rayignore."""
+    from ray._private.runtime_env import packaging
+
+    sizes: dict[Path, int] = {}
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            sizes[path] = path.stat().st_size
+
+    excludes = [packaging._get_excludes(directory, list(EXCLUDED))]
+    packaging._dir_travel(directory, excludes, note, include_gitignore=True)
+    return sizes
+
+
+def check_size(directory: Path) -> int:
+    """Bytes of the files to be packed. Raises ConfigError where the package would be beyond Ray's limit."""
+    sizes = package_files(directory)
+    total = packed = sum(sizes.values())
+    if LIMIT_BYTES < total < _ZIPPED_TO_SEE * LIMIT_BYTES:
+        packed = _zipped_bytes(directory)
+    if packed > LIMIT_BYTES:
+        largest = sorted(sizes, key=sizes.get, reverse=True)[:3]
+        shown = ", ".join(f"{path.relative_to(directory)} {sizes[path] / 1e6:.0f} MB" for path in largest)
+        raise ConfigError(
+            f"{directory} has {total / 1e6:.0f} MB, packed more than Ray's limit of {LIMIT_BYTES / 1e6:.0f} MB; the "
+            f"largest: {shown}. List them in .rayignore, or give --working-dir; data and models are given as URLs"
+        )
+    return total
+
+
+def _zipped_bytes(directory: Path) -> int:
+    from ray._private.runtime_env import packaging
+
+    with tempfile.TemporaryDirectory(prefix="kithara_ray_package_") as scratch:
+        target = Path(scratch, "package.zip")
+        packaging.create_package(str(directory), target, include_gitignore=True, excludes=list(EXCLUDED))
+        return target.stat().st_size
+
+
+def submit(
+    client: JobSubmissionClient,
+    config: Path,
+    overrides: Sequence[str] = (),
+    working_dir: Path = Path(),
+    python: str = "python",
+    command: str = "train",
+) -> str:
+    """Start the run; returns the job's id.
+
+    Args:
+        config: a file under `working_dir`.
+        overrides: `--set` of the run. They are part of the job's command, which the dashboard shows.
+        python: the interpreter on the head node.
+        command: "train" or "tune".
+
+    Raises:
+        ConfigError: the configuration is outside the directory, or the directory too large.
+        ClusterError: the job server refused.
+    """
+    working_dir = working_dir.resolve()
+    try:
+        inside = config.resolve().relative_to(working_dir)
+    except ValueError:
+        raise ConfigError(f"{config} is not in {working_dir}, which is what the job gets; give --working-dir") from None
+    size = check_size(working_dir)
+    logger.info("packing %s: bytes=%d", working_dir, size)
+    words = [python, "-m", "kithara_ray", command, inside.as_posix()]
+    words += [word for override in overrides for word in ("--set", override)]
+    revision = git_revision(working_dir)
+    env = {GIT_VARIABLE: json.dumps(revision)} if revision else {}  # the copy has no .git
+    runtime_env = {"working_dir": str(working_dir), "excludes": list(EXCLUDED), "env_vars": env}
+    return start(client, shlex.join(words), runtime_env)
+
+
+def start(client: JobSubmissionClient, command: str, runtime_env: dict[str, Any], wait_s: float = 120.0) -> str:
+    """Start a command as a job; returns its id. A cluster that has just come up takes none before its agents are there.
+
+    Raises:
+        ClusterError: the job server refused, or had no agent for `wait_s`.
+    """
+    # Chosen here: where the connection drops before the answer comes, whether the job was taken can still be asked.
+    job = f"kithara_ray_{secrets.token_hex(6)}"
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return client.submit_job(entrypoint=command, runtime_env=runtime_env, submission_id=job)
+        except _FAILURES as error:
+            if _is_there(client, job):
+                return job
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"the job was not taken: {_reason(error)}") from error
+        time.sleep(_RETRY_S)
+
+
+def _is_there(client: JobSubmissionClient, job: str) -> bool:
+    try:
+        client.get_job_status(job)
+    except _FAILURES:
+        return False
+    return True
+
+
+def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], lost_after_s: float = 300.0) -> None:
+    """Write the job's log as it comes until the job ends, over connections that drop.
+
+    Raises:
+        TrainingError: the job failed or was stopped.
+        ClusterError: no answer for `lost_after_s`; the job may well go on.
+    """
+    written, deadline = 0, time.monotonic() + lost_after_s
+    while True:
+        try:
+            client.get_job_status(job)  # the log's own refusal does not say that there is no such job
+            deadline = time.monotonic() + lost_after_s
+            for text in _tail(client, job, written):
+                written += len(text)
+                write(text)
+            status = client.get_job_status(job)
+            if status in _ENDED:
+                rest = client.get_job_logs(job)[written:]
+                write(rest)
+                break
+        except _FAILURES as error:
+            if "does not exist" in str(error):
+                raise ConfigError(f"there is no job {job!r} on that cluster; `ray job list` shows them") from error
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"job {job}: no answer for {lost_after_s:g} s ({_reason(error)}); it may still run: follow it "
+                    f"again with --follow --job {job}"
+                ) from error
+            logger.info("connection lost, trying again: %s", error)
+        time.sleep(_RETRY_S)
+    if status != JobStatus.SUCCEEDED:
+        raise TrainingError(f"job {job} ended as {status.value}: {client.get_job_info(job).message}")
+
+
+def _tail(client: JobSubmissionClient, job: str, skip: int) -> Iterator[str]:
+    """The log from character `skip` on; each connection begins at the log's start."""
+    lines = client.tail_job_logs(job)
+    loop = asyncio.new_event_loop()
+    try:
+        seen = 0
+        while True:
+            try:
+                # A connection that is cut without a word would be waited on for ever.
+                text = loop.run_until_complete(asyncio.wait_for(anext(lines), _QUIET_S))
+            except StopAsyncIteration:
+                return
+            fresh = text[max(0, skip - seen) :]
+            seen += len(text)
+            if fresh:
+                yield fresh
+    finally:
+        loop.run_until_complete(lines.aclose())
+        loop.close()
+
+
+def stop(client: JobSubmissionClient, job: str) -> bool:
+    """Ask a job to end; returns whether it was running. Raises ConfigError for a job that there is not."""
+    try:
+        return client.stop_job(job)
+    except _FAILURES as error:
+        if "does not exist" in str(error):
+            raise ConfigError(f"there is no job {job!r} on that cluster; `ray job list` shows them") from error
+        raise ClusterError(f"job {job} was not stopped: {_reason(error)}") from error

@@ -1,0 +1,293 @@
+"""run.json: what a run was made of, enough to repeat it; without secrets.
+
+It stands in the run's directory from the start (status "running") to the end ("finished" or "failed"), and goes
+into every export.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from kithara_ray.errors import DestinationError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.card import split_reference
+from kithara_ray.orchestration.preflight import node_facts
+from kithara_ray.orchestration.preflight.checks import count_devices, mesh_axes
+from kithara_ray.redact import HIDDEN, redact, secret_values
+from kithara_ray.storage import urls
+from kithara_ray.storage.urls import absolute
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+NAME = "run.json"
+GIT_VARIABLE = "KITHARA_RAY_GIT"  # what `git_revision` gave where the job was submitted
+# Environment variables whose values change what is computed; of all others the names alone are written.
+_COMPUTES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "KERAS_", "OMP_", "NCCL_")
+
+
+def write(directory: str, content: Mapping[str, Any]) -> None:
+    """run.json into a local directory or one on an object store. Raises OSError."""
+    data = (json.dumps(content, indent=2) + "\n").encode()
+    if urls.is_url(directory):
+        fs, root = urls.filesystem(directory, DestinationError)
+        fs.pipe_file(f"{root}/{NAME}", data)
+        return
+    path = Path(directory, NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{NAME}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _base_facts(handle: str) -> dict[str, Any]:
+    """Where the base is and what it is; its weights are hashed by samples where they are local."""
+    base = BaseCheckpoint.at(handle)
+    name, revision = split_reference(handle)
+    parts = base.directory.parts
+    if revision is None and "snapshots" in parts[:-1]:  # the Hub's cache names directories after commits
+        revision = parts[parts.index("snapshots") + 1]
+    fingerprint = None if base.source else base.fingerprint()
+    return {"name": name, "revision": revision, "fingerprint": fingerprint, "model_type": base.config.get("model_type")}
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """Of a handle or a tokenizer: hashes of its vocabulary and chat template."""
+    from kithara_ray.sft.tokens.tokenizer import load_tokenizer
+
+    handle = tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, "name_or_path", None)
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "tokenizer": handle,
+        "vocabulary_sha256": _sha256(sorted(tokenizer.get_vocab().items())),
+        "chat_template_sha256": None if template is None else _sha256(template),
+    }
+
+
+def _sha256(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class RunManifest:
+    """One run's manifest, filled as the run goes on.
+
+    Args:
+        trainer: a Trainer. What takes time is asked of tasks, and awaited when the manifest is first written.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        env = (trainer.run_config.worker_runtime_env or {}).get("env_vars", {})
+        # A value given to the workers alone is a secret as well, if its name says so.
+        self._secrets = sorted({*secret_values(), *secret_values(env)}, key=len, reverse=True)
+        self._base = _base_facts.remote(trainer.model.preset_handle)
+        dataset = trainer.train_dataloader.dataset
+        self._tokenizer = _tokenizer_facts.remote(getattr(dataset, "datasets", (dataset,))[0].tokenizer)
+        self.content: dict[str, Any] = {
+            "manifest_version": VERSION,
+            "status": "running",
+            "started": _now(),
+            "versions": node_facts.versions(),
+            "platform": platform.platform(),
+            "git": git_revision(Path.cwd()),
+            "seeds": {"factors": trainer.seed, "shuffle": trainer.train_dataloader.seed},
+            "environment": environment(trainer.group.env()),
+            "config": _without_environment(trainer.config),
+            "settings": settings(trainer),
+        }
+
+    @property
+    def directory(self) -> str | None:
+        """The run's directory on the head node, or a URL; None where only Ray's own file system reaches it."""
+        run = self._trainer.run_config
+        return None if run.storage_filesystem else urls.join(absolute(str(run.storage_path)), str(run.name))
+
+    def begin(self, coordinator: ray.actor.ActorHandle, spec: Any) -> None:
+        """Write it before the first step.
+
+        Args:
+            spec: the run's RunSpec, with its tokenised datasets.
+        """
+        self.content["base"] = _of_task(self._base)
+        self.content["tokenizer"] = _of_task(self._tokenizer)
+        self.content["data"] = {"train": _data(spec.train.store)} | (
+            {"eval": _data(spec.eval.data.store)} if spec.eval else {}
+        )
+        axes, devices = mesh_axes(self._trainer) or {}, count_devices(self._trainer)
+        if spec.plan is not None:
+            self.content["plan"] = spec.plan
+        self.content["mesh"] = {**axes, "platform": spec.platform, "devices": devices, "hosts": spec.num_workers}
+        self._write(coordinator)
+
+    def end(self, coordinator: ray.actor.ActorHandle, status: str, **more: Any) -> dict[str, Any]:
+        """Write it of a run that has ended, "finished" or "failed"; returns what was written."""
+        self.content |= {"status": status, "ended": _now(), **more}
+        return self._write(coordinator)
+
+    def write_report(self, coordinator: ray.actor.ActorHandle, history: Mapping[str, Any]) -> None:
+        """report.html beside run.json. It is told, and never ends a run, that it could not be written."""
+        if self.directory is None:
+            return
+        content = redact(json.loads(json.dumps(history, default=str)), self._secrets)
+        try:
+            logger.info("report: %s", ray.get(coordinator.write_report.remote(self.directory, content), timeout=120))
+        except Exception as error:
+            logger.warning("the report of the run in %s was not written: %s", self.directory, error)
+
+    def told(self) -> dict[str, Any]:
+        """What it says as plain data, without secrets."""
+        return redact(json.loads(json.dumps(self.content, default=str)), self._secrets)
+
+    def _write(self, coordinator: ray.actor.ActorHandle) -> dict[str, Any]:
+        content = self.told()
+        if self.directory is not None:
+            try:
+                ray.get(coordinator.write_run.remote(self.directory, content), timeout=60)
+            except (ray.exceptions.RayError, OSError) as error:  # a run is worth more than its description
+                logger.warning("%s in %s was not written: %s", NAME, self.directory, error)
+        return content
+
+
+def _data(store: Any) -> dict[str, Any]:
+    if not hasattr(store, "lengths"):
+        return {"rows": "a stream without an end", "fingerprint": store.content}
+    return {
+        "rows": store.num_rows,
+        "tokens": int(store.lengths.sum()),
+        "trained_tokens": int(store.trained.sum()),
+        "lengths": _quantiles(store.lengths),
+        "fingerprint": store.content,
+    }
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Of the rows' tokens."""
+    if not len(lengths):
+        return {}
+    found = np.quantile(lengths, (0, 0.5, 0.95, 1), method="nearest")
+    return dict(zip(("min", "median", "p95", "max"), map(int, found), strict=True))
+
+
+def _of_task(reference: ray.ObjectRef) -> dict[str, Any]:
+    """A manifest tells what is known; that something could not be found out must not end a run."""
+    try:
+        return ray.get(reference, timeout=120)
+    except ray.exceptions.RayError as error:
+        return {"unknown": str(getattr(error, "cause", None) or error).strip().splitlines()[-1]}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _without_environment(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A configuration whose workers' variables are written as `environment` writes them."""
+    config = copy.deepcopy(dict(config)) if config is not None else None
+    runtime_env = ((config or {}).get("run_config") or {}).get("worker_runtime_env") or {}
+    if isinstance(runtime_env.get("env_vars"), dict):
+        runtime_env["env_vars"] = environment(runtime_env["env_vars"])
+    return config
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The workers' variables: values of those that change what is computed, *** for all others."""
+    return {name: value if name.startswith(_COMPUTES) else HIDDEN for name, value in sorted(env.items())}
+
+
+def git_revision(directory: Path) -> dict[str, Any] | None:
+    """{"revision", "dirty"} of the work tree that holds `directory`; None where there is none, or no git."""
+
+    def git(*arguments: str) -> str:
+        env = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+        return subprocess.run(
+            ["git", *arguments], cwd=directory, env=env, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if GIT_VARIABLE in os.environ:
+            return json.loads(os.environ[GIT_VARIABLE])
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def settings(trainer: Any) -> dict[str, Any]:
+    """What the handles say, also of a run that was written in Python: JSON-like, objects by their names."""
+    model = trainer.model
+    own = ("steps", "epochs", "log_steps_interval", "eval_steps_interval", "eval_epochs_interval", "max_eval_samples")
+    own += ("remat", "gradient_accumulation_steps", "seed")
+    kind, optimizer = trainer.optimizer
+    return {
+        "model": {
+            "preset_handle": model.preset_handle,
+            "precision": model.precision,
+            "lora": _plain(model.lora),
+            "starts_from_adapter": model.adapter is not None,
+        },
+        "train_dataloader": _loader(trainer.train_dataloader),
+        "eval_dataloader": _loader(trainer.eval_dataloader) if trainer.eval_dataloader else None,
+        "optimizer": optimizer if kind == "keras" else _name(optimizer),
+        "trainer": {name: getattr(trainer, name) for name in own}
+        | {name: getattr(trainer.group, name) for name in ("cpu_devices_per_worker", "cluster_timeout_s")}
+        | {"mesh": _plain(trainer.mesh), "checkpointer": _plain(trainer.checkpointer)}
+        | {"tensorboard_dir": trainer.tensorboard_dir, "profiler": _plain(trainer.profiler)}
+        | {"callbacks": [type(callback).__name__ for callback in trainer.callbacks]},
+        "scaling_config": _plain(trainer.scaling_config),
+        "run_config": {
+            "name": trainer.run_config.name,
+            "storage_path": str(trainer.run_config.storage_path),
+            "failure_config": _plain(trainer.run_config.failure_config),
+        },
+    }
+
+
+def _loader(loader: Any) -> dict[str, Any]:
+    inner = {name: _value(value) for name, value in vars(loader).items() if name != "dataset"}
+    return {"dataset": _dataset(loader.dataset), **inner}
+
+
+def _dataset(dataset: Any) -> dict[str, Any]:
+    values = {name: _value(value) for name, value in vars(dataset).items() if not name.startswith("_")}
+    if hasattr(dataset, "datasets"):  # a mixture
+        values["datasets"] = [_dataset(part) for part in dataset.datasets]
+    return {"type": type(dataset).__name__, **values}
+
+
+def _plain(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return _value(value)
+    return {field.name: _value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def _value(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _value(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)) and all(isinstance(inner, (bool, int, float, str)) for inner in value):
+        return list(value)
+    return _name(value)
+
+
+def _name(value: Any) -> str:
+    """What an object is, without its content: rows of a dataset are not written down."""
+    name = getattr(value, "__qualname__", None) or getattr(value, "name_or_path", None)
+    return f"{type(value).__name__} {name}" if name else f"{type(value).__name__}"

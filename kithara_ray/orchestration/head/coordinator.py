@@ -1,0 +1,246 @@
+"""The actor on the head node: gathers what the ranks send, checks that it is complete, writes it out.
+
+It needs no accelerator, no JAX and no model: shards are numpy arrays, and an export is a file operation.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kithara_ray.checkpoint.disk_format import Checkpoint
+from kithara_ray.errors import ExportError
+from kithara_ray.hf.adapter import Adapter, LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.card import split_reference
+from kithara_ray.hf.exports.export import Layout, export
+from kithara_ray.hf.exports.trained import TensorSlice
+from kithara_ray.hf.exports.trained_export import Receiver, export_trained
+from kithara_ray.hf.publish import publish
+from kithara_ray.orchestration.cluster.remote import head_node_id
+from kithara_ray.orchestration.driver import run_manifest
+from kithara_ray.orchestration.head.export_tasks import prove_logits_here, write_on_cluster
+from kithara_ray.orchestration.head.snapshot_writer import SnapshotWriter
+from kithara_ray.orchestration.head.watchdog import Watch
+from kithara_ray.orchestration.worker.heartbeat import BEAT_S, Beat, Limits
+from kithara_ray.orchestration.worker.snapshots import Snapshots
+from kithara_ray.report import files as report
+from kithara_ray.sharding.gather import Shard, assemble
+from kithara_ray.storage.places import Place
+
+logger = logging.getLogger(__name__)
+
+
+# Calls that a coordinator which is started again answers as the one before would have: they wait for it.
+_asked_again = ray.method(max_task_retries=10)
+
+
+class Coordinator:
+    """State of one model's life on the cluster: progress of the run, the gathered adapter, exports."""
+
+    def __init__(self):
+        self._watcher: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._weights: Receiver | None = None
+        self.start_run()
+
+    @_asked_again
+    def start_run(self) -> None:
+        """Forget what an earlier run has sent."""
+        self._events: list[dict[str, Any]] = []
+        self._shards: dict[int, list[Shard]] = {}
+        self._forget_weights()
+        self._snapshots = SnapshotWriter()
+        self._watch: Watch | None = None
+        self._asked: str | None = None
+
+    @_asked_again
+    def ask(self, what: str) -> None:
+        """Ask all ranks for something with the answers to their beats: "interrupt"."""
+        self._asked = what
+
+    def beat(self, beat: Beat, limits: Limits) -> str | None:
+        """A rank is alive; see watchdog. Returns what is asked of the ranks."""
+        with self._lock:
+            if self._watch is None:
+                self._watch = Watch(limits)
+            self._watch.hear(beat, time.monotonic())
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._look, name="watchdog", daemon=True)
+                self._watcher.start()
+        return self._asked
+
+    def stop_watching(self) -> None:
+        """The run has ended, however it did; its ranks are silent from now on."""
+        with self._lock:
+            self._watch = None
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            with self._lock:
+                verdict = self._watch.verdict(time.monotonic()) if self._watch is not None else None
+                condemned = self._watch.condemn() if verdict is not None else []
+            if verdict is not None:
+                logger.error("ending the worker group: %s", verdict)
+                self.record({"kind": "stalled", "text": verdict})
+            for node_id, pid in condemned:
+                on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+                _kill.options(scheduling_strategy=on_node).remote(pid)
+
+    @_asked_again
+    def record(self, event: dict[str, Any]) -> None:
+        """One event of rank 0: a logged step, a phase of start-up."""
+        if event["kind"] == "begin":
+            self._snapshots.forget()
+        self._events.append(event)
+
+    @_asked_again
+    def events(self, start: int) -> list[dict[str, Any]]:
+        """The events from number `start` on."""
+        return self._events[start:]
+
+    @_asked_again
+    def put_shards(self, rank: int, shards: list[Shard]) -> None:
+        """What one rank held of the adapter."""
+        self._shards[rank] = shards
+
+    def check_snapshots(self, settings: Snapshots, may_resume: bool) -> None:
+        """See `Snapshots.check`."""
+        settings.check(may_resume)
+
+    def put_snapshot(self, step: int, rank: int, shards: list[Shard], destination: str, **about: Any) -> None:
+        """What one rank held of the adapter after a step; see `SnapshotWriter.put`."""
+        event = self._snapshots.put(step, rank, shards, destination, **about)
+        if event is not None:
+            self._events.append(event)
+
+    @_asked_again
+    def adapter(
+        self, shapes: dict[str, tuple[int, ...]], num_ranks: int, saved: str | None = None
+    ) -> dict[str, np.ndarray]:
+        """The whole adapter, its shards checked to tile every tensor exactly once.
+
+        Args:
+            saved: the run's last checkpoint, for a coordinator that was started again since the shards were sent.
+
+        Raises:
+            AdapterError: names the tensor, the slice and the rank.
+        """
+        if len(self._shards) < num_ranks and saved is not None:
+            root, _, directory = saved.rpartition("/")
+            return Checkpoint.open(Place(root), directory).adapter()
+        return assemble(shapes, (shard for shards in self._shards.values() for shard in shards), num_ranks)
+
+    def begin_weights(self, base: str, names: list[str], dtype: str, directory: str) -> int:
+        """Make ready for trained weights, in a new directory below `directory`; what they are to be sent with."""
+        self._forget_weights()
+        self._weights = Receiver(BaseCheckpoint.at(base), names, dtype, directory)
+        return self._weights.token
+
+    def put_slice(self, token: int, part: TensorSlice) -> None:
+        """A slice of one of them."""
+        if self._weights is None or self._weights.token != token:
+            raise ExportError(f"rank {part.rank} sent {part.name} of an attempt that is over")
+        self._weights.put(part)
+
+    def publish_weights(self, num_ranks: int) -> str:
+        """Where the trained weights are, all of them, from here on.
+
+        Raises:
+            ExportError: names the tensor that is missing and the ranks that were not heard.
+        """
+        if self._weights is None:
+            raise ExportError("the coordinator was started again after the ranks had sent their weights; run once more")
+        return self._weights.publish(num_ranks)
+
+    def _forget_weights(self) -> None:
+        if self._weights is not None:
+            self._weights.abandon()
+            self._weights = None
+
+    def export_trained(
+        self, base: str, weights: str, destination: str, max_files: int | None = None, **options: Any
+    ) -> str:
+        """Write trained weights as the base's files are written; see `kithara_ray.hf.exports.trained_export`."""
+        opened = BaseCheckpoint.at(base), BaseCheckpoint.at(weights)
+        write = functools.partial(write_on_cluster, max_files=max_files)
+        return export_trained(*opened, destination, base_name=base, write=write, **options)
+
+    def export(
+        self,
+        base: str,
+        config: LoraConfig,
+        tensors: dict[str, np.ndarray],
+        destination: str,
+        layout: Layout,
+        max_files: int | None = None,
+        check_logits: bool = False,
+        **options: Any,
+    ) -> str:
+        """Write one of the three layouts, each weight file in a task of its own; see `kithara_ray.hf.exports.export`.
+
+        Of a base on an object store or the Hub, headers are all that is read here. max_files: at once.
+        """
+        checkpoint = BaseCheckpoint.at(base)
+        if check_logits:
+            options["prove"] = functools.partial(prove_logits_here, base, config, tensors)
+        return export(
+            checkpoint,
+            Adapter(config, tensors),
+            destination,
+            layout,
+            base_name=base,
+            write=functools.partial(write_on_cluster, max_files=max_files),
+            **options,
+        )
+
+    def check_destination(self, destination: str) -> None:
+        """See `kithara_ray.hf.publish.publish`."""
+        publish.check_destination(destination)
+
+    def write_run(self, directory: str, content: dict[str, Any]) -> None:
+        """run.json of the run."""
+        run_manifest.write(directory, content)
+
+    def write_report(self, directory: str, history: dict[str, Any]) -> str:
+        """history.json and report.html of the run whose run.json is there; returns where the page is."""
+        return report.write(directory, history)
+
+    def add_export(self, directory: str, destination: str) -> None:
+        """Tell the report of an export."""
+        report.add_export(directory, destination)
+
+    def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base: str) -> None:
+        """The trained adapter into the run's directory."""
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        Adapter(config, tensors).write(path, *split_reference(base))
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int) -> None:
+    """End a worker's process of this node that no longer answers; its number may be another's by now."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def start_coordinator() -> ray.actor.ActorHandle:
+    """A coordinator on the head node, which holds no CPU: it must start beside a full cluster."""
+    head = head_node_id()
+    # Started again if it dies: what it holds of a run, rank 0 and the checkpoints hold too.
+    options = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}, "max_concurrency": 8}
+    options["max_restarts"] = -1
+    if head is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=False)
+    return ray.remote(Coordinator).options(**options).remote()

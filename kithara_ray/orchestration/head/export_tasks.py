@@ -1,0 +1,103 @@
+"""The weight files of an export as Ray tasks: one a file, straight from the base to the destination.
+
+A part that has a URL at both ends runs on any node with a free CPU; one that needs a directory of the head node runs
+there. What passes through the caller is a part's headers and factors on the way out, and digests on the way back: its
+memory does not grow with the model.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kithara_ray.errors import ExportError, KitharaRayError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.part import Part, Written, write_part
+from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.orchestration.cluster.remote import head_node_id, remote_get
+
+logger = logging.getLogger(__name__)
+
+FILES_PER_NODE = 2  # each takes a core, about 150 MB, and disk for up to two weight files where a URL is involved
+MAX_RETRIES = 3  # of a node that is lost; putting a file again puts the same bytes
+
+
+def write_on_cluster(parts: Sequence[Part], max_files: int | None = None) -> Iterator[Written]:
+    """Run the parts, a bounded number at a time, in whatever order they end.
+
+    max_files: in flight at once; two a node by default. When one fails, or the caller stops, those in flight are
+    cancelled and waited for: nothing is put any more after this has ended.
+
+    Raises: what `write_part` raises; ExportError when a task was lost more often than it is retried.
+    """
+    anywhere = all(part.runs_anywhere for part in parts)
+    write = ray.remote(write_part).options(max_retries=MAX_RETRIES, **_placement(anywhere))
+    limit = max(1, max_files or FILES_PER_NODE * (_cpu_nodes() if anywhere else 1))
+    waiting, running = list(parts), {}
+    logger.info("exporting files=%d at_once=%d nodes=%s", len(parts), limit, "any" if anywhere else "head")
+    try:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                part = waiting.pop(0)
+                running[write.remote(part)] = part.name
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            name = running.pop(done)
+            yield _result(done, name)
+    finally:
+        _cancel(list(running))
+
+
+def prove_logits_here(base: str, config: LoraConfig, tensors: dict[str, np.ndarray], merged: Path) -> str:
+    """See `kithara_ray.model.proof`: in a process of its own on the head node, whose memory it gives back."""
+    prove = ray.remote(max_calls=1)(_prove_logits).options(max_retries=0, **_placement(False))
+    return remote_get(prove.remote(base, config, tensors, merged))
+
+
+def _prove_logits(base: str, config: LoraConfig, tensors: dict[str, np.ndarray], merged: Path) -> str:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from kithara_ray.model import runtime
+
+    runtime.prepare()
+    from kithara_ray.model.proof import prove_logits
+
+    return prove_logits(BaseCheckpoint.open(base), config, tensors, merged)
+
+
+def _result(done: ray.ObjectRef, name: str) -> Written:
+    try:
+        return remote_get(done)
+    except KitharaRayError:
+        raise
+    except ray.exceptions.RayTaskError as error:
+        raise ExportError(f"{name}: {type(error.cause).__name__}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise ExportError(
+            f"{name}: its task was lost {MAX_RETRIES + 1} times ({type(error).__name__}); a node that runs out of "
+            "memory or disk does this; start the export again with resume=True"
+        ) from error
+
+
+def _placement(anywhere: bool) -> dict:
+    """Options of the tasks. The head may have no CPU to give, and then takes them all the same."""
+    if anywhere:
+        has_cpus = ray.cluster_resources().get("CPU", 0) >= 1
+        return {"num_cpus": 1 if has_cpus else 0, "scheduling_strategy": "SPREAD"}
+    head = head_node_id()
+    here = NodeAffinitySchedulingStrategy(head or ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
+
+
+def _cpu_nodes() -> int:
+    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes()))
+
+
+def _cancel(references: list[ray.ObjectRef]) -> None:
+    """By force: a worker that copies gigabytes does not look for exceptions. Its temporary files are in /tmp."""
+    for reference in references:
+        ray.cancel(reference, force=True)
+    if references:
+        ray.wait(references, num_returns=len(references))

@@ -1,0 +1,180 @@
+"""What a run reads and writes, tried before it: destinations on the head node, the first rows of its data."""
+
+import itertools
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from kithara_ray.errors import DataError, DestinationError, KitharaRayError
+from kithara_ray.hf.exports.request import ExportRequest
+from kithara_ray.hf.publish.publish import check_destination
+from kithara_ray.orchestration.cluster.remote import head_node_id
+from kithara_ray.orchestration.data import sources
+from kithara_ray.orchestration.preflight.node_facts import free_disk
+from kithara_ray.storage import urls
+from kithara_ray.storage.urls import absolute
+
+_TIMEOUT_S = 60.0
+_FIRST_ROWS = 2
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _probe(path: str, must_be_empty: bool) -> tuple[KitharaRayError | None, int | None]:
+    """(what is wrong, free bytes of a local path) of a place to write to; leaves nothing behind."""
+    try:
+        if must_be_empty:
+            check_destination(path)
+        else:
+            probe_directory(path)
+    except KitharaRayError as error:
+        return error, None
+    return None, None if urls.is_url(path) else free_disk(path)
+
+
+def probe_directory(path: str) -> None:
+    """Raises DestinationError unless files can be written and deleted under `path`, which may exist or not."""
+    check_destination(urls.join(path, f".kithara_ray_probe_{uuid.uuid4().hex[:8]}"))
+
+
+class Probes:
+    """Everything the run writes to, tried on the head node, where it will be written."""
+
+    def __init__(self, trainer: Any, exports: Sequence[ExportRequest]):
+        self._exports = exports
+        # An export that goes on from a killed one finds something there.
+        places = {export.output_dir: not export.resume for export in exports}
+        storage_path = absolute(str(trainer.run_config.storage_path))
+        # Ray writes to other stores with a library of its own, which asks for other credentials than fsspec's.
+        ours = not urls.is_url(storage_path) or storage_path.startswith("gs://")
+        if trainer.run_config.storage_filesystem is None and ours:
+            places[storage_path] = False
+        if trainer.checkpointer is not None:
+            places[trainer.checkpointer.checkpoint_dir] = False
+        head = head_node_id()
+        where = NodeAffinitySchedulingStrategy(head, soft=False) if head else "DEFAULT"
+        self._asked = {
+            path: _probe.options(scheduling_strategy=where).remote(path, empty) for path, empty in places.items()
+        }
+        self._found: dict[str, tuple[KitharaRayError | None, int | None]] | None = None
+
+    def _results(self) -> dict[str, tuple[KitharaRayError | None, int | None]]:
+        if self._found is None:
+            late = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_TIMEOUT_S)[1]
+            slow = [path for path, asked in self._asked.items() if asked in late]
+            if slow:
+                raise DestinationError(
+                    f"{', '.join(slow)}: no answer within {_TIMEOUT_S:g} s; check the network and credentials of "
+                    "the head node"
+                )
+            self._found = {path: ray.get(asked) for path, asked in self._asked.items()}
+        return self._found
+
+    def check(self) -> str:
+        """All can be written."""
+        errors = [error for error, _ in self._results().values() if error is not None]
+        if errors:
+            raise DestinationError("; ".join(map(str, errors)))
+        return ", ".join(self._asked) or "none"
+
+    def free(self) -> dict[str, int]:
+        """Free bytes at each local directory that base or merged weights are exported to."""
+        whole = {export.output_dir for export in self._exports if not export.only_save_adapters}
+        found = {path: self._results()[path][1] for path in sorted(whole)}
+        return {path: free for path, free in found.items() if free is not None}
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _tokenize_first(tokenize: Any, rows: list[dict]) -> tuple[KitharaRayError | None, str]:
+    """The tokenizer loads, and the first rows are what the format expects."""
+    try:
+        block = tokenize(rows, 0)
+    except KitharaRayError as error:
+        return error, ""
+    kept = ", ".join(str(int(length)) for length in block.lengths) or "none"
+    return None, f"the first row(s) have {kept} tokens" + (f"; {block.samples[0]}" if block.samples else "")
+
+
+class FirstRows:
+    """The first rows of each dataset: read and formatted here, tokenised in a task while other checks run."""
+
+    def __init__(self, trainer: Any, tokenize: bool):
+        self._asked: list[tuple[str, Any]] = []
+        self._formatted: list[str] = []
+        self._error: KitharaRayError | None = None
+        for name in ("train_dataloader", "eval_dataloader"):
+            loader = getattr(trainer, name)
+            if loader is None or self._error is not None:
+                continue
+            try:
+                for dataset in getattr(loader.dataset, "datasets", (loader.dataset,)):
+                    self._look(name, dataset, tokenize)
+            except KitharaRayError as error:
+                self._error = error
+
+    def _look(self, name: str, dataset: Any, tokenize: bool) -> None:
+        found = first_rows(dataset)
+        rows = [row for _, row in found]
+        row_tokenizer = dataset.row_tokenizer()
+        if tokenize:
+            self._asked.append((name, _tokenize_first.remote(row_tokenizer, rows)))
+        elif row_tokenizer.on_bad_row == "error":
+            for where, row in found:
+                if not isinstance(row, Exception):  # what could not be read is told of when all is
+                    row_tokenizer.format.read(row, where)
+        columns = ", ".join(map(str, rows[0])) if rows and isinstance(rows[0], Mapping) else "none"
+        self._formatted.append(f"{name}: {len(rows)} row(s) read, columns {columns}")
+
+    def check(self) -> str:
+        if self._error is not None:
+            raise self._error
+        texts = list(self._formatted)
+        for name, asked in self._asked:
+            try:
+                error, text = ray.get(asked, timeout=_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                raise DataError(
+                    f"{name}: the tokenizer did not load within {_TIMEOUT_S:g} s; check its handle and the network"
+                ) from None
+            if error is not None:
+                raise error
+            texts.append(text)
+        return "; ".join(texts)
+
+
+def first_rows(dataset: Any) -> list[tuple[str, Any]]:
+    """(where it stands, row) of the first rows of a source; none of a stream, which could not be read again.
+
+    Raises:
+        DataError: it cannot be read or has none.
+    """
+    if dataset.is_endless:
+        return []
+    if sources.is_ray_dataset(dataset.source):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        dataset.source.context.enable_progress_bars = False
+        found = _numbered(dataset.source.take(_FIRST_ROWS))
+    else:
+        found = _first_of(dataset.source)
+    if not found:
+        raise DataError("the dataset is empty: the source has no rows; nothing can be trained")
+    return found
+
+
+def _numbered(rows: list[Any]) -> list[tuple[str, Any]]:
+    return [(f"row {number}", row) for number, row in enumerate(rows)]
+
+
+def _first_of(source: Any) -> list[tuple[str, Any]]:
+    for work, _ in sources.work(source):
+        if work.piece is None:
+            return _numbered(sources.rows_of(work.payload)[:_FIRST_ROWS])
+        loaded = work.payload if work.payload is not None else work.piece.load()
+        rows = itertools.islice(work.piece.rows(loaded), _FIRST_ROWS)
+        found = [(f"{place} of {work.piece.url}", row) for place, row in rows]
+        if found:
+            return found
+    return []

@@ -1,0 +1,232 @@
+"""The sequence of global batches: a function of (the rows' sizes, batch size, seed, epoch, step) and of nothing else.
+
+Not of the number of hosts, of timing or of failures. Every row of the dataset is in exactly one batch of an epoch; the
+last batch of an epoch is filled up with empty rows. A row of a batch holds one row of the dataset, or with packing
+several; either is called a pack here.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from kithara_ray.errors import ConfigError
+from kithara_ray.sft.batches.packing import best_fit
+
+# Row numbers of the dataset, int64; empty where a batch has no more.
+Pack = np.ndarray
+_EMPTY = np.empty(0, np.int64)
+# A windowed shuffle moves stretches of this part of a window through the whole dataset.
+_STRETCHES_OF_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a mixture: rows `start` to `stop` of the whole, of which each epoch takes `draws`.
+
+    They are taken in turn, through one order of the part after another: none comes again before all have come.
+    """
+
+    start: int
+    stop: int
+    draws: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order(ABC):
+    """What all orders share: from an epoch's packs to the batch of a step.
+
+    Attributes:
+        batch_rows: rows of a global batch.
+        seed: of the epochs' orders.
+        shuffle: False keeps the dataset's order in every epoch.
+        shuffle_rows: rows within which an epoch is shuffled, for data that is too large for access at random: stretches
+            of a sixteenth of it are spread over the dataset, then so many rows at a time are mixed. None, or as many as
+            the dataset has: every order is as likely.
+        parts: of a mixture; none for a dataset of which an epoch takes every row once.
+    """
+
+    batch_rows: int
+    seed: int = 0
+    shuffle: bool = True
+    shuffle_rows: int | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Rows of the dataset, numbered 0 .. num_rows - 1."""
+
+    @abstractmethod
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's rows pack by pack, and where each pack begins, with the end behind."""
+
+    @property
+    def epoch_size(self) -> int:
+        """Rows that an epoch takes."""
+        return sum(part.draws for part in self.parts) if self.parts else self.num_rows
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """The rows in the order of one epoch, int64 (epoch_size,)."""
+        if not self.parts:
+            return self._order(self.num_rows, epoch)
+        rows = [self._draws(number, part, epoch) for number, part in enumerate(self.parts)]
+        # Evenly interleaved: the k-th of n draws stands at (k + 1/2) / n of the epoch.
+        places = np.concatenate([(np.arange(len(r)) + 0.5) / max(len(r), 1) for r in rows])
+        mixed = np.concatenate(rows)[np.argsort(places, kind="stable")]
+        if self.shuffle:
+            rng = _rng(self.seed, epoch)
+            mixed = rng.permutation(mixed) if self._is_whole(len(mixed)) else self._mix(mixed, rng)
+        return mixed
+
+    def _draws(self, number: int, part: Part, epoch: int) -> np.ndarray:
+        size = part.stop - part.start
+        first = epoch * part.draws
+        cycles = range(first // size, -(-(first + part.draws) // size))
+        orders = [self._order(size, cycle, number + 1) for cycle in cycles] or [_EMPTY]
+        offset = first - cycles.start * size
+        return part.start + np.concatenate(orders)[offset : offset + part.draws]
+
+    def _order(self, size: int, cycle: int, stream: int = 0) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(size)
+        rng = _rng(self.seed, cycle, stream)
+        if self._is_whole(size):
+            return rng.permutation(size)
+        stretch = max(1, self.shuffle_rows // _STRETCHES_OF_WINDOW)
+        starts = rng.permutation(-(-size // stretch)) * stretch
+        rows = (starts[:, None] + np.arange(stretch)).ravel()
+        return self._mix(rows[rows < size], rng)
+
+    def _is_whole(self, size: int) -> bool:
+        return self.shuffle_rows is None or self.shuffle_rows >= size
+
+    def _mix(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Consecutive windows of `shuffle_rows` rows, each in an order of its own."""
+        windows = np.arange(len(rows)) // self.shuffle_rows
+        return rows[np.lexsort((rng.random(len(rows)), windows))]
+
+    def steps_of(self, epoch: int) -> int:
+        """Batches of one epoch."""
+        return -(-self.epoch_size // self.batch_rows)
+
+    def total_steps(self, epochs: int) -> int:
+        return epochs * self.steps_of(0)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, batch within it) of a step, all 0-based."""
+        return divmod(step, self.steps_of(0))
+
+    def batch(self, step: int) -> list[Pack]:
+        """The packs of the global batch of `step` (0-based), `batch_rows` of them."""
+        epoch, index = self.locate(step)
+        rows, starts = self.plan(epoch)
+        bounds = starts[index * self.batch_rows : (index + 1) * self.batch_rows + 1]
+        packs = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
+        return packs + [_EMPTY] * (self.batch_rows - len(packs))
+
+    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """`_plan`, the last epoch's kept: steps of one epoch follow each other."""
+        cached = self.__dict__.get("_last")
+        if cached is None or cached[0] != epoch:
+            cached = (epoch, self._plan(epoch))
+            object.__setattr__(self, "_last", cached)
+        return cached[1]
+
+    def __post_init__(self):
+        if self.num_rows < 1 or self.batch_rows < 1:
+            raise ConfigError(f"num_rows and batch_rows must be >= 1, got {self.num_rows} and {self.batch_rows}")
+
+
+def _rng(seed: int, cycle: int, stream: int = 0) -> np.random.Generator:
+    # Philox is counter-based and its streams specified, so the order does not hang on numpy's default generator.
+    return np.random.Generator(np.random.Philox(key=[seed, cycle], counter=[0, 0, 0, stream]))
+
+
+@dataclass(frozen=True, eq=False)
+class BatchOrder(Order):
+    """One row of the dataset in each row of a batch.
+
+    With `lengths`, rows of like length share a batch, which is then padded little: of each window of `BATCHES` batches,
+    the rows are sorted by length and cut into batches, which come in an order of their own. Without a shuffle the
+    dataset's order stays.
+
+    Attributes:
+        size: rows of the dataset.
+        lengths: tokens of every row, int (size,).
+    """
+
+    BATCHES = 64
+
+    size: int
+    lengths: np.ndarray | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.size
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.epoch_rows(epoch)
+        if self.lengths is not None and self.shuffle:
+            rows = self._by_length(rows, _rng(self.seed, epoch, 2**32))
+        return rows, np.arange(len(rows) + 1)
+
+    def _by_length(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        places = np.arange(len(rows))
+        windows = places // (self.BATCHES * self.batch_rows)
+        # The longest first, so that what does not fill a batch is short; it stays the epoch's last.
+        rows = rows[np.lexsort((places, -self.lengths[rows], windows))]
+        full = len(rows) // self.batch_rows
+        batches = np.arange(full)
+        batches = batches[np.lexsort((rng.random(full), batches // self.BATCHES))]
+        head = rows[: full * self.batch_rows].reshape(full, self.batch_rows)[batches]
+        return np.concatenate([head.ravel(), rows[full * self.batch_rows :]])
+
+
+@dataclass(frozen=True, eq=False)
+class PackedOrder(Order):
+    """As many rows of the dataset in each row of a batch as fit, packed in the order of the epoch.
+
+    Epochs have different packs, and may differ by a batch in their number: to find a step, each epoch before it is
+    packed once, at about a microsecond a row.
+
+    Attributes:
+        lengths, trained: tokens and trained tokens of every row of the dataset, int (num_rows,).
+        seq_len, predictions: what a row of a batch has room for.
+    """
+
+    lengths: np.ndarray
+    trained: np.ndarray
+    seq_len: int
+    predictions: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        longest, most = int(self.lengths.max()), int(self.trained.max())
+        assert longest <= self.seq_len, f"a row of {longest} tokens for packs of {self.seq_len}"
+        assert most <= self.predictions, f"a row of {most} trained tokens for packs of {self.predictions}"
+        object.__setattr__(self, "_steps", {})
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    def steps_of(self, epoch: int) -> int:
+        """Kept for each epoch, so that a run of many epochs packs each of them once or twice, not once a step."""
+        if epoch not in self._steps:
+            self._steps[epoch] = -(-(len(self.plan(epoch)[1]) - 1) // self.batch_rows)
+        return self._steps[epoch]
+
+    def total_steps(self, epochs: int) -> int:
+        return sum(self.steps_of(epoch) for epoch in range(epochs))
+
+    def locate(self, step: int) -> tuple[int, int]:
+        epoch = 0
+        while step >= self.steps_of(epoch):
+            step -= self.steps_of(epoch)
+            epoch += 1
+        return epoch, step
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return best_fit(self.epoch_rows(epoch), self.lengths, self.trained, self.seq_len, self.predictions)

@@ -1,0 +1,206 @@
+"""Rows of a source to a block of tokens, and what becomes of those that are bad."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
+from kithara_ray.sft.rows.formats import REMEDY, PromptAnswer, Text
+from kithara_ray.sft.tokens.chat import ChatTemplate, Rendered
+from kithara_ray.sft.tokens.encode import chat_row, encode_all, prompt_answer_row, text_row, without_space_after_eos
+from kithara_ray.sft.tokens.tokenizer import SpecialTokens, load_tokenizer
+
+MAX_SAMPLES = 3
+ON_BAD_ROW = ("error", "skip")
+# Rows that are read and encoded at once.
+_BATCH = 256
+
+# A row, or what was found in its place.
+Row = Mapping[str, Any] | Exception
+
+
+@dataclass
+class RowTokenizer:
+    """Source rows to a TokenizedBlock; picklable.
+
+    tokenizer: a transformers tokenizer, or the handle of one, which each process loads once, when first needed.
+    max_seq_len: tokens of a row, special ones included, beyond which it is cut.
+    on_bad_row: "error" raises the DataError of the first bad row; "skip" counts bad rows and keeps the first messages.
+    chat_template: Jinja in place of the tokenizer's own.
+    vocabulary: tokens that the model knows; a row with others is bad. None checks nothing.
+    """
+
+    tokenizer: Any
+    format: PromptAnswer | Text
+    max_seq_len: int
+    on_bad_row: str = "error"
+    chat_template: str | None = None
+    vocabulary: int | None = None
+    _special: SpecialTokens | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if not isinstance(self.tokenizer, str) and not callable(self.tokenizer):
+            raise ConfigError(f"tokenizer must be a handle or a tokenizer, got {type(self.tokenizer).__name__}")
+        if not isinstance(self.format, (PromptAnswer, Text)):
+            raise ConfigError(f"format must be PromptAnswer or Text, got {type(self.format).__name__}")
+        if isinstance(self.max_seq_len, bool) or not isinstance(self.max_seq_len, int) or self.max_seq_len < 2:
+            raise ConfigError(f"max_seq_len must be an integer >= 2, got {self.max_seq_len!r}")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise ConfigError(f"on_bad_row must be one of {ON_BAD_ROW}, got {self.on_bad_row!r}")
+
+    @property
+    def pad_id(self) -> int:
+        return self.special.pad_id
+
+    @property
+    def special(self) -> SpecialTokens:
+        if self._special is None:
+            self._special = SpecialTokens.of(self.loaded())
+        return self._special
+
+    def __call__(
+        self, rows: Iterable[Row], first_row_index: int, place: Callable[[int], str] | None = None
+    ) -> TokenizedBlock:
+        """Args:
+            rows: dicts of columns, and exceptions for rows that could not be read.
+            first_row_index: the first row's place in the source; the rows' ids count on from it.
+            place: says where the n-th of `rows` comes from; its id by default.
+
+        Raises DataError for a bad row under on_bad_row="error", or if there is no usable tokenizer.
+        """
+        made = _Made(self, first_row_index, place or (lambda n: f"row {first_row_index + n}"))
+        numbered = enumerate(rows)
+        while batch := list(itertools.islice(numbered, _BATCH)):
+            made.add(batch)
+        return made.block()
+
+    def tokenize(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow | DataError]:
+        """Rows as the format reads them, encoded at once; an error for a conversation that cannot be rendered."""
+        rows: list[TokenizedRow | DataError | None] = [None] * len(read)
+        for kind, rows_of in (("answer", self._pairs), ("text", self._texts), ("messages", self._chats)):
+            places = [place for place, row in enumerate(read) if kind in row]
+            made = rows_of([read[place] for place in places]) if places else []
+            for place, row in zip(places, made, strict=True):
+                rows[place] = row
+        return rows
+
+    def _pairs(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow]:
+        tokenizer, special = self.loaded(), self.special
+        prompts = [row["prompt"] for row in read]
+        answers = [without_space_after_eos(row["answer"], tokenizer, special) for row in read]
+        ids = encode_all(prompts + [p + a for p, a in zip(prompts, answers, strict=True)], tokenizer)
+        both = zip(prompts, answers, ids[: len(read)], ids[len(read) :], strict=True)
+        return [prompt_answer_row(*row, tokenizer, special, self.max_seq_len) for row in both]
+
+    def _texts(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow]:
+        tokenizer, special = self.loaded(), self.special
+        ids = encode_all([without_space_after_eos(row["text"], tokenizer, special) for row in read], tokenizer)
+        return [text_row(row, special, self.max_seq_len) for row in ids]
+
+    def _chats(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow | DataError]:
+        tokenizer = self.loaded()
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(f"conversations need a fast tokenizer, with tokenizer.json; got {type(tokenizer).__name__}")
+        template = ChatTemplate(tokenizer, self.chat_template)
+        rendered = []
+        for row in read:
+            try:
+                rendered.append(template(row["messages"], row["tools"], row["options"]))
+            except DataError as error:
+                rendered.append(error)
+        texts = [each.text for each in rendered if isinstance(each, Rendered)]
+        encodings = iter(tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else ())
+        return [
+            chat_row(each, next(encodings), self.special, self.max_seq_len) if isinstance(each, Rendered) else each
+            for each in rendered
+        ]
+
+    def beyond_vocabulary(self, row: TokenizedRow) -> str | None:
+        """What is wrong with a row that has a token the model does not know."""
+        if self.vocabulary is None or (largest := int(row.token_ids.max(initial=0))) < self.vocabulary:
+            return None
+        token = self.loaded().convert_ids_to_tokens(largest)
+        return (
+            f"token {token!r} has id {largest}, beyond the model's vocabulary of {self.vocabulary}; is this the "
+            "model's own tokenizer?"
+        )
+
+    def loaded(self) -> Any:
+        """The tokenizer itself."""
+        return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+
+
+class _Where:
+    """The place of a row, looked for when it is written: in a file, that may take counting lines."""
+
+    def __init__(self, place: Callable[[int], str], number: int):
+        self.place, self.number = place, number
+
+    def __str__(self) -> str:
+        return self.place(self.number)
+
+
+class _Made:
+    """A block in the making: rows kept, and what became of the others."""
+
+    def __init__(self, tokenizer: RowTokenizer, first_row_index: int, place: Callable[[int], str]):
+        self.tokenizer, self.first, self.place = tokenizer, first_row_index, place
+        self.row_ids: list[int] = []
+        self.kept: list[TokenizedRow] = []
+        self.messages: list[str] = []
+        self.dropped_untrained = self.skipped_bad = 0
+
+    def add(self, batch: list[tuple[int, Row]]) -> None:
+        read = []
+        for number, row in batch:
+            try:
+                if isinstance(row, Exception):
+                    raise DataError(f"{self.place(number)}: {row}; {REMEDY}")
+                read.append((number, self.tokenizer.format.read(row, _Where(self.place, number))))
+            except DataError as error:
+                self._bad(error)
+        for (number, _), row in zip(read, self.tokenizer.tokenize([row for _, row in read]), strict=True):
+            wrong = str(row) if isinstance(row, DataError) else self.tokenizer.beyond_vocabulary(row)
+            if wrong:
+                self._bad(DataError(f"{self.place(number)}: {wrong}"))
+            elif row.is_trained:
+                self.row_ids.append(self.first + number)
+                self.kept.append(row)
+            else:
+                self.dropped_untrained += 1
+                self._note(partial(self._untrained, number))
+
+    def _untrained(self, number: int) -> str:
+        return (
+            f"{self.place(number)}: nothing to train on within max_seq_len {self.tokenizer.max_seq_len}, the prompt "
+            "alone fills it; raise max_seq_len or shorten the prompt"
+        )
+
+    def _bad(self, error: DataError) -> None:
+        if self.tokenizer.on_bad_row == "error":
+            raise error
+        self.skipped_bad += 1
+        self._note(lambda: str(error))
+
+    def _note(self, message: Callable[[], str]) -> None:
+        if len(self.messages) < MAX_SAMPLES:
+            self.messages.append(message())
+
+    def block(self) -> TokenizedBlock:
+        kept = self.kept
+        return TokenizedBlock(
+            row_ids=np.asarray(self.row_ids, np.int64),
+            lengths=np.asarray([len(row.token_ids) for row in kept], np.int32),
+            token_ids=np.concatenate([np.empty(0, np.int32), *(row.token_ids for row in kept)]),
+            loss_mask=np.concatenate([np.empty(0, np.uint8), *(row.loss_mask for row in kept)]),
+            dropped_untrained=self.dropped_untrained,
+            skipped_bad=self.skipped_bad,
+            truncated=sum(row.truncated for row in kept),
+            unlearned_messages=sum(row.unlearned for row in kept),
+            samples=tuple(self.messages),
+        )

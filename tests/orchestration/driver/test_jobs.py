@@ -1,0 +1,75 @@
+"""examples/sft_lora.py by `ray job submit`, on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from peft import PeftModel
+from ray.job_submission import JobSubmissionClient
+from transformers import AutoModelForCausalLM
+
+from kithara_ray.errors import ClusterError
+from kithara_ray.orchestration.driver import jobs
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def arguments(tiny_models, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in tiny.rows(12)))
+    return [str(tiny_models["llama"]), str(data), str(tmp_path / "out")]
+
+
+def check_exports(arguments):
+    base, _, out = arguments
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert len(PeftModel.from_pretrained(model, f"{out}/adapter").peft_config) == 1
+    AutoModelForCausalLM.from_pretrained(f"{out}/both").load_adapter(f"{out}/both/adapter")
+    AutoModelForCausalLM.from_pretrained(f"{out}/merged")
+
+
+def run(command: list[str], **env: str) -> str:
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"STEPS": "2"} | env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.long
+def test_by_ray_job_submit(cluster, arguments, tmp_path):
+    """From another directory than the project's: the job has its own copy of what it is given."""
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "train.py").write_text((ROOT / "examples" / "sft_lora.py").read_text())
+    address = f"http://{cluster.dashboard_url}"
+    ray_cli = str(Path(sys.executable).with_name("ray"))
+    command = [ray_cli, "job", "submit", "--address", address, "--working-dir", str(job)]
+    command += ["--runtime-env-json", json.dumps({"env_vars": {"STEPS": "2"}})]
+    out = run([*command, "--", sys.executable, "train.py", *arguments])
+    assert "succeeded" in out
+    check_exports(arguments)
+
+
+class Cut(JobSubmissionClient):
+    """A client whose connection drops before the answer to a submission comes."""
+
+    def submit_job(self, **arguments):
+        super().submit_job(**arguments)
+        raise ConnectionError("cut")
+
+
+def test_a_job_is_submitted_once_over_a_connection_that_drops(cluster):
+    address = f"http://{cluster.dashboard_url}"
+    client = Cut(address)
+    before = len(client.list_jobs())
+    job = jobs.start(client, "true", {})
+    assert client.get_job_info(job).entrypoint == "true"
+    assert len(client.list_jobs()) == before + 1
+    with pytest.raises(ClusterError, match="the job was not taken"):
+        jobs.start(jobs.connect(address), "true", {"working_dir": "/nowhere"})

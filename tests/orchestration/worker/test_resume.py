@@ -1,0 +1,159 @@
+"""A run that is killed goes on from its last committed checkpoint, and ends as if nothing had happened."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import ray
+import tiny
+from loops import loop_with
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray.checkpoint import disk_format
+from kithara_ray.errors import TrainingError
+from kithara_ray.storage.places import Place
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+STEPS, EVERY = 8, 3
+
+
+def make_trainer(directory, out, workers=2, devices=2, failures=0, **kwargs):
+    """22 rows in batches of 8: the epoch turns twice, and dropout depends on the step."""
+    model = KerasHubModel.from_preset(str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32")
+    data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
+    held_out = SFTDataset(tiny.rows(5), tokenizer_handle=str(directory))
+    options = dict(seed=2, checkpointer=Checkpointer(out / "checkpoints", save_interval_steps=EVERY, max_to_keep=2))
+    return Trainer(
+        model=model,
+        optimizer=keras.optimizers.AdamW(keras.optimizers.schedules.PolynomialDecay(1e-2, STEPS, 1e-3)),
+        train_dataloader=Dataloader(data, per_device_batch_size=8 // (workers * devices), seed=1),
+        eval_dataloader=Dataloader(held_out, per_device_batch_size=1),
+        eval_steps_interval=4,
+        steps=STEPS,
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(storage_path=str(out / "runs"), failure_config=FailureConfig(max_failures=failures)),
+        cpu_devices_per_worker=devices,
+        progress=False,
+        **{**options, **kwargs},
+    )
+
+
+def killed_before(step, rank, once):
+    """A loop of which one rank dies by SIGKILL before a step, the first time."""
+
+    def kill(run):
+        if run.number == step and run.rank == rank and not Path(once).exists():
+            Path(once).touch()
+            run.saving.saver.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return loop_with(before_step=kill)
+
+
+def told_after(step, tell, once):
+    """A loop in which after a step, the first time, `tell(run, metrics)` is done on every rank."""
+
+    def told(run, metrics):
+        if run.number == step and not Path(f"{once}-{run.rank}").exists():
+            Path(f"{once}-{run.rank}").touch()
+            return tell(run, metrics)
+
+    return loop_with(after_step=told)
+
+
+def not_a_number(run, metrics):
+    run.saving.saver.wait()
+    # The batch of the step that has just been made.
+    np.save(Path(run.spec.checkpointer.checkpoint_dir).with_name("batch.npy"), run._next_batch["token_ids"])
+    return metrics | {"loss": metrics["loss"] * float("nan")}
+
+
+def losses(result):
+    return {row["step"]: row["loss"] for row in result.history}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tiny_models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    trainer = make_trainer(tiny_models["llama"], out)
+    return out, trainer, trainer.train()
+
+
+def test_what_an_undisturbed_run_leaves(undisturbed):
+    out, trainer, result = undisturbed
+    where = Place(str(out / "checkpoints"))
+    assert [disk_format.step_of(name) for name in disk_format.committed(where)] == [8, 6]
+    assert len(where.directories()) == 2
+    newest = disk_format.Checkpoint.open(where, disk_format.committed(where)[0])
+    assert result.checkpoint == newest.url
+    assert newest.manifest["finished"] == result.stopped == "steps"
+    saved = newest.adapter()
+    assert saved.keys() == trainer.model.adapter.keys()
+    assert all((saved[name] == tensor).all() for name, tensor in trainer.model.adapter.items())
+    assert max(np.abs(tensor).max() for name, tensor in saved.items() if "lora_B" in name) > 1e-3
+    # Factors and two moments, and no weight of the base.
+    size_bytes = sum(sum(where.files(name).values()) for name in where.directories())
+    assert size_bytes < 2 * (3 * sum(tensor.nbytes for tensor in saved.values()) + 50_000)
+
+
+def test_killed_ranks_resume_to_the_same_bits(undisturbed, tiny_models, tmp_path, monkeypatch):
+    """kill -9 of one of two ranks before step 6, whose step 3 is committed: one more history, not two."""
+    _, reference, expected = undisturbed
+    monkeypatch.setattr(
+        "kithara_ray.orchestration.trainer.train_loop", killed_before(6, rank=1, once=str(tmp_path / "killed"))
+    )
+    trainer = make_trainer(tiny_models["llama"], tmp_path, failures=1)
+    result = trainer.train()
+    assert (tmp_path / "killed").exists()
+    assert losses(result) == losses(expected)
+    assert [row["step"] for row in result.history] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in result.eval_history] == [4, 8]
+    for name, tensor in reference.model.adapter.items():
+        np.testing.assert_array_equal(trainer.model.adapter[name], tensor, err_msg=name)
+
+
+def test_resumed_on_another_number_of_hosts(undisturbed, tiny_models, tmp_path):
+    """Step 6 of two workers of two devices, to the end on one worker of one; a finished run is not trained again."""
+    out, reference, expected = undisturbed
+    where = Place(str(out / "checkpoints"))
+    shutil.copytree(out / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / disk_format.committed(where)[0])
+    trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=1)
+    result = trainer.train()
+    assert [row["step"] for row in result.history] == list(range(1, STEPS + 1))
+    assert losses(result)[6] == losses(expected)[6]
+    assert losses(result)[8] == pytest.approx(losses(expected)[8], rel=1e-5)
+    for name, tensor in reference.model.adapter.items():
+        np.testing.assert_allclose(trainer.model.adapter[name], tensor, atol=1e-6, err_msg=name)
+    before = sorted(path for path in tmp_path.rglob("*") if "checkpoints" in str(path))
+    again = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=1)
+    assert losses(again.train()) == losses(result)
+    assert sorted(path for path in tmp_path.rglob("*") if "checkpoints" in str(path)) == before
+    for name, tensor in trainer.model.adapter.items():
+        np.testing.assert_array_equal(again.model.adapter[name], tensor)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_its_rows(tiny_models, cluster, tmp_path, monkeypatch):
+    """Logged every 8 steps: it is seen before."""
+    loop = told_after(4, not_a_number, tmp_path / "told")
+    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
+    trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=2, log_steps_interval=8)
+    with pytest.raises(TrainingError, match=r"step 4: .* holds rows [\d, ]+ of the dataset") as caught:
+        trainer.train()
+    named = {int(row) for row in re.search(r"rows ([\d, ]+) of", str(caught.value))[1].split(", ")}
+    tokenizer, batch = tiny.tokenizer(), np.load(tmp_path / "batch.npy")
+    # By the tokens that went into the step; each row's own are no other's.
+    starts = [tokenizer(row["prompt"])["input_ids"] + tokenizer(row["answer"])["input_ids"] for row in tiny.rows(22)]
+    ended = [[*ids, tokenizer.eos_token_id] for ids in starts]
+    assert named == {row for row, ids in enumerate(ended) for fed in batch if list(fed[: len(ids)]) == ids}
+    assert len(named) == 8
+    where = Place(str(tmp_path / "checkpoints"))
+    assert [disk_format.step_of(name) for name in disk_format.committed(where)] == [3]
