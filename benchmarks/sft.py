@@ -61,7 +61,7 @@ def ours(packs: int = 1) -> None:
     from kithara_ray.model.causal_lm import build
     from kithara_ray.sft.batches.collate import collate
     from kithara_ray.sft.batches.order import PackedOrder
-    from kithara_ray.sft.rows.formats import PromptAnswer
+    from kithara_ray.sft.tokens.formats import PromptAnswer
     from kithara_ray.sft.tokens.tokenize import RowTokenizer
     from kithara_ray.sharding.mesh import make_mesh
     from kithara_ray.train import step

@@ -17,7 +17,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.safetensors_file import write_arrays
 from kithara_ray.model.families import family_of
-from kithara_ray.sft.rows.formats import PromptAnswer
+from kithara_ray.sft.tokens.formats import PromptAnswer
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 from kithara_ray.yaml_file import parse_yaml
 

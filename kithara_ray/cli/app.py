@@ -182,7 +182,7 @@ def submit(
         raise typer.BadParameter("give one of CONFIG, --job ID and --stop ID")
     _driver_environment()
     from kithara_ray import config as configuration
-    from kithara_ray.orchestration.driver import jobs as jobs
+    from kithara_ray.orchestration import submit as jobs
 
     if config is not None:
         configuration.require_absolute(configuration.load(config, overrides or ()))

@@ -21,11 +21,11 @@ from keras.src.backend.common import global_state
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.model.blocks import attention, embedding, stack
-from kithara_ray.model.families import family_of
+from kithara_ray.model.blocks.dropout import dropping
+from kithara_ray.model.families import family_of, ports
 from kithara_ray.model.lora import layers
-from kithara_ray.model.lora.dropout import dropping
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS, REMAT, chunk_length
-from kithara_ray.model.weights import ports, slots
+from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
 from kithara_ray.model.weights.quantized import Int8
 from kithara_ray.sharding.mesh import BATCH_AXES

@@ -341,7 +341,7 @@ class KerasHubModel:
         start_ray()
         if tokenizer is not None and tokenizer_handle is not None:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
-        from kithara_ray.orchestration.decoding import Request, Weights, generate_on_group, start_generator
+        from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
 
         weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
         request = Request(

@@ -21,7 +21,7 @@ scaling_config: {{use_tpu: true, topology: 2x2, accelerator_type: TPU-V5LITEPOD,
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner.storage, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(planner.urls, "cache_dir", lambda: tmp_path / "cache")
     config = dict(SIZES["llama"], model_type="llama", vocab_size=VOCABULARY)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))

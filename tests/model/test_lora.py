@@ -8,8 +8,8 @@ from tiny import VOCABULARY
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model.blocks.dropout import dropped, dropping
 from kithara_ray.model.causal_lm import build
-from kithara_ray.model.lora.dropout import dropped, dropping
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 

@@ -205,7 +205,8 @@ def test_dropout_before_the_magnitude_is_peft_s(tiny_models, tmp_path):
     model = build(base.config, config, mesh, "float32", scan=False)
     tensors = random_adapter(model.adapter_shapes, row_norms(base, model.adapter_shapes))
     Adapter(config, tensors).write(tmp_path, str(base.directory))
-    from kithara_ray.model.lora import dropout, layers
+    from kithara_ray.model.blocks import dropout
+    from kithara_ray.model.lora import layers
 
     x = np.random.default_rng(2).normal(size=(3, 7, 64)).astype(np.float32)
     (layer,) = {id(slot.layers[0]): slot.layers[0] for slot in model.factor_slots}.values()

@@ -14,8 +14,9 @@ from kithara_ray.hf import mxfp4
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
+from kithara_ray.model.families import ports
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, other_modules_of
-from kithara_ray.model.weights import ports, slots
+from kithara_ray.model.weights import slots
 from kithara_ray.sharding.mesh import make_mesh
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration.driver import jobs
+from kithara_ray.orchestration import submit
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sft_lora.yaml"
 # Found nowhere in what a run writes or shows.
@@ -217,9 +217,9 @@ LINES = "import time\nfor i in range(40): print('line', i, flush=True); time.sle
 def test_a_log_over_a_connection_that_drops(cluster, tmp_path):
     host, _, port = cluster.dashboard_url.partition(":")
     proxy = Proxy((host, int(port)))
-    client = jobs.connect(proxy.address)
+    client = submit.connect(proxy.address)
     (tmp_path / "lines.py").write_text(LINES)
-    job = jobs.start(client, f"{sys.executable} lines.py", {"working_dir": str(tmp_path)})
+    job = submit.start(client, f"{sys.executable} lines.py", {"working_dir": str(tmp_path)})
     text, cuts = [], []
 
     def write(piece: str) -> None:
@@ -227,7 +227,7 @@ def test_a_log_over_a_connection_that_drops(cluster, tmp_path):
         if "line 9\n" in "".join(text) and not cuts:
             cuts.append(proxy.cut())
 
-    jobs.follow(client, job, write)
+    submit.follow(client, job, write)
     proxy.close()
     assert cuts[0] > 0
     lines = [line for line in "".join(text).splitlines() if line.startswith("line ")]
@@ -236,7 +236,7 @@ def test_a_log_over_a_connection_that_drops(cluster, tmp_path):
 
 def test_a_job_is_stopped(cluster, tmp_path, capsys):
     address = f"http://{cluster.dashboard_url}"
-    job = jobs.start(jobs.connect(address), "sleep 600", {})
+    job = submit.start(submit.connect(address), "sleep 600", {})
     assert main(["submit", "--address", address, "--stop", job]) == 0
     assert "asked to stop" in capsys.readouterr().out
     assert main(["submit", "--address", address, "--job", job]) == 1
@@ -258,9 +258,9 @@ def test_jobs_that_cannot_be(cluster, small, tmp_path, capsys):
 
 def test_a_directory_beyond_rays_limit_is_refused(tmp_path):
     with (tmp_path / "large.bin").open("wb") as stream:
-        stream.truncate(jobs.LIMIT_BYTES * 20)
+        stream.truncate(submit.LIMIT_BYTES * 20)
     (tmp_path / "run.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"more than Ray's limit of 105 MB; the largest: large\.bin 2097 MB"):
-        jobs.check_size(tmp_path)
+        submit.check_size(tmp_path)
     (tmp_path / ".rayignore").write_text("large.bin\n")
-    assert jobs.check_size(tmp_path) < 1000
+    assert submit.check_size(tmp_path) < 1000

@@ -113,7 +113,7 @@ def generate_where_weights_cross_processes(config):
     from kithara_ray.model import runtime
 
     runtime.prepare()
-    from kithara_ray.orchestration.decoding import Generator
+    from kithara_ray.orchestration.generator import Generator
 
     spec = config["spec"]
     generator = Generator(spec.weights, spec.mesh)
@@ -126,7 +126,7 @@ def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
     directory, out, model, _ = trained
     if "gemma2" in str(out):
         pytest.skip("once is enough: tests/model/test_generate.py has the families and meshes")
-    monkeypatch.setattr("kithara_ray.orchestration.decoding.generate_loop", generate_where_weights_cross_processes)
+    monkeypatch.setattr("kithara_ray.orchestration.generator.generate_loop", generate_where_weights_cross_processes)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     chat = [{"role": "user", "content": "seven"}]

@@ -161,7 +161,7 @@ def test_refusals_are_read():
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         directory = tmp_path_factory.mktemp("cache")
-        patch.setattr(planner.storage, "cache_dir", lambda: directory)
+        patch.setattr(planner.urls, "cache_dir", lambda: directory)
         yield directory
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import DataError
-from kithara_ray.sft.rows.formats import PromptAnswer
 from kithara_ray.sft.tokens.chat import ChatTemplate
+from kithara_ray.sft.tokens.formats import PromptAnswer
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 # The shapes of the families' own templates; {G} and {E} mark what the assistant says where the template can.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.sft.rows.formats import PromptAnswer, Text
+from kithara_ray.sft.tokens.formats import PromptAnswer, Text
 
 ROW = {"question": "2 + 2?", "response": "4", "id": 7}
 

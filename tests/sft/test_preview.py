@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from kithara_ray.sft.preview import preview
-from kithara_ray.sft.rows.formats import PromptAnswer
+from kithara_ray.sft.tokens.formats import PromptAnswer
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 ROWS = [{"prompt": f"what is {i} + 7? ", "answer": "foobar " * (1 + i % 9) + str(i)} for i in range(100)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.sft.rows.formats import PromptAnswer, Text
 from kithara_ray.sft.tokens.encode import encode, with_bos
+from kithara_ray.sft.tokens.formats import PromptAnswer, Text
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 from kithara_ray.sft.tokens.tokenizer import SpecialTokens
 

@@ -79,7 +79,7 @@ def test_malformed_model_names_handle(tmp_path, tokenizer_directories):
 def test_importing_the_room_imports_nothing_heavy():
     code = """
 import sys
-import kithara_ray.sft.batches.collate, kithara_ray.sft.rows.formats
+import kithara_ray.sft.batches.collate, kithara_ray.sft.tokens.formats
 import kithara_ray.sft.tokens.tokenize, kithara_ray.sft.tokens.tokenizer
 heavy = {"torch", "jax", "keras", "keras_hub", "ray", "tensorflow", "transformers"} & set(sys.modules)
 sys.exit(f"imported: {sorted(heavy)}" if heavy else 0)

@@ -22,7 +22,7 @@ import keras
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model.blocks import attention
-from kithara_ray.model.lora.dropout import dropping
+from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.options import groups_of
 
 Gather = Callable[[keras.Variable, jax.Array], jax.Array]

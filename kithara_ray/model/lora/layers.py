@@ -26,10 +26,10 @@ from keras.src.backend.common.variables import AutocastScope
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model.blocks.dropout import dropped
 from kithara_ray.model.blocks.stack import Chain
-from kithara_ray.model.lora.dropout import dropped
+from kithara_ray.model.families.ports import Port
 from kithara_ray.model.lora.targets import check_targets, linear
-from kithara_ray.model.weights.ports import Port
 
 _WEIGHT = ".weight"
 

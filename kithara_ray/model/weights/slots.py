@@ -13,7 +13,7 @@ from kithara_ray.errors import CheckpointError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.blocks.stack import Chain
-from kithara_ray.model.weights.ports import Port
+from kithara_ray.model.families.ports import Port
 from kithara_ray.model.weights.quantized import Int8, floats, int8_of
 
 

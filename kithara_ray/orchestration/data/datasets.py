@@ -11,7 +11,7 @@ from kithara_ray.orchestration.data.pipeline import tokenize
 from kithara_ray.orchestration.data.token_rows import Rows
 from kithara_ray.sft import preview as previews
 from kithara_ray.sft.preview import Preview
-from kithara_ray.sft.rows.formats import PromptAnswer, Text
+from kithara_ray.sft.tokens.formats import PromptAnswer, Text
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 from kithara_ray.storage.urls import absolute
 

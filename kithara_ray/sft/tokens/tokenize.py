@@ -10,9 +10,9 @@ import numpy as np
 
 from kithara_ray.errors import ConfigError, DataError
 from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
-from kithara_ray.sft.rows.formats import REMEDY, PromptAnswer, Text
 from kithara_ray.sft.tokens.chat import ChatTemplate, Rendered
 from kithara_ray.sft.tokens.encode import chat_row, encode_all, prompt_answer_row, text_row, without_space_after_eos
+from kithara_ray.sft.tokens.formats import REMEDY, PromptAnswer, Text
 from kithara_ray.sft.tokens.tokenizer import SpecialTokens, load_tokenizer
 
 MAX_SAMPLES = 3

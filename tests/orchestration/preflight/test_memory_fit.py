@@ -20,7 +20,7 @@ SCALING = ScalingConfig(use_tpu=True, topology="2x2", accelerator_type="TPU-V5LI
 
 
 def test_what_cannot_fit_is_refused_with_what_to_try(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner.storage, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(planner.urls, "cache_dir", lambda: tmp_path)
     where, slices = memory_fit.slice_of_run(SCALING, "tpu")
     assert (where, slices) == (slice_of("v5e-4"), 1)
     # Two of its blocks, gathered, take more than a chip of v5e or v6e has.

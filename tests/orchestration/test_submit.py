@@ -13,9 +13,9 @@ from ray.job_submission import JobSubmissionClient
 from transformers import AutoModelForCausalLM
 
 from kithara_ray.errors import ClusterError
-from kithara_ray.orchestration.driver import jobs
+from kithara_ray.orchestration import submit
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_a_job_is_submitted_once_over_a_connection_that_drops(cluster):
     address = f"http://{cluster.dashboard_url}"
     client = Cut(address)
     before = len(client.list_jobs())
-    job = jobs.start(client, "true", {})
+    job = submit.start(client, "true", {})
     assert client.get_job_info(job).entrypoint == "true"
     assert len(client.list_jobs()) == before + 1
     with pytest.raises(ClusterError, match="the job was not taken"):
-        jobs.start(jobs.connect(address), "true", {"working_dir": "/nowhere"})
+        submit.start(submit.connect(address), "true", {"working_dir": "/nowhere"})
