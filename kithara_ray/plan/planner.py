@@ -27,6 +27,7 @@ from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.report import Plan, assemble
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage import urls
+from kithara_ray.storage.atomic import write_atomic
 
 # What the step is made of, besides the request: the code of these rooms and the compilers.
 _ROOMS = ("model", "train", "sharding", "plan")
@@ -169,10 +170,7 @@ def _facts(request: dict[str, Any], where: Slice, cache: bool, timeout_s: float)
         raise (UnsupportedError if kind == "UnsupportedError" else ConfigError)(message)
     if cache:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: several plans may run beside each other.
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as half:
-            half.write(json.dumps(found))
-        os.replace(half.name, kept)
+        write_atomic(kept, json.dumps(found).encode())  # several plans may run beside each other
     return found
 
 

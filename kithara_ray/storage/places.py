@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import DestinationError
+from kithara_ray.storage.atomic import rename_durably
 from kithara_ray.storage.objects import put_file
-from kithara_ray.storage.urls import cause_of, filesystem, is_url, join, sync
+from kithara_ray.storage.urls import cause_of, filesystem, is_url, join
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +86,7 @@ class Place:
 
     def _move(self, local: Path, directory: Path, name: str) -> None:
         try:
-            sync(local)
-            directory.mkdir(parents=True, exist_ok=True)
-            os.rename(local, directory / name)
-            sync(directory)
-            sync(directory.parent)
+            rename_durably(local, directory / name)
         except OSError as error:
             raise DestinationError(f"{directory / name} cannot be written ({cause_of(error)})") from error
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from kithara_ray.errors import DestinationError, KitharaRayError
 from kithara_ray.hf.publish.stage import MARKER, Journal, Stage
-from kithara_ray.storage.urls import cause_of, sync
+from kithara_ray.storage.atomic import sync, write_atomic
+from kithara_ray.storage.urls import cause_of
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,7 @@ class LocalStage(Stage):
 
     def save(self) -> None:
         """Replaced as a whole: a kill leaves the journal of before or of after."""
-        new = self.directory / f"{MARKER}.new"
-        new.write_bytes(self.journal.to_bytes())
-        os.replace(new, self.directory / MARKER)
+        write_atomic(self.directory / MARKER, self.journal.to_bytes())
 
     def kept(self) -> dict[str, dict[str, Any]]:
         return {
