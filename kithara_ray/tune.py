@@ -1,4 +1,4 @@
-"""Searches over the settings of runs: `search.search` of the public API, of a trainer factory or of a configuration.
+"""Searches over the settings of runs: `tune.search` of the public API, of a trainer factory or of a configuration.
 
 What a search is and does, and all arguments: `kithara_ray.orchestration.search.search.search`; see also docs/tune.md.
 """
@@ -16,7 +16,7 @@ from kithara_ray import config as configuration
 from kithara_ray.config import Config
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.exports.request import requests_of
-from kithara_ray.orchestration.search import search
+from kithara_ray.orchestration.search import search as searches
 from kithara_ray.orchestration.search.search import SearchResult, TrialResult
 from kithara_ray.orchestration.trainer import Trainer
 
@@ -32,7 +32,7 @@ _OF_THE_SEARCH = {
 }
 
 
-@functools.wraps(search.search)
+@functools.wraps(searches.search)
 def search(
     trainer_factory: Callable[[dict[str, Any]], Trainer] | str | Path | Config,
     space: Mapping[str, Any] | None = None,
@@ -40,17 +40,17 @@ def search(
 ) -> SearchResult:
     # Of a configuration: the keys of the space are its own, and what is not given is in its section `tune`.
     if callable(trainer_factory):
-        return search.search(trainer_factory, space or {}, **settings)
+        return searches.search(trainer_factory, space or {}, **settings)
     config = trainer_factory
     if not isinstance(config, Config):
         config = configuration.load(config)
     given = (config.tune.given() if config.tune else {}) | settings | ({} if space is None else {"space": space})
     if not given.get("space"):
         raise ConfigError(
-            'a search needs a space: give search.space in the configuration, as "optimizer.learning_rate": '
+            'a search needs a space: give tune.space in the configuration, as "optimizer.learning_rate": '
             "{loguniform: [1e-5, 1e-3]}, or space="
         )
-    return search.search(ConfigFactory(config, given["space"]), **given)
+    return searches.search(ConfigFactory(config, given["space"]), **given)
 
 
 def run(config: Config) -> tuple[SearchResult, list[str]]:
