@@ -7,7 +7,8 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "cluster/**/*", "examples/*", "benchmarks/results/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
+BESIDE = (*PAGES, "cluster/**/*", "examples/*", "benchmarks/results/*.md")
 _LINK = re.compile(r"(\]\()([^)#:\s]+)")
 
 
@@ -26,7 +27,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     folder = posixpath.dirname(page.file.src_uri)
 
     def moved(match: re.Match) -> str:
-        target = posixpath.normpath(posixpath.join(folder if beside else posixpath.join("docs", folder), match.group(2)))
+        start = folder if beside else posixpath.join("docs", folder)
+        target = posixpath.normpath(posixpath.join(start, match.group(2)))
         if match.group(2).endswith("/"):
             target = posixpath.join(target, "README.md")
         return match.group(1) + posixpath.relpath(target.removeprefix("docs/"), folder or ".")
