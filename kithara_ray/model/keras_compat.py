@@ -17,7 +17,7 @@ from kithara_ray.model.identity import IdentityMap
 # --- layers and their variables --------------------------------------------------------------------------------------
 
 # Attributes that say which layer it is and not what it computes.
-_IDENTITIES = ("name", "_name", "_path", "_parent_path", "auto_name")
+_IDENTITIES = ("name", "_path", "_parent_path", "auto_name")
 
 
 def all_layers(layer) -> list:
@@ -78,12 +78,13 @@ def without_values() -> Iterator[None]:
     import keras
     from keras.src.backend.common import global_state
 
-    before = global_state.get_global_attribute("uninitialized_variables", [])
+    # A copy: Keras appends to the list itself.
+    before = list(global_state.get_global_attribute("uninitialized_variables", []))
     try:
         with keras.StatelessScope(initialize_variables=False):
             yield
     finally:
-        global_state.set_global_attribute("uninitialized_variables", list(before))
+        global_state.set_global_attribute("uninitialized_variables", before)
 
 
 def without_autocast():
