@@ -26,7 +26,7 @@ import kithara_ray
 from kithara_ray.callbacks import MLflow, Profiler, WandB
 from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration.data.datasets import Dataloader, _Dataset
+from kithara_ray.orchestration.data.datasets import Dataloader, RowDataset
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.results import TrainResult
 from kithara_ray.orchestration.search.search import search
@@ -60,7 +60,7 @@ ModelSection = section_of(
 DATASETS = {
     name: value
     for name in kithara_ray.__all__
-    if isinstance(value := getattr(kithara_ray, name), type) and issubclass(value, _Dataset)
+    if isinstance(value := getattr(kithara_ray, name), type) and issubclass(value, RowDataset)
 }
 DATASET_SECTIONS = {
     name: section_of(

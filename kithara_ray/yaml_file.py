@@ -129,6 +129,7 @@ def _check_expansion(root: yaml.Node, name: str) -> None:
     def size(node: yaml.Node) -> float:
         if isinstance(node, yaml.ScalarNode):
             return 1
+        # By identity: aliases make one node of several, and the document holds all of them until the walk ends.
         if id(node) in sizes:
             return sizes[id(node)]
         sizes[id(node)] = math.inf  # what is met again before it is known holds itself

@@ -67,7 +67,7 @@ class BaseCheckpoint:
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self.files = files
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self._fingerprint: str | None = None
 
     @classmethod
@@ -140,14 +140,14 @@ class BaseCheckpoint:
         self._need_bytes()
         mapped = self._maps.get(info.file)
         if mapped is None:
-            mapped = self._maps[info.file] = np.memmap(info.file, dtype=np.uint8, mode="r")
-        raw = mapped[info.offset : info.offset + info.nbytes]
-        return np.ndarray(info.shape, info.numpy_dtype, buffer=raw)
+            with info.file.open("rb") as stream:
+                mapped = self._maps[info.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.ndarray(info.shape, info.numpy_dtype, buffer=mapped, offset=info.offset)
 
     def forget_pages(self) -> None:
         """Take what was read through `view` out of this process' memory; the views stay valid."""
         for mapped in self._maps.values():
-            mapped._mmap.madvise(mmap.MADV_DONTNEED)
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self) -> str:
         """`sha256:<hex>` of the mathematics: equal for a re-sharded copy, different for other weights.

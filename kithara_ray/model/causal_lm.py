@@ -7,24 +7,24 @@ computed is a function of (params, frozen, batch): `params` is what is trained, 
 `frozen` is the weights, or nothing where they are trained.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from keras.src.backend.common import global_state
 
-from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks import attention, embedding, stack
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.families import family_of, ports
+from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.lora import layers
-from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS, REMAT, chunk_length
+from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
 from kithara_ray.model.weights.quantized import Int8
@@ -38,15 +38,11 @@ class CausalLM(ModelArrays):
     Attributes:
         model: the `keras_hub.models.CausalLM`; its variables hold no values.
         chain: the decoder blocks.
-        scan: whether equal blocks are stacked and scanned; else the blocks run one by one.
-        remat: what the blocks keep for the backward pass, one of `options.REMAT`.
         dropout: share of what the side paths are given that is dropped in training.
     """
 
     model: keras.Model
     chain: stack.Chain
-    scan: bool
-    remat: str
     dropout: float
 
     @property
@@ -67,29 +63,27 @@ class CausalLM(ModelArrays):
         positions_BT = jnp.broadcast_to(jnp.arange(token_ids_BT.shape[1]), token_ids_BT.shape)
         given = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT, "position_ids": positions_BT}
         inputs = {symbolic.name: jnp.asarray(given[symbolic.name]) for symbolic in self.model.backbone.inputs}
-        with self.bind(params, frozen, unstack=not self.scan):
-            if not self.scan:
+        with self.bind(params, frozen, unstack=not self.options.scan):
+            if not self.options.scan:
                 with dropping(dropout_key):
                     return self.model.backbone(inputs, training=False)
-            factors, frozen = self._roles(params, frozen)
+            factors, frozen = self.roles(params, frozen)
             value_of = self._values(factors, frozen)
-            return stack.run(
-                self.model.backbone,
-                self.chain,
-                inputs,
-                values_of=lambda block: [value_of[id(variable)] for variable in block.variables],
+            how = stack.Pass(
+                values_of=lambda block: [value_of[variable] for variable in block.variables],
                 scanned=self._scanned(factors, frozen),
                 gather=self._gathered(),
                 place=self._rows_split,
-                remat=self.remat,
+                remat=self.options.remat,
                 chunk=self._chunk(token_ids_BT),
                 dropout_key=dropout_key,
             )
+            return stack.run(self.model.backbone, self.chain, inputs, how)
 
     def _chunk(self, token_ids_BT: jax.Array) -> int:
         rows, positions = token_ids_BT.shape
         ways = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        return chunk_length(-(-rows // ways), positions, self.remat)
+        return chunk_length(-(-rows // ways), positions, self.options.remat)
 
     def head_V(self, head: Sequence[jax.Array], hidden) -> jax.Array:
         """Logits (..., V) of hidden states (..., D), soft-capped where the family does. The head has no factors.
@@ -108,16 +102,16 @@ class CausalLM(ModelArrays):
 
     def head_weights(self, params: Params, frozen: Frozen) -> list[jax.Array]:
         """What `head_V` computes with: the head's own weight, or the embedding that it is tied to."""
-        _, frozen = self._roles(params, frozen)
-        array_of = {id(slot): array for slot, array in zip(self.slots, frozen, strict=True)}
-        return [array_of[id(slot)] for slot in self._head_slots()]
+        _, frozen = self.roles(params, frozen)
+        array_of = IdentityMap(zip(self.slots, frozen, strict=True))
+        return [array_of[slot] for slot in self._head_slots()]
 
     def _head_slots(self) -> list[slots.Slot]:
         embedding = self.model.backbone.token_embedding
         # Of an untied head, the table that tokens are looked up in is no part.
-        table = () if embedding.tie_weights else (id(embedding._embeddings),)
-        read = {id(variable) for variable in embedding.variables}.difference(table)
-        return [slot for slot in self.slots if id(slot.ports[0].variable) in read]
+        table = () if embedding.tie_weights else (embedding.embeddings,)
+        read = IdentitySet(embedding.variables) - IdentitySet(table)
+        return [slot for slot in self.slots if slot.ports[0].variable in read]
 
     def logits_BTV(self, params: Params, frozen: Frozen, token_ids_BT, segment_ids_BT) -> jax.Array:
         hidden = self.hidden_BTD(params, frozen, token_ids_BT, segment_ids_BT)
@@ -125,7 +119,7 @@ class CausalLM(ModelArrays):
 
     def bind(self, params: Params, frozen: Frozen, unstack: bool) -> keras.StatelessScope:
         """A scope in which the model's variables have these values; without `unstack`, those outside the scan alone."""
-        factors, frozen = self._roles(params, frozen)
+        factors, frozen = self.roles(params, frozen)
         pairs = [
             (port.variable, value)
             for slot, array in zip(self.slots, frozen, strict=True)
@@ -143,28 +137,28 @@ class CausalLM(ModelArrays):
             elif unstack:
                 yield from zip(slot.variables, factors[slot.key], strict=True)
 
-    def _values(self, factors: Factors, frozen: Frozen) -> dict[int, jax.Array]:
-        """id(variable) -> value, of all that is not stacked."""
+    def _values(self, factors: Factors, frozen: Frozen) -> IdentityMap[keras.Variable, jax.Array]:
+        """The value of every variable that is not stacked."""
         plain = ((slot, array) for slot, array in zip(self.slots, frozen, strict=True) if not slot.stacked)
-        values = {id(slot.ports[0].variable): array for slot, array in plain}
-        return values | {id(variable): value for variable, value in self._each_factor(factors, unstack=False)}
+        values = IdentityMap((slot.ports[0].variable, array) for slot, array in plain)
+        return values | IdentityMap(self._each_factor(factors, unstack=False))
 
     def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[jax.Array]]:
         """For each place of the period, for each variable of its block, the values of all steps."""
         pairs = zip(self.slots, frozen, strict=True)
-        arrays = {id(slot.ports[0].variable): array for slot, array in pairs if slot.stacked}
+        arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
         # Factors are small: one gather of all steps costs less than one in each.
-        arrays |= {id(s.variables[0]): self._whole(factors[s.key]) for s in self.factor_slots if s.stacked}
+        arrays |= IdentityMap((s.variables[0], self._whole(factors[s.key])) for s in self.factor_slots if s.stacked)
         peers, layouts = self.chain.peers(), self._layouts()
         single = self._values(factors, frozen)
 
         def all_steps(variable: keras.Variable) -> jax.Array:
-            if id(variable) in arrays:
-                return arrays[id(variable)]
+            if variable in arrays:
+                return arrays[variable]
             if ports.is_seed(variable):
                 return jnp.zeros((self.chain.steps, *variable.shape), variable.dtype)
-            of_all = jnp.stack([single[id(peer)] for peer in peers[id(variable)]])
-            return self._constrain(of_all, None, *layouts.get(id(variable), ()))
+            of_all = jnp.stack([single[peer] for peer in peers[variable]])
+            return self._constrain(of_all, None, *layouts.get(variable, ()))
 
         return [[all_steps(v) for v in block.variables] for block in self.chain.blocks[: self.chain.period]]
 
@@ -176,19 +170,18 @@ class CausalLM(ModelArrays):
     def _whole(self, array: jax.Array) -> jax.Array:
         return self._constrain(array)
 
-    def _layouts(self) -> dict[int, tuple]:
-        """id(variable) -> how one step's value of a weight is split, an entry a dim."""
-        return {
-            id(slot.ports[0].variable): tuple(self.weight_sharding(slot).spec)[int(slot.stacked) :]
-            for slot in self.slots
-        }
+    def _layouts(self) -> IdentityMap[keras.Variable, tuple]:
+        """How one step's value of a weight is split, an entry a dim."""
+        return IdentityMap(
+            (slot.ports[0].variable, tuple(self.weight_sharding(slot).spec)[int(slot.stacked) :]) for slot in self.slots
+        )
 
     def _gathered(self) -> stack.Gather:
         """A block's weight as it is computed with: whole over `fsdp`, still split over `tensor`."""
         split_of = self._layouts()
 
         def gather(variable: keras.Variable, value: jax.Array | Int8) -> jax.Array:
-            split = split_of.get(id(variable), ())
+            split = split_of.get(variable, ())
             axes = [(axis,) if isinstance(axis, str) else axis or () for axis in split]
             gathered = ["tensor" if "tensor" in names else None for names in axes]
             if isinstance(value, Int8):
@@ -224,15 +217,7 @@ class CausalLM(ModelArrays):
 
 
 def build(
-    config: Mapping,
-    lora_config: LoraConfig | None,
-    mesh: Mesh,
-    precision: str = "mixed_bfloat16",
-    scan: bool = True,
-    remat: str = "block",
-    stack_factors: bool = True,
-    quantize: str | None = None,
-    train_weights: bool = False,
+    config: Mapping, lora_config: LoraConfig | None, mesh: Mesh, precision: str = "mixed_bfloat16", **options: Any
 ) -> CausalLM:
     """Build the model that a Hugging Face config.json describes, without weights.
 
@@ -240,66 +225,44 @@ def build(
         config: the parsed config.json.
         lora_config: what to adapt; None adapts nothing, and all weights are trained or none.
         mesh: where its arrays will live.
-        precision: "float32", "bfloat16" or "mixed_bfloat16" (activations in bfloat16).
-        scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
-        remat: what the scanned blocks keep for the backward pass: "block", their input alone; "dots", also
-            the results of products with weights; "nested", the inputs of a few of them.
-        stack_factors: train the factors, or the weights, of the scanned blocks as stacked arrays; for optimizers that
-            treat every element by itself.
-        train_weights: train all weights and not an adapter.
-        quantize: "int8" holds the kernels of linear layers as int8, see `quantized`; embedding, head and norms stay.
+        precision, options: the fields of `ModelOptions`: scan, remat, stack_factors, quantize, train_weights.
 
     Raises:
         UnsupportedError: the family or a field that changes the mathematics cannot be honoured.
-        ConfigError: unknown precision, or a target module that matches nothing.
+        ConfigError: an option is unknown, or a target module matches nothing.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if remat not in REMAT:
-        raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}")
-    if quantize not in QUANTIZATIONS:
-        raise ConfigError(f"quantize must be one of {QUANTIZATIONS}, got {quantize!r}")
-    family = family_of(config)
-    import keras_hub
-
-    with _without_values():
-        backbone = family.build(config, keras.DTypePolicy(precision))
-    model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
-    recorded = ports.record_ports(family.converter, model, config)
-    if train_weights:
-        ports.check_invertible(recorded, config)
-    kernels = layers.linear_modules(backbone, recorded).values() if quantize else ()
-    int8_kernels = frozenset(id(layer._kernel) for layer in kernels)
-    with _without_values():
+    chosen = ModelOptions(precision=precision, **options)
+    model, recorded = _with_ports(config, chosen)
+    backbone = model.backbone
+    kernels = [layer.kernel for layer in layers.linear_modules(backbone, recorded).values()] if chosen.quantize else []
+    with keras_compat.without_values():
         targets = layers.inject(backbone, recorded, lora_config) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
     embedding.install(backbone.token_embedding, mesh)
-    stacked = chain if scan and (stack_factors or not train_weights) else None
+    scanned = chain if chosen.scan else None
     return CausalLM(
         model=model,
-        slots=slots.slots(backbone, recorded, stacked, int8_kernels),
-        factor_slots=layers.factor_slots(targets, chain if scan and stack_factors else None),
+        slots=slots.slots(
+            backbone, recorded, scanned if chosen.stack_factors or not chosen.train_weights else None, kernels
+        ),
+        factor_slots=layers.factor_slots(targets, scanned if chosen.stack_factors else None),
         chain=chain,
-        precision=precision,
         mesh=mesh,
-        scan=scan,
-        remat=remat,
+        options=chosen,
         dropout=lora_config.lora_dropout if lora_config else 0.0,
-        trains_weights=train_weights,
     )
 
 
-@contextlib.contextmanager
-def _without_values() -> Iterator[None]:
-    """Variables created here have a shape and an initialiser that is never run: no weight memory, no random numbers.
+def _with_ports(config: Mapping, options: ModelOptions) -> tuple[keras.Model, list[ports.Port]]:
+    """The `keras_hub.models.CausalLM` as KerasHub makes it, without values, and which tensors feed it."""
+    family = family_of(config)
+    import keras_hub
 
-    Keras runs the initialisers of such variables when it next leaves a stateless scope, so its list of them is taken
-    away. A variable that nothing binds would then silently get random values: `bind` binds every one.
-    """
-    before = global_state.get_global_attribute("uninitialized_variables", [])
-    try:
-        with keras.StatelessScope(initialize_variables=False):
-            yield
-    finally:
-        global_state.set_global_attribute("uninitialized_variables", list(before))
+    with keras_compat.without_values():
+        backbone = family.build(config, keras.DTypePolicy(options.precision))
+    model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
+    recorded = ports.record_ports(family.converter, model, config)
+    if options.train_weights:
+        ports.check_invertible(recorded, config)
+    return model, recorded

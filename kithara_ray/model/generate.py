@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kithara_ray.errors import ConfigError
+from kithara_ray.model import keras_compat
 from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
+from kithara_ray.model.identity import IdentityMap
 from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, replicated
 
 # Lengths are rounded up to this, so that prompts of similar length share a compiled program.
@@ -82,7 +84,7 @@ def _cut(row: list[int], prompt: int, max_length: int, stop: tuple[int, ...]) ->
 
 def _keep_weights_in_place(model: CausalLM) -> None:
     """Wrap the layers of a model that is used for nothing else."""
-    split_of = {id(slot.ports[0].variable): tuple(model.weight_sharding(slot).spec) for slot in model.slots}
+    split_of = IdentityMap((slot.ports[0].variable, tuple(model.weight_sharding(slot).spec)) for slot in model.slots)
 
     def constrain(array, *spec):
         return jax.lax.with_sharding_constraint(array, NamedSharding(model.mesh, PartitionSpec(*spec)))
@@ -90,9 +92,9 @@ def _keep_weights_in_place(model: CausalLM) -> None:
     def by_rows(array):
         return constrain(array, BATCH_AXES)
 
-    for layer in model.model.backbone._flatten_layers():
+    for layer in keras_compat.all_layers(model.model.backbone):
         if isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense)):
-            _wrap(layer, constrain, by_rows, _output_split(layer, split_of.get(id(layer._kernel), ())))
+            _wrap(layer, constrain, by_rows, _output_split(layer, split_of.get(layer.kernel, ())))
 
     embedding = model.model.backbone.token_embedding
     look_up = embedding.call

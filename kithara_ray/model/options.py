@@ -1,4 +1,8 @@
-"""Names of the choices a driver can make about the computation; no jax, no keras."""
+"""The choices that can be made about the computation of a model, and their names; no jax, no keras."""
+
+from dataclasses import dataclass
+
+from kithara_ray.errors import ConfigError
 
 # Keras dtype policies: of activations and of the matrix products.
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
@@ -16,6 +20,39 @@ REMAT = ("block", "dots", "nested")
 # Tokens of a chunk on one device: enough for products to be efficient, which read a block's weights once a chunk. Up to
 # twice as many are one chunk.
 _CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is built, besides what its config.json, its LoRA settings and its mesh say.
+
+    Attributes:
+        precision: "float32", "bfloat16" or "mixed_bfloat16" (activations in bfloat16).
+        scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
+        remat: what the scanned blocks keep for the backward pass, one of REMAT.
+        stack_factors: train the factors, or the weights, of the scanned blocks as stacked arrays; for optimizers that
+            treat every element by itself.
+        quantize: "int8" holds the kernels of linear layers as int8, see `quantized`; embedding, head and norms stay.
+        train_weights: train all weights and not an adapter.
+
+    Raises:
+        ConfigError: an unknown precision, remat or quantize.
+    """
+
+    precision: str = "mixed_bfloat16"
+    scan: bool = True
+    remat: str = "block"
+    stack_factors: bool = True
+    quantize: str | None = None
+    train_weights: bool = False
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.remat not in REMAT:
+            raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {self.remat!r}")
+        if self.quantize not in QUANTIZATIONS:
+            raise ConfigError(f"quantize must be one of {QUANTIZATIONS}, got {self.quantize!r}")
 
 
 def groups_of(steps: int) -> int:

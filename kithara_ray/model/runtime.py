@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from kithara_ray.errors import ConfigError
+from kithara_ray.model import keras_compat
 
 # KerasHub imports TensorFlow for its preprocessors, which are not used here: 3 s and 0.6 GB a process.
 _UNUSED = ("tensorflow", "tensorflow_text")
@@ -55,14 +56,11 @@ def without_tensorflow() -> Iterator[None]:
 
     Inside, it is not found, unless it is loaded already; afterwards nothing has changed.
     """
-    from keras.src.utils.module_utils import tensorflow as lazy
-
     hidden = [name for name in _UNUSED if name not in sys.modules]
-    found = lazy._available
-    sys.modules.update(dict.fromkeys(hidden))
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-        lazy._available = found
+    with keras_compat.tensorflow_asked_anew():
+        sys.modules.update(dict.fromkeys(hidden))
+        try:
+            yield
+        finally:
+            for name in hidden:
+                del sys.modules[name]

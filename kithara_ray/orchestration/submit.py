@@ -22,6 +22,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from kithara_ray.errors import ClusterError, ConfigError, TrainingError
+from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.orchestration.driver.run_manifest import GIT_VARIABLE, git_revision
 
 logger = logging.getLogger(__name__)
@@ -75,16 +76,13 @@ def _reason(error: BaseException) -> str:
 
 def package_files(directory: Path) -> dict[Path, int]:
     """Size of each file that Ray would pack, by its own rules: EXCLUDED, .gitignore and .rayignore."""
-    from ray._private.runtime_env import packaging
-
     sizes: dict[Path, int] = {}
 
     def note(path: Path) -> None:
         if path.is_file():
             sizes[path] = path.stat().st_size
 
-    excludes = [packaging._get_excludes(directory, list(EXCLUDED))]
-    packaging._dir_travel(directory, excludes, note, include_gitignore=True)
+    ray_compat.walk_package(directory, EXCLUDED, note)
     return sizes
 
 
@@ -105,11 +103,9 @@ def check_size(directory: Path) -> int:
 
 
 def _zipped_bytes(directory: Path) -> int:
-    from ray._private.runtime_env import packaging
-
     with tempfile.TemporaryDirectory(prefix="kithara_ray_package_") as scratch:
         target = Path(scratch, "package.zip")
-        packaging.create_package(str(directory), target, include_gitignore=True, excludes=list(EXCLUDED))
+        ray_compat.write_package(directory, EXCLUDED, target)
         return target.stat().st_size
 
 

@@ -22,7 +22,7 @@ from kithara_ray.errors import ConfigError, PlanError, UnsupportedError
 from kithara_ray.hf.checkpoint import CONFIG, read_json
 from kithara_ray.hf.fetch import fetch_headers
 from kithara_ray.hf.lora_config import LoraConfig
-from kithara_ray.model.options import PRECISIONS, REMAT
+from kithara_ray.model.options import ModelOptions
 from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.report import Plan, assemble
 from kithara_ray.sharding.shape import MeshShape
@@ -80,45 +80,67 @@ def plan(
         PlanError: the program did not compile for another reason than memory.
     """
     where = slice if isinstance(slice, Slice) else slice_of(slice)
-    request = _request(
-        base, where, seq_len, per_device_batch_size, lora or LoraConfig(), optimizer, mesh or MeshShape(), remat,
-        precision, gradient_accumulation_steps, predictions,
-    )  # fmt: skip
+    rows = _Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
+    computation = ModelOptions(precision=precision, remat=remat)
+    request = _request(base, where, rows, lora or LoraConfig(), optimizer, mesh or MeshShape(), computation)
     why = _why_not_compiled(where, compile)
     request |= {"compile": why is None, "topology": where.topology if why is None and not where.is_cpu else None}
     found = _facts(request, where, cache, timeout_s)
     return assemble(request, where, found, why, price_per_chip_hour, tokens_per_epoch)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What a step reads on one device.
+
+    Attributes:
+        seq_len: T, as asked for.
+        per_device_batch_size: rows of a micro-batch.
+        gradient_accumulation_steps: micro-batches.
+        predictions: K, trained tokens of a row; None trains all.
+    """
+
+    seq_len: int
+    per_device_batch_size: int
+    gradient_accumulation_steps: int
+    predictions: int | None
+
+    def __post_init__(self):
+        for name in ("seq_len", "per_device_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"plan: {name} must be an integer >= 1, got {value!r}")
+
+    def on(self, where: Slice) -> "_Rows":
+        """The same with the length that a program for this slice has, and its predictions said."""
+        seq_len = self.seq_len if where.is_cpu else -(-self.seq_len // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        return dataclasses.replace(self, seq_len=seq_len, predictions=min(self.predictions or seq_len, seq_len))
+
+
 def _request(
-    base, where: Slice, seq_len, rows, lora, optimizer, mesh, remat, precision, micro, predictions
+    base: str | Path | Mapping[str, Any],
+    where: Slice,
+    rows: _Rows,
+    lora: LoraConfig,
+    optimizer: tuple[str, Any] | None,
+    mesh: MeshShape,
+    options: ModelOptions,
 ) -> dict[str, Any]:
-    counts = {"seq_len": seq_len, "per_device_batch_size": rows, "gradient_accumulation_steps": micro}
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"plan: {name} must be an integer >= 1, got {value!r}")
-    if remat not in REMAT:
-        raise ConfigError(f"plan: remat must be one of {', '.join(REMAT)}, got {remat!r}")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"plan: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    """What `program.facts` is given, but for whether and for what it compiles."""
     config = config_of(base)
-    seq_len = seq_len if where.is_cpu else -(-seq_len // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     kind, optimizer_config = optimizer or ("keras", _ADAMW)
     return {
         "config": config,
         "devices": where.chips,
         "hosts": where.hosts,
-        "seq_len": seq_len,
-        "per_device_batch_size": rows,
-        "gradient_accumulation_steps": micro,
-        "predictions": min(predictions or seq_len, seq_len),
+        **dataclasses.asdict(rows.on(where)),
         "lora": dataclasses.asdict(lora),
         "optimizer": optimizer_config if kind == "keras" else _ADAMW,
         "mesh": dataclasses.asdict(mesh),
-        "remat": remat,
-        "precision": precision,
-        "base_dtype": "bfloat16" if precision == "bfloat16" else stored,
+        "remat": options.remat,
+        "precision": options.precision,
+        "base_dtype": "bfloat16" if options.precision == "bfloat16" else stored,
     }
 
 

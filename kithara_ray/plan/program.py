@@ -153,12 +153,13 @@ def _leaves(tree: Any) -> list:
 def counts_of(model, config: Mapping[str, Any]) -> Counts:
     """What a built model's tokens are multiplied with; of experts the ones that a token is sent to."""
     from kithara_ray.model.blocks import attention
+    from kithara_ray.model.identity import IdentitySet
 
-    names = {id(port.variable): port.variable.path for slot in model.slots for port in slot.ports}
-    in_blocks = {id(variable) for block in model.chain.blocks for variable in block.variables}
+    in_blocks = IdentitySet(variable for block in model.chain.blocks for variable in block.variables)
     size = lambda variable: math.prod(variable.shape)  # noqa: E731
-    ports = [port.variable for slot in model.slots for port in slot.ports]
-    itemsize = {id(p.variable): _itemsize(p.variable) for slot in model.slots for p in slot.ports}
+    # Of the blocks' variables too, only those that a tensor feeds are stored.
+    ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
+    nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
     experts = config.get("num_local_experts") or config.get("num_experts") or 1
     active = (config.get("num_experts_per_tok") or experts) / experts
 
@@ -169,12 +170,10 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         routed = experts > 1 and len(variable.shape) == 3 and variable.shape[0] == experts
         return size(variable) * (active if routed else 1)
 
-    blocks = [v for v in ports if id(v) in in_blocks]
-    tables = [v for v in ports if names[id(v)].rpartition("/")[2] in ("embeddings", "reverse_embeddings")]
-    heads = [v for v in tables if names[id(v)].endswith("reverse_embeddings")] or tables
-    of_block = [
-        sum(size(v) * itemsize[id(v)] for v in block.variables if id(v) in itemsize) for block in model.chain.blocks
-    ]
+    blocks = [v for v in ports if v in in_blocks]
+    tables = [v for v in ports if v.path.rpartition("/")[2] in ("embeddings", "reverse_embeddings")]
+    heads = [v for v in tables if v.path.endswith("reverse_embeddings")] or tables
+    of_block = [sum(nbytes(v) for v in block.variables if v in ports) for block in model.chain.blocks]
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     settings = [attention.settings_of(block) for block in model.chain.blocks]
     return Counts(
@@ -185,7 +184,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         hidden=config["hidden_size"],
         layers=len(model.chain.blocks),
         steps=model.chain.steps,
-        weights_bytes=sum(size(v) * itemsize[id(v)] for v in ports),
+        weights_bytes=sum(nbytes(v) for v in ports),
         blocks_bytes=sum(of_block),
         widest_bytes=max(of_block),
         intermediate=int(config.get("intermediate_size") or 4 * config["hidden_size"]),

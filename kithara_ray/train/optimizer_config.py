@@ -3,6 +3,7 @@
 from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.model import keras_compat
 from kithara_ray.model.runtime import without_tensorflow
 
 
@@ -18,14 +19,14 @@ def portable(optimizer: Any) -> tuple[str, Any]:
 
         with without_tensorflow():
             serialized = keras.optimizers.serialize(optimizer)
-        if getattr(optimizer, "_exclude_from_weight_decay", None):
+        variables, pattern = keras_compat.excluded_from_weight_decay(optimizer)
+        if variables:
             raise UnsupportedError(
                 "optimizer.exclude_from_weight_decay(var_list=...): the variables are made on the workers; give "
                 "var_names=[...], patterns of Hugging Face's tensor names such as 'norm' or 'embed_tokens'"
             )
         # The name of train.optimizer.NO_DECAY, which a driver does not import.
-        pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-        return "keras", serialized | ({"exclude_from_weight_decay": pattern.pattern} if pattern else {})
+        return "keras", serialized | ({"exclude_from_weight_decay": pattern} if pattern else {})
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return "optax", optimizer
     raise ConfigError(

@@ -7,7 +7,7 @@ A token attends to itself and to the tokens before it in its own segment: packed
 position is counted anew, since rotary attention depends on distances alone. On a TPU this is Pallas' splash kernel, and
 no T x T array exists; elsewhere XLA computes the same from masks.
 
-KerasHub's decoder blocks build a T x T mask and hand it to `_compute_attention`. `install` makes them hand over the
+KerasHub's decoder blocks build a T x T mask and hand it to their attention layer. `install` makes them hand over the
 segment ids instead, as a (B, T, 1) column. Decoding with a KV cache stays KerasHub's own.
 """
 
@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from kithara_ray.errors import UnsupportedError
+from kithara_ray.model import keras_compat
 from kithara_ray.sharding.mesh import BATCH_AXES
 
 # Splash computes in tiles of this many positions, or of the largest power of two below that divides the sequence.
@@ -198,31 +199,41 @@ def _gemma4(block, layer) -> Settings:
     return Settings(1.0, layer.sliding_window_size if local else None, layer.logit_soft_cap)
 
 
+def _unwindowed(block, layer) -> Settings:
+    return Settings(keras_compat.attention_scale_of(layer))
+
+
+def _windowed_by_block(block, layer) -> Settings:
+    return Settings(keras_compat.attention_scale_of(layer), block.sliding_window)
+
+
+def _windowed_by_layer(block, layer) -> Settings:
+    return Settings(keras_compat.attention_scale_of(layer), layer.sliding_window_size)
+
+
 def _qwen2(block, layer) -> Settings:
-    return Settings(layer._inv_norm_factor, layer.sliding_window_size if layer.use_sliding_window_attention else None)
+    return _windowed_by_layer(block, layer) if layer.use_sliding_window_attention else _unwindowed(block, layer)
 
 
 # By the class of the attention layer. KerasHub has no common interface for these.
 _SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
-    "LlamaAttention": lambda block, layer: Settings(layer._inv_norm_factor),
-    "SmolLM3Attention": lambda block, layer: Settings(layer._inv_norm_factor),
+    "LlamaAttention": _unwindowed,
+    "SmolLM3Attention": _unwindowed,
     "CachedGemmaAttention": _gemma,
     "CachedGemma3Attention": _gemma,
     "Gemma4TextAttention": _gemma4,
-    "CachedMistralAttention": lambda block, layer: Settings(layer._inv_norm_factor, block.sliding_window),
-    "CachedMixtralAttention": lambda block, layer: Settings(layer._inv_norm_factor, block.sliding_window),
+    "CachedMistralAttention": _windowed_by_block,
+    "CachedMixtralAttention": _windowed_by_block,
     "QwenAttention": _qwen2,
-    "Qwen3Attention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window_size),
-    "Qwen3MoeAttention": lambda block, layer: Settings(layer._inv_norm_factor, layer.sliding_window_size),
-    "GptOssAttention": lambda block, layer: Settings(layer._inv_norm_factor, block.sliding_window),
+    "Qwen3Attention": _windowed_by_layer,
+    "Qwen3MoeAttention": _windowed_by_layer,
+    "GptOssAttention": _windowed_by_block,
 }
 
-# What the families call the mask's builder, its padding mask and its cache, and the factor by which they repeat keys
-# and values before `_compute_attention`.
-_MASK_BUILDERS = ("_compute_self_attention_mask", "_compute_attention_mask")
+# What the families call the padding mask and the cache that their mask's builder takes.
 _PADDING_MASKS = ("decoder_padding_mask", "padding_mask")
 _CACHES = ("self_attention_cache", "cache")
-_REPEATS = ("num_key_value_groups", "_num_key_value_groups")
+# Layers that repeat keys and values before they hand them to their attention.
 _REPEATED_BY_CALL = {
     "LlamaAttention", "SmolLM3Attention", "CachedMistralAttention", "CachedMixtralAttention", "QwenAttention",
     "Qwen3Attention", "Qwen3MoeAttention", "GptOssAttention",
@@ -250,7 +261,7 @@ def settings_of(block: keras.layers.Layer) -> Settings:
 
 
 def _layer_of(block: keras.layers.Layer) -> keras.layers.Layer:
-    layer = next((layer for layer in block._flatten_layers() if type(layer).__name__ in _SETTINGS), None)
+    layer = next((layer for layer in keras_compat.all_layers(block) if type(layer).__name__ in _SETTINGS), None)
     if layer is None:
         raise UnsupportedError(f"the attention of {type(block).__name__} is not known")
     return layer
@@ -259,8 +270,7 @@ def _layer_of(block: keras.layers.Layer) -> keras.layers.Layer:
 def _hand_over_segments(block: keras.layers.Layer) -> None:
     """Make the block's mask the (B, T, 1) column of segment ids. Where none is attended to, as KerasHub asks of a mask,
     is where the id is 0: on padding."""
-    name = next(name for name in _MASK_BUILDERS if hasattr(block, name))
-    original = getattr(block, name)
+    original = keras_compat.mask_builder_of(block)
     signature = inspect.signature(original)
 
     def mask(*args, **kwargs):
@@ -270,16 +280,12 @@ def _hand_over_segments(block: keras.layers.Layer) -> None:
             return original(*args, **kwargs)
         return padding[:, :, None]
 
-    setattr(block, name, mask)
+    keras_compat.replace_mask_builder(block, mask)
 
 
 def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: Callable) -> None:
-    original = layer._compute_attention
-    groups = 1
-    if type(layer).__name__ in _REPEATED_BY_CALL:
-        name = next(name for name in _REPEATS if hasattr(layer, name))
-        groups = getattr(layer, name)
-        setattr(layer, name, 1)
+    original = keras_compat.attention_of(layer)
+    groups = keras_compat.take_repeats(layer) if type(layer).__name__ in _REPEATED_BY_CALL else 1
 
     def compute(query, key, value, attention_mask=None, *args, **kwargs):
         # A mask of one column is not KerasHub's: its keys are as many as the positions of a cache, or of the sequence.
@@ -296,4 +302,4 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
             record.append(output)
         return output
 
-    layer._compute_attention = compute
+    keras_compat.replace_attention(layer, compute)

@@ -53,8 +53,8 @@ def _turned(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
 
     def look_up(ids_BT):
         # One axis at a time, the last one of a dim first: XLA does these by all-to-alls, others by gathering all.
-        table_VD = split(split(layer._embeddings.value, "fsdp", "tensor"), None, ("tensor", "fsdp"))
-        with keras.StatelessScope(state_mapping=[(layer._embeddings, table_VD)]):
+        table_VD = split(split(layer.embeddings.value, "fsdp", "tensor"), None, ("tensor", "fsdp"))
+        with keras.StatelessScope(state_mapping=[(layer.embeddings, table_VD)]):
             found_BTD = original(split(ids_BT, "data"))
         return split(split(found_BTD, "data", None, ("tensor", "fsdp")), BATCH_AXES, None, "tensor")
 
@@ -87,7 +87,7 @@ def _in_parts(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
         in_specs=(PartitionSpec(("fsdp", "tensor")), PartitionSpec("data")),
         out_specs=PartitionSpec(BATCH_AXES),
     )
-    return lambda ids_BT: split(layer._embeddings.value, ids_BT)
+    return lambda ids_BT: split(layer.embeddings.value, ids_BT)
 
 
 def _chunk_length(positions: int, bound: int) -> int:

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import keras
 
 from kithara_ray.errors import UnsupportedError
+from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks import attention
 from kithara_ray.model.blocks.dropout import dropping
+from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.options import groups_of
 
 Gather = Callable[[keras.Variable, jax.Array], jax.Array]
@@ -36,8 +38,8 @@ _POLICIES = {
     "nested": None,
 }
 
-# Attributes of a layer that differ between equal layers.
-_NAMES = {"name", "_name", "_path", "_parent_path", "auto_name", "_lora_number"}
+# What LoRA tells a layer and that differs between equal layers.
+_OWN_NAMES = ("lora_number",)
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,15 @@ class Chain:
     def steps(self) -> int:
         return len(self.blocks) // self.period
 
-    def peers(self) -> dict[int, tuple[keras.Variable, ...]]:
-        """id(variable) -> the same variable of every step, for every variable of the scanned blocks."""
+    def peers(self) -> IdentityMap[keras.Variable, tuple[keras.Variable, ...]]:
+        """The same variable of every step, for every variable of the scanned blocks."""
         scanned = self.blocks[: self.steps * self.period]
         groups = (
             group
             for place in range(self.period)
             for group in zip(*(block.variables for block in scanned[place :: self.period]), strict=True)
         )
-        return {id(variable): group for group in groups for variable in group}
+        return IdentityMap((variable, group) for group in groups for variable in group)
 
 
 def find_chain(backbone: keras.Model) -> Chain:
@@ -82,36 +84,21 @@ def find_chain(backbone: keras.Model) -> Chain:
 
 
 def _kind(block: keras.layers.Layer) -> str:
-    """What must be equal for two blocks to share one program: settings of all their layers, shapes of all variables.
-
-    Read from the layers themselves and not from `get_config`, which raises for some of KerasHub's blocks and does not
-    know what was changed after they were built.
-    """
-    layers = [_settings(layer) for layer in block._flatten_layers()]
+    """What must be equal for two blocks to share one program: settings of all their layers, shapes of all variables."""
+    layers = [_settings(layer) for layer in keras_compat.all_layers(block)]
     return json.dumps([layers, [tuple(variable.shape) for variable in block.variables]], sort_keys=True)
 
 
 def _settings(layer: keras.layers.Layer) -> list:
-    plain = {name: v for name, v in vars(layer).items() if isinstance(v, (bool, int, float, str, type(None)))}
-    return [type(layer).__name__, {name: v for name, v in plain.items() if name not in _NAMES}]
+    plain = keras_compat.plain_settings(layer)
+    return [type(layer).__name__, {name: value for name, value in plain.items() if name not in _OWN_NAMES}]
 
 
-def run(
-    backbone: keras.Model,
-    chain: Chain,
-    inputs: Mapping[str, jax.Array],
-    values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]],
-    scanned: Sequence[Sequence[jax.Array]],
-    gather: Gather,
-    place: Callable[[jax.Array], jax.Array],
-    remat: str,
-    chunk: int,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """The backbone's output for `inputs`, its chain scanned.
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over a chain computes with, and how.
 
-    Args:
-        inputs: by the names of the backbone's inputs. Other variables than the chain's must be bound already.
+    Attributes:
         values_of: the arrays of one block behind the scan, in the order of its `variables`.
         scanned: for each place of the period, for each variable of its block, an array (S, ...) of all steps.
         gather: makes one variable's value what its block computes with, just before it runs.
@@ -120,37 +107,53 @@ def run(
         chunk: C, of `options.chunk_length`.
         dropout_key: of this pass; None drops nothing. Every block has its own.
     """
+
+    values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]]
+    scanned: Sequence[Sequence[jax.Array]]
+    gather: Gather
+    place: Callable[[jax.Array], jax.Array]
+    remat: str
+    chunk: int
+    dropout_key: jax.Array | None = None
+
+
+def run(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], how: Pass) -> jax.Array:
+    """The backbone's output for `inputs`, its chain scanned.
+
+    Args:
+        inputs: by the names of the backbone's inputs. Other variables than the chain's must be bound already.
+    """
     first, last = chain.blocks[0], chain.blocks[-1]
-    known = {id(symbolic): inputs[symbolic.name] for symbolic in backbone.inputs}
-    for depth in sorted(backbone._nodes_by_depth, reverse=True):
-        for node in backbone._nodes_by_depth[depth]:
-            if node.is_input or (node.operation in chain.blocks and node.operation is not first):
-                continue
-            args, kwargs = node.arguments.fill_in(known)
-            outputs = node.outputs
-            if node.operation is first:
-                how = values_of, scanned, gather, place, remat, chunk, dropout_key
-                result = _run_chain(chain, args[0], kwargs, *how)
-                # A block may also give its keys and values, for other blocks; none here takes them.
-                outputs = last._inbound_nodes[0].outputs[:1]
-            else:
-                result = node.operation(*args, **kwargs)
-            for symbolic, value in zip(outputs, keras.tree.flatten(result), strict=True):
-                known[id(symbolic)] = value
-    return known[id(backbone.outputs[0])]
+    known = IdentityMap((symbolic, inputs[symbolic.name]) for symbolic in backbone.inputs)
+    for node in keras_compat.nodes_of(backbone):
+        if node.is_input or (node.operation in chain.blocks and node.operation is not first):
+            continue
+        args, kwargs = keras_compat.arguments_of(node, known)
+        outputs = node.outputs
+        if node.operation is first:
+            result = _run_chain(chain, args[0], kwargs, how)
+            # A block may also give its keys and values, for other blocks; none here takes them.
+            outputs = [keras_compat.first_output_of(last)]
+        else:
+            result = node.operation(*args, **kwargs)
+        for symbolic, value in zip(outputs, keras.tree.flatten(result), strict=True):
+            known[symbolic] = value
+    return known[backbone.outputs[0]]
 
 
-def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, remat, chunk, dropout_key):
+def _run_chain(chain: Chain, x: jax.Array, kwargs: Mapping, how: Pass) -> jax.Array:
+    place = how.place
+
     def call(block, x, values, key):
         own = zip(block.variables, values, strict=True)
-        pairs = [(variable, gather(variable, value)) for variable, value in own]
+        pairs = [(variable, how.gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):
-            if chunk == x.shape[1]:
+            if how.chunk == x.shape[1]:
                 return place(_output(block, x, kwargs))
-            return place(_in_chunks(block, x, kwargs, chunk, place, key))
+            return place(_in_chunks(block, x, kwargs, how.chunk, place, key))
 
     def rematerialised(block, *operands):
-        return jax.checkpoint(functools.partial(call, block), policy=_POLICIES[remat])(*operands)
+        return jax.checkpoint(functools.partial(call, block), policy=_POLICIES[how.remat])(*operands)
 
     def body(x, step):
         values, key = step
@@ -160,13 +163,13 @@ def _run_chain(chain, x, kwargs, values_of, scanned, gather, place, remat, chunk
 
     behind = chain.blocks[chain.steps * chain.period :]
     keys, last_key = None, None
-    if dropout_key is not None:
-        *keys, last_key = jax.random.split(dropout_key, chain.steps + 1)
+    if how.dropout_key is not None:
+        *keys, last_key = jax.random.split(how.dropout_key, chain.steps + 1)
         keys = jnp.stack(keys)
-    groups = groups_of(chain.steps) if remat == "nested" else 1
-    x = _scan_in_groups(body, place(x), (scanned, keys), groups)
+    groups = groups_of(chain.steps) if how.remat == "nested" else 1
+    x = _scan_in_groups(body, place(x), (how.scanned, keys), groups)
     for block in behind:
-        x = rematerialised(block, x, values_of(block), last_key)
+        x = rematerialised(block, x, how.values_of(block), last_key)
     return x
 
 

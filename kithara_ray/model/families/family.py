@@ -1,12 +1,12 @@
 """What a family is, and what several of them check."""
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kithara_ray.errors import KitharaRayError, UnsupportedError
+from kithara_ray.model import keras_compat
 
 
 def _as_it_is(config: Mapping) -> dict:
@@ -23,7 +23,7 @@ class Family:
     """One `model_type` of Hugging Face.
 
     Attributes:
-        converter: module below `keras_hub.src.utils.transformers`.
+        converter: name of KerasHub's converter, of `keras_compat.converter_of`.
         causal_lm: class name in `keras_hub.models`.
         check: raises UnsupportedError for fields that KerasHub cannot express.
         correct: changes the backbone's keyword arguments that the converter made.
@@ -49,7 +49,7 @@ class Family:
             UnsupportedError: the config lacks a field that the converter reads.
         """
         config = completed(self, config)
-        converter = importlib.import_module(f"keras_hub.src.utils.transformers.{self.converter}")
+        converter = keras_compat.converter_of(self.converter)
         with fields_needed(config):
             kwargs = converter.convert_backbone_config(dict(config))
             self.correct(config, kwargs)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 
+from kithara_ray.model import keras_compat
 from kithara_ray.model.families.family import Family, expect, refuse
 
 _ABSENT = (False, None)
@@ -89,9 +90,8 @@ def _finish(config: Mapping, backbone) -> None:
 @functools.cache
 def _block_class() -> type:
     import keras
-    from keras_hub.src.models.gemma4.gemma4_decoder_block import Gemma4TextDecoderBlock
 
-    class Gemma4DenseBlock(Gemma4TextDecoderBlock):
+    class Gemma4DenseBlock(keras_compat.gemma4_text_block()):
         """KerasHub's multiplies by the kernels of its MLP's layers; this one calls the layers, which LoRA adapts.
 
         `call` keeps the signature that Keras has cached for the block.
@@ -110,7 +110,8 @@ def _block_class() -> type:
             positions=None,
         ):
             normed = self.pre_attention_norm(x)
-            mask = self._compute_attention_mask(normed, padding_mask, vision_mask, cache, cache_update_index)
+            build_mask = keras_compat.mask_builder_of(self)
+            mask = build_mask(normed, padding_mask, vision_mask, cache, cache_update_index)
             cached = {}
             if cache is not None:
                 cached = dict(cache=cache, cache_update_index=cache_update_index, cache_update_mask=cache_update_mask)

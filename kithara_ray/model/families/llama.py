@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kithara_ray.model import keras_compat
 from kithara_ray.model.families.family import (
     Family,
     check_derived_head_dim,
@@ -67,7 +68,7 @@ def _correct_qwen3(config: Mapping, kwargs: dict) -> None:
 
 def _finish_qwen3(config: Mapping, backbone) -> None:
     # The norms inside the blocks keep their default epsilon.
-    for layer in backbone._flatten_layers():
+    for layer in keras_compat.all_layers(backbone):
         if type(layer).__name__ == "Qwen3LayerNorm":
             layer.epsilon = config["rms_norm_eps"]
 
@@ -96,7 +97,7 @@ def _finish_smollm3(config: Mapping, backbone) -> None:
         block.layer_idx = block.self_attn.layer_idx = 0
         # A constant that KerasHub keeps as a variable which no tensor feeds.
         rotary = block.self_attn.rotary_embedding
-        rotary._untrack_variable(rotary.inv_freq)
+        keras_compat.forget_variable(rotary, rotary.inv_freq)
         exponents = np.arange(0, rotary.head_dim, 2, dtype=np.float32) / np.float32(rotary.head_dim)
         rotary.inv_freq = rotary.original_inv_freq = 1 / np.float32(rotary.rope_theta) ** exponents
 

@@ -6,6 +6,7 @@ at the cost of all experts. A token's experts depend on that token alone, so pad
 
 from collections.abc import Mapping
 
+from kithara_ray.model import keras_compat
 from kithara_ray.model.families.family import (
     Family,
     check_derived_head_dim,
@@ -52,7 +53,7 @@ def _correct_mixtral(config: Mapping, kwargs: dict) -> None:
 
 def _finish_mixtral(config: Mapping, backbone) -> None:
     for block in backbone.transformer_layers:
-        route_in_float32(block._sparse_moe_block._sparse_feedforward_gate_dense)
+        route_in_float32(keras_compat.mixtral_router_of(block))
 
 
 # --- qwen3_moe -------------------------------------------------------------------------------------------------------
@@ -86,18 +87,15 @@ def _correct_qwen3_moe(config: Mapping, kwargs: dict) -> None:
 
 
 def _finish_qwen3_moe(config: Mapping, backbone) -> None:
-    for layer in backbone._flatten_layers():
+    for layer in keras_compat.all_layers(backbone):
         # The norms of queries and keys keep their default epsilon.
         if type(layer).__name__ == "Qwen3MoeLayerNorm":
             layer.epsilon = config["rms_norm_eps"]
     for block in backbone.transformer_layers:
         if block.is_sparse_mlp:
-            route_in_float32(block.mlp._sparse_feedforward_gate_dense)
-            continue
-        # The converter looks for a dense block's layers in the block itself. Set past Keras, which would track them
-        # twice.
-        for name in ("_feedforward_intermediate_dense", "_feedforward_output_dense", "_feedforward_gate_dense"):
-            object.__setattr__(block, name, getattr(block.mlp, name))
+            route_in_float32(keras_compat.qwen3_moe_router_of(block.mlp))
+        else:
+            keras_compat.expose_dense_mlp(block)
 
 
 FAMILIES = {

@@ -7,7 +7,6 @@ there is recorded too, so that a variable is known by its parts and is still rea
 """
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,8 @@ import numpy as np
 from kithara_ray.errors import CheckpointError, UnsupportedError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model import keras_compat
+from kithara_ray.model.identity import IdentitySet
 
 Transform = Callable[[np.ndarray, Sequence[int]], np.ndarray]
 
@@ -246,13 +247,13 @@ def record_ports(converter: str, model, config: Mapping) -> list[Port]:
     Raises:
         UnsupportedError: a variable is not fed by the converter, or twice.
     """
-    module = importlib.import_module(f"keras_hub.src.utils.transformers.{converter}")
+    module = keras_compat.converter_of(converter)
     recorder = _Recorder()
     with recorder.assignments():
         module.convert_weights(model.backbone, recorder, dict(config))
-    fed = [id(port.variable) for port in recorder.ports]
-    unfed = [v.path for v in model.variables if id(v) not in fed and not is_seed(v)]
-    if unfed or len(set(fed)) != len(fed):
+    fed = IdentitySet(port.variable for port in recorder.ports)
+    unfed = [v.path for v in model.variables if v not in fed and not is_seed(v)]
+    if unfed or len(fed) != len(recorder.ports):
         raise UnsupportedError(f"KerasHub's {converter} leaves {unfed[:3]} unloaded or loads a variable twice")
     return recorder.ports
 

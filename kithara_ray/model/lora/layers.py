@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 from keras import ops
-from keras.src.backend.common.variables import AutocastScope
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.dropout import dropped
 from kithara_ray.model.blocks.stack import Chain
 from kithara_ray.model.families.ports import Port
+from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.lora.targets import check_targets, linear
 
 _WEIGHT = ".weight"
@@ -76,7 +77,7 @@ class LinearMap:
 
     @classmethod
     def of(cls, layer: keras.layers.Layer) -> "LinearMap":
-        shape = tuple(layer._kernel.shape)
+        shape = tuple(layer.kernel.shape)
         if isinstance(layer, keras.layers.Dense):
             return cls("io", "i", "o", shape)
         inputs, rest = layer.equation.split(",")
@@ -134,12 +135,12 @@ class _SidePath:
 
     def call(self, inputs, training=None):
         y = super().call(inputs, training=training)
-        linear = self._lora_map
+        linear = self.lora_map
         batch_shape = ops.shape(inputs)[: len(inputs.shape) - len(linear.contracted)]
         whole_I = ops.cast(ops.reshape(inputs, (*batch_shape, linear.in_dim)), self.compute_dtype)
-        x_I = dropped(whole_I, self._lora_dropout, self._lora_number)
+        x_I = dropped(whole_I, self.lora_dropout, self.lora_number)
         x_R = ops.matmul(x_I, ops.transpose(self.lora_A))
-        delta = ops.reshape(ops.matmul(x_R, ops.transpose(self.lora_B)) * self._lora_scale, ops.shape(y))
+        delta = ops.reshape(ops.matmul(x_R, ops.transpose(self.lora_B)) * self.lora_scale, ops.shape(y))
         if self.lora_magnitude is None:
             return ops.add(y, delta)
         # PEFT scales what the kernel makes of the dropped input, beside what the layer makes of the whole one.
@@ -148,11 +149,11 @@ class _SidePath:
 
     def _with_magnitude(self, y, scaled, delta):
         """y + (m / norm - 1) * (scaled - bias) + m / norm * delta, in float32, rounded once to y's dtype."""
-        with AutocastScope(None):
+        with keras_compat.without_autocast():
             # A constant to the gradient, as section 4.3 of the paper has it and PEFT does.
-            values = (jax.lax.stop_gradient(v.value) for v in (self._kernel, self.lora_A, self.lora_B))
-            norms_O = self._lora_map.adapted_norms_O(*values, self._lora_scale)
-            ratio = (self.lora_magnitude.value / norms_O).reshape(self._lora_map.dims(self._lora_map.produced))
+            values = (jax.lax.stop_gradient(v.value) for v in (self.kernel, self.lora_A, self.lora_B))
+            norms_O = self.lora_map.adapted_norms_O(*values, self.lora_scale)
+            ratio = (self.lora_magnitude.value / norms_O).reshape(self.lora_map.dims(self.lora_map.produced))
         scaled = scaled.astype(jnp.float32)
         if self.bias is not None:
             scaled = scaled - self.bias.value.astype(jnp.float32)
@@ -175,9 +176,9 @@ def linear_modules(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.La
 
     Layers are matched to names by the identity of their kernel: variable paths are not unique in every family.
     """
-    name_of = {id(port.variable): port.hf_name for port in ports}
-    layers = [layer for layer in backbone._flatten_layers() if type(layer) in _ADAPTED]
-    named = {name_of[id(layer._kernel)]: layer for layer in layers if id(layer._kernel) in name_of}
+    name_of = IdentityMap((port.variable, port.hf_name) for port in ports)
+    layers = [layer for layer in keras_compat.all_layers(backbone) if type(layer) in _ADAPTED]
+    named = {name_of[layer.kernel]: layer for layer in layers if layer.kernel in name_of}
     modules = {name.removesuffix(_WEIGHT): named[name] for name in name_of.values() if name in named}
     return {module: modules[module] for module in linear(_modules(ports)) if module in modules}
 
@@ -205,18 +206,17 @@ def _adapt(module: str, layer, config: LoraConfig) -> Target:
         raise UnsupportedError(f"{module}: its layer applies an activation, LoRA beside it would not be PEFT's")
     linear, rank = LinearMap.of(layer), config.rank_of(module)
     layer.__class__ = _ADAPTED[type(layer)]
-    layer._tracker.unlock()
     float32 = {"dtype": "float32", "initializer": "zeros"}
-    layer.lora_A = layer.add_weight(name="lora_A", shape=(rank, linear.in_dim), **float32)
-    layer.lora_B = layer.add_weight(name="lora_B", shape=(linear.out_dim, rank), **float32)
-    layer.lora_magnitude = None
-    if config.use_dora:
-        layer.lora_magnitude = layer.add_weight(name="lora_magnitude", shape=(linear.out_dim,), **float32)
-    layer._tracker.lock()
-    layer._lora_map = linear
-    layer._lora_scale, layer._lora_dropout = config.scale_of(module), config.lora_dropout
-    layer._lora_number = zlib.crc32(module.encode())
-    layer._kernel.trainable = False
+    with keras_compat.adding_weights(layer):
+        layer.lora_A = layer.add_weight(name="lora_A", shape=(rank, linear.in_dim), **float32)
+        layer.lora_B = layer.add_weight(name="lora_B", shape=(linear.out_dim, rank), **float32)
+        layer.lora_magnitude = None
+        if config.use_dora:
+            layer.lora_magnitude = layer.add_weight(name="lora_magnitude", shape=(linear.out_dim,), **float32)
+    layer.lora_map = linear
+    layer.lora_scale, layer.lora_dropout = config.scale_of(module), config.lora_dropout
+    layer.lora_number = zlib.crc32(module.encode())
+    layer.kernel.trainable = False
     initialiser = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
     return Target(module, layer, initialiser, layer.lora_A, layer.lora_B, layer.lora_magnitude)
 
@@ -272,18 +272,18 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
     Args:
         chain: None stacks nothing.
     """
-    factors = {
-        id(variable): (name, variable, target.layer, initialiser)
+    factors = IdentityMap(
+        (variable, (name, variable, target.layer, initialiser))
         for target in targets
         for (name, variable), initialiser in zip(
             target.variables.items(), (target.initialiser, "zeros", "norms"), strict=False
         )
-    }
-    peers = chain.peers() if chain is not None else {}
+    )
+    peers = chain.peers() if chain is not None else IdentityMap()
     made = []
-    for number in factors:
-        group = [factors[id(variable)] for variable in peers.get(number, ())] or [factors[number]]
+    for factor in factors:
+        group = [factors[peer] for peer in peers.get(factor, (factor,))]
         names, variables, layers, initialisers = zip(*group, strict=True)
-        if variables[0] is factors[number][1]:
-            made.append(FactorSlot(names, variables, layers, initialisers[0], stacked=number in peers))
+        if variables[0] is factor:
+            made.append(FactorSlot(names, variables, layers, initialisers[0], stacked=factor in peers))
     return made

@@ -20,7 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model import keras_compat
+from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.lora import layers
+from kithara_ray.model.options import ModelOptions
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.quantized import Int8, floats
 from kithara_ray.sharding.agree import check_copies
@@ -42,16 +45,24 @@ class ModelArrays:
     Attributes:
         slots: the weights in the order of `Frozen`: which ports each is made of.
         factor_slots: the adapter's arrays, by `key` in `Factors`: which factors each is made of.
-        precision: Keras dtype policy.
         mesh: the device mesh that the arrays live on.
-        trains_weights: whether the weights are what is trained; then there are no factors and nothing is frozen.
+        options: how the model was built.
     """
 
     slots: list[slots.Slot]
     factor_slots: list[layers.FactorSlot]
-    precision: str
     mesh: Mesh
-    trains_weights: bool = False
+    options: ModelOptions
+
+    @property
+    def precision(self) -> str:
+        """Keras dtype policy."""
+        return self.options.precision
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the weights are what is trained; then there are no factors and nothing is frozen."""
+        return self.options.train_weights
 
     @property
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,7 +87,7 @@ class ModelArrays:
     def _num_factors(self) -> int:
         return sum(math.prod(shape) for shape in self.adapter_shapes.values())
 
-    def _roles(self, params: Params, frozen: Frozen) -> tuple[Factors, Frozen]:
+    def roles(self, params: Params, frozen: Frozen) -> tuple[Factors, Frozen]:
         """(factors, weights in the order of the slots)."""
         return ({}, [params[slot.key] for slot in self.slots]) if self.trains_weights else (params, frozen)
 
@@ -133,7 +144,7 @@ class ModelArrays:
         if slot.contracted is not None:
             dtype = "float32" if self.precision == "float32" else "bfloat16"
         for port in slot.ports:
-            port.variable._dtype = keras.backend.standardize_dtype(dtype)
+            keras_compat.set_dtype(port.variable, keras.backend.standardize_dtype(dtype))
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -161,7 +172,7 @@ class ModelArrays:
 
     def check_copies(self, params: Params, frozen: Frozen) -> int:
         """Compare the weights that stand on more than one device; see `sharding.agree`."""
-        _, frozen = self._roles(params, frozen)
+        _, frozen = self.roles(params, frozen)
         named = {}
         for slot, array in zip(self.slots, frozen, strict=True):
             name = slot.ports[0].hf_name
@@ -195,20 +206,20 @@ class ModelArrays:
         return placed | (self._row_norms(magnitudes, frozen) if magnitudes and frozen is not None else {})
 
     def _row_norms(self, magnitudes: Sequence[layers.FactorSlot], frozen: Frozen) -> Factors:
-        where = {
-            id(port.variable): (number, step if slot.stacked else None)
+        where = IdentityMap(
+            (port.variable, (number, step if slot.stacked else None))
             for number, slot in enumerate(self.slots)
             for step, port in enumerate(slot.ports)
-        }
+        )
 
         def compute(frozen):
             norms, made = {}, {}
             for slot in magnitudes:
-                places = [where[id(layer._kernel)] for layer in slot.layers]
+                places = [where[layer.kernel] for layer in slot.layers]
                 for layer, (number, step) in zip(slot.layers, places, strict=True):
                     if number not in norms:
-                        norms_O = layer._lora_map.norms_O
-                        kernels = floats(frozen[number], layer._kernel.dtype)
+                        norms_O = layer.lora_map.norms_O
+                        kernels = floats(frozen[number], layer.kernel.dtype)
                         norms[number] = (norms_O if step is None else jax.vmap(norms_O))(kernels)
                 of_each = [norms[number] if step is None else norms[number][step] for number, step in places]
                 made[slot.key] = jnp.stack(of_each) if slot.stacked else of_each[0]

@@ -1,7 +1,7 @@
 """The frozen arrays of a model, and loading them sharded: each process reads only the slices that its devices own."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,8 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kithara_ray.errors import CheckpointError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.stack import Chain
 from kithara_ray.model.families.ports import Port
+from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.weights.quantized import Int8, floats, int8_of
 
 
@@ -62,28 +64,30 @@ class Slot:
 
 
 def slots(
-    backbone: keras.Model, ports: Sequence[Port], chain: Chain | None, int8_kernels: frozenset[int] = frozenset()
+    backbone: keras.Model, ports: Sequence[Port], chain: Chain | None, int8_kernels: Collection[keras.Variable] = ()
 ) -> list[Slot]:
     """The arrays of a model's weights: its ports, those of the chain's scanned blocks stacked by step.
 
     Args:
-        int8_kernels: ids of the kernels that are held as int8.
+        int8_kernels: the kernels that are held as int8.
     """
-    by_variable = {id(port.variable): port for port in ports}
-    rows = {id(layer._kernel): _produced_dims(layer) for layer in backbone._flatten_layers() if _is_linear(layer)}
-    peers = chain.peers() if chain is not None else {}
+    port_of = IdentityMap((port.variable, port) for port in ports)
+    linear = [layer for layer in keras_compat.all_layers(backbone) if _is_linear(layer)]
+    rows = IdentityMap((layer.kernel, _produced_dims(layer)) for layer in linear)
+    peers = chain.peers() if chain is not None else IdentityMap()
+    as_int8 = IdentitySet(int8_kernels)
 
     def split_first(port: Port) -> tuple[int, ...]:
-        return _vocabulary_dim(port) or port.tiled_dims or rows.get(id(port.variable), ())
+        return _vocabulary_dim(port) or port.tiled_dims or rows.get(port.variable, ())
 
     def contracted(port: Port, before: int) -> tuple[int, ...] | None:
-        if id(port.variable) not in int8_kernels:
+        if port.variable not in as_int8:
             return None
-        return tuple(dim + before for dim in range(len(port.shape)) if dim not in rows[id(port.variable)])
+        return tuple(dim + before for dim in range(len(port.shape)) if dim not in rows[port.variable])
 
     made = []
     for port in ports:
-        group = tuple(by_variable[id(variable)] for variable in peers.get(id(port.variable), ()))
+        group = tuple(port_of[peer] for peer in peers.get(port.variable, ()))
         if not group:
             made.append(Slot((port,), False, split_first(port), contracted(port, 0)))
         elif group[0] is port:

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from kithara_ray.errors import ClusterError
+from kithara_ray.orchestration.cluster import ray_compat
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +85,9 @@ def slice_heads(scaling: Any) -> dict[str, float]:
     """The resources that mark whole TPU slices of the asked-for shape, one each; none without `use_tpu`."""
     if not (scaling.use_tpu and scaling.topology and scaling.accelerator_type):
         return {}
-    from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology
     from ray.util.tpu import get_tpu_num_slices_for_workers
 
-    pod_type = infer_tpu_pod_type_from_topology(scaling.topology, scaling.accelerator_type)
+    pod_type = ray_compat.tpu_pod_type(scaling.topology, scaling.accelerator_type)
     slices = get_tpu_num_slices_for_workers(
         topology=scaling.topology,
         accelerator_type=scaling.accelerator_type,

@@ -8,43 +8,32 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import ray
 from ray.train import Result
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.train.v2.jax import JaxTrainer
 
 from kithara_ray.errors import KitharaRayError, TrainingError
+from kithara_ray.orchestration.cluster.ray_train_compat import HookedJaxTrainer, error_of_worker
 
 logger = logging.getLogger(__name__)
 
 
-class InterruptibleTrainer(JaxTrainer):
+class InterruptibleTrainer(HookedJaxTrainer):
     """Attributes: coordinator: asked to stop the run, set before `fit`; None: an interrupt ends it at once."""
 
     coordinator: ray.actor.ActorHandle | None
     interrupts = 0
 
-    def _create_default_callbacks(self) -> list[Any]:
-        """Without the actor by which Ray Train's workers share datasets: here each reads its rows by itself."""
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
-
-    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
-        """Ray's own handler aborts at the first signal and loses what was trained."""
-
-        def on_interrupt(signum, frame) -> None:
-            self.interrupts += 1
-            if self.interrupts == 1 and self.coordinator is not None:
-                logger.warning("interrupted: saving and leaving after the step; once more to end the run at once")
-                self.coordinator.ask.remote("interrupt")
-                return
-            with contextlib.suppress(ray.exceptions.RayActorError):
-                ray.get(controller.abort.remote())
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGINT, on_interrupt)
+    def on_sigint(self, controller: ray.actor.ActorHandle) -> None:
+        self.interrupts += 1
+        if self.interrupts == 1 and self.coordinator is not None:
+            logger.warning("interrupted: saving and leaving after the step; once more to end the run at once")
+            self.coordinator.ask.remote("interrupt")
+            return
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.get(controller.abort.remote())
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -106,19 +95,19 @@ def named(error: TrainingFailedError, stalled: str | None = None) -> KitharaRayE
     failures = getattr(error, "worker_failures", None) or {}
     for _, failure in sorted(failures.items()):
         cause = getattr(failure, "cause", failure)
-        for found in (cause, getattr(failure, "_base_exc", None)):
+        for found in (cause, error_of_worker(failure)):
             if isinstance(found, KitharaRayError):
                 return found
     if failures:
         rank, failure = min(sorted(failures.items()), key=lambda pair: _collateral(pair[1]))
-        cause = getattr(failure, "_base_exc", failure)
+        cause = error_of_worker(failure)
         return TrainingError(f"rank {rank} of the worker group failed: {type(cause).__name__}: {cause}")
     return TrainingError(f"the run failed: {error}")
 
 
-def _collateral(failure: Any) -> int:
+def _collateral(failure: BaseException) -> int:
     """How likely a failure is but the consequence of another rank's."""
-    cause = getattr(failure, "_base_exc", failure)
+    cause = error_of_worker(failure)
     if type(cause).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return 2
     return int(isinstance(cause, ray.exceptions.RayActorError))

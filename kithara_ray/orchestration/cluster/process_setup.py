@@ -11,10 +11,10 @@ import threading
 from dataclasses import dataclass
 
 import ray
-from ray.train.v2._internal.execution.context import get_train_context
-from ray.train.v2.jax.config import JaxConfig, _JaxBackend
+from ray.train.v2.jax.config import JaxConfig
 
 from kithara_ray.errors import ClusterError
+from kithara_ray.orchestration.cluster.ray_train_compat import JaxBackend, preemption_notice
 
 # Set by SIGTERM: what a machine that is taken away gets some seconds before.
 terminated = threading.Event()
@@ -37,7 +37,7 @@ class WorkerBackend(JaxConfig):
         return _Backend
 
 
-class _Backend(_JaxBackend):
+class _Backend(JaxBackend):
     def on_start(self, worker_group, backend_config: WorkerBackend):
         limits = (backend_config.initialize_timeout_s, backend_config.heartbeat_timeout_s)
         ray.get(worker_group.execute_async(_set_up_process, *limits))
@@ -75,11 +75,8 @@ def _on_sigterm(signum, frame) -> None:
 
 
 def is_draining() -> bool:
-    """Whether Ray has been told that the node of one of the ranks will go.
-
-    `ray.train.get_preemption_info()` is a barrier of all ranks, by way of an actor; what this process knows is enough.
-    """
-    return get_train_context().preemption_context.preemption_info is not None
+    """Whether Ray has been told that the node of one of the ranks will go."""
+    return preemption_notice() is not None
 
 
 def check_process_group(num_workers: int, platform: str, num_devices: int | None = None) -> None:

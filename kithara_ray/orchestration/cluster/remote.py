@@ -5,6 +5,7 @@ from typing import Any
 import ray
 
 from kithara_ray.errors import KitharaRayError
+from kithara_ray.orchestration.cluster.ray_compat import HEAD_NODE_RESOURCE
 
 
 def remote_get(reference: Any) -> Any:
@@ -20,4 +21,4 @@ def remote_get(reference: Any) -> Any:
 def head_node_id() -> str | None:
     """Of the cluster's head; None when it has none by that name."""
     nodes = (node for node in ray.nodes() if node["Alive"])
-    return next((node["NodeID"] for node in nodes if "node:__internal_head__" in node["Resources"]), None)
+    return next((node["NodeID"] for node in nodes if HEAD_NODE_RESOURCE in node["Resources"]), None)

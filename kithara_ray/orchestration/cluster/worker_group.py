@@ -7,7 +7,7 @@ from typing import Any
 from ray.train import Result, RunConfig, ScalingConfig
 
 from kithara_ray.errors import ConfigError, UnsupportedError
-from kithara_ray.orchestration.cluster import capacity, jax_trainer
+from kithara_ray.orchestration.cluster import capacity, jax_trainer, ray_compat
 from kithara_ray.orchestration.cluster.process_setup import WorkerBackend
 from kithara_ray.storage.urls import absolute
 
@@ -69,7 +69,7 @@ class WorkerGroup:
         """Until the cluster has what it takes. Raises ClusterError."""
         capacity.wait_for_cluster(
             self.num_workers,
-            self.scaling_config._resources_per_worker_not_none,
+            ray_compat.resources_per_worker(self.scaling_config),
             self.cluster_timeout_s,
             capacity.slice_heads(self.scaling_config),
         )

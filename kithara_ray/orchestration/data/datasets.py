@@ -19,7 +19,7 @@ from kithara_ray.storage.urls import absolute
 _PREVIEWED = 1000
 
 
-class _Dataset:
+class RowDataset:
     """What SFTDataset and TextCompletionDataset share: all but the format of a row."""
 
     _format_class: type[PromptAnswer] | type[Text]
@@ -85,7 +85,7 @@ class _Dataset:
         return packed
 
 
-class SFTDataset(_Dataset):
+class SFTDataset(RowDataset):
     """Prompts and answers, or conversations; the loss is on what is answered and on its end alone.
 
     Rows have columns `prompt` and `answer`, or `messages` (with `tools` and `chat_template_kwargs`, if they have any),
@@ -108,7 +108,7 @@ class SFTDataset(_Dataset):
     _format_class = PromptAnswer
 
 
-class TextCompletionDataset(_Dataset):
+class TextCompletionDataset(RowDataset):
     """Plain text, for continued pretraining; the loss is on every token.
 
     Args: as SFTDataset, with `column_mapping={"text": <the source's column>}`.
@@ -122,7 +122,7 @@ class MixedDataset:
 
     is_endless = False
 
-    def __init__(self, datasets: Sequence[_Dataset], weights: Sequence[float], epoch: str):
+    def __init__(self, datasets: Sequence[RowDataset], weights: Sequence[float], epoch: str):
         self.datasets = tuple(datasets)
         self.weights = tuple(float(weight) for weight in weights)
         self.epoch = epoch
@@ -145,7 +145,7 @@ class MixedDataset:
         return tuple(max(1, round(weight * share)) for weight in self.weights)
 
 
-def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> MixedDataset:
+def mix(datasets: Sequence[tuple[RowDataset, float]], epoch: str = "all") -> MixedDataset:
     """Datasets mixed by weight, for a Dataloader.
 
     In any stretch of an epoch a dataset has about its share of the rows, weight / sum of weights. Each is gone through
@@ -160,7 +160,7 @@ def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> Mixed
     if not datasets or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in datasets):
         raise ConfigError("mix takes a list of (dataset, weight)")
     for number, (dataset, weight) in enumerate(datasets):
-        if not isinstance(dataset, _Dataset):
+        if not isinstance(dataset, RowDataset):
             raise ConfigError(f"mix: dataset {number} is {type(dataset).__name__}, not SFTDataset or alike")
         if dataset.is_endless:
             raise UnsupportedError(f"mix: dataset {number} streams; mix it by datasets.interleave_datasets")
@@ -173,7 +173,7 @@ def mix(datasets: Sequence[tuple[_Dataset, float]], epoch: str = "all") -> Mixed
     return MixedDataset(*zip(*datasets, strict=True), epoch)
 
 
-def preview(dataset: _Dataset | MixedDataset, rows: int = 3) -> Preview:
+def preview(dataset: RowDataset | MixedDataset, rows: int = 3) -> Preview:
     """A dataset's first rows as the model sees them, and what its tokens amount to."""
     start_ray()
     if dataset.is_endless:
@@ -206,7 +206,7 @@ class Dataloader:
 
     def __init__(
         self,
-        dataset: _Dataset | MixedDataset,
+        dataset: RowDataset | MixedDataset,
         per_device_batch_size: int | Literal["auto"],
         dataset_is_sharded_per_host: bool = False,
         shuffle: bool = True,

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray
 
 from kithara_ray.errors import DataError
+from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.rows import files
 from kithara_ray.sft.rows.files import Piece
@@ -161,14 +162,12 @@ def _of_ray(dataset: Any, name: str) -> Iterator[tuple[Work, tuple]]:
     # Ray Data tells of its progress bars and of each execution; what a user must know is in the run's own progress.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     first = 0
-    for bundle in dataset.iter_internal_ref_bundles():
-        for entry in bundle.blocks:
-            count = entry.metadata.num_rows
-            parts = max(1, -(-(entry.metadata.size_bytes or 0) // _SLICE_BYTES))
-            rows = max(1, -(-count // parts))
-            for start in range(0, count, rows):
-                yield Work(name, None, None, first + start), (entry.ref, start, min(start + rows, count))
-            first += count
+    for block, count, nbytes in ray_compat.block_refs(dataset):
+        parts = max(1, -(-nbytes // _SLICE_BYTES))
+        rows = max(1, -(-count // parts))
+        for start in range(0, count, rows):
+            yield Work(name, None, None, first + start), (block, start, min(start + rows, count))
+        first += count
 
 
 def rows_of(block: Any, start: int = 0, stop: int | None = None) -> list[Any]:

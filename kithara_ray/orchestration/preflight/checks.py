@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from kithara_ray.errors import ClusterError, DestinationError, KitharaRayError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.request import requests_of
-from kithara_ray.orchestration.cluster import capacity
+from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.preflight.node_facts import NodeFacts, look_there, versions
 from kithara_ray.orchestration.preflight.probes import FirstRows, Probes
 from kithara_ray.sharding.shape import MeshShape
@@ -124,7 +124,7 @@ def _gb(count: float) -> str:
 def wait_for_cluster(trainer: Any, wait_s: float) -> str:
     """Wait until the cluster has, and has free, what the run asks for; returns what that is. Raises ClusterError."""
     scaling = trainer.scaling_config
-    needs, heads = scaling._resources_per_worker_not_none, capacity.slice_heads(scaling)
+    needs, heads = ray_compat.resources_per_worker(scaling), capacity.slice_heads(scaling)
     capacity.wait_for_cluster(scaling.num_workers, needs, wait_s, heads)
     workers = f"{scaling.num_workers} worker(s) with {capacity.show(needs)} each"
     return f"{workers}" + (f", on {', '.join(f'{n:g} x {name}' for name, n in heads.items())}" if heads else "")
@@ -187,7 +187,7 @@ class _Nodes:
         """Chips are there, and no process holds one that Ray has free."""
         if trainer.group.platform != "tpu":
             raise Skipped(f"the run asks for {trainer.group.platform}")
-        free = ray._private.state.available_resources_per_node()
+        free = ray_compat.free_by_node()
         chips = 0
         for node_id, facts in self.facts().items():
             count = self._nodes[node_id]["Resources"].get("TPU", 0)
@@ -282,7 +282,7 @@ def count_devices(trainer: Any) -> int | None:
         found = re.search(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))
         return scaling.num_workers * int(found.group(1) if found else 1)
     if scaling.use_tpu and scaling.accelerator_type in _ONE_DEVICE_A_CHIP:
-        return int(scaling.num_workers * scaling._resources_per_worker_not_none.get("TPU", 0)) or None
+        return int(scaling.num_workers * ray_compat.resources_per_worker(scaling).get("TPU", 0)) or None
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.storage.urls import cache_dir
 
 # What must be equal on all nodes: pickles, protocols and private interfaces cross between them.
@@ -64,12 +65,9 @@ def versions() -> dict[str, str]:
 
 
 def _memory() -> tuple[int, int]:
-    """(total, available) bytes; Ray's own figures respect a container's limit."""
-    from ray._common.utils import get_system_memory
-    from ray._private.utils import get_used_memory
-
-    total = get_system_memory()
-    return total, max(0, total - get_used_memory())
+    """(total, available) bytes."""
+    total, used = ray_compat.host_memory()
+    return total, max(0, total - used)
 
 
 def free_disk(path: str | Path) -> int:

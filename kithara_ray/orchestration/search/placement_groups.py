@@ -9,9 +9,9 @@ import contextlib
 import time
 
 import ray
-from ray._raylet import PlacementGroupID
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import remove_placement_group
+
+from kithara_ray.orchestration.cluster import ray_compat
 
 _POLL_S = 0.2
 
@@ -20,14 +20,11 @@ def groups() -> dict[bytes, bool]:
     """The placement groups that this job has: id -> whether an actor made it that is dead."""
     nobody = ray.ActorID.nil().binary()  # of a group that the driver made, whose maker Ray calls dead as well
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    accessor = ray._private.state.state._connect_and_get_accessor()
-    table = [PlacementGroupTableData.FromString(row) for row in accessor.get_placement_group_table()]
+    table = ray_compat.placement_group_table()
     kept = [group for group in table if group.creator_job_id == job and not group.is_detached]
-    removed = PlacementGroupTableData.REMOVED
     return {
         group.placement_group_id: group.creator_actor_dead and group.creator_actor_id not in (b"", nobody)
         for group in kept
-        if group.state != removed
     }
 
 
@@ -36,7 +33,7 @@ def free() -> None:
     for group, orphaned in groups().items():
         if orphaned:
             with contextlib.suppress(ray.exceptions.RayError):
-                remove_placement_group(PlacementGroup(PlacementGroupID(group)))
+                remove_placement_group(ray_compat.placement_group_of(group))
 
 
 def settle(before: set[bytes], timeout_s: float) -> bool:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from kithara_ray.checkpoint.run_files import read_trained
 from kithara_ray.errors import ConfigError, TrainingError
-from kithara_ray.orchestration.cluster import capacity
+from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.jax_trainer import sigint_kept
 from kithara_ray.orchestration.model import KerasHubModel
@@ -219,7 +219,7 @@ def _check_count(name: str, value: Any, least: int = 1) -> None:
 def room_for(trainer: Any, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many trials like this one find workers, and whole TPU slices, at once on nodes with these resources."""
     scaling = trainer.scaling_config
-    workers = capacity.placeable(10**6, scaling._resources_per_worker_not_none, list(nodes))
+    workers = capacity.placeable(10**6, ray_compat.resources_per_worker(scaling), list(nodes))
     rooms = [workers // scaling.num_workers]
     for name, count in capacity.slice_heads(scaling).items():
         rooms.append(int(sum(node.get(name, 0) for node in nodes) // count))
@@ -229,7 +229,7 @@ def room_for(trainer: Any, nodes: Sequence[Mapping[str, float]]) -> int:
 def _room(trainer: Any) -> int:
     """Of the cluster, by what is free now; waits for the first trial's as a run does. Raises ClusterError."""
     trainer.group.wait()
-    free = ray._private.state.available_resources_per_node()
+    free = ray_compat.free_by_node()
     return max(1, room_for(trainer, list(free.values())))
 
 

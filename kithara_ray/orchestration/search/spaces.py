@@ -14,6 +14,7 @@ from ray.tune.search.sample import Domain
 from ray.tune.search.variant_generator import generate_variants
 
 from kithara_ray.errors import ConfigError, KitharaRayError, UnsupportedError
+from kithara_ray.orchestration.cluster import ray_compat
 
 # Ways to choose a value, by the names of Ray Tune's functions.
 WAYS = (
@@ -136,7 +137,7 @@ class Limited(_Here, ConcurrencyLimiter):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         # To the searcher a trial that had failed is over, and it would warn of all that its next try reports.
-        if not self._limit_concurrency or trial_id in self.live_trials:
+        if not ray_compat.limits_by_itself(self) or trial_id in self.live_trials:
             super().on_trial_result(trial_id, result)
 
 
@@ -159,7 +160,7 @@ def check_scheduler(scheduler: str | TrialScheduler | None, reduction_factor: fl
     if isinstance(scheduler, str) and scheduler not in ("asha", *_PAUSING):
         raise ConfigError(f'search: scheduler must be "asha", None or one of Ray Tune\'s, got {scheduler!r}')
     stops = scheduler is None or scheduler == "asha" or type(scheduler) is FIFOScheduler
-    stops |= isinstance(scheduler, _STOPPING) and getattr(scheduler, "_hard_stop", True)
+    stops |= isinstance(scheduler, _STOPPING) and ray_compat.only_stops(scheduler)
     if not stops:
         name = repr(scheduler) if isinstance(scheduler, str) else type(scheduler).__name__
         raise UnsupportedError(f"search: scheduler={name}: {_NO_PAUSES}")
@@ -171,7 +172,7 @@ def scheduler_of(scheduler: str | TrialScheduler | None, grace_steps: int, reduc
     """Ray's scheduler."""
     if isinstance(scheduler, MedianStoppingRule):
         # While it knows too few trials it would pause one as soon as another waits, and start its run again later.
-        scheduler._min_time_slice = math.inf
+        ray_compat.set_time_slice(scheduler, math.inf)
     if scheduler != "asha":
         return scheduler
     # A trial ends by itself at its last step; the rungs beyond are never reached.
@@ -184,11 +185,11 @@ def seen_by(scheduler: Any) -> list[list[dict[str, float]]] | None:
     """What ASHA has seen: trial -> metric, by bracket and rung. Ray Tune does not keep it. None of other schedulers."""
     if not isinstance(scheduler, ASHAScheduler):
         return None
-    return [[dict(recorded) for _, recorded in bracket._rungs] for bracket in scheduler._brackets]
+    return [[dict(recorded) for recorded in rungs] for rungs in ray_compat.rungs_of(scheduler)]
 
 
 def show_again(scheduler: Any, seen: Sequence[Sequence[Mapping[str, float]]]) -> None:
     """Let ASHA know what one with the same settings had seen."""
-    for bracket, rungs in zip(scheduler._brackets, seen, strict=True):
-        for (_, recorded), known in zip(bracket._rungs, rungs, strict=True):
+    for own, rungs in zip(ray_compat.rungs_of(scheduler), seen, strict=True):
+        for recorded, known in zip(own, rungs, strict=True):
             recorded.update(known)

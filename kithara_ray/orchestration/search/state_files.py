@@ -21,4 +21,8 @@ class WholeFiles(LocalFileSystem):
     """What is written has another name until it is closed."""
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
+        """A file of another name where one is written.
+
+        Needed because this is the method that fsspec asks file systems to define; its public `open` calls it.
+        """
         return AtomicFile(path) if mode == "wb" else super()._open(path, mode, block_size, **options)

@@ -15,12 +15,12 @@ from typing import Any
 
 import ray
 import ray.tune
-from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.checkpoint.run_files import CHECKPOINTS
 from kithara_ray.errors import ClusterError, ConfigError, DivergedError, KitharaRayError, TrainingError
+from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.search.spaces import plain
 from kithara_ray.redact import redact
@@ -59,7 +59,7 @@ class TrialSettings:
 def workers_of(trainer: Any) -> tuple:
     """What a Trainer asks the cluster for; alike for trials that take equal room."""
     scaling = trainer.scaling_config
-    needs = tuple(sorted(scaling._resources_per_worker_not_none.items()))
+    needs = tuple(sorted(ray_compat.resources_per_worker(scaling).items()))
     return scaling.num_workers, needs, scaling.topology, scaling.accelerator_type
 
 
@@ -180,7 +180,7 @@ def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
         ray.tune.report(last)
 
     # Beside the driver of a submitted job, on a node that may have no CPU to give.
-    return ray.tune.with_resources(trial, ray.tune.PlacementGroupFactory([{HEAD_NODE_RESOURCE_NAME: _SLIVER}]))
+    return ray.tune.with_resources(trial, ray.tune.PlacementGroupFactory([{ray_compat.HEAD_NODE_RESOURCE: _SLIVER}]))
 
 
 def _watched(driver: ray.actor.ActorHandle, point: Mapping[str, Any], directory: str, metric: str) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""Mappings and sets whose keys are compared by identity, for objects that cannot be hashed or compared.
+
+A Keras variable compares its elements and has no hash, so it cannot be a key of a dict. A dict keyed by `id(variable)`
+can, but its numbers do not say what they stand for, and Python gives the number of a deleted object to the next one.
+These hold the objects themselves, in the order in which they were added.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
+from typing import Any, Generic, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class IdentityMap(MutableMapping[K, V], Generic[K, V]):
+    """A dict whose keys are equal where they are the same object.
+
+    Example: `IdentityMap((port.variable, port) for port in ports)[layer.kernel]` is the port of that kernel.
+    """
+
+    def __init__(self, pairs: Mapping[K, V] | Iterable[tuple[K, V]] = ()):
+        self._entries: dict[int, tuple[K, V]] = {}
+        for key, value in pairs.items() if isinstance(pairs, Mapping) else pairs:
+            self[key] = value
+
+    def __getitem__(self, key: K) -> V:
+        try:
+            return self._entries[id(key)][1]
+        except KeyError:
+            raise KeyError(f"{_shown(key)} is none of the {len(self)} keys") from None
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self._entries[id(key)] = (key, value)
+
+    def __delitem__(self, key: K) -> None:
+        del self._entries[id(key)]
+
+    def __contains__(self, key: object) -> bool:
+        return id(key) in self._entries
+
+    def __iter__(self) -> Iterator[K]:
+        return (key for key, _ in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __or__(self, other: "IdentityMap[K, V]") -> "IdentityMap[K, V]":
+        return IdentityMap([*self.items(), *other.items()])
+
+    # Two maps are equal where they are the same: Mapping's own comparison would hash the keys.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"IdentityMap({[_shown(key) for key in self]})"
+
+
+class IdentitySet(Set[K], Generic[K]):
+    """A set whose elements are equal where they are the same object."""
+
+    def __init__(self, elements: Iterable[K] = ()):
+        self._elements = IdentityMap((element, None) for element in elements)
+
+    def __contains__(self, element: object) -> bool:
+        return element in self._elements
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._elements)
+
+    def __len__(self) -> int:
+        return len(self._elements)
+
+    def __repr__(self) -> str:
+        return f"IdentitySet({[_shown(element) for element in self]})"
+
+
+def _shown(key: Any) -> str:
+    """The path of a Keras variable or layer, else its name or type: their repr may print all values."""
+    return next((str(name) for field in ("path", "name") if (name := getattr(key, field, None))), type(key).__name__)

@@ -1,0 +1,58 @@
+"""The private names of Ray Train: see `ray_compat`, of which this is the part that imports Ray Train.
+
+Two classes turn private hooks of Ray Train into public methods; what a run does there is in `jax_trainer`.
+"""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.jax import JaxTrainer
+from ray.train.v2.jax.config import _JaxBackend as JaxBackend
+
+__all__ = ["HookedJaxTrainer", "JaxBackend", "error_of_worker", "preemption_notice"]
+
+# `JaxBackend`, Ray's own, is needed as a base class: `JaxConfig` is public and what it starts on the workers is not.
+
+
+class HookedJaxTrainer(JaxTrainer):
+    """Ray's JaxTrainer without its data-sharing actor, and with a say in what an interrupt does."""
+
+    def on_sigint(self, controller: ray.actor.ActorHandle) -> None:
+        """Handle one SIGINT of the driver, in a signal handler."""
+        raise NotImplementedError
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Ray's callbacks without the actor by which workers share datasets: here each worker reads its own rows.
+
+        Needed because `RunConfig(callbacks=...)` adds callbacks and takes none away.
+        """
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
+        """Hand SIGINT to `on_sigint`.
+
+        Needed because Ray's own handler aborts at the first signal and loses what was trained since the last save.
+        """
+        on_interrupt: Callable = lambda signum, frame: self.on_sigint(controller)  # noqa: E731
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+def preemption_notice() -> Any:
+    """What Ray has told this worker about nodes of the run that will go; None while none will.
+
+    Needed because `ray.train.get_preemption_info()` is a barrier of all ranks, by way of an actor; what this process
+    knows is enough.
+    """
+    return get_train_context().preemption_context.preemption_info
+
+
+def error_of_worker(failure: BaseException) -> BaseException:
+    """The exception that a worker raised, out of the wrapper that Ray Train puts around it.
+
+    Needed to name the cause of a failed run; the wrapper's text is a whole traceback.
+    """
+    return getattr(failure, "_base_exc", failure)
