@@ -39,6 +39,7 @@ from kithara_ray.orchestration.worker.heartbeat import Limits
 from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec, StepSpec
 from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.storage.places import Place
 from kithara_ray.storage.urls import absolute, is_url, join
 from kithara_ray.train.optimizer_config import portable
 
@@ -202,10 +203,12 @@ class Trainer:
                 manifest.write_report(coordinator, {"events": _events_so_far(coordinator), "samples": samples.rows})
                 raise
         events, summary = remote_get(coordinator.events.remote(0)), ended.return_value
-        result = result_of(events, ended.path, summary)
+        # Ray names a directory on an object store without its scheme.
+        directory = ended.path if Place(spec.directory).is_local else spec.directory
+        result = result_of(events, directory, summary)
         told = self._described(coordinator, manifest, result, summary)
         self.model.run, self.model.run_directory = told | about(spec, events), manifest.directory
-        where = self._take(coordinator, spec, summary, manifest.directory or ended.path)
+        where = self._take(coordinator, spec, summary, directory)
         samples.take("after")
         manifest.write_report(coordinator, {"events": one_history(events), "samples": samples.rows})
         raise_for_end(summary, where)
