@@ -160,6 +160,7 @@ def test_a_coordinator_that_is_started_again_has_all_in_the_end(undisturbed, tin
     ended, (_, expected) = train(spec, before_step=restart), undisturbed
     assert ended.events[0]["kind"] == "step"
     assert losses(ended) == losses(expected)
+    assert sorted(losses(ended)) == list(range(1, STEPS + 1))
     channel.coordinator = Coordinator()  # once more, after it was sent everything
     assert_same(ended.adapter, expected.adapter)
 
