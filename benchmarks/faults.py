@@ -153,7 +153,7 @@ def meet(run, directory: Path, fault: dict, again: bool = False) -> None:
     import ray
 
     if who == "coordinator":
-        coordinator = run.spec.coordinator
+        coordinator = run.spec.channel.coordinator
         pid = ray.get(coordinator.__ray_call__.remote(lambda self: os.getpid()))
         os.kill(pid, signal.SIGKILL)
         threading.Thread(target=wait_for_answer, args=(coordinator, pid, directory), daemon=True).start()
@@ -183,11 +183,11 @@ def driver(out: Path, fault: dict) -> None:
     import numpy as np
     import ray
     import tiny
+    from loops import use
     from ray.cluster_utils import Cluster
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     import kithara_ray
-    from kithara_ray.orchestration import trainer as trainers
 
     cluster = None
     if fault["who"] == "node":
@@ -204,7 +204,7 @@ def driver(out: Path, fault: dict) -> None:
         threading.Thread(target=wait_then_kill, daemon=True).start()
     else:
         ray.init("local", num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    trainers.train_loop = make_loop(str(out), fault)
+    use(make_loop(str(out), fault))
     directory = str(out / "model")
     model = kithara_ray.KerasHubModel.from_preset(directory, lora_rank=4, lora_dropout=0.1, precision="float32")
     data = kithara_ray.SFTDataset(tiny.rows(22), tokenizer_handle=directory)

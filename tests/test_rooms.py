@@ -9,6 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kithara_ray"
 HEAVY = {"jax", "keras", "keras_hub", "ray", "torch", "tensorflow"}
+# What a worker imports by path, after its process was set up.
+WORKERS_OWN = {f"kithara_ray.orchestration.{name}" for name in ("worker.run", "worker.start", "decoding")}
 # Rooms of what is imported -> what its import must not load. Each is tried in a process of its own.
 LIGHT = {
     "kithara_ray": (["kithara_ray"], HEAVY),
@@ -31,8 +33,8 @@ LIGHT = {
     "callbacks": (["kithara_ray.callbacks"], HEAVY | {"tensorboardX", "wandb", "mlflow"}),
     "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
     "orchestration, on the driver": (
-        [f"kithara_ray.orchestration.{name}" for name in ("trainer", "model", "results", "search.search")],
-        {"keras", "keras_hub", "torch", "tensorflow"},
+        [f"kithara_ray.orchestration.{name}" for name in ("trainer", "model", "results", "generator", "search.search")],
+        {"keras", "keras_hub", "torch", "tensorflow", *WORKERS_OWN},
     ),
 }
 # Room -> the rooms that it may import, besides itself. A room of rooms is listed with its own rooms inside.
@@ -182,6 +184,12 @@ def test_a_turned_arrow_is_seen():
 def test_orchestration_alone_imports_ray():
     users = {room_of(_name(file)).partition(".")[0] for file in PACKAGE.rglob("*.py") if _imports_ray(file)}
     assert users <= {"orchestration", "config", "tune"}
+
+
+def test_a_rank_knows_the_cluster_by_its_channel_alone():
+    """The callbacks' own metrics are Ray's."""
+    worker = PACKAGE / "orchestration" / "worker"
+    assert {file.stem for file in worker.glob("*.py") if _imports_ray(file)} == {"callback_runner"}
 
 
 def _imports_ray(file: Path) -> bool:

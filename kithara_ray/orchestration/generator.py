@@ -8,8 +8,13 @@ import numpy as np
 import ray
 
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.model import runtime
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
+from kithara_ray.orchestration.worker.entry import Entry, Loop, imported
 from kithara_ray.sharding.shape import MeshShape
+
+# What every worker of a group runs, imported there. Tests put a loop of their own.
+GENERATE_LOOP: str | Loop = "kithara_ray.orchestration.decoding:generate_loop"
 
 
 @dataclass(frozen=True)
@@ -52,73 +57,22 @@ class GroupSpec:
 
 
 class Generator:
-    """Holds one loaded model and continues prompts with it. Of a group, all ranks hold one and are asked together."""
+    """An actor's model, or this process' own: loads it and continues prompts with it."""
 
     def __init__(self, weights: Weights, mesh: MeshShape | None = None):
-        from kithara_ray.hf.fetch import fetch
-        from kithara_ray.model import runtime
-
         runtime.prepare()
-        from kithara_ray.hf.checkpoint import BaseCheckpoint
-        from kithara_ray.model.causal_lm import build
-        from kithara_ray.model.generate import Decoder
-        from kithara_ray.sharding.mesh import make_mesh
-
-        checkpoint = BaseCheckpoint.open(fetch(weights.base))
-        lora = weights.lora if weights.adapter is not None else None
-        self.model = build(checkpoint.config, lora, make_mesh(mesh), weights.precision, scan=False)
-        factors = self.model.place_factors(weights.adapter) if lora is not None else {}
-        self.frozen = self.model.load(checkpoint)
-        self._decoder = Decoder(self.model, factors, self.frozen)
-        self._stop = _eos_of(checkpoint)
+        self._decoding = imported("kithara_ray.orchestration.decoding:Decoding")(weights, mesh)
 
     def generate(self, request: Request) -> list[str] | list[list[int]]:
         """See `KerasHubModel.generate`."""
-        from kithara_ray.sft.tokens.prompts import prompt_ids
-        from kithara_ray.sft.tokens.tokenizer import load_tokenizer
-
-        tokenizer, stop_token_ids = request.tokenizer, request.stop_token_ids
-        tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        prompts = prompt_ids(request.inputs, tokenizer)
-        if stop_token_ids == "auto":
-            stop_token_ids = sorted(
-                {*self._stop, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
-            )
-        rows = self._decoder.greedy(prompts, request.max_length, tuple(stop_token_ids))
-        if request.strip_prompt:
-            rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-        if not request.return_decoded:
-            return rows
-        return [tokenizer.decode(row, skip_special_tokens=request.skip_special_tokens) for row in rows]
-
-
-def generate_loop(config: dict[str, GroupSpec]) -> list[str] | list[list[int]]:
-    """Ray Train's `train_loop_per_worker`: load, answer, end. What rank 0 returns is the answer."""
-    spec = config["spec"]
-    from kithara_ray.model import runtime
-
-    runtime.prepare()
-    runtime.keep_compiled(spec.platform)
-    from kithara_ray.orchestration.cluster import process_setup
-
-    process_setup.check_process_group(spec.num_workers, spec.platform)
-    return Generator(spec.weights, spec.mesh).generate(spec.request)
+        return self._decoding.generate(request)
 
 
 def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape | None):
-    """`generate_loop` in every worker of a group; what rank 0 answers."""
+    """`GENERATE_LOOP` in every worker of a group; returns what rank 0 answers."""
     group.wait()
     spec = GroupSpec(weights, request, mesh, group.platform, group.num_workers)
-    return group.run(generate_loop, {"spec": spec}).return_value
-
-
-def _eos_of(checkpoint) -> list[int]:
-    import json
-
-    path = checkpoint.directory / "generation_config.json"
-    stop = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    stop = checkpoint.config.get("eos_token_id") if stop is None else stop
-    return [stop] if isinstance(stop, int) else list(stop or [])
+    return group.run(Entry(GENERATE_LOOP), {"spec": spec}).return_value
 
 
 def start_generator(weights: Weights) -> ray.actor.ActorHandle:

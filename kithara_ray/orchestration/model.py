@@ -21,6 +21,9 @@ from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
+from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
+from kithara_ray.orchestration.head import adapters
+from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import start_coordinator
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage.urls import absolute
@@ -260,17 +263,30 @@ class KerasHubModel:
         coordinator, options = self.coordinator(), request.options | {"run": self.run}
         if self.lora is None:
             what = (self.preset_handle, self.trained, request.output_dir)
-            export = coordinator.export_trained.remote(*what, **options)
+            written = remote_get(coordinator.export_trained.remote(*what, **options))
         else:
-            what = (self.preset_handle, self.lora, self.adapter, request.output_dir, request.layout)
-            export = coordinator.export.remote(*what, check_logits=check_logits, **options)
-        written = remote_get(export)
+            written = self._export_adapter(coordinator, request, options)
         if self.run_directory is not None:
             try:
                 ray.get(coordinator.add_export.remote(self.run_directory, written), timeout=120)
             except Exception as error:  # the export is there and proven
                 logger.warning("the report in %s was not told of %s: %s", self.run_directory, written, error)
         return written
+
+    def _export_adapter(
+        self, coordinator: ray.actor.ActorHandle, request: ExportRequest, options: dict[str, Any]
+    ) -> str:
+        max_files = options.pop("max_files")
+
+        def export(adapter: AdapterRef) -> ray.ObjectRef:
+            where = (request.output_dir, request.layout, max_files, request.check_logits)
+            return coordinator.export.remote(AdapterExport(adapter, *where, options))
+
+        return adapters.ask(export, self.adapter_ref(self.run_directory), self.adapter)
+
+    def adapter_ref(self, directory: str | None) -> AdapterRef:
+        """What the coordinator knows the adapter by; `directory` is the run's."""
+        return AdapterRef(self.preset_handle, self.lora, adapters.digest_of(self.adapter), directory)
 
     def check_destination(self, output_dir: str) -> None:
         """Ask before a long training whether `save_in_hf_format` could write there: the head node's credentials are
@@ -341,7 +357,6 @@ class KerasHubModel:
         start_ray()
         if tokenizer is not None and tokenizer_handle is not None:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
-        from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
 
         weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
         request = Request(

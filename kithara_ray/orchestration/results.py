@@ -19,8 +19,8 @@ class TrainResult:
             step_time_s, input_wait_s (a step), epoch; on a TPU also mfu, hbm_bytes and hbm_limit_bytes of rank 0.
         eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
-        path: the run's directory on the head node; `adapter/` in it is the trained PEFT adapter, or `model/` the
-            trained weights as a Hugging Face model, in the dtype that they were trained in;
+        path: the run's directory, on the head node or a URL; `adapter/` in it is the trained PEFT adapter, or
+            `model/` the trained weights as a Hugging Face model, in the dtype that they were trained in;
             run.json says what the run was made of.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: why the run ended: "steps", "early_stopping", "callback" (one asked for it) or "interrupt".

@@ -26,23 +26,29 @@ from kithara_ray.orchestration.data.pipeline import tokenize
 from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
 from kithara_ray.orchestration.driver.samples import Samples
+from kithara_ray.orchestration.head import adapters
+from kithara_ray.orchestration.head.ray_channel import RayChannel
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.preflight import checks, memory_fit
 from kithara_ray.orchestration.results import TrainResult, about, raise_for_end, result_of
 from kithara_ray.orchestration.worker import callback_runner
+from kithara_ray.orchestration.worker.channel import AdapterSpec
+from kithara_ray.orchestration.worker.entry import Entry, Loop
 from kithara_ray.orchestration.worker.event_log import Event, one_history
 from kithara_ray.orchestration.worker.heartbeat import Limits
-from kithara_ray.orchestration.worker.run import train_loop
 from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec, StepSpec
 from kithara_ray.sharding.shape import MeshShape
-from kithara_ray.storage.urls import absolute, join
+from kithara_ray.storage.places import Place
+from kithara_ray.storage.urls import absolute, is_url, join
 from kithara_ray.train.optimizer_config import portable
 
 logger = logging.getLogger(__name__)
 
 # A process tells each second that it is there; one that is frozen, or whose host is, tells nothing.
 _SILENCE_TIMEOUT_S = 60.0
+# What every worker runs, imported there; the driver needs none of it. Tests put a loop of their own.
+TRAIN_LOOP: str | Loop = "kithara_ray.orchestration.worker.run:train_loop"
 
 
 class Trainer:
@@ -191,16 +197,18 @@ class Trainer:
         with Progress(coordinator, enabled=self.progress) as progress:
             spec = self._prepared(coordinator, manifest, exports, samples, progress)
             try:
-                ended = self.group.run(train_loop, {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
+                ended = self.group.run(Entry(TRAIN_LOOP), {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
             except BaseException as error:
                 manifest.end(coordinator, "failed", error=f"{type(error).__name__}: {error}")
                 manifest.write_report(coordinator, {"events": _events_so_far(coordinator), "samples": samples.rows})
                 raise
         events, summary = remote_get(coordinator.events.remote(0)), ended.return_value
-        result = result_of(events, ended.path, summary)
+        # Ray names a directory on an object store without its scheme.
+        directory = ended.path if Place(spec.directory).is_local else spec.directory
+        result = result_of(events, directory, summary)
         told = self._described(coordinator, manifest, result, summary)
         self.model.run, self.model.run_directory = told | about(spec, events), manifest.directory
-        where = self._take(coordinator, spec, summary, ended.path)
+        where = self._take(coordinator, spec, summary, directory)
         samples.take("after")
         manifest.write_report(coordinator, {"events": one_history(events), "samples": samples.rows})
         raise_for_end(summary, where)
@@ -246,17 +254,20 @@ class Trainer:
     def _take(
         self, coordinator: ray.actor.ActorHandle, spec: RunSpec, summary: Mapping[str, Any], directory: str
     ) -> str:
-        """What was trained, out of the coordinator's hands into the model's; where it is written."""
-        if self.model.lora is None:
-            self.model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
+        """Hand what was trained from the coordinator to the model; returns where it is written.
+
+        Args:
+            directory: the run's. One that only the user's own file system reaches gets no adapter.
+        """
+        model = self.model
+        if model.lora is None:
+            model.set_trained(remote_get(coordinator.publish_weights.remote(spec.num_workers)))
             return directory
-        saved = summary.get("checkpoint")
-        tensors = remote_get(coordinator.adapter.remote(summary["shapes"], spec.num_workers, saved))
-        self.model.set_adapter(tensors)
-        path = os.path.join(directory, "adapter")
-        if "://" not in path:
-            remote_get(coordinator.write_adapter.remote(path, self.model.lora, tensors, self.model.preset_handle))
-        return path
+        made = AdapterSpec(model.preset_handle, model.lora, summary["shapes"], spec.num_workers)
+        model.set_adapter(remote_get(coordinator.adapter.remote(made, summary.get("checkpoint"))))
+        if not (is_url(directory) or os.path.isabs(directory)):
+            return directory
+        return adapters.ask(coordinator.write_adapter.remote, model.adapter_ref(directory), model.adapter)
 
     def _spec(self, coordinator: ray.actor.ActorHandle, settings: Mapping[str, Any], called: float) -> RunSpec:
         """Tokenises the data. called: when `train()` was, in seconds since the epoch."""
@@ -294,7 +305,7 @@ class Trainer:
             plan=None,
             called=called,
             submitted=time.time(),
-            coordinator=coordinator,
+            channel=RayChannel(coordinator),
         )
 
     def _data(self, loader: Dataloader, micro_batches: int = 1) -> DataSpec:

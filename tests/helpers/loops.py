@@ -1,17 +1,19 @@
-"""The workers' own loop with something done to it on the way: for `kithara_ray.orchestration.trainer.train_loop`.
+"""The workers' own loop with something done to it on the way; `use` puts it in the place of a run's own.
 
 What a loop is given is called on every rank with the `Run`, in the worker's process: it is pickled by value there, and
 what it needs is imported inside it.
 """
 
+import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+
+from kithara_ray import Callback
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -24,7 +26,7 @@ def loop_with(
     after_step: Callable[[Any, Mapping], Mapping | None] = lambda run, metrics: None,
     trained: Callable[[Any], None] = lambda run: None,
 ) -> Callable[[dict], Any]:
-    """A `train_loop`.
+    """A loop for `use`.
 
     Args:
         begun: before the model is built. built: before the first step. trained: after the last.
@@ -33,27 +35,42 @@ def loop_with(
     """
 
     def loop(config):
-        from kithara_ray.model import runtime
-        from kithara_ray.orchestration.worker.run import Run
+        from kithara_ray.orchestration.worker.run import Run, carry_out
 
-        runtime.prepare()
-        run = Run(config["spec"], time.monotonic())
+        run = Run(config["spec"], config["started"])
         begun(run)
-        run.build()
-        built(run)
-        compiled = getattr(run, "step", None)
+        build, train = run.build, run.train
 
-        def step(*arguments):
-            before_step(run)
-            state, metrics = compiled(*arguments)
-            return state, after_step(run, metrics) or metrics
+        def building():
+            build()
+            built(run)
+            compiled = getattr(run, "step", None)
 
-        run.step = step
-        run.train()
-        trained(run)
-        return run.finish()
+            def step(*arguments):
+                before_step(run)
+                state, metrics = compiled(*arguments)
+                return state, after_step(run, metrics) or metrics
+
+            run.step = step
+
+        def training():
+            train()
+            trained(run)
+
+        run.build, run.train = building, training
+        return carry_out(run)
 
     return loop
+
+
+def use(loop: Callable[[dict], Any], patch: Any = None) -> None:
+    """All runs that this process starts have this loop; until `patch`, a MonkeyPatch, is undone, if there is one."""
+    from kithara_ray.orchestration import trainer
+
+    if patch is None:
+        trainer.TRAIN_LOOP = loop
+    else:
+        patch.setattr(trainer, "TRAIN_LOOP", loop)
 
 
 def logits_of(run: Any, tokens: np.ndarray) -> np.ndarray:
@@ -79,3 +96,40 @@ def writes_logits(path: Path, tokens: np.ndarray) -> Callable[[Any], None]:
             np.save(path, logits)
 
     return write
+
+
+class Recorder(Callback):
+    """Writes down what it is told, a line of JSON each; may ask to stop at a step, or raise there."""
+
+    def __init__(self, path: Path, stop_at: int = -1, raise_at: int = -1, required: bool = True):
+        self.path, self.stop_at, self.raise_at, self.required = path, stop_at, raise_at, required
+
+    def _note(self, what, *values):
+        with self.path.open("a") as stream:
+            stream.write(json.dumps([what, *values]) + "\n")
+
+    def on_start(self, run):
+        import jax
+
+        self._note("start", jax.process_index(), run.name, run.step, run.total_steps, run.settings)
+
+    def on_step(self, run, step, metrics):
+        self._note("step", step, metrics)
+        if step == self.raise_at:
+            raise ValueError("the moon is full")
+        if step == self.stop_at:
+            run.stop()
+
+    def on_eval(self, run, step, metrics):
+        self._note("eval", step, metrics)
+
+    def on_checkpoint(self, run, step, path):
+        self._note("checkpoint", step, path)
+
+    def on_end(self, run, outcome, error):
+        self._note("end", outcome, error)
+
+
+def noted(path: Path, what: str) -> list[list]:
+    """What a Recorder was told of one kind, in turn."""
+    return [row[1:] for row in map(json.loads, path.read_text().splitlines()) if row[0] == what]

@@ -9,7 +9,7 @@ import pytest
 import ray
 import tiny
 import torch
-from loops import loop_with, writes_logits
+from loops import loop_with, use, writes_logits
 from peft import PeftModel
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,7 +79,7 @@ def trained(request, cluster, tiny_models, tmp_path_factory):
     directory = tiny_models[request.param]
     out = tmp_path_factory.mktemp(f"trained-{request.param}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kithara_ray.orchestration.trainer.train_loop", train_then_write_logits(out / "logits.npy"))
+        use(train_then_write_logits(out / "logits.npy"), patch)
         model, result = run(directory, out / "runs", workers=2, devices=2, rows_per_device=2, targets=LAYERS)
     model.save_in_hf_format(out / "adapter", only_save_adapters=True)
     model.save_in_hf_format(out / "both", only_save_adapters=False, save_adapters_separately=True)
@@ -159,8 +159,7 @@ def test_generate_is_transformers_greedy(trained):
 def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, monkeypatch):
     """Computed on the base as int8; exported for, and merged into, the base as it is."""
     directory, targets = tiny_models["llama"], r".*(q|up|down)_proj"
-    loop = train_then_write_logits(tmp_path / "logits.npy")
-    monkeypatch.setattr("kithara_ray.orchestration.trainer.train_loop", loop)
+    use(train_then_write_logits(tmp_path / "logits.npy"), monkeypatch)
     options = dict(use_dora=True, quantize="int8")
     model, result = run(directory, tmp_path / "runs", 2, 2, 2, targets=targets, options=options)
     assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]

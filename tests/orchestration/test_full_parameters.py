@@ -10,7 +10,7 @@ import pytest
 import ray
 import tiny
 import torch
-from loops import loop_with, writes_logits
+from loops import loop_with, use, writes_logits
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,7 +66,7 @@ def trained(request, cluster, tiny_models, tmp_path_factory):
         AutoModelForCausalLM.from_pretrained(tiny_models["llama"]).save_pretrained(directory, max_shard_size="150KB")
     model = KerasHubModel.from_preset(str(directory), precision="float32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kithara_ray.orchestration.trainer.train_loop", train_then_write_logits(out / "logits.npy"))
+        use(train_then_write_logits(out / "logits.npy"), patch)
         result = train(model, out / "runs")
     model.save_in_hf_format(out / "export")
     yield directory, out, model, result
@@ -110,15 +110,12 @@ def test_generate_goes_on_from_the_trained_weights(trained):
 
 
 def generate_where_weights_cross_processes(config):
-    from kithara_ray.model import runtime
-
-    runtime.prepare()
-    from kithara_ray.orchestration.generator import Generator
+    from kithara_ray.orchestration.decoding import Decoding
 
     spec = config["spec"]
-    generator = Generator(spec.weights, spec.mesh)
-    assert any(not array.is_fully_addressable for array in generator.frozen)
-    return generator.generate(spec.request)
+    decoding = Decoding(spec.weights, spec.mesh)
+    assert any(not array.is_fully_addressable for array in decoding.frozen)
+    return decoding.generate(spec.request)
 
 
 def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
@@ -126,7 +123,7 @@ def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
     directory, out, model, _ = trained
     if "gemma2" in str(out):
         pytest.skip("once is enough: tests/model/test_generate.py has the families and meshes")
-    monkeypatch.setattr("kithara_ray.orchestration.generator.generate_loop", generate_where_weights_cross_processes)
+    monkeypatch.setattr("kithara_ray.orchestration.generator.GENERATE_LOOP", generate_where_weights_cross_processes)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     chat = [{"role": "user", "content": "seven"}]

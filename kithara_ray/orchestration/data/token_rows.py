@@ -3,20 +3,9 @@
 from collections import OrderedDict
 
 import numpy as np
-import ray
 
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
-
-# Of blocks that a process keeps mapped, at most.
-_KEPT_BYTES = 2**28
-
-
-def _kept_bytes() -> int:
-    """An eighth of this node's object store at most: several processes may share it."""
-    here = ray.get_runtime_context().get_node_id()
-    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
-    return min(_KEPT_BYTES, int(resources.get("object_store_memory", _KEPT_BYTES * 8)) // 8)
 
 
 class Rows:
@@ -27,7 +16,7 @@ class Rows:
     """
 
     def __init__(self, store: TokenStore, kept_bytes: int | None = None):
-        self.store, self.kept_bytes = store, _kept_bytes() if kept_bytes is None else kept_bytes
+        self.store, self.kept_bytes = store, store.kept_bytes() if kept_bytes is None else kept_bytes
         self._blocks: OrderedDict[int, tuple[TokenizedBlock, np.ndarray]] = OrderedDict()
         self._bytes = 0
 
@@ -46,7 +35,7 @@ class Rows:
 
     def _block(self, number: int) -> tuple[TokenizedBlock, np.ndarray]:
         if number not in self._blocks:
-            block = ray.get(self.store.blocks[number])
+            block = self.store.block(number)
             self._blocks[number] = (block, np.cumsum(block.lengths))
             self._bytes += block.nbytes
             while self._bytes > self.kept_bytes and len(self._blocks) > 1:

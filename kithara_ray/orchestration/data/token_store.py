@@ -15,6 +15,7 @@ import ray
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data.sources import COUNTS
+from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.batches.buckets import bucket_lengths
 from kithara_ray.sft.batches.order import Part
 
@@ -24,6 +25,8 @@ _CPU_LENGTH_MULTIPLE = 8
 # Room for predictions in a pack, over the mean: the head's work grows with it, and rows with much to learn fill it
 # before the tokens' room. Of real chat pairs in packs of 1,024, a margin of 1.15 fills 85 to 94 %, 1.5 98 %.
 _PREDICTIONS_MARGIN = 1.5
+# Of blocks that a process keeps mapped, at most.
+_KEPT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,17 @@ class TokenStore:
     @property
     def num_rows(self) -> int:
         return len(self.lengths)
+
+    def block(self, number: int) -> TokenizedBlock:
+        """One of the blocks; its arrays are the object store's own memory, mapped."""
+        return ray.get(self.blocks[number])
+
+    def kept_bytes(self) -> int:
+        """Bytes of blocks that one process may keep mapped: at most an eighth of this node's object store, which
+        several processes share."""
+        here = ray.get_runtime_context().get_node_id()
+        resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        return min(_KEPT_BYTES, int(resources.get("object_store_memory", _KEPT_BYTES * 8)) // 8)
 
     def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
         """The shapes (T, K) that batches may have, ascending; the last holds every row.

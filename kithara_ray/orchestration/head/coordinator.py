@@ -13,24 +13,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.checkpoint.disk_format import Checkpoint
 from kithara_ray.errors import ExportError
-from kithara_ray.hf.adapter import Adapter, LoraConfig
+from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.exports.card import split_reference
-from kithara_ray.hf.exports.export import Layout, export
+from kithara_ray.hf.exports.export import export
 from kithara_ray.hf.exports.trained import TensorSlice
 from kithara_ray.hf.exports.trained_export import Receiver, export_trained
 from kithara_ray.hf.publish import publish
 from kithara_ray.orchestration.cluster.remote import head_node_id
 from kithara_ray.orchestration.driver import run_manifest
+from kithara_ray.orchestration.head import adapters
+from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef, Tensors
 from kithara_ray.orchestration.head.export_tasks import prove_logits_here, write_on_cluster
 from kithara_ray.orchestration.head.snapshot_writer import SnapshotWriter
 from kithara_ray.orchestration.head.watchdog import Watch
+from kithara_ray.orchestration.worker.channel import AdapterSpec, Event, SnapshotPart, WeightsSpec
 from kithara_ray.orchestration.worker.heartbeat import BEAT_S, Beat, Limits
 from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.report import files as report
@@ -56,8 +57,9 @@ class Coordinator:
     @_asked_again
     def start_run(self) -> None:
         """Forget what an earlier run has sent."""
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._shards: dict[int, list[Shard]] = {}
+        self._adapter: Tensors | None = None
         self._forget_weights()
         self._snapshots = SnapshotWriter()
         self._watch: Watch | None = None
@@ -98,14 +100,14 @@ class Coordinator:
                 _kill.options(scheduling_strategy=on_node).remote(pid)
 
     @_asked_again
-    def record(self, event: dict[str, Any]) -> None:
+    def record(self, event: Event) -> None:
         """One event of rank 0: a logged step, a phase of start-up."""
         if event["kind"] == "begin":
             self._snapshots.forget()
         self._events.append(event)
 
     @_asked_again
-    def events(self, start: int) -> list[dict[str, Any]]:
+    def events(self, start: int) -> list[Event]:
         """The events from number `start` on."""
         return self._events[start:]
 
@@ -118,17 +120,15 @@ class Coordinator:
         """See `Snapshots.check`."""
         settings.check(may_resume)
 
-    def put_snapshot(self, step: int, rank: int, shards: list[Shard], destination: str, **about: Any) -> None:
+    def put_snapshot(self, part: SnapshotPart) -> None:
         """What one rank held of the adapter after a step; see `SnapshotWriter.put`."""
-        event = self._snapshots.put(step, rank, shards, destination, **about)
+        event = self._snapshots.put(part)
         if event is not None:
             self._events.append(event)
 
     @_asked_again
-    def adapter(
-        self, shapes: dict[str, tuple[int, ...]], num_ranks: int, saved: str | None = None
-    ) -> dict[str, np.ndarray]:
-        """The whole adapter, its shards checked to tile every tensor exactly once.
+    def adapter(self, spec: AdapterSpec, saved: str | None = None) -> Tensors:
+        """The whole trained adapter, kept for exports. The coordinator checks that its shards tile every tensor once.
 
         Args:
             saved: the run's last checkpoint, for a coordinator that was started again since the shards were sent.
@@ -136,15 +136,25 @@ class Coordinator:
         Raises:
             AdapterError: names the tensor, the slice and the rank.
         """
-        if len(self._shards) < num_ranks and saved is not None:
-            root, _, directory = saved.rpartition("/")
-            return Checkpoint.open(Place(root), directory).adapter()
-        return assemble(shapes, (shard for shards in self._shards.values() for shard in shards), num_ranks)
+        if self._adapter is None:
+            if len(self._shards) < spec.num_ranks and saved is not None:
+                root, _, directory = saved.rpartition("/")
+                self._adapter = Checkpoint.open(Place(root), directory).adapter()
+            else:
+                shards = (shard for shards in self._shards.values() for shard in shards)
+                self._adapter = assemble(spec.shapes, shards, spec.num_ranks)
+            self._shards = {}
+        return self._adapter
 
-    def begin_weights(self, base: str, names: list[str], dtype: str, directory: str) -> int:
-        """Make ready for trained weights, in a new directory below `directory`; what they are to be sent with."""
+    def write_adapter(self, adapter: AdapterRef) -> str:
+        """Write the trained adapter into the run's directory; returns where. Raises NotHeldError, DestinationError."""
+        return adapters.write_adapter(adapter, adapters.tensors_of(adapter, self._adapter))
+
+    def begin_weights(self, weights: WeightsSpec) -> int:
+        """Make ready for trained weights; returns the token that they are to be sent with."""
         self._forget_weights()
-        self._weights = Receiver(BaseCheckpoint.at(base), names, dtype, directory)
+        base = BaseCheckpoint.at(weights.base)
+        self._weights = Receiver(base, weights.names, weights.dtype, weights.directory)
         return self._weights.token
 
     def put_slice(self, token: int, part: TensorSlice) -> None:
@@ -176,31 +186,26 @@ class Coordinator:
         write = functools.partial(write_on_cluster, max_files=max_files)
         return export_trained(*opened, destination, base_name=base, write=write, **options)
 
-    def export(
-        self,
-        base: str,
-        config: LoraConfig,
-        tensors: dict[str, np.ndarray],
-        destination: str,
-        layout: Layout,
-        max_files: int | None = None,
-        check_logits: bool = False,
-        **options: Any,
-    ) -> str:
+    def export(self, order: AdapterExport) -> str:
         """Write one of the three layouts, each weight file in a task of its own; see `kithara_ray.hf.exports.export`.
 
-        Of a base on an object store or the Hub, headers are all that is read here. max_files: at once.
+        Of a base on an object store or the Hub, headers are all that is read here.
+
+        Raises:
+            NotHeldError: the adapter's tensors must be sent.
         """
-        checkpoint = BaseCheckpoint.at(base)
-        if check_logits:
+        base, config = order.adapter.base, order.adapter.config
+        tensors = adapters.tensors_of(order.adapter, self._adapter)
+        options = dict(order.options)
+        if order.check_logits:
             options["prove"] = functools.partial(prove_logits_here, base, config, tensors)
         return export(
-            checkpoint,
+            BaseCheckpoint.at(base),
             Adapter(config, tensors),
-            destination,
-            layout,
+            order.destination,
+            order.layout,
             base_name=base,
-            write=functools.partial(write_on_cluster, max_files=max_files),
+            write=functools.partial(write_on_cluster, max_files=order.max_files),
             **options,
         )
 
@@ -219,12 +224,6 @@ class Coordinator:
     def add_export(self, directory: str, destination: str) -> None:
         """Tell the report of an export."""
         report.add_export(directory, destination)
-
-    def write_adapter(self, directory: str, config: LoraConfig, tensors: dict[str, np.ndarray], base: str) -> None:
-        """The trained adapter into the run's directory."""
-        path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
-        Adapter(config, tensors).write(path, *split_reference(base))
 
 
 @ray.remote(num_cpus=0, max_retries=0)

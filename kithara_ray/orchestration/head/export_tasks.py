@@ -18,7 +18,9 @@ from kithara_ray.errors import ExportError, KitharaRayError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.part import Part, Written, write_part
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model import runtime
 from kithara_ray.orchestration.cluster.remote import head_node_id, remote_get
+from kithara_ray.orchestration.worker.entry import imported
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +61,8 @@ def prove_logits_here(base: str, config: LoraConfig, tensors: dict[str, np.ndarr
 
 def _prove_logits(base: str, config: LoraConfig, tensors: dict[str, np.ndarray], merged: Path) -> str:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from kithara_ray.model import runtime
-
     runtime.prepare()
-    from kithara_ray.model.proof import prove_logits
-
+    prove_logits = imported("kithara_ray.model.proof:prove_logits")
     return prove_logits(BaseCheckpoint.open(base), config, tensors, merged)
 
 

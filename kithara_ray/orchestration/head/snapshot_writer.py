@@ -2,13 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Mapping
 from typing import Any
 
 from kithara_ray.errors import KitharaRayError
-from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
+from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout, export
+from kithara_ray.orchestration.worker.channel import SnapshotPart
 from kithara_ray.sharding.gather import Shard, assemble
 from kithara_ray.storage.places import Place
 
@@ -20,39 +20,41 @@ class SnapshotWriter:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._shards: dict[int, dict[int, list[Shard]]] = {}
+        self._parts: dict[int, dict[int, SnapshotPart]] = {}
 
     def forget(self) -> None:
         """What an earlier attempt has sent."""
         with self._lock:
-            self._shards = {}
+            self._parts = {}
 
-    def put(
-        self,
-        step: int,
-        rank: int,
-        shards: list[Shard],
-        destination: str,
-        num_ranks: int,
-        shapes: Mapping[str, tuple[int, ...]],
-        config: LoraConfig,
-        base: str,
-    ) -> dict[str, Any] | None:
-        """One rank's slices. The last of a step has it written, and is told how that went: an event."""
+    def put(self, part: SnapshotPart) -> dict[str, Any] | None:
+        """Keep one rank's part. The last part of a step has the adapter written: returns an event that says how that
+        went."""
         with self._lock:
-            ranks = self._shards.setdefault(step, {})
-            ranks[rank] = shards
-            if len(ranks) < num_ranks:
+            ranks = self._parts.setdefault(part.step, {})
+            ranks[part.rank] = part
+            if len(ranks) < part.adapter.num_ranks:
                 return None
-            del self._shards[step]
-        event = {"kind": "export", "step": step, "path": destination, "error": None}
+            del self._parts[part.step]
+        event = {"kind": "export", "step": part.step, "path": part.destination, "error": None}
         try:
-            if ADAPTER_CONFIG in Place(destination).files(""):
-                return event  # of this run, before it was resumed
-            tensors = assemble(dict(shapes), [shard for held in ranks.values() for shard in held], num_ranks)
-            opened = BaseCheckpoint.at(base)
-            export(opened, Adapter(config, tensors), destination, Layout.ADAPTER, base_name=base, run={"step": step})
+            if ADAPTER_CONFIG not in Place(part.destination).files(""):  # else of this run, before it was resumed
+                _write(part, [shard for sent in ranks.values() for shard in sent.shards])
         except (KitharaRayError, OSError) as error:
-            logger.warning("the adapter of step %d was not written: %s", step, error)
+            logger.warning("the adapter of step %d was not written: %s", part.step, error)
             event["error"] = str(error)
         return event
+
+
+def _write(part: SnapshotPart, shards: list[Shard]) -> None:
+    """All ranks' shards as an adapter, described by any of their parts."""
+    adapter = part.adapter
+    tensors = assemble(adapter.shapes, shards, adapter.num_ranks)
+    export(
+        BaseCheckpoint.at(adapter.base),
+        Adapter(adapter.config, tensors),
+        part.destination,
+        Layout.ADAPTER,
+        base_name=adapter.base,
+        run={"step": part.step},
+    )

@@ -14,16 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import ray
+from kithara_ray.orchestration.worker.channel import Channel, Event
+from kithara_ray.orchestration.worker.heartbeat import Heart, Limits
 
-from kithara_ray.orchestration.worker.heartbeat import Beat, Heart, Limits
-
-Event = dict[str, Any]
 _FETCH_REPORT_S = 2.0
 
 
 class EventLog:
-    """One rank's events, its phases of start-up and its signs of life, told to the coordinator.
+    """One rank's events, its phases of start-up and its signs of life, reported to the head.
 
     Attributes:
         phases: seconds of each phase.
@@ -35,12 +33,12 @@ class EventLog:
         phases: those that were over before there was a log.
     """
 
-    def __init__(self, rank: int, coordinator: ray.actor.ActorHandle, limits: Limits, phases: Mapping[str, float]):
+    def __init__(self, rank: int, channel: Channel, limits: Limits, phases: Mapping[str, float]):
         self.rank, self.phases = rank, dict(phases)
         self.events: list[Event] = []
         self.also: Callable[[Event], None] = lambda event: None
-        self.heart = Heart(rank, limits, self._send_beat)
-        self._coordinator, self._fetch_reported = coordinator, 0.0
+        self.heart = Heart(rank, channel.node_id, limits, channel.beat)
+        self._channel, self._fetch_reported = channel, 0.0
 
     def record(self, kind: str, **values: Any) -> None:
         """One event. All ranks record the same; rank 0's is told."""
@@ -52,9 +50,7 @@ class EventLog:
             self.events = list(values["events"])
         elif kind != "finished":
             self.events.append(event)
-        told = self._coordinator.record.remote(event)
-        if kind == "finished":
-            ray.get(told)
+        self._channel.record(event, wait=kind == "finished")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -74,9 +70,6 @@ class EventLog:
             self._fetch_reported = now
             self.heart.at("fetch")
             self.record("fetch", here=here, total=total)
-
-    def _send_beat(self, beat: Beat, limits: Limits) -> str | None:
-        return ray.get(self._coordinator.beat.remote(beat, limits), timeout=10)
 
 
 def one_history(events: list[Event]) -> list[Event]:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 BEAT_S = 1.0
 
 
@@ -63,14 +61,14 @@ class Beat:
 
 
 class Heart:
-    """A rank's thread that tells the coordinator what the rank is doing, and hears what it is asked to do.
+    """A rank's thread that tells the head what the rank is doing, and hears what it is asked to do.
 
     Args:
-        send: takes (Beat, Limits), returns what the coordinator asks of all ranks: "stop" or nothing.
+        node_id: where the rank runs.
+        send: takes (Beat, Limits), returns what the head asks of all ranks: "interrupt" or nothing.
     """
 
-    def __init__(self, rank: int, limits: Limits, send: Callable[[Beat, Limits], str | None]):
-        node_id = ray.get_runtime_context().get_node_id()
+    def __init__(self, rank: int, node_id: str, limits: Limits, send: Callable[[Beat, Limits], str | None]):
         self._who: dict[str, Any] = dict(rank=rank, host=socket.gethostname(), node_id=node_id, pid=os.getpid())
         self._limits, self._send = limits, send
         self._at = ("start", 0, time.monotonic())
@@ -98,5 +96,5 @@ class Heart:
         try:
             self.asked = self._send(beat, self._limits) or self.asked
         except Exception:
-            # The coordinator is away: Ray starts it again, and training needs it only at the end.
+            # The head does not answer: Ray starts its actor again, and training needs it only at the end.
             return

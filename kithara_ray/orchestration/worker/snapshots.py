@@ -5,14 +5,12 @@ happens there. An export that fails is told and does not end the run: the weight
 """
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import ray
 
 from kithara_ray.errors import DestinationError
 from kithara_ray.hf.publish import publish
+from kithara_ray.orchestration.worker.channel import AdapterSpec, Channel, SnapshotPart, Wait
 from kithara_ray.sharding.gather import Shard
 from kithara_ray.storage.places import Place
 from kithara_ray.storage.urls import join
@@ -44,23 +42,22 @@ def name_of(step: int) -> str:
 
 
 class SnapshotSender:
-    """One rank's part."""
+    """Sends one rank's part of each."""
 
-    def __init__(self, settings: Snapshots, coordinator: ray.actor.ActorHandle, rank: int, about: Mapping[str, Any]):
-        """about: num_ranks, shapes, config and base, as `SnapshotWriter.put` takes them."""
-        self._settings, self._coordinator, self._rank, self._about = settings, coordinator, rank, about
-        self._sent: ray.ObjectRef | None = None
+    def __init__(self, settings: Snapshots, channel: Channel, rank: int, adapter: AdapterSpec):
+        self._settings, self._channel, self._rank, self._adapter = settings, channel, rank, adapter
+        self._sent: Wait | None = None
 
     def after(self, step: int, shards: Callable[[], list[Shard]]) -> None:
         """Send what this rank holds, if it is time to. One at a time: a slow destination slows training down rather
         than to fill the head's memory."""
         if step % self._settings.every == 0:
             self.wait()
-            put = self._coordinator.put_snapshot.remote
-            self._sent = put(step, self._rank, shards(), self._settings.path(step), **self._about)
+            part = SnapshotPart(self._adapter, step, self._rank, shards(), self._settings.path(step))
+            self._sent = self._channel.put_snapshot(part)
 
     def wait(self) -> None:
         """Until what was sent is written."""
         if self._sent is not None:
-            ray.get(self._sent)
+            self._sent()
             self._sent = None

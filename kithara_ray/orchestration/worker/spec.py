@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import ray
 
 from kithara_ray.callbacks import Callback, Profiler
 from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.orchestration.data.data_spec import DataSpec
+from kithara_ray.orchestration.worker.channel import Channel
 from kithara_ray.orchestration.worker.heartbeat import Limits
 from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.sharding.shape import MeshShape
@@ -91,7 +91,7 @@ class RunSpec:
         settings: the run's arguments as run.json has them, for callbacks.
         plan: what was planned for the slice; None without a plan.
         called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
-        coordinator: the actor that the ranks tell and send to.
+        channel: what the ranks tell the head by, and send to it.
     """
 
     model: ModelSpec
@@ -114,4 +114,4 @@ class RunSpec:
     plan: Mapping[str, Any] | None
     called: float
     submitted: float
-    coordinator: ray.actor.ActorHandle = field(repr=False, compare=False)
+    channel: Channel = field(repr=False, compare=False)

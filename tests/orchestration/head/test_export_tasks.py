@@ -21,8 +21,9 @@ from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.hf.exports.part import write_part
-from kithara_ray.orchestration.cluster.remote import head_node_id, remote_get
+from kithara_ray.orchestration.cluster.remote import head_node_id
 from kithara_ray.orchestration.head import export_tasks
+from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef, ask, digest_of
 from kithara_ray.orchestration.head.coordinator import start_coordinator
 from kithara_ray.storage import urls
 
@@ -130,8 +131,10 @@ def test_local_destinations_are_written_on_the_head(nodes, files, expected, tmp_
     assert all(before[2] <= after[1] for before, after in itertools.pairwise(notes))
     coordinator = start_coordinator()
     out = str(tmp_path / "coordinated")
-    remote_get(
-        coordinator.export.remote(str(files[0]), files[1].config, files[1].tensors, out, Layout.MERGED, dtype="auto")
+    adapter = AdapterRef(str(files[0]), files[1].config, digest_of(files[1].tensors))
+    # It has not seen the adapter: it asks for the tensors.
+    ask(
+        lambda adapter: coordinator.export.remote(AdapterExport(adapter, out, Layout.MERGED)), adapter, files[1].tensors
     )
     ray.kill(coordinator)
     for name in expected:

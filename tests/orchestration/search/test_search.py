@@ -17,7 +17,7 @@ import pytest
 import ray
 import tiny
 import torch
-from loops import loop_with
+from loops import loop_with, use
 from peft import PeftModel
 from ray.train import RunConfig, ScalingConfig
 from ray.util.state import list_actors, list_placement_groups
@@ -67,7 +67,7 @@ def factory(base: str, out: Path):
         if point["case"] == "never":
             raise ConfigError("this point cannot be trained")
         learning_rate, fate = CASES[point["case"]]
-        trainer.train_loop = loop_of(fate, out / f"steps-{point['case']}")
+        use(loop_of(fate, out / f"steps-{point['case']}"))
         model = KerasHubModel.from_preset(base, lora_rank=4, precision="float32")
         rows = SFTDataset(ROWS, tokenizer_handle=base, max_seq_len=LENGTH)
         held_out = SFTDataset(HELD_OUT, tokenizer_handle=base, max_seq_len=LENGTH)
@@ -129,7 +129,7 @@ def searched(cluster, tiny_models, tmp_path_factory):
     space = {"case": ray.tune.grid_search([*range(len(CASES)), "never"])}
     with pytest.MonkeyPatch.context() as patch:
         # The search calls the factory in this process too.
-        patch.setattr(trainer, "train_loop", trainer.train_loop)
+        patch.setattr(trainer, "TRAIN_LOOP", trainer.TRAIN_LOOP)
         result = search.search(make, space, scheduler="asha", grace_steps=GRACE, max_concurrent_trials=AT_ONCE)
     wait_until(lambda: left_behind()["actors"] == before["actors"], 20)
     return out, result, before, left_behind()

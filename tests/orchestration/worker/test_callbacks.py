@@ -4,7 +4,6 @@ import json
 import logging
 import time
 import urllib.request
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import ray
 import tiny
 from jax.profiler import ProfileData
+from loops import Recorder, loop_with, noted, use
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from kithara_ray import Callback, Checkpointer, Dataloader, KerasHubModel, Profiler, SFTDataset, Trainer
@@ -25,38 +25,6 @@ from kithara_ray.orchestration.worker.callback_runner import Calls, RayMetrics
 from kithara_ray.orchestration.worker.throughput import Figures
 from kithara_ray.orchestration.worker.votes import FAILED, GO_ON, STOP
 from kithara_ray.plan.chips import CHIPS, chip_of_kind
-
-
-def recorder(path: Path, stop_at: int = -1, raise_at: int = -1):
-    """Writes down what it is told; in a function, so that it is pickled by value."""
-
-    class Recorder(Callback):
-        def _note(self, what, *values):
-            with path.open("a") as stream:
-                stream.write(json.dumps([what, *values]) + "\n")
-
-        def on_start(self, run):
-            import jax
-
-            self._note("start", jax.process_index(), run.name, run.step, run.total_steps, run.settings["optimizer"])
-
-        def on_step(self, run, step, metrics):
-            self._note("step", step, metrics)
-            if step == raise_at:
-                raise ValueError("the moon is full")
-            if step == stop_at:
-                run.stop()
-
-        def on_eval(self, run, step, metrics):
-            self._note("eval", step, metrics)
-
-        def on_checkpoint(self, run, step, path):
-            self._note("checkpoint", step, path)
-
-        def on_end(self, run, outcome, error):
-            self._note("end", outcome, error)
-
-    return Recorder()
 
 
 def careless():
@@ -82,10 +50,6 @@ def make_trainer(directory, root, **kwargs):
     )
 
 
-def noted(path: Path, what: str) -> list[list]:
-    return [row[1:] for row in map(json.loads, path.read_text().splitlines()) if row[0] == what]
-
-
 @pytest.fixture(scope="module")
 def run(cluster, tiny_models, tmp_path_factory):
     """(its directory, its result, everything beside it)."""
@@ -104,7 +68,7 @@ def run(cluster, tiny_models, tmp_path_factory):
         profiler=Profiler(str(root / "trace"), steps=(2, 3)),
         callbacks=[
             careless(),
-            recorder(root / "told.jsonl", stop_at=5),
+            Recorder(root / "told.jsonl", stop_at=5),
             WandB(project="p", mode="offline", directory=str(root)),
         ],
         report_prompts=["what is 1 + 2 ?", "<b>2 + 2</b>"],
@@ -118,8 +82,8 @@ def run(cluster, tiny_models, tmp_path_factory):
 def test_rank_0_alone_is_told_everything(run):
     root, result, _ = run
     told = root / "told.jsonl"
-    [[rank, name, step, total, optimizer]] = noted(told, "start")
-    assert (rank, name, step, total, optimizer["class_name"]) == (0, "run", 0, 30, "AdamW")
+    [[rank, name, step, total, settings]] = noted(told, "start")
+    assert (rank, name, step, total, settings["optimizer"]["class_name"]) == (0, "run", 0, 30, "AdamW")
     assert [metrics for _, metrics in noted(told, "step")] == result.history
     assert [{"step": step, **metrics} for step, metrics in noted(told, "eval")] == result.eval_history
     saved = noted(told, "checkpoint")
@@ -207,15 +171,28 @@ def test_a_tracker_that_fails_is_left_out(run):
     assert result.dropped == ["callback Careless.on_step at step 1: OSError: the tracker is away"]
 
 
-def test_one_that_raises_ends_the_run_by_its_name(cluster, tiny_models, tmp_path):
-    """All ranks leave at the same step; nothing is tried again; what was trained is there."""
+def not_finite_at(step):
+    """A loop of which one step has a loss that is not finite, on every rank."""
+
+    def spoil(run, metrics):
+        if run.number == step:
+            return metrics | {"loss": metrics["loss"] * float("nan")}
+
+    return loop_with(after_step=spoil)
+
+
+def test_one_that_raises_ends_the_run_by_its_name(cluster, tiny_models, tmp_path, monkeypatch):
+    """Both ranks leave out the same step, and leave at the same step; nothing is tried again; what was trained is
+    there."""
+    use(not_finite_at(2), monkeypatch)
     trainer = make_trainer(
         str(tiny_models["llama"]),
         tmp_path,
         steps=30,
+        on_nan="skip",
         checkpointer=Checkpointer(str(tmp_path / "checkpoints"), save_interval_steps=100),
         run_config=RunConfig(storage_path=str(tmp_path), name="run", failure_config=FailureConfig(max_failures=2)),
-        callbacks=[recorder(tmp_path / "told.jsonl", raise_at=3)],
+        callbacks=[Recorder(tmp_path / "told.jsonl", raise_at=3)],
     )
     message = r"callback Recorder.on_step at step 3: ValueError: the moon is full; saved: .*/step-00000006-"
     with pytest.raises(TrainingError, match=message):
@@ -228,6 +205,9 @@ def test_one_that_raises_ends_the_run_by_its_name(cluster, tiny_models, tmp_path
     assert (manifest["status"], "the moon is full" in manifest["error"]) == ("failed", True)
     trained = read_trained(str(tmp_path / "checkpoints"), step=6).adapter.tensors
     assert all(np.array_equal(trainer.model.adapter[name], tensor) for name, tensor in trained.items())
+    told = json.loads((tmp_path / "run" / "history.json").read_text())["events"]
+    [skipped] = [event for event in told if event["kind"] == "skipped"]
+    assert (skipped["step"], len(set(skipped["rows"]))) == (2, 8)
 
 
 def test_rays_own_metrics(cluster):

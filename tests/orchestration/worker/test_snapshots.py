@@ -13,6 +13,7 @@ from kithara_ray.errors import ConfigError, DestinationError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.orchestration.head.snapshot_writer import SnapshotWriter
+from kithara_ray.orchestration.worker.channel import AdapterSpec, SnapshotPart
 from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.sharding.gather import Shard
 
@@ -82,17 +83,21 @@ def test_a_failed_one_is_told_and_ends_nothing(tiny_models, tmp_path):
         if model.lora.matches(module := name.removesuffix(".weight")):
             shapes[f"{module}.lora_A.weight"] = (4, info.shape[1])
             shapes[f"{module}.lora_B.weight"] = (info.shape[0], 4)
-    about = {"num_ranks": 2, "shapes": shapes, "config": model.lora, "base": base}
+    made = AdapterSpec(base, model.lora, shapes, num_ranks=2)
     whole = [
         Shard(name, tuple((0, size) for size in shape), np.ones(shape, np.float32), 0) for name, shape in shapes.items()
     ]
     writer = SnapshotWriter()
-    assert writer.put(3, 1, [], str(tmp_path / "a"), **about) is None
-    assert writer.put(3, 0, whole[1:], str(tmp_path / "a"), **about)["error"].startswith(whole[0].name)
-    assert writer.put(4, 1, [], str(tmp_path / "b"), **about) is None
+
+    def put(step, rank, shards, name):
+        return writer.put(SnapshotPart(made, step, rank, shards, str(tmp_path / name)))
+
+    assert put(3, 1, [], "a") is None
+    assert put(3, 0, whole[1:], "a")["error"].startswith(whole[0].name)
+    assert put(4, 1, [], "b") is None
     writer.forget()  # the attempt that sent it has died
-    assert writer.put(4, 0, whole, str(tmp_path / "b"), **about) is None
-    assert writer.put(4, 1, [], str(tmp_path / "b"), **about)["error"] is None
+    assert put(4, 0, whole, "b") is None
+    assert put(4, 1, [], "b")["error"] is None
     assert list(tmp_path.iterdir()) == [tmp_path / "b"]
-    assert writer.put(4, 1, [], str(tmp_path / "b"), **about) is None
-    assert writer.put(4, 0, whole, str(tmp_path / "b"), **about)["error"] is None  # there already, after a resume
+    assert put(4, 1, [], "b") is None
+    assert put(4, 0, whole, "b")["error"] is None  # there already, after a resume

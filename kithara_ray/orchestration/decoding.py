@@ -1,0 +1,58 @@
+"""A loaded model that continues prompts; imported in the process that decodes, after `runtime.prepare`."""
+
+import json
+from typing import Any
+
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.fetch import fetch
+from kithara_ray.model.causal_lm import build
+from kithara_ray.model.generate import Decoder
+from kithara_ray.orchestration.cluster import process_setup
+from kithara_ray.orchestration.generator import GroupSpec, Request, Weights
+from kithara_ray.sft.tokens.prompts import prompt_ids
+from kithara_ray.sft.tokens.tokenizer import load_tokenizer
+from kithara_ray.sharding.mesh import make_mesh
+from kithara_ray.sharding.shape import MeshShape
+
+
+class Decoding:
+    """One loaded model. Of a group, all ranks hold one and are asked together."""
+
+    def __init__(self, weights: Weights, mesh: MeshShape | None = None):
+        checkpoint = BaseCheckpoint.open(fetch(weights.base))
+        lora = weights.lora if weights.adapter is not None else None
+        self.model = build(checkpoint.config, lora, make_mesh(mesh), weights.precision, scan=False)
+        factors = self.model.place_factors(weights.adapter) if lora is not None else {}
+        self.frozen = self.model.load(checkpoint)
+        self._decoder = Decoder(self.model, factors, self.frozen)
+        self._stop = _eos_of(checkpoint)
+
+    def generate(self, request: Request) -> list[str] | list[list[int]]:
+        """See `KerasHubModel.generate`."""
+        tokenizer, stop_token_ids = request.tokenizer, request.stop_token_ids
+        tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        prompts = prompt_ids(request.inputs, tokenizer)
+        if stop_token_ids == "auto":
+            stop_token_ids = sorted(
+                {*self._stop, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
+            )
+        rows = self._decoder.greedy(prompts, request.max_length, tuple(stop_token_ids))
+        if request.strip_prompt:
+            rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+        if not request.return_decoded:
+            return rows
+        return [tokenizer.decode(row, skip_special_tokens=request.skip_special_tokens) for row in rows]
+
+
+def generate_loop(config: dict[str, Any]) -> list[str] | list[list[int]]:
+    """A worker's loop, see `worker.entry`: load, answer, end. The answer of the group is rank 0's."""
+    spec: GroupSpec = config["spec"]
+    process_setup.check_process_group(spec.num_workers, spec.platform)
+    return Decoding(spec.weights, spec.mesh).generate(spec.request)
+
+
+def _eos_of(checkpoint: BaseCheckpoint) -> list[int]:
+    path = checkpoint.directory / "generation_config.json"
+    stop = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    stop = checkpoint.config.get("eos_token_id") if stop is None else stop
+    return [stop] if isinstance(stop, int) else list(stop or [])
