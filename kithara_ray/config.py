@@ -13,6 +13,7 @@
 Sections are made from those signatures, so an argument is there as soon as Python has it.
 """
 
+import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -271,7 +272,7 @@ def build(config: Config) -> Job:
         **loaders,
         **settings,
     )
-    trainer.config = config.model_dump(exclude_unset=True)
+    trainer.adopt(dataclasses.replace(trainer.request, config=config.model_dump(exclude_unset=True)))
     return Job(model, trainer, [export.given() for export in config.exports])
 
 

@@ -15,6 +15,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.exports.card import split_reference
 from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.publish.publish import check_destination
 from kithara_ray.model.families import family_of
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
@@ -25,6 +26,7 @@ from kithara_ray.orchestration.generator import Request, Weights, generate_on_gr
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import start_coordinator
+from kithara_ray.orchestration.preflight.probes import HeadProbes
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage.urls import absolute
 
@@ -295,7 +297,8 @@ class KerasHubModel:
         Raises:
             DestinationError: it is there and not empty, or cannot be written.
         """
-        remote_get(self.coordinator().check_destination.remote(absolute(str(output_dir))))
+        start_ray()
+        HeadProbes({absolute(str(output_dir)): check_destination}).check()
 
     @property
     def weights_handle(self) -> str:
