@@ -144,17 +144,19 @@ def test_handles_have_what_was_written(written, tiny_models):
         config.load(path, ["optimizer.learning_rate=1e-4", "exports.0.output_dir=/z", "trainer.steps=9"])
     )
     assert (job.model.lora.r, job.model.lora.alpha, job.model.precision) == (4, 8, "float32")
-    assert (job.trainer.steps, job.trainer.epochs, job.trainer.seed) == (9, None, 3)
-    assert job.trainer.mesh == MeshShape(data=2)
-    assert (job.trainer.checkpointer.checkpoint_dir, job.trainer.checkpointer.max_to_keep) == ("/c", 2)
-    assert job.trainer.profiler == Profiler("/p", (2, 4))
-    wandb, mlflow = job.trainer.callbacks
+    asked = job.trainer.request
+    assert (asked.steps, asked.epochs, asked.step.seed) == (9, None, 3)
+    assert asked.step.mesh == MeshShape(data=2)
+    assert (asked.checkpointer.checkpoint_dir, asked.checkpointer.max_to_keep) == ("/c", 2)
+    assert asked.reporting.profiler == Profiler("/p", (2, 4))
+    wandb, mlflow = asked.reporting.callbacks
     assert (wandb.project, wandb.mode, mlflow.tags, mlflow.experiment) == ("mine", None, {"a": "b"}, "kithara_ray")
-    assert job.trainer.scaling_config.num_workers == 2
-    assert (job.trainer.run_config.name, job.trainer.run_config.failure_config.max_failures) == ("mine", 2)
-    assert job.trainer.train_dataloader.dataset.tokenizer == str(tiny_models["llama"])
+    assert asked.group.scaling_config.num_workers == 2
+    assert (asked.group.run_config.name, asked.group.run_config.failure_config.max_failures) == ("mine", 2)
+    assert asked.train.dataset.tokenizer == str(tiny_models["llama"])
+    assert asked.config["trainer"]["steps"] == 9
     assert job.exports == [{"output_dir": "/z", "only_save_adapters": True}]
-    kind, optimizer = job.trainer.optimizer
+    kind, optimizer = asked.step.optimizer
     assert (kind, optimizer["config"]["learning_rate"]) == ("keras", pytest.approx(1e-4))
     assert optimizer["config"]["weight_decay"] == 0.0
 

@@ -25,6 +25,7 @@ from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.orchestration.search.spaces import plain
+from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.redact import redact
 from kithara_ray.storage.urls import join
 
@@ -121,17 +122,20 @@ class TrialDriver:
                 f"the trainer_factory cannot be loaded in a trial's process: {error}; define what it uses in the "
                 "script itself, or install it on the head node"
             ) from error
-        trainer = make(plain(point))
+        self._trainer = self._placed(make(plain(point)), directory)
+        return self._trainer.model.coordinator()
+
+    def _placed(self, trainer: Trainer, directory: str) -> Trainer:
+        """The Trainer below its trial's directory, without the actors of the process that it comes from."""
         workers = workers_of(trainer.request.group.scaling_config)
-        if workers != settings.workers:
+        if workers != self._settings.workers:
             raise ConfigError(
                 f"this trial asks for other workers than the search has room for: {workers}, not "
-                f"{settings.workers}; give all trials one scaling_config"
+                f"{self._settings.workers}; give all trials one scaling_config"
             )
-        trainer.adopt(placed(trainer.request, directory, settings.metric, settings.mode))
+        trainer.adopt(placed(trainer.request, directory, self._settings.metric, self._settings.mode))
         trainer.model.detach()
-        self._trainer = trainer
-        return trainer.model.coordinator()
+        return trainer
 
     def train(self) -> dict[str, Any]:
         """Run to the end; the trial's last report."""
