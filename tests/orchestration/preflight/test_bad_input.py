@@ -263,7 +263,7 @@ def test_weight_decay_leaves_out_what_the_optimizer_says(model):
 
     optimizer = keras.optimizers.AdamW(0.5, weight_decay=0.5)
     optimizer.exclude_from_weight_decay(var_names=["norm", "bias"])
-    kind, value = trainer(model, optimizer=optimizer).optimizer
+    kind, value = trainer(model, optimizer=optimizer).request.step.optimizer
     params = {f"model.layers.0.{name}.weight": np.ones(3, np.float32) for name in ("input_layernorm", "mlp.up_proj")}
     ours = KerasOptimizer(value)
     after, _ = ours.update({name: np.zeros(3, np.float32) for name in params}, ours.init(params), params)
@@ -276,4 +276,4 @@ def test_weight_decay_leaves_out_what_the_optimizer_says(model):
 
 
 def test_optax_is_taken(model):
-    assert trainer(model, optimizer=optax.adamw(1e-3)).optimizer[0] == "optax"
+    assert trainer(model, optimizer=optax.adamw(1e-3)).request.step.optimizer[0] == "optax"
