@@ -21,7 +21,7 @@ DATA = Tokenized(store(20), store(40), began=100.0, ended=107.0)
 
 
 def spec_of(asked, rows: int, plan=None):
-    return run_spec(asked, DATA, Fit(rows, plan), None, {"a": 1}, coordinator=None)
+    return run_spec(asked, DATA, Fit(rows, plan), None, {"a": 1}, channel=None)
 
 
 @pytest.mark.parametrize(
