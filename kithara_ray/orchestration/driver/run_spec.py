@@ -71,7 +71,7 @@ def run_spec(
         fit: rows a device, and the plan that found them.
         adapter: tensors to go on from; None starts from PEFT's initial factors.
         settings: the run's arguments as run.json has them.
-        channel: what the ranks tell and send by.
+        channel: to the head.
     """
     model, group, reporting = request.model, request.group, request.reporting
     board = [TensorBoard(reporting.tensorboard_dir)] if reporting.tensorboard_dir else []
