@@ -10,8 +10,32 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 
 ALL_LINEAR = "all-linear"  # PEFT's word, in any case, for every linear layer but the head
 
-# Initialisations that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA replace its weights by residuals.
+# How the first factors of an adapter that is trained here are drawn.
 INITIALISATIONS = (True, False, "gaussian")
+# Others of PEFT's that leave the base alone: adapters that began so are plain LoRA.
+_PLAIN = ("eva", "orthogonal")
+# Those that do not, how an adapter that began so becomes a plain one. A name may go on: pissa_niter_16.
+_RESIDUAL = (
+    "PEFT has replaced the base's weights by their residuals, so the adapter does not fit the base itself. Load it "
+    "with PeftModel.from_pretrained, write get_peft_model(base, the same config) with save_pretrained(first), and "
+    "convert it: save_pretrained(directory, path_initial_model_for_weight_conversion=first) makes plain LoRA of twice "
+    "the rank"
+)
+_FROM_DATA = (
+    "PEFT has replaced the base's weights by residuals that came of data, so the adapter does not fit the base itself. "
+    "Convert it where it was trained: save_pretrained(directory, path_initial_model_for_weight_conversion=first), "
+    "with the adapter saved before training as first, makes plain LoRA of twice the rank"
+)
+_CONVERSIONS: Mapping[str, str] = {
+    "pissa": _RESIDUAL,
+    "olora": _RESIDUAL,
+    "corda": _FROM_DATA,
+    "lora_ga": _FROM_DATA,
+    "loftq": "PEFT has replaced the base's weights by quantised ones, so the adapter does not fit the base itself. "
+    "Write a base with both: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)",
+    "mica": "PEFT trains such an adapter's lora_A alone. Set init_lora_weights to true in adapter_config.json: "
+    "the base is as it was, so the adapter merges to the same, and both factors are trained on",
+}
 
 # Fields of adapter_config.json that change what an adapter computes or where it sits, with the values that mean "off".
 # (peft.LoraConfig 0.21; a field unknown here is refused by the same rule unless it is empty.)
@@ -21,7 +45,11 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "qalora_group_size": (16,),
 }
 # Fields without influence on the arithmetic.
-_NEUTRAL = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
+# The settings of an initialisation say nothing beside its name: `init_lora_weights` decides.
+_NEUTRAL = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+    | {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+)
 _HONOURED = frozenset(
     {"alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern"}
     | {"target_modules", "task_type", "use_dora", "use_rslora"}
@@ -61,7 +89,8 @@ class LoraConfig:
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
         if not any(self.init_lora_weights is value or self.init_lora_weights == value for value in INITIALISATIONS):
             raise UnsupportedError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}"
+                f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}, "
+                "or let PEFT make the adapter and give adapter="
             )
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
@@ -154,8 +183,24 @@ class LoraConfig:
             use_dora=bool(peft_config.get("use_dora", False)),
             rank_pattern=peft_config.get("rank_pattern") or {},
             alpha_pattern=peft_config.get("alpha_pattern") or {},
-            init_lora_weights=peft_config.get("init_lora_weights", True),
+            init_lora_weights=_initialisation(peft_config.get("init_lora_weights", True)),
         )
+
+
+def _initialisation(found: object) -> str | bool:
+    """What an adapter's `init_lora_weights` means for the factors as they are saved.
+
+    Raises:
+        UnsupportedError: the factors do not belong to the base itself; says how to convert them.
+    """
+    if found is None or isinstance(found, bool):
+        return bool(found)
+    name = str(found).lower()
+    how = next((how for prefix, how in _CONVERSIONS.items() if name.startswith(prefix)), None)
+    if how is not None:
+        raise UnsupportedError(f"adapter_config.json: init_lora_weights={found!r} is not supported: {how}")
+    # Saved factors are no first ones: PEFT loads them alike under the plain name.
+    return True if name in _PLAIN else name
 
 
 def _is_off(name: str, value: object) -> bool:
