@@ -16,7 +16,10 @@ from kithara_ray.plan.planner import LINEAR_MODULES
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.shape import MeshShape
 
-_LORA = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+_LORA = (
+    *("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+)
 
 
 @dataclass(frozen=True)

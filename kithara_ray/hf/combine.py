@@ -60,6 +60,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def _targets_of(adapter: Adapter) -> tuple[str, ...]:
-    """Its entries of target_modules; a regular expression is spelled out, since two cannot stand in one list."""
+    """Its entries of target_modules. A regular expression, or a selection of layers, is spelled out: two of them cannot
+    stand in one config."""
     targets = adapter.config.target_modules
-    return adapter.modules if isinstance(targets, str) else targets
+    return adapter.modules if isinstance(targets, str) or adapter.config.selects_layers else targets

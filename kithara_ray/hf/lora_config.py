@@ -53,6 +53,7 @@ _NEUTRAL = frozenset(
 _HONOURED = frozenset(
     {"alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern"}
     | {"target_modules", "task_type", "use_dora", "use_rslora"}
+    | {"exclude_modules", "layers_pattern", "layers_to_transform"}
 )
 
 
@@ -65,6 +66,11 @@ class LoraConfig:
         regular expression that matches the whole name.
     use_dora: the update turns each row of the weight, and a trained vector gives the rows' lengths (arXiv:2402.09353).
     rank_pattern, alpha_pattern: regular expression -> value, matched as PEFT does against the end of the module name.
+    exclude_modules: modules that are no targets, given as target_modules are; None excludes nothing.
+    layers_to_transform: the blocks that are adapted, by their number; None adapts all. A target that is written out
+        from its first letter is adapted whatever its number is, as in PEFT.
+    layers_pattern: what the list of blocks is called, "layers" for example, as regular expressions; None takes the
+        first number in a module's name.
     """
 
     r: int = 16
@@ -76,6 +82,9 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: str | bool = True
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_rank("lora_rank", self.r)
@@ -93,8 +102,30 @@ class LoraConfig:
                 "or let PEFT make the adapter and give adapter="
             )
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        object.__setattr__(self, "exclude_modules", _checked_exclusions(self.exclude_modules))
+        # PEFT takes an empty list of layers for none given, with its pattern.
+        pattern = None if self.layers_to_transform in ([], ()) else self.layers_pattern
+        object.__setattr__(self, "layers_to_transform", _checked_layers(self.layers_to_transform))
+        object.__setattr__(self, "layers_pattern", _checked_layer_patterns(pattern))
+        self._check_layers()
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+
+    def _check_layers(self) -> None:
+        """The rules of peft.LoraConfig between these fields."""
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} does nothing beside target_modules={self.target_modules!r}, a regular expression; "
+                    "write the layers into it, or give target_modules as a list"
+                )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern says where layers_to_transform counts; give both or neither")
+
+    @property
+    def selects_layers(self) -> bool:
+        """Whether modules that `target_modules` names are left out by the other fields."""
+        return self.exclude_modules is not None or self.layers_to_transform is not None
 
     @property
     def alpha(self) -> float:
@@ -113,9 +144,20 @@ class LoraConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def matches(self, module: str) -> bool:
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
-        return any(module == target or module.endswith(f".{target}") for target in self.target_modules)
+        """peft.tuners.tuners_utils.check_target_module_exists."""
+        if self.exclude_modules is not None and is_named(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str) or module in self.target_modules:
+            return is_named(self.target_modules, module)
+        chosen = self.layers_to_transform is None or self.layer_of(module) in self.layers_to_transform
+        return chosen and is_named(self.target_modules, module)
+
+    def layer_of(self, module: str) -> int | None:
+        """The number that layers_to_transform goes by: the first one in a name, or the first after a pattern."""
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern or ()]
+        found = (re.match(expression, module) for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
+        first = next((match for match in found if match), None)
+        return None if first is None else int(first["idx"])
 
     def to_peft(
         self, base_model_name_or_path: str, found: Iterable[str] | None = None, revision: str | None = None
@@ -134,12 +176,12 @@ class LoraConfig:
             "auto_mapping": None,
             "base_model_name_or_path": base_model_name_or_path,
             "bias": "none",
-            "exclude_modules": None,
+            "exclude_modules": _as_json(self.exclude_modules),
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": self.init_lora_weights,
-            "layers_pattern": None,
-            "layers_to_transform": None,
+            "layers_pattern": _as_json(self.layers_pattern),
+            "layers_to_transform": _as_json(self.layers_to_transform),
             "lora_alpha": _plain(self.alpha),
             "lora_bias": False,
             "lora_dropout": self.lora_dropout,
@@ -184,7 +226,19 @@ class LoraConfig:
             rank_pattern=peft_config.get("rank_pattern") or {},
             alpha_pattern=peft_config.get("alpha_pattern") or {},
             init_lora_weights=_initialisation(peft_config.get("init_lora_weights", True)),
+            **{name: peft_config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")},
         )
+
+
+def is_named(entries: Iterable[str] | str, module: str) -> bool:
+    """Whether a regular expression matches a module's whole name, or one of several names is its end."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, module) is not None
+    return any(module == entry or module.endswith(f".{entry}") for entry in entries)
+
+
+def _as_json(value: tuple | str | None) -> list | str | None:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _initialisation(found: object) -> str | bool:
@@ -222,16 +276,53 @@ def _is_number(value: object) -> bool:
 def _checked_targets(targets: object) -> tuple[str, ...] | str:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         raise ConfigError(f'target_modules: spell out the modules that "{ALL_LINEAR}" stands for')
-    if isinstance(targets, str) and targets:
-        try:
-            re.compile(targets)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"target_modules: {targets!r} is not a regular expression ({error})") from error
-        return targets
-    names = tuple(targets or ())
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"target_modules must name at least one module, got {targets!r}")
-    return names
+    return _checked_names("target_modules", targets)
+
+
+def _checked_names(field: str, given: object) -> tuple[str, ...] | str:
+    """A regular expression as one string, or a list of names."""
+    if isinstance(given, str) and given:
+        _check_expression(field, given, given)
+        return given
+    entries = tuple(given) if isinstance(given, list | tuple | set | frozenset) else ()
+    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+        raise ConfigError(f"{field} must name at least one module, got {given!r}")
+    return entries
+
+
+def _checked_exclusions(given: object) -> tuple[str, ...] | str | None:
+    """None and, as in PEFT, what is empty exclude nothing."""
+    if given is None or (isinstance(given, str | list | tuple | set | frozenset) and not given):
+        return None
+    checked = _checked_names("exclude_modules", given)
+    return tuple(sorted(checked)) if isinstance(given, set | frozenset) else checked
+
+
+def _checked_layers(given: object) -> tuple[int, ...] | None:
+    if given is None or (isinstance(given, list | tuple) and not given):
+        return None
+    layers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
+        raise ConfigError(f"layers_to_transform must be a layer's number >= 0 or a list of them, got {given!r}")
+    return layers
+
+
+def _checked_layer_patterns(given: object) -> tuple[str, ...] | None:
+    if given is None or (isinstance(given, str | list | tuple) and not given):
+        return None
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) and one for one in patterns):
+        raise ConfigError(f"layers_pattern must be the name of a list of blocks or several, got {given!r}")
+    for pattern in patterns:
+        _check_expression("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.")
+    return tuple(patterns)
+
+
+def _check_expression(field: str, given: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{field}: {given!r} is not a regular expression ({error})") from error
 
 
 def _check_rank(name: str, rank: object) -> None:
@@ -248,10 +339,7 @@ def _checked_patterns(name: str, patterns: object) -> dict[str, Any]:
     if not isinstance(patterns, Mapping):
         raise ConfigError(f"{name} must map regular expressions to values, got {patterns!r}")
     for key in patterns:
-        try:
-            re.compile(rf"(.*\.)?({key})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{name}: {key!r} is not a regular expression ({error})") from error
+        _check_expression(name, key, rf"(.*\.)?({key})$")
     return dict(patterns)
 
 

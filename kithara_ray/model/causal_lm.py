@@ -39,11 +39,13 @@ class CausalLM(ModelArrays):
         model: the `keras_hub.models.CausalLM`; its variables hold no values.
         chain: the decoder blocks.
         dropout: share of what the side paths are given that is dropped in training.
+        zeros: factors of layers that are no targets, see `layers.Target`.
     """
 
     model: keras.Model
     chain: stack.Chain
     dropout: float
+    zeros: Sequence[keras.Variable] = ()
 
     @property
     def vocabulary(self) -> int:
@@ -131,6 +133,7 @@ class CausalLM(ModelArrays):
         return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
 
     def _each_factor(self, factors: Factors, unstack: bool) -> Iterator[tuple[keras.Variable, jax.Array]]:
+        yield from ((variable, jnp.zeros(variable.shape, variable.dtype)) for variable in self.zeros)
         for slot in self.factor_slots:
             if not slot.stacked:
                 yield slot.variables[0], factors[slot.key]
@@ -148,7 +151,8 @@ class CausalLM(ModelArrays):
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
         # Factors are small: one gather of all steps costs less than one in each.
-        arrays |= IdentityMap((s.variables[0], self._whole(factors[s.key])) for s in self.factor_slots if s.stacked)
+        stacked = [slot for slot in self.factor_slots if slot.stacked]
+        arrays |= IdentityMap((slot.peers[0], slot.of_all_steps(self._whole(factors[slot.key]))) for slot in stacked)
         peers, layouts = self.chain.peers(), self._layouts()
         single = self._values(factors, frozen)
 
@@ -236,7 +240,7 @@ def build(
     backbone = model.backbone
     kernels = [layer.kernel for layer in layers.linear_modules(backbone, recorded).values()] if chosen.quantize else []
     with keras_compat.without_values():
-        targets = layers.inject(backbone, recorded, lora_config) if lora_config else []
+        targets = layers.inject(backbone, recorded, lora_config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
     embedding.install(backbone.token_embedding, mesh)
@@ -251,6 +255,7 @@ def build(
         mesh=mesh,
         options=chosen,
         dropout=lora_config.lora_dropout if lora_config else 0.0,
+        zeros=layers.zero_factors(targets),
     )
 
 

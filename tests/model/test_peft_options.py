@@ -34,6 +34,11 @@ OPTIONS = {
         "llama",
         dict(target_modules=("q_proj", "1.self_attn.k_proj", "down_proj"), **PATTERNS),
     ),
+    "some layers": ("llama", dict(target_modules=LINEAR, layers_to_transform=[0, 2], layers_pattern="layers")),
+    # Of five blocks in pairs the last stands behind the scan.
+    "the last layer": ("gemma2", dict(layers_to_transform=4, exclude_modules=["v_proj"])),
+    "all but": ("gemma2", dict(target_modules=LINEAR, exclude_modules=r".*\.(0|3)\..*|.*\.1\.mlp.*")),
+    "DoRA of some layers": ("llama", dict(use_dora=True, layers_to_transform=1)),
     "DoRA": ("qwen2", dict(use_dora=True, target_modules=LINEAR)),
     "DoRA, rsLoRA, patterns": ("gemma2", dict(use_dora=True, use_rslora=True, target_modules=LINEAR, **PATTERNS)),
     "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
@@ -178,6 +183,19 @@ def test_a_continued_adapter_of_peft_computes_and_trains_as_peft_s(tiny_models, 
     assert model.adapter_shapes.keys() == handle.adapter.keys()
     ours, gradients = step_of_ours(model, mesh, handle.adapter, model.load(base))
     assert_as_peft_s(ours, gradients, loaded_by_peft(base, tmp_path, is_trainable=True).train())
+
+
+@pytest.mark.parametrize("selection", [dict(layers_to_transform=(1, 3)), dict(exclude_modules=r".*\.0\..*")], ids=str)
+def test_blocks_without_a_target_stay_in_the_scan(selection, tiny_models):
+    """Else each of them would be compiled by itself: gemma2's five blocks are pairs and one over, as without LoRA."""
+    base = BaseCheckpoint.open(tiny_models["gemma2"])
+    config = LoraConfig(r=4, **selection)
+    model = build(base.config, config, make_mesh(), "float32")
+    assert model.chain.period == build(base.config, None, make_mesh(), "float32").chain.period == 2
+    assert {name.split(".")[2] for name in model.adapter_shapes} == {
+        str(n) for n in range(5) if config.matches(f"model.layers.{n}.self_attn.q_proj")
+    }
+    assert not build(base.config, config, make_mesh(), "float32", scan=False).zeros
 
 
 @pytest.mark.parametrize("options", [{}, {"stack_factors": False}, {"scan": False}], ids=str)
