@@ -61,6 +61,8 @@ ModelSection = section_of(
         "exclude_modules": str | list[str] | None,
         "layers_to_transform": int | list[int] | None,
         "layers_pattern": str | list[str] | None,
+        "modules_to_save": list[str] | None,
+        "trainable_token_indices": list[int] | dict[str, list[int]] | None,
     },
 )
 DATASETS = {

@@ -40,6 +40,11 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             raise ConfigError(f"an adapter's weight must be finite, got {weight!r}")
         if adapter.config.use_dora:
             raise UnsupportedError("DoRA adapters are not combined: their update is no sum of products; merge it alone")
+        if adapter.config.has_beside or adapter.config.lora_bias:
+            raise UnsupportedError(
+                "adapters with biases, trained tokens or saved modules are not combined: those are values and no "
+                "updates; merge it alone"
+            )
     tensors, ranks = {}, {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         parts = [(a, w) for a, w in zip(adapters, weights, strict=True) if module in a.modules]

@@ -7,8 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf.lora_checks import (
+    EMBEDDING,
+    check_alpha,
+    check_rank,
+    checked_exclusions,
+    checked_layer_patterns,
+    checked_layers,
+    checked_modules,
+    checked_patterns,
+    checked_targets,
+    checked_tokens,
+    is_number,
+)
 
-ALL_LINEAR = "all-linear"  # PEFT's word, in any case, for every linear layer but the head
+BIASES = ("none", "all", "lora_only")
 
 # How the first factors of an adapter that is trained here are drawn.
 INITIALISATIONS = (True, False, "gaussian")
@@ -40,7 +53,6 @@ _CONVERSIONS: Mapping[str, str] = {
 # Fields of adapter_config.json that change what an adapter computes or where it sits, with the values that mean "off".
 # (peft.LoraConfig 0.21; a field unknown here is refused by the same rule unless it is empty.)
 _OFF: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
@@ -54,6 +66,7 @@ _HONOURED = frozenset(
     {"alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern"}
     | {"target_modules", "task_type", "use_dora", "use_rslora"}
     | {"exclude_modules", "layers_pattern", "layers_to_transform"}
+    | {"bias", "ensure_weight_tying", "lora_bias", "modules_to_save", "trainable_token_indices"}
 )
 
 
@@ -71,6 +84,11 @@ class LoraConfig:
         from its first letter is adapted whatever its number is, as in PEFT.
     layers_pattern: what the list of blocks is called, "layers" for example, as regular expressions; None takes the
         first number in a module's name.
+    bias: "all" trains the base's biases too, "lora_only" those of the targets.
+    lora_bias: give lora_B a bias, which is trained, and scaled as the product is.
+    modules_to_save: "embed_tokens", "lm_head" or both, trained as a whole.
+    trainable_token_indices: tokens whose rows are trained, by "embed_tokens" and "lm_head"; a list is the embedding's.
+    ensure_weight_tying: train the embedding of modules_to_save and the head that shares its weight as one.
     """
 
     r: int = 16
@@ -85,29 +103,37 @@ class LoraConfig:
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
+    bias: str = "none"
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
-        _check_rank("lora_rank", self.r)
+        check_rank("lora_rank", self.r)
         if self.lora_alpha is not None:
-            _check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            check_alpha("lora_alpha", self.lora_alpha)
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
-        for key, rank in _checked_patterns("rank_pattern", self.rank_pattern).items():
-            _check_rank(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in _checked_patterns("alpha_pattern", self.alpha_pattern).items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        for key, rank in checked_patterns("rank_pattern", self.rank_pattern).items():
+            check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in checked_patterns("alpha_pattern", self.alpha_pattern).items():
+            check_alpha(f"alpha_pattern[{key!r}]", alpha)
         if not any(self.init_lora_weights is value or self.init_lora_weights == value for value in INITIALISATIONS):
             raise UnsupportedError(
                 f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}, "
                 "or let PEFT make the adapter and give adapter="
             )
-        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
-        object.__setattr__(self, "exclude_modules", _checked_exclusions(self.exclude_modules))
+        object.__setattr__(self, "target_modules", checked_targets(self.target_modules))
+        object.__setattr__(self, "exclude_modules", checked_exclusions(self.exclude_modules))
         # PEFT takes an empty list of layers for none given, with its pattern.
         pattern = None if self.layers_to_transform in ([], ()) else self.layers_pattern
-        object.__setattr__(self, "layers_to_transform", _checked_layers(self.layers_to_transform))
-        object.__setattr__(self, "layers_pattern", _checked_layer_patterns(pattern))
+        object.__setattr__(self, "layers_to_transform", checked_layers(self.layers_to_transform))
+        object.__setattr__(self, "layers_pattern", checked_layer_patterns(pattern))
         self._check_layers()
+        object.__setattr__(self, "modules_to_save", checked_modules(self.modules_to_save))
+        object.__setattr__(self, "trainable_token_indices", checked_tokens(self.trainable_token_indices))
+        self._check_beside()
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
 
@@ -121,6 +147,23 @@ class LoraConfig:
                 )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern says where layers_to_transform counts; give both or neither")
+
+    def _check_beside(self) -> None:
+        """The rules of peft.LoraConfig, and of its injection, for what is trained beside the factors."""
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias must be one of {BIASES}, got {self.bias!r}")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("lora_bias=True does not go with use_dora=True, in PEFT too; leave one out")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(f"lora_bias=True goes with init_lora_weights=True, got {self.init_lora_weights!r}")
+        both = sorted(set(self.modules_to_save) & set(self.trainable_token_indices))
+        if both:
+            raise ConfigError(f"modules_to_save trains all of {both[0]}; leave it out of trainable_token_indices")
+
+    @property
+    def has_beside(self) -> bool:
+        """Whether an adapter may hold more than factors, see `beside`."""
+        return self.bias != "none" or bool(self.modules_to_save or self.trainable_token_indices)
 
     @property
     def selects_layers(self) -> bool:
@@ -146,6 +189,8 @@ class LoraConfig:
     def matches(self, module: str) -> bool:
         """peft.tuners.tuners_utils.check_target_module_exists."""
         if self.exclude_modules is not None and is_named(self.exclude_modules, module):
+            return False
+        if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
             return False
         if isinstance(self.target_modules, str) or module in self.target_modules:
             return is_named(self.target_modules, module)
@@ -175,7 +220,8 @@ class LoraConfig:
             "alpha_pattern": {key: _plain(alpha) for key, alpha in self.alpha_pattern.items()},
             "auto_mapping": None,
             "base_model_name_or_path": base_model_name_or_path,
-            "bias": "none",
+            "bias": self.bias,
+            "ensure_weight_tying": self.ensure_weight_tying,
             "exclude_modules": _as_json(self.exclude_modules),
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -183,9 +229,9 @@ class LoraConfig:
             "layers_pattern": _as_json(self.layers_pattern),
             "layers_to_transform": _as_json(self.layers_to_transform),
             "lora_alpha": _plain(self.alpha),
-            "lora_bias": False,
+            "lora_bias": self.lora_bias,
             "lora_dropout": self.lora_dropout,
-            "modules_to_save": None,
+            "modules_to_save": list(self.modules_to_save) or None,
             "peft_type": "LORA",
             "r": self.r,
             "rank_pattern": dict(self.rank_pattern),
@@ -193,9 +239,14 @@ class LoraConfig:
             "target_modules": targets,
             "target_parameters": None,
             "task_type": "CAUSAL_LM",
+            "trainable_token_indices": self._tokens_as_json(),
             "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         }
+
+    def _tokens_as_json(self) -> list | dict | None:
+        tokens = {name: list(rows) for name, rows in self.trainable_token_indices.items()}
+        return tokens[EMBEDDING] if tokens.keys() == {EMBEDDING} else tokens or None
 
     @classmethod
     def from_peft(cls, peft_config: Mapping[str, Any]) -> "LoraConfig":
@@ -227,6 +278,11 @@ class LoraConfig:
             alpha_pattern=peft_config.get("alpha_pattern") or {},
             init_lora_weights=_initialisation(peft_config.get("init_lora_weights", True)),
             **{name: peft_config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")},
+            bias=peft_config.get("bias") or "none",
+            lora_bias=bool(peft_config.get("lora_bias", False)),
+            modules_to_save=peft_config.get("modules_to_save") or (),
+            trainable_token_indices=_or_none(peft_config.get("trainable_token_indices")),
+            ensure_weight_tying=bool(peft_config.get("ensure_weight_tying", False)),
         )
 
 
@@ -235,6 +291,11 @@ def is_named(entries: Iterable[str] | str, module: str) -> bool:
     if isinstance(entries, str):
         return re.fullmatch(entries, module) is not None
     return any(module == entry or module.endswith(f".{entry}") for entry in entries)
+
+
+def _or_none(value: object) -> object:
+    """PEFT takes what is empty for nothing."""
+    return None if value in ([], {}) else value
 
 
 def _as_json(value: tuple | str | None) -> list | str | None:
@@ -266,81 +327,6 @@ def _is_off(name: str, value: object) -> bool:
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     """peft.utils.other.get_pattern_key: the first pattern that matches, else the name itself."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
-
-
-def _is_number(value: object) -> bool:
-    # An integer beyond float64 would be no factor of anything.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _checked_targets(targets: object) -> tuple[str, ...] | str:
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        raise ConfigError(f'target_modules: spell out the modules that "{ALL_LINEAR}" stands for')
-    return _checked_names("target_modules", targets)
-
-
-def _checked_names(field: str, given: object) -> tuple[str, ...] | str:
-    """A regular expression as one string, or a list of names."""
-    if isinstance(given, str) and given:
-        _check_expression(field, given, given)
-        return given
-    entries = tuple(given) if isinstance(given, list | tuple | set | frozenset) else ()
-    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
-        raise ConfigError(f"{field} must name at least one module, got {given!r}")
-    return entries
-
-
-def _checked_exclusions(given: object) -> tuple[str, ...] | str | None:
-    """None and, as in PEFT, what is empty exclude nothing."""
-    if given is None or (isinstance(given, str | list | tuple | set | frozenset) and not given):
-        return None
-    checked = _checked_names("exclude_modules", given)
-    return tuple(sorted(checked)) if isinstance(given, set | frozenset) else checked
-
-
-def _checked_layers(given: object) -> tuple[int, ...] | None:
-    if given is None or (isinstance(given, list | tuple) and not given):
-        return None
-    layers = tuple(given) if isinstance(given, list | tuple) else (given,)
-    if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
-        raise ConfigError(f"layers_to_transform must be a layer's number >= 0 or a list of them, got {given!r}")
-    return layers
-
-
-def _checked_layer_patterns(given: object) -> tuple[str, ...] | None:
-    if given is None or (isinstance(given, str | list | tuple) and not given):
-        return None
-    patterns = (given,) if isinstance(given, str) else given
-    if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) and one for one in patterns):
-        raise ConfigError(f"layers_pattern must be the name of a list of blocks or several, got {given!r}")
-    for pattern in patterns:
-        _check_expression("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.")
-    return tuple(patterns)
-
-
-def _check_expression(field: str, given: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{field}: {given!r} is not a regular expression ({error})") from error
-
-
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"{name} must be >= 1, got {rank!r}")
-
-
-def _check_alpha(name: str, alpha: object) -> None:
-    if not _is_number(alpha) or alpha <= 0:
-        raise ConfigError(f"{name} must be finite and > 0, got {alpha!r}")
-
-
-def _checked_patterns(name: str, patterns: object) -> dict[str, Any]:
-    if not isinstance(patterns, Mapping):
-        raise ConfigError(f"{name} must map regular expressions to values, got {patterns!r}")
-    for key in patterns:
-        _check_expression(name, key, rf"(.*\.)?({key})$")
-    return dict(patterns)
 
 
 def _plain(alpha: float) -> int | float:

@@ -23,7 +23,7 @@ from kithara_ray.model.blocks import attention, embedding, stack
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.families import family_of, ports
 from kithara_ray.model.identity import IdentityMap, IdentitySet
-from kithara_ray.model.lora import layers
+from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
@@ -69,7 +69,7 @@ class CausalLM(ModelArrays):
             if not self.options.scan:
                 with dropping(dropout_key):
                     return self.model.backbone(inputs, training=False)
-            factors, frozen = self.roles(params, frozen)
+            factors, frozen = self.roles(params, frozen)[0], self._weights(params, frozen)
             value_of = self._values(factors, frozen)
             how = stack.Pass(
                 values_of=lambda block: [value_of[variable] for variable in block.variables],
@@ -104,9 +104,14 @@ class CausalLM(ModelArrays):
 
     def head_weights(self, params: Params, frozen: Frozen) -> list[jax.Array]:
         """What `head_V` computes with: the head's own weight, or the embedding that it is tied to."""
-        _, frozen = self.roles(params, frozen)
-        array_of = IdentityMap(zip(self.slots, frozen, strict=True))
+        array_of = IdentityMap(zip(self.slots, self._weights(params, frozen), strict=True))
         return [array_of[slot] for slot in self._head_slots()]
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether something that `head_V` computes with is trained."""
+        read = IdentitySet(self._head_slots())
+        return self.trains_weights or any(self.slots[slot.number] in read for slot in self.base_slots)
 
     def _head_slots(self) -> list[slots.Slot]:
         embedding = self.model.backbone.token_embedding
@@ -121,7 +126,7 @@ class CausalLM(ModelArrays):
 
     def bind(self, params: Params, frozen: Frozen, unstack: bool) -> keras.StatelessScope:
         """A scope in which the model's variables have these values; without `unstack`, those outside the scan alone."""
-        factors, frozen = self.roles(params, frozen)
+        factors, frozen = self.roles(params, frozen)[0], self._weights(params, frozen)
         pairs = [
             (port.variable, value)
             for slot, array in zip(self.slots, frozen, strict=True)
@@ -245,17 +250,18 @@ def build(
     attention.install(chain.blocks, mesh)
     embedding.install(backbone.token_embedding, mesh)
     scanned = chain if chosen.scan else None
+    stacked = scanned if chosen.stack_factors or not chosen.train_weights else None
+    weights = slots.slots(backbone, recorded, stacked, kernels)
     return CausalLM(
         model=model,
-        slots=slots.slots(
-            backbone, recorded, scanned if chosen.stack_factors or not chosen.train_weights else None, kernels
-        ),
+        slots=weights,
         factor_slots=layers.factor_slots(targets, scanned if chosen.stack_factors else None),
         chain=chain,
         mesh=mesh,
         options=chosen,
         dropout=lora_config.lora_dropout if lora_config else 0.0,
         zeros=layers.zero_factors(targets),
+        base_slots=base_weights.base_slots(backbone, weights, lora_config, chosen.stack_factors),
     )
 
 

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.errors import AdapterError, ConfigError
+from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.exports.card import split_reference
@@ -35,7 +37,6 @@ _ELSEWHERE = {
     "sharding_strategy": "give Trainer(mesh=MeshShape(data=..., fsdp=..., tensor=...))",
     "scan_layers": "leave it out",
     "dtype": "give precision=",
-    "modules_to_save": "embeddings, norms and heads are not trained beside LoRA",
     "preprocessor": "leave it out; rows are tokenised by the dataset",
 }
 
@@ -93,6 +94,11 @@ class KerasHubModel:
         exclude_modules: str | Sequence[str] | None = None,
         layers_to_transform: int | Sequence[int] | None = None,
         layers_pattern: str | Sequence[str] | None = None,
+        bias: str = "none",
+        lora_bias: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        ensure_weight_tying: bool = False,
         adapter: str | None = None,
         allow_other_base: bool = False,
         quantize: str | None = None,
@@ -121,6 +127,12 @@ class KerasHubModel:
             layers_to_transform: the number of the one block that is adapted, or a list of such numbers.
             layers_pattern: the name of the list that layers_to_transform counts in, where a module's name has several
                 numbers; the first is taken if not given.
+            bias: "all" trains the base's biases too, "lora_only" those of the adapted layers.
+            lora_bias: train a bias of lora_B. Where a layer of the base has no bias, there is no merged export.
+            modules_to_save: "embed_tokens", "lm_head" or both, trained as a whole beside the factors.
+            trainable_token_indices: ids of tokens whose rows of the embedding are trained, and of a head that is the
+                embedding; or such lists by "embed_tokens" and "lm_head".
+            ensure_weight_tying: train modules_to_save as one weight where the head is the embedding.
             adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
                 LoRA settings; give none of them beside it.
             allow_other_base: take an adapter whose adapter_config.json names another base.
@@ -155,6 +167,11 @@ class KerasHubModel:
             "exclude_modules": exclude_modules,
             "layers_to_transform": layers_to_transform,
             "layers_pattern": layers_pattern,
+            "bias": bias,
+            "lora_bias": lora_bias,
+            "modules_to_save": modules_to_save,
+            "trainable_token_indices": trainable_token_indices,
+            "ensure_weight_tying": ensure_weight_tying,
         }
         handle = absolute(preset_handle)
         # Of an object store the headers alone: no weight comes to the driver.
@@ -200,7 +217,7 @@ class KerasHubModel:
             )
         loaded.validate(base)
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
-        model = cls(handle, loaded.config, precision, quantize)
+        model = cls(handle, replace(loaded.config, **beside.normal(loaded.config, base)), precision, quantize)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
         return model
 

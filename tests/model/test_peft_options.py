@@ -1,5 +1,6 @@
 """Every option of PEFT against PEFT: logits, gradients of a step, and the adapter's files, of random factors."""
 
+import re
 import warnings
 
 import jax
@@ -21,6 +22,9 @@ from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train.step import loss_and_gradients
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 20)).astype(np.int32)
+SEEN = [int(token) for token in TOKENS[0, [9, 4, 16]]]
+APART = {"embed_tokens": SEEN, "lm_head": SEEN[:0:-1]}
 PATTERNS = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.[12]\..*down_proj": 8},
     "alpha_pattern": {"down_proj": 3},
@@ -41,11 +45,25 @@ OPTIONS = {
     "DoRA of some layers": ("llama", dict(use_dora=True, layers_to_transform=1)),
     "DoRA": ("qwen2", dict(use_dora=True, target_modules=LINEAR)),
     "DoRA, rsLoRA, patterns": ("gemma2", dict(use_dora=True, use_rslora=True, target_modules=LINEAR, **PATTERNS)),
+    "biases": ("qwen2", dict(bias="all", target_modules=("q_proj", "up_proj"))),
+    "biases of some": (
+        "qwen2",
+        dict(bias="lora_only", lora_bias=True, target_modules=LINEAR, layers_to_transform=[0, 2]),
+    ),
+    "a bias of B alone": ("llama", dict(lora_bias=True, use_rslora=True)),
+    "DoRA beside a bias": ("qwen2", dict(use_dora=True, bias="lora_only", layers_to_transform=1)),
+    "tokens, tied": ("gemma2", dict(trainable_token_indices=SEEN)),
+    "tokens of both, int8": (
+        "mistral",
+        dict(trainable_token_indices={"embed_tokens": SEEN, "lm_head": SEEN[::-1]}, quantize="int8"),
+    ),
+    "embedding, tied": ("llama", dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "embedding and head": ("mistral", dict(modules_to_save=["embed_tokens", "lm_head"], bias="lora_only")),
+    "a head, tokens": ("mistral", dict(modules_to_save=["lm_head"], trainable_token_indices=SEEN)),
     "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
 }
-MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2)}
+MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2), "mistral": MeshShape(fsdp=2, tensor=2)}
 
-TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 20)).astype(np.int32)
 POSITIONS = np.tile(np.arange(6, 19, dtype=np.int32), (4, 1))
 BATCH = {
     "token_ids": TOKENS,
@@ -87,8 +105,8 @@ def whole(model, factors):
 
 def named(parameters):
     """PEFT's parameters, or their gradients, by the names of the adapter's tensors."""
-    plain = lambda name: name.removeprefix("base_model.model.").replace(".default", "")  # noqa: E731
-    names = {plain(name): parameter for name, parameter in parameters if "lora_" in name}
+    plain = lambda name: re.sub(r"\.modules_to_save(?=\.)|\.default\b", "", name.removeprefix("base_model.model."))  # noqa: E731
+    names = {plain(name): parameter for name, parameter in parameters if parameter.requires_grad}
     return {n.removesuffix(".weight") if "magnitude" in n else n: p for n, p in names.items()}
 
 
@@ -116,6 +134,7 @@ def loaded_by_peft(base, directory, quantize=None, **options):
         round_to_int8(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys are warnings in peft
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but the targeted layer")
         return peft.PeftModel.from_pretrained(plain, directory, **options)
 
 

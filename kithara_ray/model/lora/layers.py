@@ -24,7 +24,7 @@ import numpy as np
 from keras import ops
 
 from kithara_ray.errors import UnsupportedError
-from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, BIAS_SUFFIX, MAGNITUDE_SUFFIX, LoraConfig
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.dropout import dropped
 from kithara_ray.model.blocks.stack import Chain, find_chain
@@ -43,7 +43,8 @@ class Target:
         module: the HF module, e.g. `model.layers.0.self_attn.q_proj`.
         layer: the Keras layer.
         initialiser: of A's first values, "kaiming" or "gaussian"; B's are zeros, the magnitude's the kernel's norms.
-        lora_A, lora_B, magnitude: the layer's `keras.Variable`s; no magnitude without DoRA.
+        lora_A, lora_B, magnitude, bias: the layer's `keras.Variable`s; no magnitude without DoRA, and no bias of lora_B
+            without lora_bias.
         is_target: False of a layer that only has the side path so that its block stays like the others: its factors
             are zero and nothing of it is trained or saved.
     """
@@ -54,13 +55,19 @@ class Target:
     lora_A: keras.Variable
     lora_B: keras.Variable
     magnitude: keras.Variable | None
+    bias: keras.Variable | None
     is_target: bool = True
 
     @property
-    def variables(self) -> dict[str, keras.Variable]:
-        """By the names that an adapter file gives them."""
-        made = {f"{self.module}.lora_A.weight": self.lora_A, f"{self.module}.lora_B.weight": self.lora_B}
-        return made if self.magnitude is None else made | {f"{self.module}.lora_magnitude_vector": self.magnitude}
+    def variables(self) -> dict[str, tuple[keras.Variable, str]]:
+        """(variable, initialiser) by the names that an adapter file gives them."""
+        made = {
+            A_SUFFIX: (self.lora_A, self.initialiser),
+            B_SUFFIX: (self.lora_B, "zeros"),
+            MAGNITUDE_SUFFIX: (self.magnitude, "norms"),
+            BIAS_SUFFIX: (self.bias, "zeros"),
+        }
+        return {self.module + suffix: pair for suffix, pair in made.items() if pair[0] is not None}
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,10 @@ class _SidePath:
         whole_I = ops.cast(ops.reshape(inputs, (*batch_shape, linear.in_dim)), self.compute_dtype)
         x_I = dropped(whole_I, self.lora_dropout, self.lora_number)
         x_R = ops.matmul(x_I, ops.transpose(self.lora_A))
-        delta = ops.reshape(ops.matmul(x_R, ops.transpose(self.lora_B)) * self.lora_scale, ops.shape(y))
+        product = ops.matmul(x_R, ops.transpose(self.lora_B))
+        if self.lora_bias is not None:
+            product = ops.add(product, self.lora_bias)
+        delta = ops.reshape(product * self.lora_scale, ops.shape(y))
         if self.lora_magnitude is None:
             return ops.add(y, delta)
         # PEFT scales what the kernel makes of the dropped input, beside what the layer makes of the whole one.
@@ -240,15 +250,18 @@ def _adapt(module: str, layer, like: str, config: LoraConfig) -> Target:
     with keras_compat.adding_weights(layer):
         layer.lora_A = layer.add_weight(name="lora_A", shape=(rank, linear.in_dim), **float32)
         layer.lora_B = layer.add_weight(name="lora_B", shape=(linear.out_dim, rank), **float32)
-        layer.lora_magnitude = None
+        layer.lora_magnitude = layer.lora_bias = None
         if config.use_dora:
             layer.lora_magnitude = layer.add_weight(name="lora_magnitude", shape=(linear.out_dim,), **float32)
+        if config.lora_bias:
+            layer.lora_bias = layer.add_weight(name="lora_bias", shape=(linear.out_dim,), **float32)
     layer.lora_map = linear
     layer.lora_scale, layer.lora_dropout = config.scale_of(like), config.lora_dropout
     layer.lora_number = zlib.crc32(module.encode())
     layer.kernel.trainable = False
     initialiser = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
-    return Target(module, layer, initialiser, layer.lora_A, layer.lora_B, layer.lora_magnitude, module == like)
+    variables = layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.lora_bias
+    return Target(module, layer, initialiser, *variables, module == like)
 
 
 @dataclass(frozen=True)
@@ -316,9 +329,7 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
         (variable, (name, variable, target.layer, initialiser))
         for target in targets
         if target.is_target
-        for (name, variable), initialiser in zip(
-            target.variables.items(), (target.initialiser, "zeros", "norms"), strict=False
-        )
+        for name, (variable, initialiser) in target.variables.items()
     )
     peers = chain.peers() if chain is not None else IdentityMap()
     made = []
@@ -334,4 +345,4 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
 
 def zero_factors(targets: Sequence[Target]) -> list[keras.Variable]:
     """The factors of the layers that are no targets."""
-    return [variable for target in targets if not target.is_target for variable in target.variables.values()]
+    return [variable for target in targets if not target.is_target for variable, _ in target.variables.values()]

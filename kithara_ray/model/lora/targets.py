@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.lora_config import ALL_LINEAR, is_named
+from kithara_ray.hf.lora_checks import ALL_LINEAR
+from kithara_ray.hf.lora_config import is_named
 
 _WEIGHT = ".weight"
 _EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -67,6 +69,9 @@ def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConf
         raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
     patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     lora = LoraConfig(r=rank, target_modules=targets, **patterns, **settings)
+    lora = dataclasses.replace(lora, **beside.normal(lora, base))
+    if lora.bias != "none" and not any(one.tensor.endswith(beside.BIAS) for one in beside.of_base(lora, base)):
+        raise ConfigError(f"bias={lora.bias!r}: none of these layers has a bias in this base; leave it out")
     linear_modules, others = linear_modules_of(base), other_modules_of(base)
     check_selection(lora, linear_modules, others)
     check_targets(lora, linear_modules, others)
