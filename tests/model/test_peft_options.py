@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray import KerasHubModel
 from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.beside import tensor_of
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.hf.lora_config import LoraConfig
@@ -62,6 +63,10 @@ OPTIONS = {
     "a head, tokens": ("mistral", dict(modules_to_save=["lm_head"], trainable_token_indices=SEEN)),
     "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
 }
+BEGUN = [
+    ("qwen2", dict(bias="all")),
+    ("mistral", dict(modules_to_save=["lm_head"], trainable_token_indices=SEEN)),
+]
 MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2), "mistral": MeshShape(fsdp=2, tensor=2)}
 
 POSITIONS = np.tile(np.arange(6, 19, dtype=np.int32), (4, 1))
@@ -233,6 +238,30 @@ def test_first_magnitudes_are_the_rows_norms_and_change_nothing(options, tiny_mo
         ours = jax.jit(model.logits_BTV)(model.initial_factors(0, frozen), frozen, *place)
         plain = build(base.config, None, mesh, "float32")
         np.testing.assert_allclose(ours, jax.jit(plain.logits_BTV)({}, frozen, *place), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"stack_factors": False}, {"scan": False}], ids=str)
+@pytest.mark.parametrize(("family", "fields"), BEGUN, ids=[family for family, _ in BEGUN])
+def test_weights_of_the_base_begin_as_they_are_and_change_nothing(family, fields, options, tiny_models):
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MESHES.get(family))
+    model = build(base.config, LoraConfig(r=4, **fields), mesh, "float32", **options)
+    frozen = model.load(base)
+    first = model.initial_factors(0, frozen)
+    tensors, counted = whole(model, first), 0
+    for name, tensor in tensors.items():
+        if "lora_" not in name:
+            view = base.view(tensor_of(name))
+            np.testing.assert_array_equal(tensor, view if name == tensor_of(name) or "bias" in name else view[SEEN])
+            counted += 1
+    assert counted == {"qwen2": 9, "mistral": 2}[family]
+    assert sum(array.size for array in first.values()) == sum(tensor.size for tensor in tensors.values())
+    for name, abstract in model.abstract_params().items():
+        assert (abstract.shape, abstract.sharding) == (first[name].shape, first[name].sharding), name
+    if not options:
+        place = [jax.device_put(BATCH[name], batch_sharding(mesh)) for name in ("token_ids", "segment_ids")]
+        plain = build(base.config, None, mesh, "float32")
+        expected = jax.jit(plain.logits_BTV)({}, plain.load(base), *place)
+        np.testing.assert_allclose(jax.jit(model.logits_BTV)(first, frozen, *place), expected, atol=1e-5)
 
 
 def test_dropout_before_the_magnitude_is_peft_s(tiny_models, tmp_path):
