@@ -56,7 +56,15 @@ ModelSection = section_of(
     KerasHubModel.from_preset,
     {},
     # `Sequence` would take a text for its letters.
-    given_types={"target_modules": str | list[str], "init_lora_weights": bool | str},
+    given_types={
+        "target_modules": str | list[str],
+        "init_lora_weights": bool | str,
+        "exclude_modules": str | list[str] | None,
+        "layers_to_transform": int | list[int] | None,
+        "layers_pattern": str | list[str] | None,
+        "modules_to_save": list[str] | None,
+        "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+    },
 )
 DATASETS = {
     name: value

@@ -129,6 +129,6 @@ def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
         raise CheckpointError(f"{found.url} is not of a LoRA run: there is no adapter in it")
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     lora = {name: value for name, value in identity["lora"].items() if name in fields}
-    config = LoraConfig(**{**lora, "target_modules": tuple(lora["target_modules"])})
+    config = LoraConfig(**lora)
     run = {"source": found.url, "step": found.step, "metrics": found.manifest["metrics"], "identity": identity}
     return Trained(Adapter(config, found.adapter()), found.manifest.get("base"), identity.get("base"), run)

@@ -9,14 +9,19 @@ from typing import Any
 
 from kithara_ray import config as configuration
 from kithara_ray.errors import ConfigError, UnsupportedError
-from kithara_ray.hf.lora_config import ALL_LINEAR, LoraConfig
+from kithara_ray.hf.lora_checks import ALL_LINEAR
+from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.plan import Plan, plan, slice_of
 from kithara_ray.plan.chips import slice_of_topology
 from kithara_ray.plan.planner import LINEAR_MODULES
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.shape import MeshShape
 
-_LORA = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+_LORA = (
+    *("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+)
 
 
 @dataclass(frozen=True)
