@@ -69,6 +69,7 @@ ARROWS = {
     # The handles: trainer, model, results, generator, submit.
     "orchestration": {
         *("errors", "storage", "hf", "hf.exports", "sft", "sharding", "model", "train", "checkpoint", "callbacks"),
+        "yaml_file",
         *(f"orchestration.{room}" for room in ("cluster", "data", "preflight", "worker", "head", "driver")),
     },
     "orchestration.search": {"errors", "storage", "checkpoint", "redact", "orchestration", "orchestration.cluster"},
