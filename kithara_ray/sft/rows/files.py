@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows import text
-from kithara_ray.sft.rows.listing import Choice, files_of, kind_of, suffix_of
+from kithara_ray.sft.rows.listing import PACKED, Choice, files_of, kind_of, suffix_of
 from kithara_ray.sft.rows.reading import reading
 from kithara_ray.sft.rows.values import missing_as_none, rows_of
 
@@ -101,6 +101,9 @@ class Piece:
 
 
 def _open(url: str) -> Any:
+    """Raises ImportError: nothing here unpacks the file; fsspec would hand out its bytes as they are."""
+    if PurePosixPath(url).suffix in PACKED and fsspec.utils.infer_compression(url) is None:
+        raise ImportError(f"what unpacks {PurePosixPath(url).suffix}")
     return fsspec.open(url, "rb", compression="infer")
 
 

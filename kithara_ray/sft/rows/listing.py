@@ -24,7 +24,7 @@ from kithara_ray.errors import DataError
 from kithara_ray.sft.rows.reading import reading
 
 KNOWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 # Not rows, but about them or about a model beside them.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _KEYWORDS = {
@@ -66,7 +66,7 @@ def files_of(source: Any, choice: Choice = Choice()) -> list[tuple[str, int]]:
 def suffix_of(name: str) -> str:
     """The extension that says how a file is read, before the one of its compression."""
     suffixes = PurePosixPath(name).suffixes
-    if suffixes and suffixes[-1] in _PACKED:
+    if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
@@ -86,6 +86,8 @@ def _names(fs: Any, root: str, url: str, choice: Choice) -> list[str]:
         return _by_name(found, fixed, url, choice)
     if fs.isdir(root):
         return _of_directory(fs, root, url, choice)
+    if not suffix_of(root) and not fs.exists(root):
+        raise FileNotFoundError(root)
     kind_of(url)
     if choice.subset is not None:
         raise DataError(f"{url}: is one file, of which there is no subset {choice.subset!r}; leave subset= out")
