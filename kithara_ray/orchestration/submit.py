@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import ray
@@ -40,15 +41,34 @@ _FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, asyncio.Tim
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the job server at `http://HEAD:8265`. Raises ClusterError."""
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--address {address!r}: give the dashboard's URL, e.g. http://HEAD:8265")
+    """A client of the job server at `http://HEAD:8265`. Raises ConfigError: it is no such URL; ClusterError."""
+    if problem := _not_an_address(address):
+        raise ConfigError(f"--address: {problem}; give the dashboard's URL, e.g. http://HEAD:8265")
     # Ray lets this variable win over what was asked for.
     with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         try:
             return JobSubmissionClient(address)
         except _FAILURES as error:
             raise ClusterError(f"{address}: {_reason(error)}") from error
+
+
+def _not_an_address(address: str) -> str | None:
+    """Say what keeps a text from being the URL of a dashboard. It is not quoted: it may hold a password."""
+    if not address.startswith(("http://", "https://")):
+        return "no URL of http:// or https://"
+    if any(character.isspace() or not character.isprintable() for character in address):
+        return "the URL holds a space or a control character"
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
+    except ValueError as error:
+        return f"the URL is malformed ({error})"
+    if not host:
+        return "the URL names no host"
+    if parts.username or parts.password:
+        return "the URL holds a user or password; a token is taken from RAY_AUTH_TOKEN_PATH"
+    return None
 
 
 class _without:

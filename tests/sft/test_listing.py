@@ -1,12 +1,16 @@
 """A source's files are of one split and one subset, known as `datasets` knows them; others are never read with them."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import datasets
 import pyarrow as pa
 import pytest
 from datasets.data_files import DataFilesDict, get_data_patterns
+from hub import Hub
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows.files import pieces
@@ -167,3 +171,57 @@ def test_a_hugging_face_parquet_file_is_read_as_the_dataset_shows_it(tmp_path):
         found = [row for piece in pieces(source) for _, row in piece.rows(piece.load())]
         assert found == list(dataset) == rows
     assert isinstance(dataset.with_format("arrow")[0:1], pa.Table)
+
+
+ON_THE_HUB = """
+import json, sys
+from kithara_ray.errors import DataError
+from kithara_ray.sft.rows.files import pieces
+from kithara_ray.sft.rows.listing import Choice
+
+for line in sys.stdin:
+    url, choice = json.loads(line)
+    try:
+        cut = list(pieces(url, choice=Choice(**choice)))
+        print(json.dumps([row["text"] for piece in cut for _, row in piece.rows(piece.load())]))
+    except DataError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_splits_and_subsets_of_datasets_on_the_hub(tmp_path):
+    header = (
+        b"---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: en/train-*}\n"
+        b"  - {split: test, path: en/test-*}\n- {config_name: fr, data_files: fr/*.jsonl}\n---\n"
+    )
+    named = {name: json.dumps({"text": name}).encode() for name in ("data/train-0.jsonl", "data/test-0.jsonl")}
+    listed = {
+        name: json.dumps({"text": name}).encode() for name in ("en/train-0.jsonl", "en/test-0.jsonl", "fr/a.jsonl")
+    }
+    several = "has several splits, 'test', 'train'; choose one: split='train'"
+    subsets = "has several subsets, 'en', 'fr'; choose one: subset='en'"
+    asked = [
+        ("hf://datasets/o/named", {}, f"hf://datasets/o/named: {several}"),
+        ("hf://datasets/o/named", {"split": "train"}, ["data/train-0.jsonl"]),
+        ("hf://datasets/o/named@main/data", {"split": "test"}, ["data/test-0.jsonl"]),
+        ("hf://datasets/o/named/data/*.jsonl", {}, f"hf://datasets/o/named/data/*.jsonl: {several}"),
+        ("hf://datasets/o/named/data/train-0.jsonl", {}, ["data/train-0.jsonl"]),
+        (
+            "hf://datasets/o/listed",
+            {},
+            "hf://datasets/o/listed: has several subsets, 'en', 'fr'; choose one: subset='en'",
+        ),
+        ("hf://datasets/o/listed", {"subset": "en", "split": "test"}, ["en/test-0.jsonl"]),
+        ("hf://datasets/o/listed", {"subset": "fr"}, ["fr/a.jsonl"]),
+        ("hf://datasets/o/none", {}, "hf://datasets/o/none: no such file; give an existing path, a URL or a dataset"),
+    ]
+    with Hub() as hub:
+        hub.add("o/named", {"README.md": b"# Rows", **named})
+        hub.add("o/listed", {"README.md": header, **listed})
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        lines = "".join(json.dumps([url, choice]) + "\n" for url, choice, _ in asked)
+        command = [sys.executable, "-c", ON_THE_HUB]
+        done = subprocess.run(
+            command, input=lines, env=os.environ | env, capture_output=True, text=True, timeout=200, check=True
+        )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [expected for *_, expected in asked]
