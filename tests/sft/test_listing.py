@@ -206,11 +206,7 @@ def test_splits_and_subsets_of_datasets_on_the_hub(tmp_path):
         ("hf://datasets/o/named@main/data", {"split": "test"}, ["data/test-0.jsonl"]),
         ("hf://datasets/o/named/data/*.jsonl", {}, f"hf://datasets/o/named/data/*.jsonl: {several}"),
         ("hf://datasets/o/named/data/train-0.jsonl", {}, ["data/train-0.jsonl"]),
-        (
-            "hf://datasets/o/listed",
-            {},
-            "hf://datasets/o/listed: has several subsets, 'en', 'fr'; choose one: subset='en'",
-        ),
+        ("hf://datasets/o/listed", {}, f"hf://datasets/o/listed: {subsets}"),
         ("hf://datasets/o/listed", {"subset": "en", "split": "test"}, ["en/test-0.jsonl"]),
         ("hf://datasets/o/listed", {"subset": "fr"}, ["fr/a.jsonl"]),
         ("hf://datasets/o/none", {}, "hf://datasets/o/none: no such file; give an existing path, a URL or a dataset"),
