@@ -24,6 +24,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from kithara_ray.errors import ClusterError, ConfigError, TrainingError
 from kithara_ray.orchestration.cluster import ray_compat
+from kithara_ray.orchestration.cluster.run_name import check_run_name
 from kithara_ray.orchestration.driver.packed import check_packed
 from kithara_ray.orchestration.driver.run_manifest import GIT_VARIABLE, git_revision
 from kithara_ray.yaml_file import override, read_yaml
@@ -181,6 +182,7 @@ def _check_reads(config: Path, overrides: Sequence[str], working_dir: Path) -> N
         raise ConfigError(
             f"the job's copy of {working_dir} has no {config.relative_to(working_dir)}: {left_out}; move it"
         )
+    check_run_name((raw.get("run_config") or {}).get("name"))
     check_packed(raw, working_dir, packed, left_out)
 
 

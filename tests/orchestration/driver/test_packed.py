@@ -124,6 +124,13 @@ def test_a_configuration_that_is_not_packed(project):
         submit.submit(SimpleNamespace(), project / "run.yaml", (), project / "nothing")
 
 
+def test_a_runs_name_that_ray_would_refuse_later(project):
+    sent(project, config(run_config={"name": "my/run 1"}))
+    for name, text in (("läuf", "other than printable ASCII"), ("a" * 300, "longer than 255"), ("../up", "leaves")):
+        with pytest.raises(ConfigError, match=f"run_config: the name .*{text}"):
+            sent(project, config(run_config={"name": name}))
+
+
 def test_a_path_of_this_machine_inside_of_the_directory_is_said(project, caplog):
     sent(project, config(str(project / "train.jsonl")))
     assert "is a path of this machine" in caplog.text
