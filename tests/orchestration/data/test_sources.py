@@ -284,7 +284,7 @@ def test_tokenized_rows_are_those_that_are_trained_on(cluster, directory, tmp_pa
 
 RAY = {
     "items": lambda: ray.data.from_items(ROWS),
-    "items, mapped": lambda: ray.data.from_items(ROWS).map(dict),
+    "items, mapped": lambda: ray.data.from_items(ROWS).map(lambda row: row),
     "pandas blocks": lambda: ray.data.from_items(ROWS).map_batches(lambda frame: frame, batch_format="pandas"),
     "pandas": lambda: ray.data.from_pandas(pd.DataFrame(ROWS)),
     "Arrow": lambda: ray.data.from_arrow(pa.Table.from_pylist(ROWS)),
