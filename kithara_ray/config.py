@@ -34,7 +34,9 @@ from kithara_ray.orchestration.search.search import search
 from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.signatures import Section, section_of, told
-from kithara_ray.yaml_file import Where, parse_scalar, read_yaml
+from kithara_ray.yaml_file import Where, override, put, read_yaml
+
+__all__ = ["Config", "Job", "build", "checked", "dataloader", "load", "put", "require_absolute"]
 
 _OWN_SECTION = "it has a section of its own"
 _OLD = "Ray has retired it"
@@ -237,8 +239,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: names file, line and key.
     """
     raw, lines = read_yaml(path)
-    for override in overrides:
-        _override(raw, override)
+    for change in overrides:
+        override(raw, change)
     return checked(raw, str(path), lines)
 
 
@@ -309,39 +311,6 @@ def _ray_config(kind: type, section: Section | None) -> Any:
         return kind(**settings)
     except (ValueError, TypeError) as error:  # Ray's own refusals
         raise ConfigError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    """`a.b=value` into the raw content."""
-    path, equals, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {text!r}: expected key.key=value, e.g. --set trainer.steps=10")
-    put(raw, keys, parse_scalar(value), f"--set {text!r}")
-
-
-def put(raw: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> None:
-    """A value into the raw content, at `keys`.
-
-    Args:
-        source: what says so, for messages.
-
-    Raises:
-        ConfigError: there is no such place.
-    """
-    place: Any = raw
-    for number, key in enumerate(keys):
-        if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
-                raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a list of {len(place)}; give 0, 1, ...")
-            key = int(key)
-        elif not isinstance(place, dict):
-            raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a value, nothing stands under it")
-        if number == len(keys) - 1:
-            place[key] = value
-        elif isinstance(place, dict) and place.get(key) is None:
-            place[key] = {}
-        place = place[key]
 
 
 def require_absolute(config: Config) -> None:

@@ -6,6 +6,7 @@ scalar is null, true or false, a number, or a text, as in YAML 1.2's core schema
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,6 +103,39 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[Where, int]]:
 def parse_scalar(text: str) -> Any:
     """What a value given on the command line is in YAML: `1e-4` a number, `[a, b]` a list. Raises ConfigError."""
     return parse_yaml(f"value: {text}", "--set")[0]["value"]
+
+
+def override(raw: dict[str, Any], text: str) -> None:
+    """Put `a.b=value` of the command line into the raw content. Raises ConfigError."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {text!r}: expected key.key=value, e.g. --set trainer.steps=10")
+    put(raw, keys, parse_scalar(value), f"--set {text!r}")
+
+
+def put(raw: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> None:
+    """Put a value into the raw content, at `keys`.
+
+    Args:
+        source: what says so, for messages.
+
+    Raises:
+        ConfigError: there is no such place.
+    """
+    place: Any = raw
+    for number, key in enumerate(keys):
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a list of {len(place)}; give 0, 1, ...")
+            key = int(key)
+        elif not isinstance(place, dict):
+            raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a value, nothing stands under it")
+        if number == len(keys) - 1:
+            place[key] = value
+        elif isinstance(place, dict) and place.get(key) is None:
+            place[key] = {}
+        place = place[key]
 
 
 def _check_events(text: str, name: str) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import ray
@@ -23,7 +24,10 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from kithara_ray.errors import ClusterError, ConfigError, TrainingError
 from kithara_ray.orchestration.cluster import ray_compat
+from kithara_ray.orchestration.cluster.run_name import check_run_name
+from kithara_ray.orchestration.driver.packed import check_packed
 from kithara_ray.orchestration.driver.run_manifest import GIT_VARIABLE, git_revision
+from kithara_ray.yaml_file import override, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +42,34 @@ _FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, asyncio.Tim
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the job server at `http://HEAD:8265`. Raises ClusterError."""
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--address {address!r}: give the dashboard's URL, e.g. http://HEAD:8265")
+    """A client of the job server at `http://HEAD:8265`. Raises ConfigError: it is no such URL; ClusterError."""
+    if problem := _not_an_address(address):
+        raise ConfigError(f"--address: {problem}; give the dashboard's URL, e.g. http://HEAD:8265")
     # Ray lets this variable win over what was asked for.
     with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         try:
             return JobSubmissionClient(address)
         except _FAILURES as error:
             raise ClusterError(f"{address}: {_reason(error)}") from error
+
+
+def _not_an_address(address: str) -> str | None:
+    """Say what keeps a text from being the URL of a dashboard. It is not quoted: it may hold a password."""
+    if not address.startswith(("http://", "https://")):
+        return "no URL of http:// or https://"
+    if any(character.isspace() or not character.isprintable() for character in address):
+        return "the URL holds a space or a control character"
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname, parts.port
+        (host or "").encode("idna")
+    except ValueError as error:
+        return f"the URL is malformed ({error})"
+    if not host:
+        return "the URL names no host"
+    if parts.username or parts.password:
+        return "the URL holds a user or password; a token is taken from RAY_AUTH_TOKEN_PATH"
+    return None
 
 
 class _without:
@@ -126,14 +149,18 @@ def submit(
         command: "train" or "tune".
 
     Raises:
-        ConfigError: the configuration is outside the directory, or the directory too large.
+        ConfigError: the configuration is outside the directory; the job's copy will lack it, or what it reads; or the
+            directory is too large.
         ClusterError: the job server refused.
     """
     working_dir = working_dir.resolve()
+    if not working_dir.is_dir():
+        raise ConfigError(f"{working_dir} is no directory; give the job's with --working-dir")
     try:
         inside = config.resolve().relative_to(working_dir)
     except ValueError:
         raise ConfigError(f"{config} is not in {working_dir}, which is what the job gets; give --working-dir") from None
+    _check_reads(config.resolve(), overrides, working_dir)
     size = check_size(working_dir)
     logger.info("packing %s: bytes=%d", working_dir, size)
     words = [python, "-m", "kithara_ray", command, inside.as_posix()]
@@ -142,6 +169,21 @@ def submit(
     env = {GIT_VARIABLE: json.dumps(revision)} if revision else {}  # the copy has no .git
     runtime_env = {"working_dir": str(working_dir), "excludes": list(EXCLUDED), "env_vars": env}
     return start(client, shlex.join(words), runtime_env)
+
+
+def _check_reads(config: Path, overrides: Sequence[str], working_dir: Path) -> None:
+    """Raises ConfigError where the job's copy lacks the configuration, or what it reads."""
+    packed = package_files(working_dir)
+    raw, _ = read_yaml(config)
+    for change in overrides:
+        override(raw, change)
+    left_out = f".gitignore, .rayignore and `submit` itself ({', '.join(EXCLUDED)}) leave files out"
+    if config not in packed:
+        raise ConfigError(
+            f"the job's copy of {working_dir} has no {config.relative_to(working_dir)}: {left_out}; move it"
+        )
+    check_run_name((raw.get("run_config") or {}).get("name"))
+    check_packed(raw, working_dir, packed, left_out)
 
 
 def start(client: JobSubmissionClient, command: str, runtime_env: dict[str, Any], wait_s: float = 120.0) -> str:

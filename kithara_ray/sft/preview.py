@@ -26,6 +26,7 @@ class Preview:
     max_seq_len: beyond which rows are cut.
     counts: rows dropped, skipped, truncated.
     packing_efficiency: the share of a packed sequence that is not padding.
+    unread: columns of the source that nothing reads.
     """
 
     rows: tuple[tuple[tuple[str, bool], ...], ...]
@@ -34,6 +35,7 @@ class Preview:
     max_seq_len: int
     counts: dict[str, int]
     packing_efficiency: float
+    unread: tuple[str, ...] = ()
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -89,6 +91,8 @@ class Preview:
         if self.counts.get("unlearned_messages"):
             count = self.counts["unlearned_messages"]
             figures["not learned"] = f"{count:,} messages that the chat template shows otherwise later"
+        if self.unread:
+            figures["columns"] = f"nothing reads {', '.join(map(repr, self.unread))}"
         for name, value in figures.items():
             table.add_row(name, value)
         return table
@@ -109,16 +113,18 @@ def preview(
     trained: np.ndarray,
     max_seq_len: int,
     counts: dict[str, int],
+    unread: Sequence[str] = (),
 ) -> Preview:
     """Args:
     rows: to be shown.
     lengths, trained: of all rows.
+    unread: columns that nothing reads.
     """
     shown = tuple(tuple(_pieces(row, tokenizer)) for row in rows)
     order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(lengths))
     _, starts = best_fit(order, lengths, trained, max_seq_len, max_seq_len)
     filled = float(lengths.sum(dtype=np.int64) / (max_seq_len * (len(starts) - 1)))
-    return Preview(shown, lengths, trained, max_seq_len, dict(counts), filled)
+    return Preview(shown, lengths, trained, max_seq_len, dict(counts), filled, tuple(unread))
 
 
 def _pieces(row: TokenizedRow, tokenizer: Any):

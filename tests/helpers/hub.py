@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on loopback: the few routes that reading a model and pushing one need."""
+"""A stand-in for the Hugging Face Hub on loopback: the few routes that reading a model or data and pushing one need."""
 
 import base64
 import hashlib
@@ -90,13 +90,24 @@ class _Handler(BaseHTTPRequestHandler):
             entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 100}
         return entry
 
-    def tree(self, body: bytes, repo: str, revision: str) -> None:
-        self.answer(200, [self.entry(path, data) for path, data in self.hub.files(repo, revision).items()])
+    def tree(self, body: bytes, repo: str, revision: str, under: str | None = None) -> None:
+        """The files below a directory; not recursive, those in it, and the directories in it."""
+        prefix = f"{under}/" if under else ""
+        files = {path: data for path, data in self.hub.files(repo, revision).items() if path.startswith(prefix)}
+        if under and not files:
+            return self.answer(404, {"error": "no such directory"}, X_Error_Code="EntryNotFound")
+        entries = [self.entry(path, data) for path, data in files.items()]
+        directories = {prefix + path.removeprefix(prefix).split("/")[0] for path in files} - set(files)
+        if parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() != "true":
+            entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(prefix)]
+        self.answer(200, entries + [{"type": "directory", "path": path, "oid": ""} for path in sorted(directories)])
 
     def paths_info(self, body: bytes, repo: str, revision: str) -> None:
         files = self.hub.files(repo, revision)
         asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
-        self.answer(200, [self.entry(path, files[path]) for path in asked if path in files])
+        found = [self.entry(path, files[path]) for path in asked if path in files]
+        within = {path for path in asked if path not in files and any(name.startswith(f"{path}/") for name in files)}
+        self.answer(200, found + [{"type": "directory", "path": path, "oid": ""} for path in sorted(within)])
 
     def resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
         data = self.hub.files(repo, revision).get(path)
@@ -177,15 +188,15 @@ _ROUTES = [
     ("POST", r"/api/validate-yaml", _Handler.validate),
     ("POST", r"/api/repos/create", _Handler.create),
     ("DELETE", r"/api/repos/delete", _Handler.delete),
-    ("GET", rf"/api/models/{_REPO}", _Handler.info),
+    ("GET", rf"/api/(?:models|datasets)/{_REPO}", _Handler.info),
     ("GET", rf"/api/models/{_REPO}/auth-check(?:/write)?", _Handler.auth_check),
-    ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>[^/]+)", _Handler.info),
-    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
-    ("POST", rf"/api/models/{_REPO}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
+    ("GET", rf"/api/(?:models|datasets)/{_REPO}/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", rf"/api/(?:models|datasets)/{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<under>.+))?/?", _Handler.tree),
+    ("POST", rf"/api/(?:models|datasets)/{_REPO}/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>[^/]+)", _Handler.commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.upload),
-    ("GET", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
-    ("HEAD", rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    ("GET", rf"/(?:datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    ("HEAD", rf"/(?:datasets/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 ]

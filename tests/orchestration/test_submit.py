@@ -12,7 +12,7 @@ from peft import PeftModel
 from ray.job_submission import JobSubmissionClient
 from transformers import AutoModelForCausalLM
 
-from kithara_ray.errors import ClusterError
+from kithara_ray.errors import ClusterError, ConfigError
 from kithara_ray.orchestration import submit
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +54,26 @@ def test_by_ray_job_submit(cluster, arguments, tmp_path):
     out = run([*command, "--", sys.executable, "train.py", *arguments])
     assert "succeeded" in out
     check_exports(arguments)
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("127.0.0.1:8265", "no URL of http"),
+        ("http://", "names no host"),
+        ("http://head:port", "malformed"),
+        ("http://head:99999", "malformed"),
+        ("http://[::1:8265", "malformed"),
+        (f"http://{'x' * 70}:8265", "malformed"),
+        ("http://a..b:8265", "malformed"),
+        ("http://head:8265 ", "a space or a control character"),
+        ("http://me:secret@head:8265", "holds a user or password"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_before_anything_is_asked(address, text):
+    with pytest.raises(ConfigError, match=f"--address: .*{text}.*; give the dashboard's URL") as refused:
+        submit.connect(address)
+    assert "secret" not in str(refused.value)
 
 
 class Cut(JobSubmissionClient):

@@ -31,8 +31,8 @@ def write(path, rows=ROWS):
         new = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
         with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=30)
-    elif path.suffix == ".csv":
-        pd.DataFrame(rows).to_csv(path, index=False)
+    elif path.suffix in (".csv", ".tsv"):
+        pd.DataFrame(rows).to_csv(path, index=False, sep="," if path.suffix == ".csv" else "\t")
     elif path.suffix == ".txt":
         path.write_text("\n\n".join(row["prompt"] for row in rows))
     elif "list" in path.name:
@@ -44,7 +44,18 @@ def write(path, rows=ROWS):
     return path
 
 
-NAMES = ["a.jsonl", "bom.jsonl", "torn.jsonl", "a.json", "list.json", "a.csv", "a.parquet", "a.arrow", "stream.arrow"]
+NAMES = [
+    "a.jsonl",
+    "bom.jsonl",
+    "torn.jsonl",
+    "a.json",
+    "list.json",
+    "a.csv",
+    "a.tsv",
+    "a.parquet",
+    "a.arrow",
+    "stream.arrow",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,6 +123,64 @@ def test_bad_csv(tmp_path):
     assert rows[2] == {"prompt": "a\nb", "answer": "c"}
     assert rows[3]["answer"] == "\udcff"
     assert "is not CSV" in str(rows[4])
+
+
+@pytest.mark.parametrize("bad", ['q1,"he said "hi" twice"', 'q1,"he said \\"hi\\" twice"', '"q1', "q1,a,b", "q1"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_bad_line_costs_no_row_in_silence(tmp_path, name, bad):
+    rows = [f"q{i},a{i}" for i in range(100)]
+    text = "\n".join(["prompt,answer", *rows[:2], bad, *rows[2:]])
+    (tmp_path / name).write_text(text.replace(",", "\t") if name == "a.tsv" else text)
+    places, found, _ = read(tmp_path / name)
+    assert places == [f"line {n}" for n in range(2, 103)]
+    assert isinstance(found[2], ValueError)
+    kept = [row for row in found if isinstance(row, dict)]
+    assert all(row == {"prompt": f"q{row['prompt'][1:]}", "answer": f"a{row['prompt'][1:]}"} for row in kept)
+    assert len(kept) == (2 if bad == '"q1' else 100)  # a quote that is never closed: nobody knows where it ends
+
+
+def test_a_row_over_several_lines_that_turns_out_bad_counts_each(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,answer\na,"b\nc,d\ne "x" f"\ng,h\n')
+    places, rows, _ = read(tmp_path / "a.csv")
+    assert places == ["line 2", "line 3", "line 4", "line 5"]
+    assert [isinstance(row, dict) for row in rows] == [False, False, False, True]
+    assert "the row goes on to line 4" in str(rows[0])
+
+
+def test_a_long_field_is_a_field(tmp_path):
+    import csv
+
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"prompt,answer\nq,{'x' * 140_000}\n")
+    assert len(read(tmp_path / "a.csv")[1][0]["answer"]) == 140_000
+    assert csv.field_size_limit() == limit
+
+
+def test_empty_fields_at_the_end_of_lines_are_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer,,\na,b,,\nc,d,,e\nf,g\n")
+    _, rows, _ = read(tmp_path / "a.csv")
+    assert rows[0] == {"prompt": "a", "answer": "b"}
+    assert str(rows[1]) == "has 4 fields, the header has 2"
+    assert rows[2] == {"prompt": "f", "answer": "g"}
+
+
+def test_what_is_named_twice_is_not_overwritten(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"answer": "a", "answer": "b"}\n{"answer": "c"}\n')
+    _, (bad, good), _ = read(tmp_path / "a.jsonl")
+    assert str(bad) == "has the key 'answer' twice in one object"
+    assert good == {"answer": "c"}
+    (tmp_path / "a.json").write_text('[{"answer": "c"}, {"x": {"a": 1, "a": 2}}, {"answer": "d"}]')
+    places, (first, bad, last), _ = read(tmp_path / "a.json")
+    assert places == ["row 0", "row 1", "row 2"]
+    assert (first, last) == ({"answer": "c"}, {"answer": "d"})
+    assert str(bad) == "has the key 'a' twice in one object"
+    (tmp_path / "a.csv").write_text("answer,answer\na,b\n")
+    with pytest.raises(DataError, match=r"a\.csv: two columns are named 'answer'"):
+        read(tmp_path / "a.csv")
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["answer", "answer"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: two columns are named 'answer'"):
+        read(tmp_path / "a.parquet")
 
 
 def test_structs_lose_the_nulls_that_arrow_put_there(tmp_path):

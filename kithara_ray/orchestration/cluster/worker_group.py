@@ -9,6 +9,7 @@ from ray.train import Result, RunConfig, ScalingConfig
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.orchestration.cluster import capacity, jax_trainer, ray_compat
 from kithara_ray.orchestration.cluster.process_setup import WorkerBackend
+from kithara_ray.orchestration.cluster.run_name import check_run_name
 from kithara_ray.storage.urls import absolute
 
 
@@ -41,6 +42,7 @@ class WorkerGroup:
         devices = self.cpu_devices_per_worker
         if not isinstance(devices, int) or devices < 1:
             raise ConfigError(f"cpu_devices_per_worker must be an integer >= 1, got {devices!r}")
+        check_run_name(self.run_config.name)
 
     @property
     def num_workers(self) -> int:

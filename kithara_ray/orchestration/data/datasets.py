@@ -1,16 +1,18 @@
 """The dataset handles of the public API: what a user writes about data, before anything is read."""
 
 import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.orchestration.cluster.connection import start_ray
-from kithara_ray.orchestration.data.pipeline import tokenize
+from kithara_ray.orchestration.data import sources
+from kithara_ray.orchestration.data.pipeline import tokenize, tokenized_rows
 from kithara_ray.orchestration.data.token_rows import Rows
 from kithara_ray.sft import preview as previews
+from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.preview import Preview
+from kithara_ray.sft.rows.listing import Choice
 from kithara_ray.sft.tokens.formats import PromptAnswer, Text
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 from kithara_ray.storage.urls import absolute
@@ -35,6 +37,8 @@ class RowDataset:
         on_bad_row: str = "error",
         formatting_style: str = "auto",
         chat_template: str | None = None,
+        split: str | None = None,
+        subset: str | None = None,
         **unknown: Any,
     ):
         for name in unknown:
@@ -42,7 +46,8 @@ class RowDataset:
             raise ConfigError(f"{type(self).__name__} takes no argument {name!r}{why}")
         if (tokenizer is None) == (tokenizer_handle is None):
             raise ConfigError(f"{type(self).__name__} needs one of tokenizer and tokenizer_handle")
-        self.source = source
+        self.choice = Choice(split, subset)
+        self.source = sources.part_of(source, self.choice)
         self.tokenizer = tokenizer if tokenizer is not None else absolute(tokenizer_handle)
         self.max_seq_len = max_seq_len
         self.on_bad_row = on_bad_row
@@ -68,8 +73,19 @@ class RowDataset:
     def head(self, rows: int):
         """The same dataset of the source's first rows alone, which are read now."""
         taken = copy.copy(self)
-        taken.source = list(itertools.islice(iter(self.source), rows))
+        taken.source = next((work.rows() for work in sources.stream(self.source, rows)), [])
         return taken
+
+    def tokenized_rows(self) -> Iterator[TokenizedRow]:
+        """What is trained on, row by row in the source's order, tokenised in this process and without a cluster.
+
+        Each row has `token_ids`, `loss_mask` and `place`, where the row stands in the source. A source that streams is
+        gone through once; a Ray Dataset alone needs Ray.
+
+        Raises:
+            DataError: as training does: a bad row, or nothing to train on.
+        """
+        return tokenized_rows(self)
 
     def preview(self, rows: int = 3) -> Preview:
         """Tokenise the dataset, on the cluster or a local Ray, and show its first rows and what they amount to.
@@ -92,8 +108,9 @@ class SFTDataset(RowDataset):
     which go through the tokenizer's chat template. docs/data.md says what is learned of a conversation.
 
     Args:
-        source: a path, URL, directory or pattern, or a list of these (.jsonl, .json, .csv, .parquet, .arrow, .txt); a
-            list of dicts; a Ray Dataset; a Hugging Face dataset; a pandas DataFrame; an Arrow table.
+        source: a path, URL, directory or pattern, or a list of these (.jsonl, .json, .csv, .tsv, .parquet, .arrow,
+            .txt), or what `save_to_disk` wrote; a list of dicts; a Ray Dataset; a Hugging Face dataset; a pandas
+            DataFrame; an Arrow table. Rows are as iterating the source shows them.
         tokenizer: a transformers tokenizer, or
         tokenizer_handle: where to load one from: `hf://...`, a local directory, `gs://...`.
         column_mapping: {"prompt": <the source's column>, "answer": ...} or {"messages": ...}.
@@ -103,6 +120,9 @@ class SFTDataset(RowDataset):
         on_bad_row: "error" names source and row and stops; "skip" counts it.
         formatting_style: "row" or "batch", what custom_formatting_fn takes; "auto" finds out on the first row.
         chat_template: Jinja in place of the tokenizer's own template.
+        split: which split to read, of a directory, `hf://datasets/...`, a pattern or a DatasetDict that has several:
+            "train", "test", ...
+        subset: which subset to read, of a directory or `hf://datasets/...` that has several.
     """
 
     _format_class = PromptAnswer
@@ -132,6 +152,10 @@ class MixedDataset:
     def preview(self, rows: int = 3) -> Preview:
         """As a dataset's; every row counts once."""
         return preview(self, rows)
+
+    def tokenized_rows(self) -> Iterator[TokenizedRow]:
+        """As a dataset's: the rows of each dataset once, one dataset after the other."""
+        return tokenized_rows(self)
 
     def to_packed_dataset(self) -> "MixedDataset":
         packed = copy.copy(self)
@@ -183,7 +207,9 @@ def preview(dataset: RowDataset | MixedDataset, rows: int = 3) -> Preview:
     read = Rows(store)
     shown = [read.row(number) for number in range(min(rows, store.num_rows))]
     tokenizer = first.row_tokenizer().loaded()
-    return previews.preview(shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts)
+    return previews.preview(
+        shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts, store.unread
+    )
 
 
 class Dataloader:

@@ -14,7 +14,10 @@ from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import sources
 from kithara_ray.orchestration.data.sources import COUNTS, tokenize_rows
 from kithara_ray.orchestration.data.token_store import TokenStore, describe
-from kithara_ray.orchestration.data.unbounded import EndlessStore, start_reader
+from kithara_ray.orchestration.data.unbounded import SLICE_ROWS, UNREAD, EndlessStore, start_reader
+from kithara_ray.sft.batches.blocks import TokenizedRow
+from kithara_ray.sft.rows.columns import unread
+from kithara_ray.sft.rows.listing import Choice
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ class Described(Protocol):
     """A dataset of the public API, see `datasets`: where its rows are, and how they become tokens."""
 
     source: Any
+    choice: Choice
     name: str
     max_seq_len: int
 
@@ -63,7 +67,7 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
     shared = ray.put(row_tokenizer)
     blocks, summaries, results = [], collections.deque(), []
     try:
-        for piece, part in sources.work(dataset.source, dataset.name):
+        for piece, part in sources.work(dataset.source, dataset.name, dataset.choice):
             if len(summaries) >= _MAX_TASKS:
                 results.append(ray.get(summaries.popleft()))
             tokens, summary = tokenize_rows.remote(shared, piece, *part)
@@ -72,18 +76,62 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
         results += ray.get(list(summaries))
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, DataError) else error from None
-    counts = {name: sum(result[2][name] for result in results) for name in COUNTS}
-    samples = [sample for result in results for sample in result[3]][:3]
     lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
-    total = len(lengths) + counts["dropped_untrained"] + counts["skipped_bad"]
+    counts, unread_columns = _concluded(len(lengths), [result[2] for result in results])
+    starts = np.cumsum([0] + [len(result[0]) for result in results])
+    content = f"{sum(result[3] for result in results) % (1 << 128):032x}"
+    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content, counts, unread_columns)
+
+
+def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
+    """The rows that a dataset, or those of a mixture, trains on, in its order, tokenised in this process.
+
+    A source that streams is gone through once; only a Ray Dataset needs Ray.
+
+    Raises:
+        DataError: as `tokenize`.
+    """
+    if isinstance(dataset, Mixture):
+        for part in _named(dataset.datasets):
+            yield from tokenized_rows(part)
+        return
+    row_tokenizer = dataset.row_tokenizer()
+    if dataset.is_endless:
+        works = ((piece, ()) for piece in sources.stream(dataset.source, SLICE_ROWS))
+    else:
+        works = sources.work(dataset.source, dataset.name, dataset.choice)
+    kept, outcomes = 0, []
+    for piece, part in works:
+        held = (ray.get(part[0]), *part[1:]) if part else ()
+        block, rows = piece.tokenized_rows(row_tokenizer, *held)
+        kept += len(block)
+        outcomes.append(sources.outcome(block))
+        yield from rows
+    _concluded(kept, outcomes)
+
+
+def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Counts over all rows, and the columns that nothing reads; both are told in the log.
+
+    Args:
+        kept: rows that are trained on.
+        outcomes: see `sources.outcome`.
+
+    Raises:
+        DataError: no row is.
+    """
+    counts = {name: sum(outcome[0][name] for outcome in outcomes) for name in COUNTS}
+    samples = [sample for outcome in outcomes for sample in outcome[1]][:3]
+    unread_columns = unread(outcome[2] for outcome in outcomes)
+    total = kept + counts["dropped_untrained"] + counts["skipped_bad"]
     if any(counts.values()):
         logger.warning("of %d rows %s; for example: %s", total, describe(counts), "; ".join(samples) or "-")
-    if not len(lengths):
+    if unread_columns:
+        logger.warning(UNREAD, ", ".join(map(repr, unread_columns)))
+    if not kept:
         what = f"of {total} rows {describe(counts)}: {samples[0]}" if samples else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
-    starts = np.cumsum([0] + [len(result[0]) for result in results])
-    content = f"{sum(result[4] for result in results) % (1 << 128):032x}"
-    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content, counts)
+    return counts, unread_columns
 
 
 def _named(datasets: Sequence[Described]) -> Iterator[Described]:

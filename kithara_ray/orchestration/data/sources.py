@@ -1,12 +1,13 @@
-"""Whatever rows come from, cut into work for tokenising tasks, in an order that is the data's own.
+"""Cut the rows of any source into work for tokenising tasks, in an order that is the data's own.
 
-Files are cut and read by `sft.files`; what the driver holds is handed over a slice at a time; a Ray Dataset is streamed
-block by block.
+`sft.rows.files` cuts and reads files; the driver hands over what it holds a slice at a time; a Ray Dataset is streamed
+block by block. Every kind of source goes through the same normalisation, `sft.rows.values`.
 """
 
+import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import ray
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.cluster import ray_compat
-from kithara_ray.sft.batches.blocks import TokenizedBlock
-from kithara_ray.sft.rows import files
+from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
+from kithara_ray.sft.rows import files, values
+from kithara_ray.sft.rows.columns import Columns
 from kithara_ray.sft.rows.files import Piece
-from kithara_ray.sft.tokens.tokenize import RowTokenizer
+from kithara_ray.sft.rows.listing import Choice, chosen
+from kithara_ray.sft.tokens.tokenize import Made, RowTokenizer
 
 # Of what the driver holds, or of a block of Ray Data, in one task.
 _SLICE_ROWS = 2048
@@ -32,6 +35,10 @@ COUNTS = {
 }
 
 
+# Formats of a Hugging Face dataset that put the same values into other containers; others make other rows.
+_CONTAINERS = (None, "python", "numpy", "torch", "tensorflow", "jax", "pandas", "arrow", "polars")
+
+
 @dataclass(frozen=True)
 class Work:
     """Rows for one task.
@@ -39,39 +46,67 @@ class Work:
     Attributes:
         name: of the source, for messages; empty for the only one.
         piece: of a file; None for rows in memory.
-        payload: what the piece loads, if the driver has loaded it; else rows as a list of dicts or an Arrow table.
+        payload: what the piece loads, if the driver has loaded it; else rows as a list, or an Arrow table.
         first_row: the number of the first row in the source, or of the first line of the piece in its file.
+        keep_nulls, shapes: of rows that are a list, see `sft.rows.values.plain`.
     """
 
     name: str
     piece: Piece | None
     payload: Any
     first_row: int
+    keep_nulls: bool = True
+    shapes: Mapping[str, Any] | None = None
 
     def tokenize(self, tokenize: RowTokenizer, block: Any = None, start: int = 0, stop: int = 0) -> TokenizedBlock:
         """`block`, `start` and `stop`: rows of a block of Ray Data, where they are not in the payload."""
-        if self.piece is None:
-            rows = rows_of(block, start, stop) if block is not None else rows_of(self.payload)
-            return tokenize(rows, self.first_row, lambda n: f"row {self.first_row + n}{self._of()}")
-        return self._tokenize_piece(tokenize)
+        return self._made(tokenize, block, start, stop).block()
 
-    def _of(self) -> str:
-        return f" of {self.name}" if self.name else ""
+    def tokenized_rows(
+        self, tokenize: RowTokenizer, block: Any = None, start: int = 0, stop: int = 0
+    ) -> tuple[TokenizedBlock, Iterator[TokenizedRow]]:
+        """As `tokenize`; and its rows, each with its place."""
+        made = self._made(tokenize, block, start, stop)
+        return made.block(), made.rows()
 
-    def _tokenize_piece(self, tokenize: RowTokenizer) -> TokenizedBlock:
+    def rows(self, block: Any = None, start: int = 0, stop: int = 0) -> list[Any]:
+        """The normalised rows of what is in memory; an exception for one that cannot be read.
+
+        Raises:
+            DataError: two columns have one name.
+        """
+        if block is not None:
+            return _rows_of_block(block, start, stop)
+        if isinstance(self.payload, pa.Table):
+            return values.rows_of(self.payload)
+        return [values.plain_row(row, self.keep_nulls, self.shapes) for row in self.payload]
+
+    def _made(self, tokenize: RowTokenizer, block: Any, start: int, stop: int) -> Made:
+        columns = Columns()
+        if self.piece is not None:
+            rows, first, where = self._of_piece(tokenize)
+        else:
+            rows, first, where = self.rows(block, start, stop), self.first_row, self._where
+        made = tokenize.made(map(columns.watched, rows), first, where)
+        # A formatting function is given all columns, and may read any.
+        made.columns = columns.found() if tokenize.format.custom_formatting_fn is None else ()
+        return made
+
+    def _where(self, number: int) -> str:
+        return f"row {self.first_row + number}{f' of {self.name}' if self.name else ''}"
+
+    def _of_piece(self, tokenize: RowTokenizer) -> tuple[Iterable[Any], int, Callable[[int], str]]:
         piece = self.piece
-        try:
-            loaded = self.payload if self.payload is not None else piece.load()
-        except DataError as error:
-            if tokenize.on_bad_row == "error" or not piece.num_rows:
-                raise
-            loaded = error
         places: list[str] = []
 
-        def rows():
-            if isinstance(loaded, DataError):
+        def rows() -> Iterator[Any]:
+            try:
+                loaded = self.payload if self.payload is not None else piece.load()
+            except DataError as error:
+                if tokenize.on_bad_row == "error" or not piece.num_rows:
+                    raise
                 places.extend(f"row {piece.first_row + n}" for n in range(piece.num_rows))
-                yield from [loaded] * piece.num_rows
+                yield from [error] * piece.num_rows
                 return
             for place, row in piece.rows(loaded):
                 places.append(place)
@@ -84,46 +119,120 @@ class Work:
                 return f"{kind} {int(count) + before} of {piece.url}"
             return f"{kind} {count} of {piece.url}"
 
-        return tokenize(rows(), piece.first_id, where)
+        return rows(), piece.first_id, where
 
 
 @ray.remote(num_returns=2, num_cpus=1)
 def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
     """Some rows of the source, tokenised; and what the driver must know of them."""
     tokenized = work.tokenize(tokenize, block, start, stop)
-    counts = {name: getattr(tokenized, name) for name in COUNTS}
-    summary = tokenized.lengths, tokenized.trained(), counts, list(tokenized.samples), tokenized.content()
+    summary = tokenized.lengths, tokenized.trained(), outcome(tokenized), tokenized.content()
     return tokenized, summary
 
 
-def work(source: Any, name: str = "") -> Iterator[tuple[Work, tuple]]:
+def outcome(block: TokenizedBlock) -> tuple[dict[str, int], tuple[str, ...], tuple[tuple[str, bool], ...]]:
+    """What became of a block's rows: counts, examples, and columns."""
+    return {name: getattr(block, name) for name in COUNTS}, block.samples, block.columns
+
+
+def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[tuple[Work, tuple]]:
     """The source's rows, a task's at a time: the work, and the block and rows of it where Ray Data holds them.
+
+    Args:
+        choice: of a split and a subset, for files.
 
     Raises:
         DataError: nothing rows can be read from.
     """
     if isinstance(source, (str, Path)) or files.as_sequence(source):
-        yield from _of_files(source, name)
+        yield from _of_files(source, name, choice)
     elif is_ray_dataset(source):
         yield from _of_ray(source, name)
-    elif isinstance(source, list):
+    elif isinstance(source, (list, tuple)):
         if not source:
             raise DataError("the dataset is empty: the list of rows has no element")
-        yield from _slices(len(source), lambda start, stop: source[start:stop], name)
+        yield from _slices(len(source), lambda start, stop: list(source[start:stop]), name)
     elif isinstance(source, pa.Table):
+        values.check_names(source.column_names)
         yield from _slices(len(source), lambda start, stop: source.slice(start, stop - start), name)
     elif hasattr(source, "with_format") and hasattr(source, "features") and hasattr(source, "__len__"):
-        table = source.with_format("arrow")
-        yield from _slices(len(source), lambda start, stop: table[start:stop], name)
+        yield from _of_hugging_face(source, name)
     elif hasattr(source, "to_dict") and hasattr(source, "iloc"):
-        yield from _slices(len(source), lambda a, b: source.iloc[a:b].to_dict(orient="records"), name)
-    elif isinstance(source, dict) and source and all(hasattr(part, "features") for part in source.values()):
-        raise DataError(f"a dataset of several splits, {', '.join(map(repr, source))}; choose one: dataset['train']")
+        values.check_names(source.columns)
+        cut = lambda start, stop: source.iloc[start:stop].to_dict(orient="records")  # noqa: E731
+        yield from _slices(len(source), cut, name, keep_nulls=False)
+    elif is_splits(source):
+        chosen(source, None, f"the {type(source).__name__}")
     else:
+        kind = type(source)
+        named = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         raise DataError(
-            f"a dataset cannot be made of {type(source).__name__}; give a path, URL or list of these, a list of dicts, "
-            "a Ray Dataset, a Hugging Face dataset, a pandas DataFrame or an Arrow table"
+            f"a dataset cannot be made of {named}; give a path, URL or list of these, a list of dicts, a Ray Dataset, "
+            "a Hugging Face dataset, a pandas DataFrame or an Arrow table"
         )
+
+
+def stream(source: Any, rows: int) -> Iterator[Work]:
+    """One pass over a stream, so many rows at a time.
+
+    Raises:
+        DataError: the stream fails.
+    """
+    features = getattr(source, "features", None)
+    shapes = _shapes(features) if features else None
+    found, first = _stream_rows(source), 0
+    while taken := list(itertools.islice(found, rows)):
+        yield Work("the stream", None, taken, first, keep_nulls=False, shapes=shapes)
+        first += len(taken)
+
+
+def _stream_rows(source: Any) -> Iterator[Any]:
+    rows, number = iter(source), 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except DataError:
+            raise
+        except Exception as error:  # of whoever made the stream; nothing comes after it
+            raise DataError(
+                f"row {number} of the stream: cannot be read: {type(error).__name__}: {values.short(error)}; mend the "
+                "source, or leave the row out there"
+            ) from error
+        number += 1
+        if isinstance(row, pa.Table):  # of a stream with a format: tables and frames of a row each
+            yield from values.rows_of(row)
+        elif hasattr(row, "to_dict") and hasattr(row, "iloc"):
+            yield from row.to_dict(orient="records")
+        else:
+            yield row
+
+
+def is_splits(source: Any) -> bool:
+    """A DatasetDict, or a dict like one."""
+    return isinstance(source, dict) and bool(source) and all(hasattr(part, "features") for part in source.values())
+
+
+def part_of(source: Any, choice: Choice) -> Any:
+    """The source itself, or of several splits the one that is chosen. Files are chosen among when they are listed.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if isinstance(source, (str, Path)) or files.as_sequence(source):
+        return source
+    if choice.subset is not None:
+        raise DataError(f"subset={choice.subset!r} is for a directory or hf://datasets/...; leave it out")
+    if is_splits(source):
+        several = choice.split is None and len(source) > 1
+        return source if several else source[chosen(source, choice.split, f"the {type(source).__name__}")]
+    if choice.split is not None and choice.split != str(getattr(source, "split", None)):
+        raise DataError(
+            f"split={choice.split!r} is for a directory, files or a DatasetDict; a {type(source).__name__} has no "
+            "splits: leave it out"
+        )
+    return source
 
 
 def is_ray_dataset(source: Any) -> bool:
@@ -132,9 +241,9 @@ def is_ray_dataset(source: Any) -> bool:
     return loaded is not None and isinstance(source, loaded.Dataset)
 
 
-def _of_files(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:
+def _of_files(source: Any, name: str, choice: Choice | None) -> Iterator[tuple[Work, tuple]]:
     lines = {}
-    for piece in files.pieces(files.as_sequence(source) or source):
+    for piece in files.pieces(files.as_sequence(source) or source, choice=choice):
         if not files.is_local(piece.url):
             yield Work(name, piece, None, 0), ()
             continue
@@ -149,9 +258,33 @@ def _of_files(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:
         yield Work(name, piece, payload, before), ()
 
 
-def _slices(count: int, cut, name: str) -> Iterator[tuple[Work, tuple]]:
+def _slices(count: int, cut: Callable, name: str, **how: Any) -> Iterator[tuple[Work, tuple]]:
     for start in range(0, count, _SLICE_ROWS):
-        yield Work(name, None, cut(start, min(start + _SLICE_ROWS, count)), start), ()
+        yield Work(name, None, cut(start, min(start + _SLICE_ROWS, count)), start, **how), ()
+
+
+def _of_hugging_face(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:
+    """The rows that the dataset shows: with its transform, and of its columns those that its format leaves."""
+    shown = source.format
+    if shown["type"] in _CONTAINERS:
+        columns = None if shown["output_all_columns"] else shown["columns"]
+        table, features = source.with_format("arrow", columns=columns), source.features.to_dict()
+        yield from _slices(len(source), lambda a, b: values.with_features(table[a:b], features), name)
+        return
+
+    def row(number: int) -> Any:
+        try:
+            return source[number]
+        except Exception as error:  # the user's code: whatever it raises belongs to this row
+            return ValueError(f"the dataset's transform failed: {type(error).__name__}: {values.short(error)}")
+
+    cut = lambda start, stop: [row(number) for number in range(start, stop)]  # noqa: E731
+    yield from _slices(len(source), cut, name, keep_nulls=False, shapes=_shapes(source.features))
+
+
+def _shapes(features: Any) -> dict[str, Any]:
+    """The shapes of columns, of the features of a Hugging Face dataset."""
+    return {name: values.shape_of_feature(feature) for name, feature in features.to_dict().items()}
 
 
 def _of_ray(dataset: Any, name: str) -> Iterator[tuple[Work, tuple]]:
@@ -170,7 +303,27 @@ def _of_ray(dataset: Any, name: str) -> Iterator[tuple[Work, tuple]]:
         first += count
 
 
-def rows_of(block: Any, start: int = 0, stop: int | None = None) -> list[Any]:
-    if isinstance(block, pa.Table):
-        return files.rows_of(block.slice(start, None if stop is None else stop - start))
-    return block[start:stop] if isinstance(block, list) else block.iloc[start:stop].to_dict(orient="records")
+def _rows_of_block(block: Any, start: int, stop: int) -> list[Any]:
+    """Rows of a block as Ray Data itself gives them."""
+    if isinstance(block, list):
+        return [values.plain_row(row) for row in block[start:stop]]
+    # Deferred: it takes a second, and only a Ray Dataset has blocks.
+    from ray.data.block import BlockAccessor
+
+    is_arrow = isinstance(block, pa.Table)
+    values.check_names(block.column_names if is_arrow else block.columns)
+    shapes = values.shapes_of(block.schema) if is_arrow else None
+    rows = _readable(BlockAccessor.for_block(block), start, stop)
+    return [values.plain_row(row, False, shapes, decode=True) for row in rows]
+
+
+def _readable(accessor: Any, start: int, stop: int) -> list[Any]:
+    """Rows of a block; where they cannot be read together, a ValueError for each that cannot be read at all."""
+    from ray.data.block import BlockAccessor  # as above
+
+    try:
+        return list(BlockAccessor.for_block(accessor.slice(start, stop)).iter_rows(public_row_format=True))
+    except Exception as error:  # a value that Python cannot hold
+        if stop - start == 1:
+            return [ValueError(f"cannot be read: {type(error).__name__}: {values.short(error)}")]
+        return [row for number in range(start, stop) for row in _readable(accessor, number, number + 1)]

@@ -41,6 +41,7 @@ class TokenStore:
         pad_id: the tokenizer's.
         content: a hash of all tokens and masks in their order, however they are cut into blocks.
         counts: rows that were dropped, skipped, truncated.
+        unread: columns of the source that nothing reads.
         parts: of a mixture.
     """
 
@@ -51,6 +52,7 @@ class TokenStore:
     pad_id: int
     content: str = ""
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     parts: tuple[Part, ...] = ()
 
     @property
@@ -104,6 +106,7 @@ class TokenStore:
             pad_id=stores[0].pad_id,
             content=" ".join(store.content for store in stores),
             counts={name: sum(store.counts[name] for store in stores) for name in COUNTS},
+            unread=tuple(dict.fromkeys(name for store in stores for name in store.unread)),
             parts=tuple(parts),
         )
 

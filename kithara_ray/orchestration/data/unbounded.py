@@ -20,15 +20,19 @@ import numpy as np
 import ray
 
 from kithara_ray.errors import DataError
-from kithara_ray.orchestration.data.sources import COUNTS, Work, tokenize_rows
+from kithara_ray.orchestration.data.sources import COUNTS, stream, tokenize_rows
 from kithara_ray.orchestration.data.token_store import describe, rounded
 from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.batches.packing import packs
+from kithara_ray.sft.rows.columns import unread
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 logger = logging.getLogger(__name__)
 
-_SLICE_ROWS = 256
+# Rows of a stream in one task.
+SLICE_ROWS = 256
+# The log's line about columns, once for each.
+UNREAD = "columns that nothing reads: %s; if one should be, name it in column_mapping"
 _MAX_TASKS = 4
 # Rows that are shuffled with each other, where the Dataloader says nothing.
 WINDOW_ROWS = 4096
@@ -81,6 +85,7 @@ class Reader:
         self._source, self._tokenizer = source, ray.put(tokenizer)
         self._how: tuple | None = None
         self._counts = dict.fromkeys(COUNTS, 0)
+        self._unread: set[str] = set()
 
     def batch(self, step: int, order: EndlessOrder, shape: tuple[int, int] | None) -> list[list[TokenizedRow]]:
         """The packs of a step's global batch.
@@ -114,7 +119,7 @@ class Reader:
     def _windows(self, order: EndlessOrder) -> Iterator[TokenizedRow]:
         rows = self._rows()
         for number in itertools.count():
-            window = list(itertools.islice(rows, order.shuffle_rows if order.shuffle else _SLICE_ROWS))
+            window = list(itertools.islice(rows, order.shuffle_rows if order.shuffle else SLICE_ROWS))
             if order.shuffle:
                 rng = np.random.Generator(np.random.Philox(key=[order.seed, number]))
                 window = [window[i] for i in rng.permutation(len(window))]
@@ -131,14 +136,11 @@ class Reader:
                 raise DataError(f"the streaming source gives nothing to train on: {describe(self._counts)}")
 
     def _once(self) -> Iterator[TokenizedRow]:
-        source, pending, first = iter(self._source), deque(), 0
+        works, pending = stream(self._source, SLICE_ROWS), deque()
         while True:
-            rows = list(itertools.islice(source, _SLICE_ROWS))
-            if rows:
-                work = Work("the stream", None, rows, first)
+            if work := next(works, None):
                 pending.append(tokenize_rows.remote(self._tokenizer, work))
-                first += len(rows)
-            while pending and (len(pending) >= _MAX_TASKS or not rows):
+            while pending and (len(pending) >= _MAX_TASKS or not work):
                 block_ref, summary_ref = pending.popleft()
                 try:
                     block, summary = ray.get([block_ref, summary_ref])
@@ -146,11 +148,14 @@ class Reader:
                     raise error.cause if isinstance(error.cause, DataError) else error from None
                 self._report(summary)
                 yield from block.rows()
-            if not rows:
+            if not work:
                 return
 
     def _report(self, summary: tuple) -> None:
-        counts, samples = summary[2], summary[3]
+        counts, samples, columns = summary[2]
+        if new := [name for name in unread([columns]) if name not in self._unread]:
+            self._unread.update(new)
+            logger.warning(UNREAD, ", ".join(map(repr, new)))
         self._counts = {name: self._counts[name] + counts[name] for name in COUNTS}
         if counts["dropped_untrained"] or counts["skipped_bad"]:
             logger.warning("streamed so far: rows that %s; for example: %s", describe(self._counts), "; ".join(samples))

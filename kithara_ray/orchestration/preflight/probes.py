@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -158,7 +157,7 @@ class FirstRows:
         elif row_tokenizer.on_bad_row == "error":
             for where, row in found:
                 if not isinstance(row, Exception):  # what could not be read is told of when all is
-                    row_tokenizer.format.read(row, where)
+                    row_tokenizer.read(row, where)
         columns = ", ".join(map(str, rows[0])) if rows and isinstance(rows[0], Mapping) else "none"
         self._formatted.append(f"{name}: {len(rows)} row(s) read, columns {columns}")
 
@@ -187,25 +186,19 @@ def first_rows(dataset: Any) -> list[tuple[str, Any]]:
     """
     if dataset.is_endless:
         return []
-    if sources.is_ray_dataset(dataset.source):
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        dataset.source.context.enable_progress_bars = False
-        found = _numbered(dataset.source.take(_FIRST_ROWS))
-    else:
-        found = _first_of(dataset.source)
+    found = _first_of(dataset)
     if not found:
         raise DataError("the dataset is empty: the source has no rows; nothing can be trained")
     return found
 
 
-def _numbered(rows: list[Any]) -> list[tuple[str, Any]]:
-    return [(f"row {number}", row) for number, row in enumerate(rows)]
-
-
-def _first_of(source: Any) -> list[tuple[str, Any]]:
-    for work, _ in sources.work(source):
+def _first_of(dataset: Any) -> list[tuple[str, Any]]:
+    is_ray = sources.is_ray_dataset(dataset.source)
+    source = dataset.source.limit(_FIRST_ROWS) if is_ray else dataset.source
+    for work, part in sources.work(source, choice=dataset.choice):
         if work.piece is None:
-            return _numbered(sources.rows_of(work.payload)[:_FIRST_ROWS])
+            rows = work.rows(ray.get(part[0]), *part[1:]) if part else work.rows()
+            return [(f"row {number}", row) for number, row in enumerate(rows[:_FIRST_ROWS])]
         loaded = work.payload if work.payload is not None else work.piece.load()
         rows = itertools.islice(work.piece.rows(loaded), _FIRST_ROWS)
         found = [(f"{place} of {work.piece.url}", row) for place, row in rows]

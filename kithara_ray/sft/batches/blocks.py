@@ -17,6 +17,7 @@ class TokenizedRow:
     loss_mask: np.ndarray  # uint8 (T,)
     truncated: bool = False  # tokens beyond max_seq_len, up to the last to be learned, were cut off
     unlearned: int = 0  # messages of the assistant that the chat template shows otherwise than it asks for them
+    place: str = ""  # in the source, as messages say it: "line 18 of train.jsonl"; empty where nobody asked
 
     @property
     def is_trained(self) -> bool:
@@ -36,6 +37,7 @@ class TokenizedBlock:
     truncated: int = 0  # rows kept, but cut at max_seq_len
     unlearned_messages: int = 0  # in rows kept
     samples: tuple[str, ...] = ()  # messages about the first of the rows dropped or skipped
+    columns: tuple[tuple[str, bool], ...] = ()  # (name, whether any row's was read) of those that hold something
 
     def __len__(self) -> int:
         return len(self.row_ids)

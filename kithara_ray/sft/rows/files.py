@@ -2,7 +2,7 @@
 
     .jsonl              a JSON object a line; cut at line ends
     .json               a list of objects, read whole, or what .jsonl is
-    .csv                a header and rows, read whole
+    .csv, .tsv          a header and rows, read whole
     .txt                a row a line, in column `text`; cut at line ends
     .parquet            cut at row groups
     .arrow, .feather    Arrow's file or stream format; a file cut at record batches
@@ -11,10 +11,7 @@ Paths are local or fsspec URLs: a file, a directory, a pattern with `*`, or a li
 """
 
 import codecs
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -24,13 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kithara_ray.errors import DataError
+from kithara_ray.sft.rows import text
+from kithara_ray.sft.rows.listing import PACKED, Choice, files_of, kind_of, suffix_of
+from kithara_ray.sft.rows.reading import reading
+from kithara_ray.sft.rows.values import missing_as_none, rows_of
 
 # Of text in a piece: small enough that a batch's rows do not drag much with them, large enough for a task.
 PIECE_BYTES = 4 * 2**20
 _READ_BYTES = 2**20
 LINES = (".jsonl", ".txt")
-KNOWN = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".feather", ".txt")
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Piece:
         number: of the file among the source's.
         start, stop: bytes of a file of lines, to the end if -1; row groups or record batches; nothing of a file that is
             read whole.
-        kind: how it is read, one of KNOWN.
+        kind: how it is read, one of `listing.KNOWN`.
         first_row, num_rows: rows before it in the file, and in it, where that is known without reading them.
     """
 
@@ -60,60 +60,76 @@ class Piece:
         return (self.number << 44) + (self.start if self.kind in LINES else self.first_row)
 
     def load(self) -> Any:
-        """What `rows` reads: bytes, or an Arrow table."""
-        try:
-            with fsspec.open(self.url, "rb", compression="infer") as file:
-                if self.kind in LINES:
-                    return _lines_of(file, self.start, self.stop)
-                if self.kind == ".parquet":
-                    return pq.ParquetFile(file).read_row_groups(range(self.start, self.stop))
-                if self.kind in (".arrow", ".feather"):
-                    return _arrow(file, self.start, self.stop)
-                return file.read()
-        except (OSError, pa.ArrowException, EOFError) as error:
-            part = f", row group {self.start}" if self.kind == ".parquet" else ""
-            raise DataError(f"{self.url}{part}: cannot be read: {_short(error)}") from error
+        """What `rows` reads: bytes, or an Arrow table. Raises DataError."""
+        part = f", row group {self.start}" if self.kind == ".parquet" else ""
+        with reading(f"{self.url}{part}"), _open(self.url) as file:
+            if self.kind in LINES:
+                return _lines_of(file, self.start, self.stop)
+            if self.kind == ".parquet":
+                return pq.ParquetFile(file).read_row_groups(range(self.start, self.stop))
+            if self.kind in (".arrow", ".feather"):
+                return _arrow(file, self.start, self.stop)
+            return file.read()
 
     def rows(self, loaded: Any) -> Iterator[tuple[str, Any]]:
-        """(its place, a row): a dict, or the exception that stands for it."""
-        if self.kind == ".jsonl":
-            return ((f"line {n}", _json(line)) for n, line in _numbered(loaded))
-        if self.kind == ".txt":
-            return ((f"line {n}", _text(line)) for n, line in _numbered(loaded))
-        if self.kind == ".json":
-            return ((f"row {n}", row) for n, row in enumerate(_json_list(loaded, self.url)))
-        if self.kind == ".csv":
-            return _csv(loaded)
-        return ((f"row {self.first_row + n}", row) for n, row in enumerate(rows_of(loaded)))
+        """(its place, a row): a dict, or the exception that stands for it.
+
+        Raises:
+            DataError: nothing can be told of the rows: the header or the columns name one thing twice, or a list is
+                torn.
+        """
+        with reading(self.url):
+            if self.kind in LINES:
+                read = text.json_row if self.kind == ".jsonl" else text.text_row
+                found = ((f"line {n}", read(line)) for n, line in text.numbered(loaded))
+            elif self.kind in _DELIMITERS:
+                found = iter(text.delimited(loaded, _DELIMITERS[self.kind]))
+            else:
+                rows = text.json_list(loaded) if self.kind == ".json" else rows_of(loaded)
+                found = ((f"row {self.first_row + n}", row) for n, row in enumerate(rows))
+        return ((place, missing_as_none(row)) for place, row in found)
 
     def lines_before(self) -> int:
         """Of a file of lines; reads all that stands before this piece."""
         if self.kind not in LINES or not self.start:
             return 0
         count, left = 1, self.start - 1  # the line that the byte before `start` belongs to ends before this piece
-        with fsspec.open(self.url, "rb") as file:
+        with reading(self.url), fsspec.open(self.url, "rb") as file:
             while left > 0 and (data := file.read(min(left, _READ_BYTES))):
                 count, left = count + data.count(b"\n"), left - len(data)
         return count
 
 
-def pieces(source: Any, piece_bytes: int | None = None) -> Iterator[Piece]:
+def _open(url: str) -> Any:
+    """Raises ImportError: nothing here unpacks the file; fsspec would hand out its bytes as they are."""
+    if PurePosixPath(url).suffix in PACKED and fsspec.utils.infer_compression(url) is None:
+        raise ImportError(f"what unpacks {PurePosixPath(url).suffix}")
+    return fsspec.open(url, "rb", compression="infer")
+
+
+def pieces(source: Any, piece_bytes: int | None = None, choice: Choice | None = None) -> Iterator[Piece]:
     """The pieces of a path, URL, directory, pattern or list of these, in the order of the names.
 
+    Args:
+        choice: of a split and a subset.
+
     Raises:
-        DataError: there is no such file, or it cannot be opened, or its kind is not known.
+        DataError: there is no such file, or it cannot be opened, or its kind is not known; or files of several splits,
+            of which none is chosen.
     """
     piece_bytes = piece_bytes or PIECE_BYTES
-    for number, (url, size) in enumerate(_files(source)):
-        kind = _kind(url)
+    for number, (url, size) in enumerate(files_of(source, choice or Choice())):
+        kind = kind_of(url)
         if kind == ".json" and not _is_list(url):
             kind = ".jsonl"
-        packed = PurePosixPath(url).suffix != _suffix(url)
+        packed = PurePosixPath(url).suffix != suffix_of(url)
         if kind in LINES and not packed:
             for start in range(0, size, piece_bytes):
                 yield Piece(url, number, kind, start, min(start + piece_bytes, size))
         elif kind in LINES:
             yield Piece(url, number, kind, 0, -1)
+        elif packed and kind in (".parquet", ".arrow", ".feather"):
+            raise DataError(f"{url}: {kind} files have a compression of their own; unpack it")
         elif kind == ".parquet":
             yield from _row_groups(url, number, piece_bytes)
         elif kind in (".arrow", ".feather"):
@@ -126,76 +142,8 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith(("file://", "local://"))
 
 
-def rows_of(table: pa.Table) -> list[dict[str, Any]]:
-    """An Arrow table as dicts. Arrow gives all structs of a column the same fields, null where a row had none: in
-    nested columns, such as messages and tools, fields that are null are left out again."""
-    nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
-    rows = table.to_pylist()
-    for row in rows if nested else ():
-        for name in nested:
-            row[name] = _without_nulls(row[name])
-    return rows
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-# --- which files there are -------------------------------------------------------------------------------------------
-
-
-def _files(source: Any) -> list[tuple[str, int]]:
-    """(URL, bytes) of every file."""
-    found = []
-    for path in source if isinstance(source, (list, tuple)) else [source]:
-        url = str(path)
-        try:
-            fs, root = fsspec.core.url_to_fs(url)
-        except ImportError as error:
-            package = _PACKAGES.get(url.split("://")[0])
-            raise DataError(f"{url}: needs a package: pip install {package or error}") from error
-        except ValueError as error:
-            raise DataError(f"{url}: {_short(error)}") from error
-        try:
-            if "*" in root:
-                names = sorted(name for name in fs.glob(root) if _suffix(name) in KNOWN)
-            elif fs.isdir(root):
-                names = sorted(name for name in fs.find(root) if _suffix(name) in KNOWN and not _is_hidden(name, root))
-            else:
-                _kind(url)
-                names = [root]
-            infos = [(fs.unstrip_protocol(name) if "://" in url else name, fs.size(name)) for name in names]
-        except FileNotFoundError as error:
-            raise DataError(f"{url}: no such file; give an existing path, a URL or a dataset") from error
-        except OSError as error:
-            raise DataError(f"{url}: cannot be opened: {_short(error)}") from error
-        if not infos:
-            raise DataError(f"{url}: holds no file of a known extension; known are {', '.join(KNOWN)}")
-        found += infos
-    return found
-
-
-def _is_hidden(name: str, root: str) -> bool:
-    return any(part.startswith((".", "_")) for part in PurePosixPath(name.removeprefix(root)).parts if part != "/")
-
-
-def _suffix(name: str) -> str:
-    suffixes = PurePosixPath(name).suffixes
-    if suffixes and suffixes[-1] in (".gz", ".bz2", ".xz", ".zst"):
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _kind(url: str) -> str:
-    if (suffix := _suffix(url)) not in KNOWN:
-        raise DataError(f"{url}: unknown extension {suffix!r}; known are {', '.join(KNOWN)}")
-    return suffix
-
-
 def _is_list(url: str) -> bool:
-    with fsspec.open(url, "rb", compression="infer") as file:
+    with reading(url), _open(url) as file:
         return file.read(4096).lstrip(b" \t\r\n" + codecs.BOM_UTF8)[:1] == b"["
 
 
@@ -220,75 +168,14 @@ def _lines_of(file: Any, start: int, stop: int) -> bytes:
     return data
 
 
-def _numbered(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their number in the piece, from 1."""
-    return ((n, line) for n, line in enumerate(data.split(b"\n"), start=1) if line.strip())
-
-
-def _decoded(line: bytes) -> str | Exception:
-    try:
-        return line.removeprefix(codecs.BOM_UTF8).decode()
-    except UnicodeDecodeError as error:
-        return ValueError(f"is not valid UTF-8 at byte {error.start}")
-
-
-def _json(line: bytes) -> Any:
-    text = _decoded(line)
-    if isinstance(text, Exception):
-        return text
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"is not JSON: {_short(error)}")
-    return row if isinstance(row, dict) else ValueError(f"is {type(row).__name__}, not a JSON object")
-
-
-def _text(line: bytes) -> Any:
-    text = _decoded(line)
-    return text if isinstance(text, Exception) else {"text": text.rstrip("\r")}
-
-
-# --- whole files -----------------------------------------------------------------------------------------------------
-
-
-def _json_list(data: bytes, url: str) -> Iterable[Any]:
-    try:
-        rows = json.loads(data.removeprefix(codecs.BOM_UTF8))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{url}: is not JSON: {_short(error)}") from error
-    return (row if isinstance(row, dict) else ValueError(f"is {type(row).__name__}, not an object") for row in rows)
-
-
-def _csv(data: bytes) -> Iterator[tuple[str, Any]]:
-    # What is not UTF-8 becomes lone surrogates, which the format finds in the column that has them.
-    text = io.StringIO(data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"), newline="")
-    reader = csv.reader(text, strict=True)
-    try:
-        header = next(reader, [])
-        while True:
-            line = reader.line_num + 1
-            values = next(reader, None)
-            if values is None:
-                return
-            if len(values) == len(header):
-                yield f"line {line}", dict(zip(header, values, strict=True))
-            elif values:
-                yield f"line {line}", ValueError(f"has {len(values)} fields, the header has {len(header)}")
-    except csv.Error as error:  # what follows cannot be told apart
-        yield f"line {reader.line_num}", ValueError(f"is not CSV: {error}")
-
-
 # --- Arrow -----------------------------------------------------------------------------------------------------------
 
 
 def _row_groups(url: str, number: int, piece_bytes: int) -> Iterator[Piece]:
-    try:
-        with fsspec.open(url, "rb") as file:
-            metadata = pq.ParquetFile(file).metadata
-            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-            sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{url}: cannot be read as Parquet: {_short(error)}") from error
+    with reading(url, "cannot be read as Parquet"), fsspec.open(url, "rb") as file:
+        metadata = pq.ParquetFile(file).metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in groups]
     first = start = rows = size = 0
     for i, (count, num_bytes) in enumerate(sizes):
         rows, size = rows + count, size + num_bytes
@@ -298,16 +185,14 @@ def _row_groups(url: str, number: int, piece_bytes: int) -> Iterator[Piece]:
 
 
 def _record_batches(url: str, number: int) -> Iterator[Piece]:
-    try:
-        with fsspec.open(url, "rb") as file:
-            if file.read(6) != b"ARROW1":
-                yield Piece(url, number, ".arrow")
-                return
+    with reading(url, "cannot be read as Arrow"), fsspec.open(url, "rb") as file:
+        if is_file := file.read(6) == b"ARROW1":
             file.seek(0)
             reader = pa.ipc.open_file(file)
             counts = [reader.get_batch(i).num_rows for i in range(reader.num_record_batches)]
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{url}: cannot be read as Arrow: {_short(error)}") from error
+    if not is_file:
+        yield Piece(url, number, ".arrow")
+        return
     first = 0
     for i, count in enumerate(counts):
         yield Piece(url, number, ".arrow", i, i + 1, first, count)
@@ -319,11 +204,6 @@ def _arrow(file: Any, start: int, stop: int) -> pa.Table:
         return pa.ipc.open_stream(file).read_all()
     reader = pa.ipc.open_file(file)
     return pa.Table.from_batches([reader.get_batch(i) for i in range(start, stop)], reader.schema)
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def as_sequence(source: Any) -> Sequence[str] | None:

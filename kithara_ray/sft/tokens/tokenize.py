@@ -1,7 +1,8 @@
 """Rows of a source to a block of tokens, and what becomes of those that are bad."""
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from kithara_ray.errors import ConfigError, DataError
 from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
+from kithara_ray.sft.rows.values import short
 from kithara_ray.sft.tokens.chat import ChatTemplate, Rendered
 from kithara_ray.sft.tokens.encode import chat_row, encode_all, prompt_answer_row, text_row, without_space_after_eos
 from kithara_ray.sft.tokens.formats import REMEDY, PromptAnswer, Text
@@ -73,11 +75,33 @@ class RowTokenizer:
 
         Raises DataError for a bad row under on_bad_row="error", or if there is no usable tokenizer.
         """
-        made = _Made(self, first_row_index, place or (lambda n: f"row {first_row_index + n}"))
+        return self.made(rows, first_row_index, place).block()
+
+    def made(self, rows: Iterable[Row], first_row_index: int, place: Callable[[int], str] | None = None) -> "Made":
+        """As a call, but the rows one by one."""
+        made = Made(self, first_row_index, place or (lambda n: f"row {first_row_index + n}"))
         numbered = enumerate(rows)
         while batch := list(itertools.islice(numbered, _BATCH)):
             made.add(batch)
-        return made.block()
+        return made
+
+    def read(self, row: Row, where: Any) -> dict[str, Any]:
+        """A row as the format reads it.
+
+        Args:
+            where: says where the row is, when it is written into a message.
+
+        Raises:
+            DataError: the row is bad.
+        """
+        if isinstance(row, Exception):
+            raise DataError(f"{where}: {row}; {REMEDY}")
+        try:
+            return self.format.read(row, where)
+        except DataError:
+            raise
+        except Exception as error:  # the row is data: whatever it leads to belongs to it
+            raise DataError(f"{where}: cannot be read: {type(error).__name__}: {short(error)}; {REMEDY}") from error
 
     def tokenize(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow | DataError]:
         """Rows as the format reads them, encoded at once; an error for a conversation that cannot be rendered."""
@@ -145,7 +169,7 @@ class _Where:
         return self.place(self.number)
 
 
-class _Made:
+class Made:
     """A block in the making: rows kept, and what became of the others."""
 
     def __init__(self, tokenizer: RowTokenizer, first_row_index: int, place: Callable[[int], str]):
@@ -154,17 +178,16 @@ class _Made:
         self.kept: list[TokenizedRow] = []
         self.messages: list[str] = []
         self.dropped_untrained = self.skipped_bad = 0
+        self.columns: tuple[tuple[str, bool], ...] = ()  # see TokenizedBlock
 
     def add(self, batch: list[tuple[int, Row]]) -> None:
         read = []
         for number, row in batch:
             try:
-                if isinstance(row, Exception):
-                    raise DataError(f"{self.place(number)}: {row}; {REMEDY}")
-                read.append((number, self.tokenizer.format.read(row, _Where(self.place, number))))
+                read.append((number, self.tokenizer.read(row, _Where(self.place, number))))
             except DataError as error:
                 self._bad(error)
-        for (number, _), row in zip(read, self.tokenizer.tokenize([row for _, row in read]), strict=True):
+        for (number, _), row in zip(read, self._tokenized([row for _, row in read]), strict=True):
             wrong = str(row) if isinstance(row, DataError) else self.tokenizer.beyond_vocabulary(row)
             if wrong:
                 self._bad(DataError(f"{self.place(number)}: {wrong}"))
@@ -174,6 +197,21 @@ class _Made:
             else:
                 self.dropped_untrained += 1
                 self._note(partial(self._untrained, number))
+
+    def _tokenized(self, read: list[dict[str, Any]]) -> list[TokenizedRow | DataError]:
+        try:
+            return self.tokenizer.tokenize(read)
+        except DataError:
+            raise
+        except Exception as error:  # of one row, which makes its batch fail
+            if len(read) == 1:
+                return [DataError(f"{type(error).__name__}: {short(error)}; {REMEDY}")]
+            return [row for each in read for row in self._tokenized([each])]
+
+    def rows(self) -> Iterator[TokenizedRow]:
+        """The rows kept, each with its place."""
+        for row_id, row in zip(self.row_ids, self.kept, strict=True):
+            yield dataclasses.replace(row, place=self.place(row_id - self.first))
 
     def _untrained(self, number: int) -> str:
         return (
@@ -203,4 +241,5 @@ class _Made:
             truncated=sum(row.truncated for row in kept),
             unlearned_messages=sum(row.unlearned for row in kept),
             samples=tuple(self.messages),
+            columns=self.columns,
         )

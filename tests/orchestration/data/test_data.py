@@ -185,11 +185,14 @@ def test_mixtures_that_make_no_sense(directory, tiny_models):
         mix([(dataset, 1)], epoch="last")
 
 
+HELD = datasets.Dataset.from_list(ROWS)
+
+
 def test_what_is_no_source(cluster, directory):
     for source, text in (
         (3, "a dataset cannot be made of int; give a path"),
         ([], "the list of rows has no element"),
-        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"several splits, 'train'; choose one"),
+        (datasets.DatasetDict(train=HELD, test=HELD), r"several splits, 'train', 'test'; choose one: split='train'"),
     ):
         with pytest.raises(DataError, match=text):
             tokenize(SFTDataset(source, tokenizer_handle=directory))
@@ -222,9 +225,12 @@ def test_the_command_shows_a_preview(cluster, directory, tmp_path, capsys):
 
 def test_the_documents_snippets_run(cluster, directory, tmp_path, monkeypatch, capsys):
     jsonl(tmp_path / "train.jsonl")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        jsonl(tmp_path / "data" / f"{split}.jsonl")
     monkeypatch.chdir(tmp_path)
     document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 6
     exec("\n".join(snippets), {"tokenizer": directory})
     assert "«" in capsys.readouterr().out

@@ -1,0 +1,238 @@
+"""Find the files of a source: a file, directory, pattern or list of these, of one split and one subset.
+
+A split is known by, in this order,
+
+    state.json, dataset_dict.json   what `datasets` writes beside a saved dataset
+    README.md                       `configs` of its header, as the Hub reads it
+    names                           `train-00000-of-00002.parquet`, or `train`, `dev`, `test`, ... as a word of the
+                                    file's name or of a directory's below the source
+
+Files of several splits are never read together: held-out rows would be trained on.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import yaml
+
+from kithara_ray.errors import DataError
+from kithara_ray.sft.rows.reading import reading
+
+KNOWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+# Not rows, but about them or about a model beside them.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+_KEYWORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF_WORD = {word: split for split, words in _KEYWORDS.items() for word in words}
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which part of a source is read; None where there is only one."""
+
+    split: str | None = None
+    subset: str | None = None
+
+
+def files_of(source: Any, choice: Choice = Choice()) -> list[tuple[str, int]]:
+    """(URL, bytes) of every file, in the order of the names.
+
+    Raises:
+        DataError: there is no such file, split or subset, or several of which none is chosen.
+    """
+    found = []
+    for path in source if isinstance(source, (list, tuple)) else [source]:
+        url = str(path)
+        with reading(url, "cannot be opened"):
+            fs, root = fsspec.core.url_to_fs(url)
+            names = _names(fs, root, url, choice)
+            infos = [(fs.unstrip_protocol(name) if "://" in url else name, fs.size(name)) for name in names]
+        if not infos:
+            raise DataError(f"{url}: holds no file of a known extension; known are {', '.join(KNOWN)}")
+        found += infos
+    return found
+
+
+def suffix_of(name: str) -> str:
+    """The extension that says how a file is read, before the one of its compression."""
+    suffixes = PurePosixPath(name).suffixes
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def kind_of(url: str) -> str:
+    """How a file is read, one of KNOWN. Raises DataError."""
+    if (suffix := suffix_of(url)) not in KNOWN:
+        raise DataError(f"{url}: unknown extension {suffix!r}; known are {', '.join(KNOWN)}")
+    return suffix
+
+
+def _names(fs: Any, root: str, url: str, choice: Choice) -> list[str]:
+    root = root.rstrip("/") or root
+    if "*" in root:
+        fixed = root[: root.index("*")].rpartition("/")[0]
+        found = sorted(name for name in fs.glob(root) if suffix_of(name) in KNOWN)
+        return _by_name(found, fixed, url, choice)
+    if fs.isdir(root):
+        return _of_directory(fs, root, url, choice)
+    if not suffix_of(root) and not fs.exists(root):
+        raise FileNotFoundError(root)
+    kind_of(url)
+    if choice.subset is not None:
+        raise DataError(f"{url}: is one file, of which there is no subset {choice.subset!r}; leave subset= out")
+    return _by_name([root], root.rpartition("/")[0], url, choice)
+
+
+def _of_directory(fs: Any, root: str, url: str, choice: Choice) -> list[str]:
+    if fs.isfile(f"{root}/dataset_dict.json"):
+        splits = _read(fs, f"{root}/dataset_dict.json")["splits"]
+        _no_subset(url, choice)
+        return _of_saved(fs, f"{root}/{chosen(splits, choice.split, url)}")
+    if fs.isfile(f"{root}/state.json") and fs.isfile(f"{root}/dataset_info.json"):
+        _no_subset(url, choice)
+        if choice.split is not None:
+            chosen([_read(fs, f"{root}/state.json").get("_split") or "train"], choice.split, url)
+        return _of_saved(fs, root)
+    found = sorted(name for name in fs.find(root) if _is_rows(name, root))
+    configs = _configs(fs, root)
+    if configs:
+        return _of_config(fs, root, url, choice, configs)
+    if choice.subset is not None:
+        subsets = sorted({_below(name, root).split("/")[0] for name in found if "/" in _below(name, root)})
+        root = f"{root}/{chosen(subsets, choice.subset, url, 'subset')}"
+        found = [name for name in found if name.startswith(f"{root}/")]
+    return _by_name(found, root, url, choice)
+
+
+def _is_rows(name: str, root: str) -> bool:
+    below = PurePosixPath(_below(name, root))
+    return (
+        suffix_of(name) in KNOWN and below.name not in _ABOUT and not any(p.startswith((".", "_")) for p in below.parts)
+    )
+
+
+def _below(name: str, root: str) -> str:
+    return name.removeprefix(root).lstrip("/")
+
+
+def _no_subset(url: str, choice: Choice) -> None:
+    if choice.subset is not None:
+        raise DataError(f"{url}: was written by save_to_disk and has no subset {choice.subset!r}; leave subset= out")
+
+
+def _of_saved(fs: Any, root: str) -> list[str]:
+    """The files of a dataset that save_to_disk wrote: those that its state names, and no cache beside them."""
+    return [f"{root}/{entry['filename']}" for entry in _read(fs, f"{root}/state.json")["_data_files"]]
+
+
+def _read(fs: Any, name: str) -> Any:
+    return json.loads(fs.cat_file(name))
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def chosen(names: Any, name: str | None, where: str, what: str = "split") -> str:
+    """The one that is asked for, or the only one. Raises DataError, which lists them."""
+    names = [str(each) for each in names]
+    if name is None and len(names) == 1:
+        return names[0]
+    listed = ", ".join(map(repr, names)) or "none"
+    if name is None and not names:
+        raise DataError(f"{where}: has no {what}")
+    if name is None:
+        example = "train" if "train" in names else names[0]
+        raise DataError(f"{where}: has several {what}s, {listed}; choose one: {what}={example!r}")
+    wanted = _SPLIT_OF_WORD.get(name, name) if what == "split" and name not in names else name
+    if wanted not in names:
+        raise DataError(f"{where}: has no {what} {name!r}; there are {listed}")
+    return wanted
+
+
+def split_of(below: str) -> str | None:
+    """The split that a file's name, or else a directory's, speaks of; None for no split."""
+    *directories, name = PurePosixPath(below).parts
+    stem = name.split(".")[0] if "-of-" not in name else name
+    if shard := _SHARD.match(stem):
+        return _SPLIT_OF_WORD.get(shard[1], shard[1])
+    for part in (name.removesuffix("".join(PurePosixPath(name).suffixes[-2:])), *reversed(directories)):
+        words = {_SPLIT_OF_WORD[word] for word in re.split(r"[-._ 0-9]+", part.lower()) if word in _SPLIT_OF_WORD}
+        if words:
+            return "+".join(sorted(words))
+    return None
+
+
+def _by_name(names: list[str], root: str, url: str, choice: Choice) -> list[str]:
+    splits = {name: split_of(_below(name, root)) for name in names}
+    found = [split for split in dict.fromkeys(splits.values()) if split is not None]
+    if choice.split is not None:
+        wanted = chosen(found, choice.split, url)
+        return [name for name in names if splits[name] == wanted]
+    unnamed = [name for name in names if splits[name] is None]
+    if found and unnamed and len(names) > 1:
+        raise DataError(
+            f"{url}: has files of {', '.join(map(repr, found))}, and files of no split, such as {unnamed[0]}; choose a "
+            f"split: split={found[0]!r}, or give the files themselves"
+        )
+    if len(found) > 1:
+        chosen(found, None, url)
+    return names
+
+
+# --- the Hub's header ------------------------------------------------------------------------------------------------
+
+
+def _configs(fs: Any, root: str) -> list[Mapping[str, Any]]:
+    """The subsets that README.md describes by `data_files`; none without such a header."""
+    if not fs.isfile(f"{root}/README.md"):
+        return []
+    text = fs.cat_file(f"{root}/README.md").decode(errors="replace")
+    header = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        configs = (yaml.safe_load(header[1]) or {}).get("configs") if header else None
+    except (yaml.YAMLError, AttributeError):
+        configs = None
+    configs = configs if isinstance(configs, list) else []
+    return [config for config in configs if isinstance(config, Mapping) and "data_files" in config]
+
+
+def _of_config(fs: Any, root: str, url: str, choice: Choice, configs: list[Mapping[str, Any]]) -> list[str]:
+    subsets = {str(config.get("config_name", "default")): config for config in configs}
+    subset = choice.subset
+    if subset is None and len(subsets) > 1:
+        subset = next((name for name, config in subsets.items() if config.get("default")), None)
+        subset = subset or ("default" if "default" in subsets else None)
+    config = subsets[chosen(subsets, subset, url, "subset")]
+    within = "/".join(filter(None, [root, str(config.get("data_dir") or "").strip("/")]))
+    files = _patterns(config["data_files"])
+    split = chosen(files, choice.split, url)
+    names = [
+        name
+        for pattern in files[split]
+        for name in sorted(fs.glob(f"{within}/{pattern}") if "*" in pattern else [f"{within}/{pattern}"])
+    ]
+    return [name for name in dict.fromkeys(names) if suffix_of(name) in KNOWN]
+
+
+def _patterns(data_files: Any) -> dict[str, list[str]]:
+    """Split -> patterns, of all the ways in which a header writes them."""
+    if isinstance(data_files, str):
+        return {"train": [data_files]}
+    if isinstance(data_files, Mapping):
+        return {str(split): [path] if isinstance(path, str) else list(path) for split, path in data_files.items()}
+    found: dict[str, list[str]] = {}
+    for entry in data_files:
+        split, path = (entry.get("split", "train"), entry["path"]) if isinstance(entry, Mapping) else ("train", entry)
+        found.setdefault(str(split), []).extend([path] if isinstance(path, str) else path)
+    return found

@@ -1,0 +1,134 @@
+"""Read rows of text: JSON objects, lines and delimited fields; each row knows its line."""
+
+import codecs
+import csv
+import io
+import json
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from kithara_ray.errors import DataError
+from kithara_ray.sft.rows.values import RepeatedKey, check_names, read_json, short
+
+# The csv module has one limit of a field's length for the whole process.
+_CSV_LOCK = threading.Lock()
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # the elements of a JSON list
+
+
+def numbered(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their number in the piece, from 1."""
+    return ((n, line) for n, line in enumerate(data.split(b"\n"), start=1) if line.strip())
+
+
+def json_row(line: bytes) -> Any:
+    """The object that a line holds, or the ValueError that stands for it."""
+    text = _decoded(line)
+    if isinstance(text, Exception):
+        return text
+    try:
+        row = read_json(text)
+    except RepeatedKey as error:
+        return error
+    except ValueError as error:
+        return ValueError(f"is not JSON: {short(error)}")
+    return row if isinstance(row, dict) else ValueError(f"is {type(row).__name__}, not a JSON object")
+
+
+def text_row(line: bytes) -> Any:
+    """A line in column `text`, or the ValueError that stands for it."""
+    text = _decoded(line)
+    return text if isinstance(text, Exception) else {"text": text.rstrip("\r")}
+
+
+def _decoded(line: bytes) -> str | Exception:
+    try:
+        return line.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        return ValueError(f"is not valid UTF-8 at byte {error.start}")
+
+
+def json_list(data: bytes) -> list[Any]:
+    """The objects of a JSON list, or a ValueError for what is none. Raises DataError: the text is not JSON."""
+    try:
+        text = data.removeprefix(codecs.BOM_UTF8).decode()
+        try:
+            rows = read_json(text)
+        except RepeatedKey:  # of which row?
+            rows = _one_by_one(text)
+    except ValueError as error:
+        raise DataError(f"is not JSON: {short(error)}") from error
+    return [
+        row if isinstance(row, (dict, ValueError)) else ValueError(f"is {type(row).__name__}, not an object")
+        for row in rows
+    ]
+
+
+def _one_by_one(text: str) -> list[Any]:
+    """The elements of a JSON list, each read by itself. Raises ValueError: the list is not JSON."""
+    json.loads(text)
+    decoder, rows, at = json.JSONDecoder(), [], text.index("[") + 1
+    while text[at := _BETWEEN.match(text, at).end()] != "]":
+        _, stop = decoder.raw_decode(text, at)
+        try:
+            rows.append(read_json(text[at:stop]))
+        except RepeatedKey as error:
+            rows.append(error)
+        at = stop
+    return rows
+
+
+def delimited(data: bytes, delimiter: str) -> list[tuple[str, Any]]:
+    """(its line, a row) of a CSV or TSV file with a header. Each line is in a row, or in the ValueError of a bad one.
+
+    A quoted field may go over several lines. Where such a row turns out to be none, each of its lines counts as a bad
+    row: nobody can tell which of them were meant to be rows.
+
+    Raises:
+        DataError: the header names a column twice.
+    """
+    # What is not UTF-8 becomes lone surrogates, which the format finds in the column that has them.
+    text = io.StringIO(data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"), newline="")
+    with _CSV_LOCK:
+        limit = csv.field_size_limit(len(data) + 1)
+        try:
+            return list(_records(csv.reader(text, delimiter=delimiter, strict=True)))
+        finally:
+            csv.field_size_limit(limit)
+
+
+def _records(reader: Any) -> Iterator[tuple[str, Any]]:
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"the header is not CSV: {error}") from error
+    while header and not header[-1].strip():  # spreadsheets end lines with empty fields
+        header.pop()
+    check_names(header)
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            yield from _bad(line, reader.line_num, f"is not CSV: {_why(error)}")
+            continue
+        if values is None:
+            return
+        if len(values) > len(header) and not any(value.strip() for value in values[len(header) :]):
+            del values[len(header) :]
+        if len(values) == len(header):
+            yield f"line {line}", dict(zip(header, values, strict=True))
+        elif values:
+            yield from _bad(line, reader.line_num, f"has {len(values)} fields, the header has {len(header)}")
+
+
+def _bad(first: int, last: int, why: str) -> Iterator[tuple[str, ValueError]]:
+    rest = f" (the row goes on to line {last})" if last > first else ""
+    return ((f"line {line}", ValueError(why + rest)) for line in range(first, max(first, last) + 1))
+
+
+def _why(error: csv.Error) -> str:
+    if "expected after" in str(error):
+        return "text stands behind a closing quote; write a quote inside a field twice"
+    return "a quote is never closed" if "unexpected end" in str(error) else str(error)
