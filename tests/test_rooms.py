@@ -77,7 +77,6 @@ ARROWS = {
     },
     # The handles: trainer, model, results, generator, submit.
     "orchestration": {
-<<<<<<< HEAD
         *("errors", "storage", "hf", "hf.exports", "hf.publish", "sft", "sharding", "model", "train", "callbacks"),
         "yaml_file",
         *(f"orchestration.{room}" for room in ("cluster", "data", "request", "preflight", "worker", "head", "driver")),
@@ -85,11 +84,6 @@ ARROWS = {
     "orchestration.search": {
         *("errors", "storage", "checkpoint", "redact"),
         *("orchestration", "orchestration.cluster", "orchestration.request"),
-=======
-        *("errors", "storage", "hf", "hf.exports", "sft", "sharding", "model", "train", "checkpoint", "callbacks"),
-        "yaml_file",
-        *(f"orchestration.{room}" for room in ("cluster", "data", "preflight", "worker", "head", "driver")),
->>>>>>> sources
     },
 }
 MOST_MODULES, MOST_LINES = 15, 400
