@@ -68,7 +68,7 @@ ARROWS = {
     },
     # From a request, its tokens and its plan to the spec that the workers get.
     "orchestration.driver": {
-        *("hf", "hf.exports", "sft", "redact", "checkpoint", "callbacks"),
+        *("errors", "hf", "hf.exports", "sft", "redact", "checkpoint", "callbacks"),
         *("orchestration.data", "orchestration.request", "orchestration.preflight", "orchestration.worker"),
     },
     "orchestration.head": {
