@@ -61,7 +61,10 @@ ARROWS = {
         *("errors", "storage", "hf", "hf.exports", "hf.publish", "sharding", "plan"),
         *("orchestration.cluster", "orchestration.data"),
     },
-    "orchestration.driver": {"errors", "storage", "hf", "hf.exports", "sft", "redact", "orchestration.preflight"},
+    "orchestration.driver": {
+        *("errors", "storage", "hf", "hf.exports", "sft", "redact"),
+        *("orchestration.cluster", "orchestration.preflight"),
+    },
     "orchestration.head": {
         *("errors", "storage", "hf", "hf.exports", "hf.publish", "sharding", "model", "checkpoint", "report"),
         *("orchestration.cluster", "orchestration.worker", "orchestration.driver"),

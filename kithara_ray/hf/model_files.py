@@ -73,6 +73,11 @@ def names_in(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
+def has_tokenizer(location: str) -> bool:
+    """Whether a tokenizer's files are in a directory or at a URL."""
+    return bool(set(Place(str(location)).files("")) & set(_TOKENIZERS))
+
+
 def read_tokenizer(location: str) -> dict[str, bytes]:
     """The tokenizer's files in a directory or at a URL, and the generation settings beside them; {} without any.
 

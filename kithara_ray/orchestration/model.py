@@ -9,24 +9,28 @@ import numpy as np
 import ray
 from ray.train import RunConfig, ScalingConfig
 
+from kithara_ray.checkpoint.run_files import tokenizer_of
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
-from kithara_ray.hf.exports.card import split_reference
+from kithara_ray.hf.exports.reference import split_reference
 from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.model_files import has_tokenizer
+from kithara_ray.hf.vocabulary import embedding_rows
 from kithara_ray.model.families import family_of
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, other_modules_of, targets_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
-from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
+from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator, tell_generation
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import start_coordinator
+from kithara_ray.sft.tokens.prompts import Prompting
 from kithara_ray.sharding.shape import MeshShape
-from kithara_ray.storage.urls import absolute
+from kithara_ray.storage.urls import absolute, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,9 @@ class KerasHubModel:
             training.
         run: what the last training was made of (run.json), carried into exports; None before training.
         run_directory: of that training, whose report is told of exports.
+        prompting: the tokenizer, chat template and ends of answers that `generate` takes: those of the last training,
+            or of `adapter`, or the base's tokenizer.
+        tokenizer: where that tokenizer is kept as files, for exports; None takes the base's.
         trained: of a model whose weights are trained, the directory that holds them; None before training.
     """
 
@@ -83,6 +90,8 @@ class KerasHubModel:
         self.trained: str | None = None
         self.run: dict[str, Any] | None = None
         self.run_directory: str | None = None
+        self.prompting = Prompting(preset_handle)
+        self.tokenizer: str | None = None
         self._coordinator = None
         self._generator = None
 
@@ -177,8 +186,8 @@ class KerasHubModel:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the base knows, by its config.json."""
-        return BaseCheckpoint.at(self.preset_handle).config.get("vocab_size")
+        """How many tokens the base knows: the rows of its embedding."""
+        return embedding_rows(BaseCheckpoint.at(self.preset_handle))
 
     @classmethod
     def _with_adapter(
@@ -203,7 +212,14 @@ class KerasHubModel:
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
         model = cls(handle, loaded.config, precision, quantize)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
+        is_beside = has_tokenizer(str(directory))
+        model.take_tokenizer(adapter if is_beside else None if is_url(adapter) else tokenizer_of(adapter))
         return model
+
+    def take_tokenizer(self, location: str | None) -> None:
+        """Prompt and export with the tokenizer that a run has kept, or an adapter has beside it; None: the base's."""
+        self.tokenizer = location
+        self.prompting = Prompting.at(location) if location is not None else Prompting(self.preset_handle)
 
     def save_in_hf_format(
         self,
@@ -261,6 +277,8 @@ class KerasHubModel:
         if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
         coordinator, options = self.coordinator(), request.options | {"run": self.run}
+        if self.lora is not None:
+            options["tokenizer"] = self.tokenizer
         if self.lora is None:
             what = (self.preset_handle, self.trained, request.output_dir)
             written = remote_get(coordinator.export_trained.remote(*what, **options))
@@ -343,30 +361,38 @@ class KerasHubModel:
         share the weights and the cache, and which end with the answer; give it all prompts at once.
 
         Args:
-            inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the tokenizer's chat
-                template), or a list of these.
+            inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the chat template), or a list
+                of these. They become ids as the rows of training do.
             max_length: prompt and continuation together, in tokens.
-            stop_token_ids: where to stop; "auto" takes the tokenizer's EOS and those of generation_config.json.
+            stop_token_ids: where to stop; "auto" takes the tokenizer's EOS, those of generation_config.json and
+                those that ended the answers of the training. A warning names all else that generation_config.json asks
+                for: it is not done.
             strip_prompt: give the continuation alone.
-            tokenizer, tokenizer_handle: the base's own by default.
+            tokenizer, tokenizer_handle: by default those of the last training, with its chat template; else the
+                base's own.
             return_decoded: texts; False gives token ids.
             scaling_config, run_config, cpu_devices_per_worker, mesh, cluster_timeout_s: of the workers, as `Trainer`'s.
 
         Returns: one text, or list of token ids, a prompt.
+
+        Raises:
+            DataError: a prompt is empty, or has an id that no row of the embedding stands for.
         """
         start_ray()
-        if tokenizer is not None and tokenizer_handle is not None:
-            raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
 
+        tell_generation(self.preset_handle)
+        prompting = self.prompting.given(tokenizer, tokenizer_handle)
         weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
         request = Request(
             inputs=inputs,
-            tokenizer=tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle),
+            tokenizer=prompting.tokenizer,
             max_length=max_length,
             stop_token_ids=stop_token_ids,
             strip_prompt=strip_prompt,
             return_decoded=return_decoded,
             skip_special_tokens=skip_special_tokens,
+            chat_template=prompting.chat_template,
+            ends=prompting.ends,
         )
         if scaling_config is not None:
             group = WorkerGroup(scaling_config, run_config or RunConfig(), cpu_devices_per_worker, cluster_timeout_s)

@@ -4,6 +4,7 @@ The driver tokenises, starts the coordinator and one Ray Train actor per host, s
 adapter. It needs no accelerator.
 """
 
+import dataclasses
 import logging
 import os
 import time
@@ -22,7 +23,10 @@ from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.data.data_spec import DataSpec
 from kithara_ray.orchestration.data.datasets import Dataloader
+from kithara_ray.orchestration.data.learned_ends import learned_ends
 from kithara_ray.orchestration.data.pipeline import tokenize
+from kithara_ray.orchestration.driver import kept_tokenizer
+from kithara_ray.orchestration.driver.kept_tokenizer import prompting_of
 from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
 from kithara_ray.orchestration.driver.samples import Samples
@@ -193,6 +197,7 @@ class Trainer:
         manifest = RunManifest(self)
         if self.snapshots is not None:
             remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
+        self.model.prompting = prompting_of(self.train_dataloader.dataset)
         samples = Samples(self.model, self.report_prompts, self.report_max_length)
         with Progress(coordinator, enabled=self.progress) as progress:
             spec = self._prepared(coordinator, manifest, exports, samples, progress)
@@ -235,8 +240,19 @@ class Trainer:
         spec = memory_fit.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
         progress.phase("schedule")
         self.group.wait()
-        manifest.begin(coordinator, spec)
+        manifest.begin(coordinator, spec, self._keep_tokenizer(spec, manifest.directory))
         return spec
+
+    def _keep_tokenizer(self, spec: RunSpec, directory: str | None) -> dict[str, Any]:
+        """The tokenizer into the run's directory and where else exports are made from; returns it for run.json."""
+        dataset, model = self.train_dataloader.dataset, self.model
+        model.prompting = dataclasses.replace(prompting_of(dataset), ends=learned_ends(spec.train.store, dataset))
+        others = [spec.checkpointer and spec.checkpointer.checkpoint_dir, spec.snapshots and spec.snapshots.directory]
+        inside = directory and f"{directory.rstrip('/')}/"
+        apart = [place for place in others if place and not (inside and place.startswith(inside))]
+        places = [directory, *apart] if directory else apart
+        model.tokenizer, facts = kept_tokenizer.keep(model.prompting, model.preset_handle, places)
+        return facts
 
     def _described(
         self,

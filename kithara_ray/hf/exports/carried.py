@@ -100,10 +100,10 @@ def _left_out(base: BaseCheckpoint, directory: Path, base_name: str, replaced: s
             names |= set(names_at(url))
         except CheckpointError as error:
             notes.append(f"the base's files that were not fetched could not be listed ({error})")
-    weights = {file.name for file in base.files} | {"model.safetensors.index.json"}
+    written = {file.name for file in base.files} | {"model.safetensors.index.json", "README.md", "export_report.json"}
     gone = sorted(
         name
-        for name in names - weights - replaced - set(_OF_REPOSITORIES)
+        for name in names - written - replaced - set(_OF_REPOSITORIES)
         if not (directory / name).exists() and not name.startswith((".git/", ".cache/"))
     )
     if gone:

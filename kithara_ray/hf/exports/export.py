@@ -29,9 +29,10 @@ from kithara_ray.hf.exports.notes import adapter_notes, max_lora_rank, serving_n
 from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
 from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.exports.reference import shown_name, split_reference
-from kithara_ray.hf.exports.run_record import published
+from kithara_ray.hf.exports.run_record import published, without_paths
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
+from kithara_ray.hf.model_files import read_tokenizer
 from kithara_ray.hf.publish import publish
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 from kithara_ray.storage import urls
@@ -69,7 +70,7 @@ def export_with_report(
     dtype: str = "auto",
     base_name: str,
     run: Mapping[str, object] | None = None,
-    tokenizer: Mapping[str, bytes] | None = None,
+    tokenizer: str | None = None,
     max_shard_size: int | str | None = None,
     check_finite: bool = False,
     resume: bool = False,
@@ -82,8 +83,7 @@ def export_with_report(
     dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
     written: the adapter's in ADAPTER, base and adapter in SEPARATE, the merged weights in MERGED (factors stay exact).
     run: what is known of the training; written as run.json, without local paths and facts of the host.
-    tokenizer: files of the tokenizer that the adapter was trained with, as of `model_files.read_tokenizer`; None takes
-    the base's.
+    tokenizer: the directory or URL of the tokenizer that the adapter was trained with; None takes the base's.
     max_shard_size: bytes, or text like "5GB", of one weight file; the base's own files by default.
     check_finite: refuse a NaN or an infinity in a written weight, also one that the base has.
     resume: go on from what a killed or failed export of the same left at `destination`, and leave what there is if
@@ -253,7 +253,7 @@ def add_files(
     base: BaseCheckpoint,
     stage: publish.Stage,
     report: dict[str, Any],
-    tokenizer: Mapping[str, bytes] | None,
+    tokenizer: str | None,
     run: Mapping[str, object] | None,
     base_name: str,
     adapter: Adapter | None,
@@ -261,9 +261,12 @@ def add_files(
 ) -> None:
     """Everything beside weights and config.json: what travels, run.json and the card. Notes go into the report."""
     directory, with_model = stage.directory, report["layout"] != Layout.ADAPTER
-    notes = carry(base, directory, base_name, tokenizer, with_model)
-    told, stops = unserved_ends(base, directory, tokenizer, with_model)
-    report["tokenizer"] = "of the training" if tokenizer else "of the base"
+    files, notes = read_tokenizer(tokenizer) if tokenizer else {}, []
+    if tokenizer and not files:
+        notes.append(f"{without_paths(tokenizer)}: the tokenizer of the training is gone; this is the base's")
+    notes += carry(base, directory, base_name, files, with_model)
+    told, stops = unserved_ends(base, directory, files, with_model)
+    report["tokenizer"] = "of the training" if files else "of the base"
     report["notes"] += [*notes, *told]
     for note in report["notes"]:
         log.warning("%s", note)

@@ -28,7 +28,7 @@ from kithara_ray.storage import urls
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = "model"
+DIRECTORY, TOKENIZER = "model", "tokenizer"
 
 
 class Receiver:
@@ -39,24 +39,14 @@ class Receiver:
         names: of the tensors that will come.
         dtype: that they come in.
         directory: the run's, a path or a URL. For a URL every file is kept here until it is whole.
-        tokenizer: where the run keeps the tokenizer that it trains with.
-        base_name: the base's handle; its directory by default.
 
     Attributes:
         token: tells this receiver from one of an earlier attempt.
     """
 
-    def __init__(
-        self,
-        base: BaseCheckpoint,
-        names: Collection[str],
-        dtype: str,
-        directory: str,
-        tokenizer: str | None = None,
-        base_name: str | None = None,
-    ):
+    def __init__(self, base: BaseCheckpoint, names: Collection[str], dtype: str, directory: str):
         self.token = secrets.randbelow(2**31)
-        self._tokenizer, self._base_name = tokenizer, base_name or str(base.directory)
+        self._base_name, self._tokenizer = base.source or str(base.directory), urls.join(directory, TOKENIZER)
         check_code(base, self._base_name)
         self._base, self._dtype = base, dtype
         self._destination = next(url for url in _candidates(directory) if not _exists(url))
@@ -84,7 +74,7 @@ class Receiver:
         try:
             self._writer.check_complete(num_ranks)
             write_config(self._base, self._stage.directory, self._dtype)
-            tokenizer = read_tokenizer(self._tokenizer) if self._tokenizer else None
+            tokenizer = read_tokenizer(self._tokenizer)
             for note in carry(self._base, self._stage.directory, self._base_name, tokenizer, with_model=True):
                 log.warning("%s: %s", self._destination, note)
         except BaseException as error:
@@ -157,8 +147,7 @@ def export_trained(
             "notes": [],
         }
         files = {file.name: file.file for file in written}
-        tokenizer = read_tokenizer(str(trained.directory))
-        add_files(base, stage, report, tokenizer, run, base_name, None, destination)
+        add_files(base, stage, report, str(trained.directory), run, base_name, None, destination)
         describe(stage, report, files, started_s)
     log.info("exported trained weights destination=%s seconds=%.1f", destination, report["seconds"])
     return destination

@@ -3,16 +3,20 @@
 `Prompting` is what a model is prompted with: training, decoding and a run's samples share one.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.hf.generation import stops_of
+from kithara_ray.hf.model_files import GENERATION, read_tokenizer
 from kithara_ray.sft.tokens.chat import ChatTemplate
 from kithara_ray.sft.tokens.encode import encode, put_first
 from kithara_ray.sft.tokens.tokenizer import bos_of, load_tokenizer
+from kithara_ray.storage.urls import absolute
 
 _EXPECTED = "a text, token ids, a chat as a list of {'role', 'content'}, or a list of these"
 
@@ -30,6 +34,20 @@ class Prompting:
     tokenizer: Any
     chat_template: str | None = None
     ends: tuple[int, ...] = ()
+
+    @classmethod
+    def at(cls, location: str) -> "Prompting":
+        """With the tokenizer at a directory or URL, and the ends that the generation settings beside it name."""
+        settings = read_tokenizer(location).get(GENERATION)
+        return cls(location, ends=tuple(stops_of({}, json.loads(settings))) if settings else ())
+
+    def given(self, tokenizer: Any, tokenizer_handle: str | None) -> "Prompting":
+        """With the tokenizer that a user gives instead, if one: then its own template holds. Raises ConfigError."""
+        if tokenizer is not None and tokenizer_handle is not None:
+            raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
+        if tokenizer is None and tokenizer_handle is None:
+            return self
+        return Prompting(tokenizer if tokenizer is not None else absolute(tokenizer_handle), ends=self.ends)
 
     def loaded(self) -> Any:
         """The tokenizer itself."""
@@ -78,6 +96,24 @@ def beyond(ids: Any, vocabulary: int | None, tokenizer: Any) -> str | None:
         f"{token}{',' if known else ' is'} beyond the model's vocabulary of {vocabulary}, the rows of its embedding; "
         "give the model's own tokenizer, or leave the token out"
     )
+
+
+def stop_ids(given: Any, known: Collection[int], vocabulary: int | None) -> tuple[int, ...]:
+    """Where decoding stops: the ids that a user gives, or for "auto" those that are known.
+
+    Raises:
+        ConfigError: one of those given is no token of the model.
+    """
+    if isinstance(given, str) and given == "auto":
+        return tuple(sorted(number for number in known if vocabulary is None or 0 <= number < vocabulary))
+    if not isinstance(given, (list, tuple, set, frozenset, np.ndarray)):
+        raise ConfigError(f'generate: stop_token_ids must be "auto" or a list of ids, got {given!r}')
+    for number in given:
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            raise ConfigError(f"generate: stop_token_ids must be ids, got {number!r}")
+        if number < 0 or (vocabulary is not None and number >= vocabulary):
+            raise ConfigError(f"generate: stop_token_ids has {number}, and the model's ids are 0 to {vocabulary - 1}")
+    return tuple(int(number) for number in given)
 
 
 def _is_part(item: Any) -> bool:
