@@ -286,14 +286,8 @@ def merge(
     adapters, weights = zip(*map(read_weighted, adapter), strict=True)
     combined = adapters[0] if weights == (1.0,) else combine(adapters, weights)
     run, beside = {"adapters": list(adapter)}, tokenizer_beside([split_weight(text)[0] for text in adapter])
-    options = {
-        "tokenizer": beside,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "resume": resume,
-        "check_finite": check_finite,
-    }
-    _export(base, combined, to, format, cluster, run=run, **options)
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
+    _export(base, combined, to, format, cluster, run=run, tokenizer=beside, **options)
 
 
 @app.command()

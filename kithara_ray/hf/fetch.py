@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf.model_files import LICENCE_FILES, REFUSED_FILES, SUBDIRECTORIES, is_refused, matches
+from kithara_ray.hf.model_files import (
+    LICENCE_FILES,
+    REFUSED_FILES,
+    SUBDIRECTORIES,
+    is_refused,
+    matches,
+    read_tokenizer,
+)
 from kithara_ray.storage.urls import cache_dir, cause_of, filesystem, is_url, version_of
 
 log = logging.getLogger(__name__)
@@ -170,6 +177,11 @@ def _with_commit(handle: str) -> str:
     except Exception as error:
         raise _not_from_hub(handle, error) from error
     return f"hf://{repo_id}@{commit}"
+
+
+def tokenizer_at(location: str) -> dict[str, bytes]:
+    """`read_tokenizer` of a directory or URL, or of a model or adapter on the Hub."""
+    return read_tokenizer(str(fetch(location)) if location.startswith("hf://") else location)
 
 
 def names_at(handle: str) -> list[str]:

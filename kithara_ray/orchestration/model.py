@@ -262,17 +262,9 @@ class KerasHubModel:
             DestinationError: `output_dir` exists and is not empty, or cannot be written.
             ExportError: what was written did not prove itself; nothing is left behind.
         """
-        request = ExportRequest(
-            output_dir=str(output_dir),
-            dtype=dtype,
-            only_save_adapters=only_save_adapters,
-            save_adapters_separately=save_adapters_separately,
-            parallel_threads=parallel_threads,
-            max_shard_size=max_shard_size,
-            check_finite=check_finite,
-            check_logits=check_logits,
-            resume=resume,
-        )
+        layout = (only_save_adapters, save_adapters_separately)
+        how = (parallel_threads, max_shard_size, check_finite, check_logits, resume)
+        request = ExportRequest(str(output_dir), dtype, *layout, *how)
         request.check(self.lora)
         if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")

@@ -30,9 +30,9 @@ from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, par
 from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.exports.reference import shown_name, split_reference
 from kithara_ray.hf.exports.run_record import published, without_paths
+from kithara_ray.hf.fetch import tokenizer_at
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
-from kithara_ray.hf.model_files import read_tokenizer
 from kithara_ray.hf.publish import publish
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 from kithara_ray.storage import urls
@@ -261,7 +261,7 @@ def add_files(
 ) -> None:
     """Everything beside weights and config.json: what travels, run.json and the card. Notes go into the report."""
     directory, with_model = stage.directory, report["layout"] != Layout.ADAPTER
-    files, notes = read_tokenizer(tokenizer) if tokenizer else {}, []
+    files, notes = tokenizer_at(tokenizer) if tokenizer else {}, []
     if tokenizer and not files:
         notes.append(f"{without_paths(tokenizer)}: the tokenizer of the training is gone; this is the base's")
     notes += carry(base, directory, base_name, files, with_model)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.hf.fetch import tokenizer_at
 from kithara_ray.hf.generation import stops_of
-from kithara_ray.hf.model_files import GENERATION, read_tokenizer
+from kithara_ray.hf.model_files import GENERATION
 from kithara_ray.sft.tokens.chat import ChatTemplate
 from kithara_ray.sft.tokens.encode import encode, put_first
 from kithara_ray.sft.tokens.tokenizer import bos_of, load_tokenizer
@@ -38,7 +39,7 @@ class Prompting:
     @classmethod
     def at(cls, location: str) -> "Prompting":
         """With the tokenizer at a directory or URL, and the ends that the generation settings beside it name."""
-        settings = read_tokenizer(location).get(GENERATION)
+        settings = tokenizer_at(location).get(GENERATION)
         return cls(location, ends=tuple(stops_of({}, json.loads(settings))) if settings else ())
 
     def given(self, tokenizer: Any, tokenizer_handle: str | None) -> "Prompting":
