@@ -45,7 +45,10 @@ class Trained:
 
 def tokenizer_of(location: str) -> str | None:
     """Where the tokenizer is that an adapter, a checkpoint or a run was trained with: beside the adapter, or in
-    `tokenizer/` of the run's directory. None where neither holds one."""
+    `tokenizer/` of the run's directory. None where neither holds one, or for an adapter on the Hub, which is fetched.
+    """
+    if str(location).startswith("hf://"):
+        return None
     place, candidates = str(location).rstrip("/"), [str(location)]
     for _ in range(3):
         candidates.append(urls.join(place, TOKENIZER))

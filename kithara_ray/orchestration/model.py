@@ -13,7 +13,6 @@ from kithara_ray.checkpoint.run_files import tokenizer_of
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
-from kithara_ray.hf.exports.reference import split_reference
 from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.model_files import has_tokenizer
@@ -30,7 +29,7 @@ from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import start_coordinator
 from kithara_ray.sft.tokens.prompts import Prompting
 from kithara_ray.sharding.shape import MeshShape
-from kithara_ray.storage.urls import absolute, is_url
+from kithara_ray.storage.urls import absolute
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +74,7 @@ class KerasHubModel:
             training.
         run: what the last training was made of (run.json), carried into exports; None before training.
         run_directory: of that training, whose report is told of exports.
-        prompting: the tokenizer, chat template and ends of answers that `generate` takes: those of the last training,
-            or of `adapter`, or the base's tokenizer.
+        prompting: tokenizer, chat template and ends of answers for `generate`: of the training, or what the base has.
         tokenizer: where that tokenizer is kept as files, for exports; None takes the base's.
         trained: of a model whose weights are trained, the directory that holds them; None before training.
     """
@@ -212,8 +210,7 @@ class KerasHubModel:
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
         model = cls(handle, loaded.config, precision, quantize)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
-        is_beside = has_tokenizer(str(directory))
-        model.take_tokenizer(adapter if is_beside else None if is_url(adapter) else tokenizer_of(adapter))
+        model.take_tokenizer(adapter if has_tokenizer(str(directory)) else tokenizer_of(adapter))
         return model
 
     def take_tokenizer(self, location: str | None) -> None:
@@ -269,13 +266,11 @@ class KerasHubModel:
         if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
         coordinator, options = self.coordinator(), request.options | {"run": self.run}
-        if self.lora is not None:
-            options["tokenizer"] = self.tokenizer
         if self.lora is None:
             what = (self.preset_handle, self.trained, request.output_dir)
             written = remote_get(coordinator.export_trained.remote(*what, **options))
         else:
-            written = self._export_adapter(coordinator, request, options)
+            written = self._export_adapter(coordinator, request, options | {"tokenizer": self.tokenizer})
         if self.run_directory is not None:
             try:
                 ray.get(coordinator.add_export.remote(self.run_directory, written), timeout=120)
@@ -311,11 +306,6 @@ class KerasHubModel:
     def weights_handle(self) -> str:
         """Where the weights are that an adapter is put beside, or that training goes on from."""
         return self.trained or self.preset_handle
-
-    @property
-    def base_name(self) -> str:
-        """What PEFT is told the base is: the Hub's name, or the directory."""
-        return split_reference(self.preset_handle)[0]
 
     def coordinator(self) -> ray.actor.ActorHandle:
         """This model's coordinator, started when first asked for or when Ray was restarted."""

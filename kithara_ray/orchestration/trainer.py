@@ -4,7 +4,6 @@ The driver tokenises, starts the coordinator and one Ray Train actor per host, s
 adapter. It needs no accelerator.
 """
 
-import dataclasses
 import logging
 import os
 import time
@@ -23,9 +22,7 @@ from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.data.data_spec import DataSpec
 from kithara_ray.orchestration.data.datasets import Dataloader
-from kithara_ray.orchestration.data.learned_ends import learned_ends
 from kithara_ray.orchestration.data.pipeline import tokenize
-from kithara_ray.orchestration.driver import kept_tokenizer
 from kithara_ray.orchestration.driver.kept_tokenizer import prompting_of
 from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
@@ -34,6 +31,7 @@ from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.ray_channel import RayChannel
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.preflight import checks, memory_fit
+from kithara_ray.orchestration.prompting import keep_tokenizer
 from kithara_ray.orchestration.results import TrainResult, about, raise_for_end, result_of
 from kithara_ray.orchestration.worker import callback_runner
 from kithara_ray.orchestration.worker.channel import AdapterSpec
@@ -240,19 +238,10 @@ class Trainer:
         spec = memory_fit.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
         progress.phase("schedule")
         self.group.wait()
-        manifest.begin(coordinator, spec, self._keep_tokenizer(spec, manifest.directory))
+        manifest.begin(
+            coordinator, spec, keep_tokenizer(self.model, self.train_dataloader.dataset, spec, manifest.directory)
+        )
         return spec
-
-    def _keep_tokenizer(self, spec: RunSpec, directory: str | None) -> dict[str, Any]:
-        """The tokenizer into the run's directory and where else exports are made from; returns it for run.json."""
-        dataset, model = self.train_dataloader.dataset, self.model
-        model.prompting = dataclasses.replace(prompting_of(dataset), ends=learned_ends(spec.train.store, dataset))
-        others = [spec.checkpointer and spec.checkpointer.checkpoint_dir, spec.snapshots and spec.snapshots.directory]
-        inside = directory and f"{directory.rstrip('/')}/"
-        apart = [place for place in others if place and not (inside and place.startswith(inside))]
-        places = [directory, *apart] if directory else apart
-        model.tokenizer, facts = kept_tokenizer.keep(model.prompting, model.preset_handle, places)
-        return facts
 
     def _described(
         self,

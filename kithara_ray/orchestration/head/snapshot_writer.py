@@ -59,4 +59,5 @@ def _write(part: SnapshotPart, shards: list[Shard]) -> None:
         base_name=adapter.base,
         run={"step": part.step},
         tokenizer=tokenizer_of(part.destination),
+        tokenizer=tokenizer_of(part.destination),
     )
