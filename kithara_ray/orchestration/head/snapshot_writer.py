@@ -59,5 +59,4 @@ def _write(part: SnapshotPart, shards: list[Shard]) -> None:
         base_name=adapter.base,
         run={"step": part.step},
         tokenizer=tokenizer_of(part.destination),
-        tokenizer=tokenizer_of(part.destination),
     )
