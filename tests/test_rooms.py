@@ -68,8 +68,8 @@ ARROWS = {
     },
     # From a request, its tokens and its plan to the spec that the workers get.
     "orchestration.driver": {
-        *("errors", "hf", "hf.exports", "sft", "redact", "checkpoint", "callbacks"),
-        *("orchestration.data", "orchestration.request", "orchestration.preflight", "orchestration.worker"),
+        *("errors", "storage", "hf", "hf.exports", "sft", "redact", "checkpoint", "callbacks"),
+        *(f"orchestration.{room}" for room in ("cluster", "data", "request", "preflight", "worker")),
     },
     "orchestration.head": {
         *("errors", "storage", "hf", "hf.exports", "sharding", "model", "checkpoint", "report"),
@@ -78,7 +78,7 @@ ARROWS = {
     # The handles: trainer, model, results, generator, submit.
     "orchestration": {
         *("errors", "storage", "hf", "hf.exports", "hf.publish", "sft", "sharding", "model", "train", "callbacks"),
-        "yaml_file",
+        *("yaml_file", "checkpoint"),
         *(f"orchestration.{room}" for room in ("cluster", "data", "request", "preflight", "worker", "head", "driver")),
     },
     "orchestration.search": {

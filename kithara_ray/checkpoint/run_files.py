@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,15 @@ from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.model_files import has_tokenizer, read_tokenizer
 from kithara_ray.storage import urls
 from kithara_ray.storage.places import Place
 
-CHECKPOINTS, ADAPTER, RUN = "checkpoints", "adapter", "run.json"
+log = logging.getLogger(__name__)
+
+CHECKPOINTS, ADAPTER, RUN, TOKENIZER = "checkpoints", "adapter", "run.json", "tokenizer"
+# Directories in a run's own, or in those that keep its checkpoints and exports; `tokenizer/` is beside them.
+_OF_A_RUN = re.compile(r"adapter|adapters|checkpoints|model(-\d+)?|step-\d{6,}(-[0-9a-f]{8})?")
 
 
 @dataclass
@@ -27,12 +33,46 @@ class Trained:
     base: the handle of its base as far as the files tell; None where they do not.
     base_fingerprint: of the base that it was trained on; None where the files do not tell.
     run: what is known of the training, for run.json.
+    tokenizer: where the tokenizer that it was trained with is kept; None where that is not known.
     """
 
     adapter: Adapter
     base: str | None
     base_fingerprint: str | None
     run: dict[str, Any]
+    tokenizer: str | None = None
+
+
+def tokenizer_of(location: str) -> str | None:
+    """Where the tokenizer is that an adapter, a checkpoint or a run was trained with: beside the adapter, or in
+    `tokenizer/` of the run's directory. None where neither holds one, or for an adapter on the Hub, which is fetched.
+    """
+    if str(location).startswith("hf://"):
+        return None
+    place, candidates = str(location).rstrip("/"), [str(location)]
+    for _ in range(3):
+        candidates.append(urls.join(place, TOKENIZER))
+        parent, _, name = place.rpartition("/")
+        if not parent or not _OF_A_RUN.fullmatch(name):
+            break
+        place = parent
+    return next((candidate for candidate in candidates if has_tokenizer(candidate)), None)
+
+
+def tokenizer_beside(adapters: Sequence[str]) -> str | None:
+    """Where the tokenizer of several adapters is; None, with a warning, where they were trained with different ones."""
+    found = [place for adapter in adapters if (place := _beside(adapter))]
+    if len(found) > 1 and any(read_tokenizer(place) != read_tokenizer(found[0]) for place in found):
+        log.warning("the adapters were trained with different tokenizers; the export has the base's")
+        return None
+    return found[0] if found else None
+
+
+def _beside(adapter: str) -> str | None:
+    directory = str(fetch(adapter))
+    if has_tokenizer(directory):
+        return directory
+    return None if urls.is_url(adapter) else tokenizer_of(directory)
 
 
 def read_trained(location: str, step: int | None = None) -> Trained:
@@ -42,6 +82,7 @@ def read_trained(location: str, step: int | None = None) -> Trained:
     `step`. Every file of the checkpoint is verified. Raises AdapterError, CheckpointError, ConfigError.
     """
     trained = _find(location, step)
+    trained.tokenizer = trained.tokenizer or tokenizer_of(location)
     manifest = _manifest(str(location))
     if manifest is not None:
         trained.run["training"] = manifest
@@ -117,7 +158,8 @@ def _read_adapter(location: str) -> Trained:
     name, revision = config.get("base_model_name_or_path") or None, config.get("revision")
     if name and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not urls.is_url(name):
         name = f"hf://{name}" + (f"@{revision}" if revision else "")
-    return Trained(Adapter.read(directory), name, None, {"source": str(location)})
+    tokenizer = str(directory) if has_tokenizer(str(directory)) else None
+    return Trained(Adapter.read(directory), name, None, {"source": str(location)}, tokenizer)
 
 
 def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:

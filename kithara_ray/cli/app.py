@@ -258,7 +258,7 @@ def export(
     if handle is None:
         raise ConfigError(f"{run} does not name its base; give --base hf://org/name or a directory")
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
-    options |= {"run": trained.run, "check": lambda opened: check_base(opened, trained)}
+    options |= {"run": trained.run, "tokenizer": trained.tokenizer, "check": lambda opened: check_base(opened, trained)}
     _export(handle, trained.adapter, to, format, cluster, **options)
 
 
@@ -281,13 +281,14 @@ def merge(
 
     Example: kithara-ray merge --base hf://org/name --adapter a:0.7 --adapter b:0.3 --to merged
     """
-    from kithara_ray.hf.combine import combine, read_weighted
+    from kithara_ray.checkpoint.run_files import tokenizer_beside
+    from kithara_ray.hf.combine import combine, read_weighted, split_weight
 
     adapters, weights = zip(*map(read_weighted, adapter), strict=True)
     combined = adapters[0] if weights == (1.0,) else combine(adapters, weights)
-    run = {"adapters": list(adapter)}
+    run, beside = {"adapters": list(adapter)}, tokenizer_beside([split_weight(text)[0] for text in adapter])
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
-    _export(base, combined, to, format, cluster, run=run, **options)
+    _export(base, combined, to, format, cluster, run=run, tokenizer=beside, **options)
 
 
 @app.command()

@@ -20,12 +20,17 @@ from kithara_ray.hf.lora_config import LoraConfig
 
 def read_weighted(text: str) -> tuple[Adapter, float]:
     """`ADAPTER` or `ADAPTER:WEIGHT`, the adapter being a directory or URL; the weight is 1 by default."""
+    handle, weight = split_weight(text)
+    return Adapter.read(fetch(handle)), weight
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """(directory or URL, weight) of `ADAPTER[:WEIGHT]`."""
     handle, _, number = text.rpartition(":")
     try:
-        weight = float(number)
+        return handle or text, float(number)
     except ValueError:  # no weight: a colon of a URL, or none
-        handle, weight = text, 1.0
-    return Adapter.read(fetch(handle or text)), weight
+        return text, 1.0
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

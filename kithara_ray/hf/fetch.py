@@ -17,18 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
+from kithara_ray.hf.model_files import (
+    LICENCE_FILES,
+    REFUSED_FILES,
+    SUBDIRECTORIES,
+    is_refused,
+    matches,
+    read_tokenizer,
+)
 from kithara_ray.storage.urls import cache_dir, cause_of, filesystem, is_url, version_of
 
 log = logging.getLogger(__name__)
 
-# What is taken from a model repository: weights as safetensors, configuration, tokenizer, licence. No pickle, no code.
+# What is taken from a model repository: weights as safetensors, configuration, tokenizer, licence, and the model card,
+# which names the licence. No pickle, no code.
 MODEL_FILES = (
-    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer*",
-    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-REFUSED_FILES = (
-    "*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "consolidated*",
-)  # fmt: skip
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "README.md"),
+    *LICENCE_FILES,
+)
 WEIGHTS = "*.safetensors"
 HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors library itself
 RANGE_BYTES = 32 << 20  # of one ranged read, held in memory
@@ -37,9 +43,10 @@ Report = Callable[[int, int], None]  # (bytes that are here, bytes in all), call
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file name at the top of a model directory is one that this library takes."""
-    allowed = any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
-    return allowed and not any(fnmatch.fnmatchcase(name, pattern) for pattern in REFUSED_FILES)
+    """Whether this library takes a file of a model directory, by its path in it: of subdirectories, the few that belong
+    to a tokenizer."""
+    directory, _, leaf = name.rpartition("/")
+    return (not directory or directory in SUBDIRECTORIES) and matches(leaf, MODEL_FILES) and not is_refused(name)
 
 
 def fetch(handle: str, report: Report | None = None) -> Path:
@@ -87,7 +94,7 @@ def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
 
     repo_id, revision = _repo_of(handle)
     try:
-        return Path(
+        directory = Path(
             huggingface_hub.snapshot_download(
                 repo_id,
                 revision=revision,
@@ -96,6 +103,14 @@ def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
                 tqdm_class=_reporting_bar(report) if report else None,
             )
         )
+        if "snapshots" in directory.parts[:-1]:  # named after the commit: a branch may have moved since
+            huggingface_hub.snapshot_download(
+                repo_id,
+                revision=directory.name,
+                allow_patterns=[f"{name}/*" for name in SUBDIRECTORIES],
+                ignore_patterns=[f"{name}/*/*" for name in SUBDIRECTORIES] + list(REFUSED_FILES),
+            )
+        return directory
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _not_from_hub(handle, error) from error
 
@@ -164,6 +179,29 @@ def _with_commit(handle: str) -> str:
     return f"hf://{repo_id}@{commit}"
 
 
+def tokenizer_at(location: str) -> dict[str, bytes]:
+    """`read_tokenizer` of a directory or URL, or of a model or adapter on the Hub."""
+    return read_tokenizer(str(fetch(location)) if location.startswith("hf://") else location)
+
+
+def names_at(handle: str) -> list[str]:
+    """Every file of a model at a URL, by its path there, taken or not. Raises CheckpointError."""
+    if handle.startswith("hf://"):
+        import huggingface_hub
+
+        repo_id, revision = _repo_of(handle)
+        try:
+            return sorted(huggingface_hub.HfApi().list_repo_files(repo_id, revision=revision))
+        except Exception as error:
+            raise _not_from_hub(handle, error) from error
+    fs, root = filesystem(handle, CheckpointError)
+    try:
+        found = fs.find(root)
+    except Exception as error:
+        raise CheckpointError(f"{handle}: cannot be listed ({cause_of(error)}); check credentials") from error
+    return sorted(name.removeprefix(root).lstrip("/") for name in found)
+
+
 def _repo_of(handle: str) -> tuple[str, str | None]:
     """(org/name, revision) of hf://org/name[@revision]."""
     repo_id, _, revision = handle.removeprefix("hf://").partition("@")
@@ -228,13 +266,7 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) -> Path:
     """Download into `<cache>/<hash of url and listing>` under a lock; renamed into place only when complete."""
     fs, root = filesystem(url, CheckpointError)
-    try:
-        listing = fs.ls(root, detail=True)
-    except FileNotFoundError:
-        listing = []
-    except Exception as error:  # every backend has its own exceptions
-        raise CheckpointError(f"{url}: cannot be listed ({cause_of(error)}); check credentials") from error
-    entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in listing if entry["type"] == "file"}
+    entries = _listed(fs, root, url)
     sizes = {name: int(entry["size"]) for name, entry in sorted(entries.items()) if is_model_file(name)}
     if not sizes:
         raise CheckpointError(f"{url}: no model files there; give a directory with config.json and safetensors")
@@ -254,6 +286,7 @@ def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) 
             log.info("fetching %s: files=%d bytes=%d weights=%s", url, len(sizes), sum(sizes.values()), weights)
             before = 0
             for name, size_bytes in sizes.items():
+                (partial / name).parent.mkdir(exist_ok=True)
                 if weights or not fnmatch.fnmatchcase(name, WEIGHTS):
                     _download(fs, f"{root}/{name}", partial / name, size_bytes, _from(before, sizes, report))
                     before += size_bytes
@@ -263,6 +296,27 @@ def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) 
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _listed(fs: Any, root: str, url: str) -> dict[str, dict]:
+    """The files at a URL and in the subdirectories that belong to a model, by their path there."""
+    found: dict[str, dict] = {}
+    directories = [""]
+    while directories:
+        directory = directories.pop()
+        try:
+            listing = fs.ls(f"{root}/{directory}".rstrip("/"), detail=True)
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # every backend has its own exceptions
+            raise CheckpointError(f"{url}: cannot be listed ({cause_of(error)}); check credentials") from error
+        for entry in listing:
+            name = f"{directory}/{entry['name'].rstrip('/').rsplit('/', 1)[-1]}".lstrip("/")
+            if entry["type"] == "file":
+                found[name] = entry
+            elif name in SUBDIRECTORIES:
+                directories.append(name)
+    return found
 
 
 def _from(before: int, sizes: dict[str, int], report: Report | None) -> Report | None:

@@ -69,7 +69,7 @@ class CausalLM(ModelArrays):
             if not self.options.scan:
                 with dropping(dropout_key):
                     return self.model.backbone(inputs, training=False)
-            factors, frozen = self.roles(params, frozen)[0], self._weights(params, frozen)
+            factors, frozen = self.roles(params, frozen)[0], self.weights_of(params, frozen)
             value_of = self._values(factors, frozen)
             how = stack.Pass(
                 values_of=lambda block: [value_of[variable] for variable in block.variables],
@@ -104,7 +104,7 @@ class CausalLM(ModelArrays):
 
     def head_weights(self, params: Params, frozen: Frozen) -> list[jax.Array]:
         """What `head_V` computes with: the head's own weight, or the embedding that it is tied to."""
-        array_of = IdentityMap(zip(self.slots, self._weights(params, frozen), strict=True))
+        array_of = IdentityMap(zip(self.slots, self.weights_of(params, frozen), strict=True))
         return [array_of[slot] for slot in self._head_slots()]
 
     @property
@@ -126,7 +126,7 @@ class CausalLM(ModelArrays):
 
     def bind(self, params: Params, frozen: Frozen, unstack: bool) -> keras.StatelessScope:
         """A scope in which the model's variables have these values; without `unstack`, those outside the scan alone."""
-        factors, frozen = self.roles(params, frozen)[0], self._weights(params, frozen)
+        factors, frozen = self.roles(params, frozen)[0], self.weights_of(params, frozen)
         pairs = [
             (port.variable, value)
             for slot, array in zip(self.slots, frozen, strict=True)

@@ -1,15 +1,15 @@
 """A loaded model that continues prompts; imported in the process that decodes, after `runtime.prepare`."""
 
-import json
 from typing import Any
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.generation import read_generation, stops_of
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.generate import Decoder
 from kithara_ray.orchestration.cluster import process_setup
 from kithara_ray.orchestration.generator import GroupSpec, Request, Weights
-from kithara_ray.sft.tokens.prompts import prompt_ids
+from kithara_ray.sft.tokens.prompts import prompt_ids, stop_ids
 from kithara_ray.sft.tokens.tokenizer import load_tokenizer
 from kithara_ray.sharding.mesh import make_mesh
 from kithara_ray.sharding.shape import MeshShape
@@ -25,18 +25,16 @@ class Decoding:
         factors = self.model.place_factors(weights.adapter) if lora is not None else {}
         self.frozen = self.model.load(checkpoint)
         self._decoder = Decoder(self.model, factors, self.frozen)
-        self._stop = _eos_of(checkpoint)
+        self._stop = stops_of(checkpoint.config, read_generation(checkpoint.directory))
 
     def generate(self, request: Request) -> list[str] | list[list[int]]:
         """See `KerasHubModel.generate`."""
-        tokenizer, stop_token_ids = request.tokenizer, request.stop_token_ids
+        tokenizer, vocabulary = request.tokenizer, self.model.vocabulary
         tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        prompts = prompt_ids(request.inputs, tokenizer)
-        if stop_token_ids == "auto":
-            stop_token_ids = sorted(
-                {*self._stop, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])}
-            )
-        rows = self._decoder.greedy(prompts, request.max_length, tuple(stop_token_ids))
+        prompts = prompt_ids(request.inputs, tokenizer, request.chat_template, vocabulary)
+        known = {*self._stop, *request.ends, tokenizer.eos_token_id} - {None}
+        stops = stop_ids(request.stop_token_ids, known, vocabulary)
+        rows = self._decoder.greedy(prompts, request.max_length, stops)
         if request.strip_prompt:
             rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         if not request.return_decoded:
@@ -49,10 +47,3 @@ def generate_loop(config: dict[str, Any]) -> list[str] | list[list[int]]:
     spec: GroupSpec = config["spec"]
     process_setup.check_process_group(spec.num_workers, spec.platform)
     return Decoding(spec.weights, spec.mesh).generate(spec.request)
-
-
-def _eos_of(checkpoint: BaseCheckpoint) -> list[int]:
-    path = checkpoint.directory / "generation_config.json"
-    stop = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    stop = checkpoint.config.get("eos_token_id") if stop is None else stop
-    return [stop] if isinstance(stop, int) else list(stop or [])

@@ -1,5 +1,7 @@
 """Behind `KerasHubModel.generate`: one actor on one CPU device, or a group of workers that share the weights."""
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +10,8 @@ import numpy as np
 import ray
 
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.generation import describe_not_done, read_generation
 from kithara_ray.model import runtime
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.worker.entry import Entry, Loop, imported
@@ -15,6 +19,7 @@ from kithara_ray.sharding.shape import MeshShape
 
 # What every worker of a group runs, imported there. Tests put a loop of their own.
 GENERATE_LOOP: str | Loop = "kithara_ray.orchestration.decoding:generate_loop"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `KerasHubModel.generate`; tokenizer is one, or its handle."""
+    """The arguments of `KerasHubModel.generate`.
+
+    Attributes:
+        tokenizer: one, or its handle.
+        chat_template, ends: as of `kithara_ray.sft.tokens.prompts.Prompting`.
+    """
 
     inputs: Any
     tokenizer: Any
@@ -43,6 +53,8 @@ class Request:
     strip_prompt: bool
     return_decoded: bool
     skip_special_tokens: bool
+    chat_template: str | None = None
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,13 @@ def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, me
     group.wait()
     spec = GroupSpec(weights, request, mesh, group.platform, group.num_workers)
     return group.run(Entry(GENERATE_LOOP), {"spec": spec}).return_value
+
+
+@functools.lru_cache(maxsize=64)
+def tell_generation(base: str) -> None:
+    """Name, once a process, what the base's generation_config.json asks for and `generate` does not do."""
+    for text in describe_not_done(read_generation(BaseCheckpoint.at(base).directory)):
+        logger.warning("%s", text)
 
 
 def start_generator(weights: Weights) -> ray.actor.ActorHandle:

@@ -10,25 +10,28 @@ import numpy as np
 import ray
 from ray.train import RunConfig, ScalingConfig
 
+from kithara_ray.checkpoint.run_files import tokenizer_of
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
-from kithara_ray.hf.exports.card import split_reference
 from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.model_files import has_tokenizer
 from kithara_ray.hf.publish.publish import check_destination
+from kithara_ray.hf.vocabulary import embedding_rows
 from kithara_ray.model.families import family_of
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, lora_config_of, other_modules_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
-from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator
+from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator, tell_generation
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import start_coordinator
 from kithara_ray.orchestration.preflight.probes import HeadProbes
+from kithara_ray.sft.tokens.prompts import Prompting
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage.urls import absolute
 
@@ -63,6 +66,8 @@ class KerasHubModel:
             training.
         run: what the last training was made of (run.json), carried into exports; None before training.
         run_directory: of that training, whose report is told of exports.
+        prompting: tokenizer, chat template and ends of answers for `generate`: of the training, or what the base has.
+        tokenizer: where that tokenizer is kept as files, for exports; None takes the base's.
         trained: of a model whose weights are trained, the directory that holds them; None before training.
     """
 
@@ -75,6 +80,8 @@ class KerasHubModel:
         self.trained: str | None = None
         self.run: dict[str, Any] | None = None
         self.run_directory: str | None = None
+        self.prompting = Prompting(preset_handle)
+        self.tokenizer: str | None = None
         self._coordinator = None
         self._generator = None
 
@@ -195,8 +202,8 @@ class KerasHubModel:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the base knows, by its config.json."""
-        return BaseCheckpoint.at(self.preset_handle).config.get("vocab_size")
+        """How many tokens the base knows: the rows of its embedding."""
+        return embedding_rows(BaseCheckpoint.at(self.preset_handle))
 
     @classmethod
     def _with_adapter(
@@ -221,7 +228,13 @@ class KerasHubModel:
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
         model = cls(handle, replace(loaded.config, **beside.normal(loaded.config, base)), precision, quantize)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
+        model.take_tokenizer(adapter if has_tokenizer(str(directory)) else tokenizer_of(adapter))
         return model
+
+    def take_tokenizer(self, location: str | None) -> None:
+        """Prompt and export with the tokenizer that a run has kept, or an adapter has beside it; None: the base's."""
+        self.tokenizer = location
+        self.prompting = Prompting.at(location) if location is not None else Prompting(self.preset_handle)
 
     def save_in_hf_format(
         self,
@@ -264,17 +277,9 @@ class KerasHubModel:
             DestinationError: `output_dir` exists and is not empty, or cannot be written.
             ExportError: what was written did not prove itself; nothing is left behind.
         """
-        request = ExportRequest(
-            output_dir=str(output_dir),
-            dtype=dtype,
-            only_save_adapters=only_save_adapters,
-            save_adapters_separately=save_adapters_separately,
-            parallel_threads=parallel_threads,
-            max_shard_size=max_shard_size,
-            check_finite=check_finite,
-            check_logits=check_logits,
-            resume=resume,
-        )
+        layout = (only_save_adapters, save_adapters_separately)
+        how = (parallel_threads, max_shard_size, check_finite, check_logits, resume)
+        request = ExportRequest(str(output_dir), dtype, *layout, *how)
         request.check(self.lora)
         if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
@@ -283,7 +288,7 @@ class KerasHubModel:
             what = (self.preset_handle, self.trained, request.output_dir)
             written = remote_get(coordinator.export_trained.remote(*what, **options))
         else:
-            written = self._export_adapter(coordinator, request, options)
+            written = self._export_adapter(coordinator, request, options | {"tokenizer": self.tokenizer})
         if self.run_directory is not None:
             try:
                 ray.get(coordinator.add_export.remote(self.run_directory, written), timeout=120)
@@ -321,11 +326,6 @@ class KerasHubModel:
         """Where the weights are that an adapter is put beside, or that training goes on from."""
         return self.trained or self.preset_handle
 
-    @property
-    def base_name(self) -> str:
-        """What PEFT is told the base is: the Hub's name, or the directory."""
-        return split_reference(self.preset_handle)[0]
-
     def coordinator(self) -> ray.actor.ActorHandle:
         """This model's coordinator, started when first asked for or when Ray was restarted."""
         start_ray()
@@ -362,30 +362,38 @@ class KerasHubModel:
         share the weights and the cache, and which end with the answer; give it all prompts at once.
 
         Args:
-            inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the tokenizer's chat
-                template), or a list of these.
+            inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the chat template), or a list
+                of these. They become ids as the rows of training do.
             max_length: prompt and continuation together, in tokens.
-            stop_token_ids: where to stop; "auto" takes the tokenizer's EOS and those of generation_config.json.
+            stop_token_ids: where to stop; "auto" takes the tokenizer's EOS, those of generation_config.json and
+                those that ended the answers of the training. A warning names all else that generation_config.json asks
+                for: it is not done.
             strip_prompt: give the continuation alone.
-            tokenizer, tokenizer_handle: the base's own by default.
+            tokenizer, tokenizer_handle: by default those of the last training, with its chat template; else the
+                base's own.
             return_decoded: texts; False gives token ids.
             scaling_config, run_config, cpu_devices_per_worker, mesh, cluster_timeout_s: of the workers, as `Trainer`'s.
 
         Returns: one text, or list of token ids, a prompt.
+
+        Raises:
+            DataError: a prompt is empty, or has an id that no row of the embedding stands for.
         """
         start_ray()
-        if tokenizer is not None and tokenizer_handle is not None:
-            raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
 
+        tell_generation(self.preset_handle)
+        prompting = self.prompting.given(tokenizer, tokenizer_handle)
         weights = Weights(self.weights_handle, self.lora, self.precision, self.adapter)
         request = Request(
             inputs=inputs,
-            tokenizer=tokenizer if tokenizer is not None else (tokenizer_handle or self.preset_handle),
+            tokenizer=prompting.tokenizer,
             max_length=max_length,
             stop_token_ids=stop_token_ids,
             strip_prompt=strip_prompt,
             return_decoded=return_decoded,
             skip_special_tokens=skip_special_tokens,
+            chat_template=prompting.chat_template,
+            ends=prompting.ends,
         )
         if scaling_config is not None:
             group = WorkerGroup(scaling_config, run_config or RunConfig(), cpu_devices_per_worker, cluster_timeout_s)

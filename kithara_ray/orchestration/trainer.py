@@ -19,6 +19,7 @@ from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.data.datasets import Dataloader
+from kithara_ray.orchestration.driver.kept_tokenizer import prompting_of
 from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
 from kithara_ray.orchestration.driver.run_spec import run_spec, tokenized
@@ -29,6 +30,7 @@ from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.preflight import memory_fit
 from kithara_ray.orchestration.preflight.checks import check_run
 from kithara_ray.orchestration.preflight.findings import raise_for
+from kithara_ray.orchestration.prompting import keep_tokenizer
 from kithara_ray.orchestration.request import arguments
 from kithara_ray.orchestration.request.run_request import ModelRequest, Reporting, RunRequest, StepSettings, Timeouts
 from kithara_ray.orchestration.results import TrainResult, about, raise_for_end, result_of
@@ -193,6 +195,7 @@ class Trainer:
         # An earlier training may have changed the model.
         request = dataclasses.replace(self.request, model=_asked_of(self.model))
         manifest = RunManifest(request)
+        self.model.prompting = prompting_of(request.train.dataset)
         samples = Samples(self.model, request.reporting.prompts, request.reporting.max_length)
         with Progress(request.reporting.progress) as progress:
             progress.phase("check")
@@ -241,7 +244,7 @@ class Trainer:
         request.group.wait()
         ray.get(begun)
         progress.follow(coordinator)
-        manifest.begin(coordinator, spec)
+        manifest.begin(coordinator, spec, keep_tokenizer(self.model, request.train.dataset, spec, manifest.directory))
         return spec
 
     def _described(

@@ -22,6 +22,10 @@ IDS = torch.arange(1, 13).reshape(2, 6)
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
+LEFT_OUT = (
+    "left out of the base's files: modeling_evil.py (code), pytorch_model.bin (weights in another format), "
+    "tokenizer_evil.py (code)"
+)
 ALWAYS = {"LICENSE", "README.md", "export_report.json", *TOKENIZER}
 
 
@@ -86,7 +90,7 @@ def test_report(base, make_adapter, tmp_path):
     assert report["tensors"] == {"untouched": len(base.tensors) - 6, "merged": 6, "merged_and_changed": 6}
     assert report["adapter"]["all_zero"] is False
     assert report["adapter"]["parameters"] == adapter.parameters
-    assert report["notes"] == []
+    assert report["notes"] == [LEFT_OUT]
     assert len(report["checks"]) == 2
     assert set(report["files"]) == _names(out) - {"export_report.json"}
     for name, entry in report["files"].items():
@@ -141,7 +145,7 @@ def test_a_delta_that_rounds_away_is_said(make_base, make_adapter, tmp_path):
         array *= 1e-9 if "layers.1." in name else 1
     export(base, adapter, str(tmp_path / "out"), Layout.MERGED, base_name="org/name")
     report = json.loads((tmp_path / "out/export_report.json").read_text())
-    assert report["notes"] == ["2 of 6 merged tensors equal the base: their delta is zero or rounds away"]
+    assert report["notes"] == ["2 of 6 merged tensors equal the base: their delta is zero or rounds away", LEFT_OUT]
 
 
 # --- what a broken export would look like: each is caught, and nothing is published
@@ -308,14 +312,15 @@ def test_what_a_server_would_not_stop_at_is_said(make_base, make_adapter, tmp_pa
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}}))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     base = BaseCheckpoint.open(directory)
-    run = {"seed": 3, "eval": {"loss": 0.5}}
+    run = {"seed": 3, "evaluation": {"eval_loss": 0.5}}
     export(base, make_adapter(base), str(tmp_path / "out"), Layout.MERGED, base_name="n", run=run)
-    (note,) = json.loads((tmp_path / "out/export_report.json").read_text())["notes"]
+    left_out, note = json.loads((tmp_path / "out/export_report.json").read_text())["notes"]
+    assert left_out == LEFT_OUT
     assert note.startswith("the tokenizer ends sequences with '<end>' (7), which is no eos_token_id")
     card = (tmp_path / "out/README.md").read_text()
     assert note in card
-    assert "| seed | 3 |" in card
-    assert "| eval | loss 0.5 |" in card
+    assert "| Seed | 3 |" in card
+    assert "| Evaluation loss | 0.5 |" in card
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 7]}))
     export(base, make_adapter(base), str(tmp_path / "again"), Layout.MERGED, base_name="n")
-    assert json.loads((tmp_path / "again/export_report.json").read_text())["notes"] == []
+    assert json.loads((tmp_path / "again/export_report.json").read_text())["notes"] == [LEFT_OUT]

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.fetch import fetch, names_at
 from kithara_ray.storage.urls import CACHE_VARIABLE, cache_dir
 
 
@@ -58,8 +58,14 @@ def test_handles_that_cannot_be_fetched(handle, error, message):
 
 
 def test_fetch_hub(monkeypatch, tmp_path):
-    seen = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kw: seen.update(kw, repo=repo) or tmp_path)
+    seen, asked = {}, []
+
+    def download(repo, **given):
+        asked.append(given)
+        seen.update(given, repo=repo)
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert fetch("hf://google/gemma-2-2b@v1.0") == tmp_path
     assert (seen["repo"], seen["revision"]) == ("google/gemma-2-2b", "v1.0")
     files = ["config.json", "model.safetensors", "tokenizer.model", "LICENSE", "a.py", "w.bin", "original/params.json"]
@@ -69,6 +75,7 @@ def test_fetch_hub(monkeypatch, tmp_path):
         ignore_patterns=seen["ignore_patterns"],
     )
     assert list(kept) == files[:4]
+    assert len(asked) == 1  # a directory of no commit: nothing to look for in it
 
     def offline(*_, **__):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
@@ -76,6 +83,27 @@ def test_fetch_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"hf://a/b: could not be fetched .*no network.*HF_TOKEN"):
         fetch("hf://a/b")
+
+
+def test_templates_in_a_subdirectory_are_fetched(memory, cache, monkeypatch, tmp_path):
+    """From the Hub by a second call, of the same commit; nothing else of subdirectories."""
+    commit = tmp_path / "snapshots/0badf00d"
+    commit.mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **kw: asked.append(kw) or str(commit))
+    assert fetch("hf://org/name") == commit
+    assert [given["revision"] for given in asked] == [None, "0badf00d"]
+    names = ["additional_chat_templates/tool.jinja", "additional_chat_templates/x.py", "original/a.jinja", "a.jinja"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        names, allow_patterns=asked[1]["allow_patterns"], ignore_patterns=asked[1]["ignore_patterns"]
+    )
+    assert list(kept) == names[:1]
+    files = {"config.json": b"{}", "model.safetensors": b"w", names[0]: b"tool", names[2]: b"x", names[1]: b""}
+    memory.pipe({f"/t/m/{name}": data for name, data in files.items()})
+    directory = fetch("memory://t/m")
+    assert _names(directory) == {"config.json", "model.safetensors", names[0]}
+    assert (directory / names[0]).read_bytes() == b"tool"
+    assert set(names_at("memory://t/m")) == set(files)
 
 
 def test_fetch_remote_once(memory, cache, monkeypatch):

@@ -1,11 +1,16 @@
 """Prompts as ids: texts as the tokenizer encodes them, chats as transformers' own template call does."""
 
+import copy
+
 import numpy as np
 import pytest
 import tiny
+from tokenizers import processors
 
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.sft.tokens.prompts import prompt_ids
+from kithara_ray.sft.tokens.formats import PromptAnswer
+from kithara_ray.sft.tokens.prompts import Prompting, prompt_ids, stop_ids
+from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 CHAT = [{"role": "system", "content": "be short"}, {"role": "user", "content": "what is 1 + 2 ?"}]
 TEMPLATE = (
@@ -58,3 +63,74 @@ def test_what_is_wrong_is_named(case, tokenizer):
 def test_a_tokenizer_without_a_template():
     with pytest.raises(DataError, match="prompt 0 is a chat, and the tokenizer has no chat template"):
         prompt_ids(CHAT, tiny.tokenizer())
+
+
+def _ends_with_eos(tokenizer):
+    """The same tokenizer, of which `tokenizer(text)` puts EOS behind a text: a prompt must not have it."""
+    made = copy.deepcopy(tokenizer)
+    eos = made.eos_token
+    made._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, made.eos_token_id)]
+    )
+    assert made("a")["input_ids"][-1] == made.eos_token_id
+    return made
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("eos_behind", [False, True])
+def test_a_prompt_is_what_a_row_of_training_begins_with(tokenizers, kind, eos_behind):
+    tokenizer = _ends_with_eos(tokenizers[kind]) if eos_behind else tokenizers[kind]
+    prompts = ["the question: ", f"{tokenizer.bos_token}the answer is "]
+    rows = RowTokenizer(tokenizer, PromptAnswer(), 100)([{"prompt": p, "answer": "foobar"} for p in prompts], 0).rows()
+    for prompt, row in zip(prompts, rows, strict=True):
+        context = row.token_ids[row.loss_mask == 0].tolist()
+        assert prompt_ids(prompt, tokenizer) == [context]
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer", "name": None}]
+    made = RowTokenizer(tokenizer, PromptAnswer(), 100, chat_template=CHATML)
+    (row,) = made([{"messages": messages}], 0).rows()
+    context = row.token_ids[row.loss_mask == 0].tolist()
+    assert prompt_ids(messages[:1], tokenizer, CHATML) == [context]
+
+
+BEYOND = {
+    "an id": ([5, 4000, 7], "prompt 0: id 4000 is beyond the model's vocabulary of 300"),
+    "a negative id": ([[5], [5, -3]], "prompt 1: -3 is no token id; ids are 0 to 299"),
+    "a token": ("seven <new>", "prompt 0: token '<new>' has id 3[0-9]+, beyond the model's vocabulary of 300"),
+    "an array": (np.array([300]), "beyond the model's vocabulary of 300"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_ids_that_no_row_of_the_embedding_stands_for(case):
+    inputs, text = BEYOND[case]
+    made = tiny.tokenizer()
+    made.add_tokens([f"<more{i}>" for i in range(30)] + ["<new>"])
+    with pytest.raises(DataError, match=text):
+        prompt_ids(inputs, made, vocabulary=300)
+    assert prompt_ids([299], made, vocabulary=300) == [[299]]
+
+
+def test_where_decoding_stops():
+    assert stop_ids("auto", {7, 2, 900}, 300) == (2, 7)
+    assert stop_ids(np.array([4]), {7}, 300) == (4,)
+    for given, text in (
+        ([300], "stop_token_ids has 300, and the model's ids are 0 to 299"),
+        ([-1], "stop_token_ids has -1"),
+        (["</s>"], "must be ids, got '</s>'"),
+        ("all", 'must be "auto" or a list of ids'),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            stop_ids(given, {7}, 300)
+
+
+def test_a_tokenizer_that_is_given_instead(tokenizer):
+    mine = Prompting("/mine", "{{ x }}", (5,))
+    assert mine.given(None, None) is mine
+    assert mine.given(None, "hf://a/b") == Prompting("hf://a/b", None, (5,))
+    with pytest.raises(ConfigError, match="one of tokenizer and tokenizer_handle"):
+        mine.given(tokenizer, "x")

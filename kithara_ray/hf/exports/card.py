@@ -1,168 +1,236 @@
-"""What an export says to people: its README.md (a Hugging Face model card), and notes for who will serve it."""
+"""The model card of an export, README.md, for those who find the model on the Hub; and a summary for a terminal."""
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from kithara_ray.hf.adapter import Adapter
-from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.notes import max_lora_rank
+from kithara_ray.hf.exports.reference import is_hub, is_repository, shown_name, split_reference
+from kithara_ray.hf.exports.run_record import facts_of
+from kithara_ray.hf.model_files import LICENCE_FILES, matches, names_in
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256)  # what vLLM takes as --max-lora-rank
+__all__ = ["Card", "licence_of", "split_reference", "summary"]
 
-_LOAD = {
-    "adapter": """from peft import AutoPeftModelForCausalLM
+_LOADING = {
+    "adapter": """import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("DIRECTORY")""",
-    "separate": """from peft import PeftModel
-from transformers import AutoModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("{here}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{here}")""",
+    "separate": """import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("DIRECTORY")
-model = PeftModel.from_pretrained(base, "DIRECTORY/adapter")""",
-    "merged": """from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(base, {adapter})
+tokenizer = AutoTokenizer.from_pretrained("{here}")""",
+    "merged": """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("DIRECTORY")""",
+model = AutoModelForCausalLM.from_pretrained("{here}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{here}")""",
 }
-_SERVE = {
-    "adapter": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=DIRECTORY",
-    "separate": "vllm serve DIRECTORY --enable-lora --max-lora-rank {rank} --lora-modules mine=DIRECTORY/adapter",
-    "merged": "vllm serve DIRECTORY",
+_CHAT = """messages = [{{"role": "user", "content": "What is your name?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+_TEXT = """inputs = tokenizer("What is your name?", return_tensors="pt")"""
+_ANSWER = """inputs = inputs.to(model.device)
+with torch.no_grad():
+    output = model.generate(**inputs, max_new_tokens=100{stop})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_SERVING = {
+    "adapter": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine={here}",
+    "separate": "vllm serve {here} --enable-lora --max-lora-rank {rank} --lora-modules mine={here}/adapter",
+    "merged": "vllm serve {here}",
 }
-_WHAT = {
-    "adapter": "A LoRA adapter of",
-    "separate": "A copy of the base, with a LoRA adapter of it in `adapter/`:",
-    "merged": "A model with a LoRA adapter merged into its weights:",
+_KIND = {
+    "adapter": "A LoRA adapter for {base}, trained with kithara_ray.",
+    "separate": "A copy of {base} and, in `adapter/`, a LoRA adapter for it, trained with kithara_ray.",
+    "merged": "{base}, fine-tuned by LoRA with kithara_ray. The adapter is merged into the weights.",
+    "trained": "{base}, all of its weights fine-tuned with kithara_ray.",
 }
+_RELATION = {"adapter": "adapter"}  # of the Hub's `base_model_relation`; "finetune" otherwise
 
 
-_TRAINED = "A model whose weights were all trained, from"
+@dataclass(frozen=True)
+class Card:
+    """A model card in the making.
 
+    Attributes:
+        base_name: the base's handle.
+        destination: of the export; on the Hub the card loads from there.
+        directory: of the files that are exported, but for the card.
+        report: export_report.json, as far as it is made.
+        adapter: None where all weights were trained.
+        run: what is known of the training.
+        licence: fields of the base's own card, as of `licence_of`.
+        stops: ids that whoever decodes must be given; None where the files say them.
+    """
 
-def split_reference(base_name: str) -> tuple[str, str | None]:
-    """(name, revision) of `hf://org/name@revision`; any other handle is its own name."""
-    if not base_name.startswith("hf://"):
-        return base_name, None
-    name, _, revision = base_name.removeprefix("hf://").partition("@")
-    return name, revision or None
+    base_name: str
+    destination: str
+    directory: Path
+    report: Mapping[str, Any]
+    adapter: Adapter | None = None
+    run: Mapping[str, Any] | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
+    stops: Sequence[int] | None = None
 
+    def text(self) -> str:
+        facts = facts_of(self.run)
+        parts = [self._front(facts.datasets), f"# {self._title}", self._kind, *self._use()]
+        training = {**self._method(), **facts.training}
+        for title, rows in (("Training data", facts.data), ("Training", training), ("Results", facts.results)):
+            if rows:
+                parts += [f"## {title}", _table(rows)]
+        if self.report["notes"]:
+            parts += ["## Limitations", "\n".join(f"- {note}" for note in self.report["notes"])]
+        parts += ["## License", self._licence()]
+        more = " `run.json` has the settings and versions of the training." if self.run else ""
+        checks = "\n".join(f"- {check}" for check in self.report["checks"])
+        parts += ["## Verification", f"The export was read back and checked before it was published:\n\n{checks}"]
+        parts += [f"`export_report.json` lists every file with its SHA-256.{more}"]
+        return "\n\n".join(parts) + "\n"
 
-def max_lora_rank(adapter: Adapter) -> int | None:
-    """The smallest --max-lora-rank of vLLM that this adapter fits; None when there is none."""
-    rank = max(adapter.config.rank_of(module) for module in adapter.modules)
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    # --- what stands where -------------------------------------------------------------------------------------------
 
+    @property
+    def _layout(self) -> str:
+        return self.report["layout"]
 
-def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
-    """What a server that applies the adapter (vLLM) would get wrong or refuse; a merged model has no such limits."""
-    notes, config = [], adapter.config
-    if max_lora_rank(adapter) is None:
-        notes.append(f"vLLM serves adapters of rank {VLLM_RANKS[-1]} at most; serve the merged layout")
-    if config.use_dora:
-        notes.append("vLLM does not serve DoRA adapters; serve the merged layout")
-    if config.has_beside or config.lora_bias:
-        notes.append("vLLM applies no biases, trained tokens or saved modules of an adapter; serve the merged layout")
-    scales = {config.scale_of(module) for module in adapter.modules}
-    if len(scales) > 1:
-        notes.append(
-            "modules have different scales (rank_pattern, alpha_pattern), and vLLM reads one r and one lora_alpha: "
-            "it would compute something else; serve the merged layout"
-        )
-    elif {config.rank_of(module) for module in adapter.modules} != {config.r}:
-        notes.append("vLLM scales by r of adapter_config.json, which no rank_pattern changes; serve the merged layout")
-    known = {module.rpartition(".")[2] for module in adapter.modules}
-    for leaf in sorted(known & {"embed_tokens", "lm_head"}):
-        notes.append(f"{leaf} is a target: vLLM does not apply adapters to embeddings; serve the merged layout")
-    return notes
+    @property
+    def _repository(self) -> str | None:
+        """The base's name on the Hub."""
+        name = split_reference(self.base_name)[0]
+        return name if is_hub(self.base_name) or (is_repository(name) and not Path(name).exists()) else None
 
+    @property
+    def _here(self) -> str:
+        """What a reader gives to load the export."""
+        return self.destination.removeprefix("hf://") if is_hub(self.destination) else "path/to/this/directory"
 
-def stop_notes(base: BaseCheckpoint) -> list[str]:
-    """Whether a server stops where the tokenizer's end of sequence stands: answers are trained to end there."""
-    try:
-        config = json.loads((base.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        added = json.loads((base.directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-        end = config["eos_token"]
-        text = end["content"] if isinstance(end, dict) else end
-        number = next(token["id"] for token in added if token["content"] == text)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return []  # no tokenizer of this kind beside the base: nothing to compare
-    generation = base.directory / "generation_config.json"
-    stops: set[int] = set()
-    for settings in (base.config, json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}):
-        found = settings.get("eos_token_id")
-        stops |= set(found) if isinstance(found, list) else {found}
-    if number in stops:
-        return []
-    return [
-        f"the tokenizer ends sequences with {text!r} ({number}), which is no eos_token_id of the base's config.json or "
-        f"generation_config.json ({sorted(stop for stop in stops if stop is not None)}): give it as a stop token"
-    ]
+    @property
+    def _title(self) -> str:
+        if is_hub(self.destination):
+            return self._here.rpartition("/")[2]
+        how = "fine-tuned" if self._layout == "trained" else "LoRA adapter" if self._layout == "adapter" else "LoRA"
+        return f"{shown_name(self.base_name).rpartition('/')[2]}, {how}"
 
+    @property
+    def _base(self) -> str:
+        name, revision = split_reference(self.base_name)
+        if self._repository is None:
+            return f"`{shown_name(self.base_name)}`"
+        link = f"[{name}](https://huggingface.co/{name})"
+        return f"{link} (revision `{revision}`)" if revision else link
 
-def model_card(base_name: str, adapter: Adapter, report: dict, run: Mapping[str, object] | None = None) -> str:
-    """README.md of an export from its report, and from what is known of the training."""
-    layout, config = report["layout"], adapter.config
-    name, revision = split_reference(base_name)
-    is_hub = base_name.startswith("hf://")
-    rank = max_lora_rank(adapter) or "-"
-    library = "peft" if layout == "adapter" else "transformers"
-    front = ["---", *([f"base_model: {name}"] if is_hub else []), f"library_name: {library}"]
-    front += ["pipeline_tag: text-generation", "tags:", "- lora", "- kithara-ray", "---"]
-    settings = {
-        "base": f"`{name}`" + (f" at revision `{revision}`" if revision else ""),
-        "fingerprint of the base": f"`{report['base']['fingerprint']}`" if report["base"]["fingerprint"] else None,
-        "target modules": f"all that match `{config.target_modules}`"
-        if isinstance(config.target_modules, str)
-        else ", ".join(f"`{target}`" for target in config.target_modules),
-        "rank": str(config.r) + (f", and {config.rank_pattern}" if config.rank_pattern else ""),
-        "alpha": f"{config.alpha:g}" + (f", and {config.alpha_pattern}" if config.alpha_pattern else ""),
-        "scale": "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank",
-        "magnitudes": "trained apart (DoRA)" if config.use_dora else None,
-        "trained beside the factors": ", ".join(f"`{name}`" for name in _beside(adapter)) or None,
-        "adapted modules, parameters": f"{len(adapter.modules)}, {adapter.parameters:,}",
-        "dtype": "as in the base" if report["dtype"] == "auto" else report["dtype"],
-        "tensors": ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in report["tensors"].items()) or None,
-    }
-    lines = [*front, "", f"# {name.rstrip('/').rpartition('/')[2]}, fine-tuned", "", f"{_WHAT[layout]} `{name}`.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items() if value), ""]
-    if run:
-        lines += ["## Training", "", "| | |", "|---|---|"]
-        lines += [f"| {key.replace('_', ' ')} | {_shown(value)} |" for key, value in run.items()] + [""]
-    lines += ["## Load", "", "```python", _LOAD[layout], "```", "", "```sh"]
-    lines += [_SERVE[layout].format(base=name, rank=rank), "```", "", "## Checked before it was published", ""]
-    lines += [f"- {check}" for check in report["checks"]]
-    if report["notes"]:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in report["notes"])]
-    lines += ["", "`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
-    return "\n".join(lines)
+    @property
+    def _kind(self) -> str:
+        return _KIND[self._layout].format(base=self._base)
+
+    def _front(self, datasets: tuple[str, ...]) -> str:
+        """The metadata that the Hub reads."""
+        lines = []
+        if self._repository:
+            lines += [f"base_model: {self._repository}"]
+            lines += [f"base_model_relation: {_RELATION.get(self._layout, 'finetune')}"]
+        lines += [f"library_name: {'peft' if self._layout == 'adapter' else 'transformers'}"]
+        lines += ["pipeline_tag: text-generation"]
+        lines += [f"{name}: {value}" for name, value in self.licence.items()]
+        if datasets:
+            lines += ["datasets:", *(f"- {name}" for name in datasets)]
+        tags = [*(["lora"] if self.adapter is not None else []), "kithara-ray"]
+        return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+    def _use(self) -> list[str]:
+        """Sections on loading and serving."""
+        names = names_in(self.directory)
+        chats = any(name.startswith(("chat_template", "additional_chat_templates/")) for name in names)
+        config = self.directory / "tokenizer_config.json"
+        chats = chats or (config.is_file() and b'"chat_template"' in config.read_bytes())
+        layout = "merged" if self._layout == "trained" else self._layout
+        adapter = f'"{self._here}", subfolder="adapter"' if is_hub(self.destination) else f'"{self._here}/adapter"'
+        loading = _LOADING[layout].format(here=self._here, adapter=adapter)
+        answer = _ANSWER.format(stop=f", eos_token_id={list(self.stops)}" if self.stops else "")
+        code = "\n\n".join([loading, (_CHAT if chats else _TEXT).format(), answer])
+        parts = ["## Use", f"```python\n{code}\n```"]
+        rank = max_lora_rank(self.adapter) if self.adapter is not None else None
+        if layout == "merged" or rank is not None:
+            base = self._repository or "path/to/the/base"
+            command = _SERVING[layout].format(base=base, rank=rank, here=self._here)
+            parts += ["With vLLM:", f"```sh\n{command}\n```"]
+        return parts
+
+    def _method(self) -> dict[str, str]:
+        """Rows on how the weights came about."""
+        if self.adapter is None:
+            told = {"Method": f"all weights trained ({self.report['tensors']['trained']:,} tensors)"}
+        else:
+            config = self.adapter.config
+            kind = "DoRA" if config.use_dora else "rank-stabilised LoRA" if config.use_rslora else "LoRA"
+            told = {"Method": f"{kind}, rank {config.r}, alpha {config.alpha:g}"}
+            if config.rank_pattern or config.alpha_pattern:
+                told["Method"] += ", with exceptions (`adapter_config.json`)" * (self._layout != "merged")
+            if isinstance(config.target_modules, str):
+                told["Target modules"] = f"names that match `{config.target_modules}`".replace("|", "\\|")
+            else:
+                leaves = list(dict.fromkeys(module.rpartition(".")[2] for module in self.adapter.modules))
+                told["Target modules"] = ", ".join(f"`{leaf}`" for leaf in sorted(leaves))
+            told["Trained parameters"] = f"{self.adapter.parameters:,}"
+            if beside := _beside(self.adapter):
+                told["Trained besides"] = ", ".join(f"`{name}`" for name in beside)
+        if self.report["dtype"] != "auto":
+            told["Weights"] = f"`{self.report['dtype']}`"
+        return told
+
+    def _licence(self) -> str:
+        named, files = self.licence.get("license"), [n for n in names_in(self.directory) if matches(n, LICENCE_FILES)]
+        links = ", ".join(f"[{name}]({name})" for name in files)
+        link = self.licence.get("license_link", "")
+        if named and named != "other":
+            text = f"The base is licensed as `{named}`; its terms apply to this model too."
+        elif named:
+            name = self.licence.get("license_name", "see there")
+            text = f"The base has a licence of its own, {name}; it applies to this model too."
+        else:
+            text = f"The licence of {self._base} applies to this model too."
+        if link.startswith("https://"):
+            text += f" Text: {link}."
+        return f"{text} Included: {links}." if links else text
 
 
 def _beside(adapter: Adapter) -> list[str]:
-    """What it trains besides, in words of its config."""
+    """Names and values of adapter_config.json for what is trained besides the factors."""
     config = adapter.config
     named = {"bias": config.bias, "lora_bias": config.lora_bias, "modules_to_save": list(config.modules_to_save)}
     named["trainable_token_indices"] = {name: list(rows) for name, rows in config.trainable_token_indices.items()}
     return [f"{name}={value}" for name, value in named.items() if value and value != "none"]
 
 
-def _shown(value: object) -> str:
-    """A cell of a table."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(inner)}" for key, inner in value.items())
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+def _table(rows: Mapping[str, str]) -> str:
+    cells = ((key, " ".join(value.split())) for key, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)])
 
 
-def trained_card(base_name: str, report: dict) -> str:
-    """README.md of a model whose weights were all trained, from its export's report."""
-    name, revision = split_reference(base_name)
-    front = ["---", *([f"base_model: {name}"] if base_name.startswith("hf://") else []), "library_name: transformers"]
-    front += ["pipeline_tag: text-generation", "tags:", "- kithara-ray", "---"]
-    lines = [*front, "", f"# {name.rstrip('/').rpartition('/')[2]}, trained", "", f"{_TRAINED} `{name}`"]
-    lines[-1] += f" at revision `{revision}`." if revision else "."
-    dtype = "as in the base" if report["dtype"] == "auto" else report["dtype"]
-    lines += ["", f"{report['tensors']['trained']} tensors, dtype {dtype}.", "", "## Load", "", "```python"]
-    lines += [_LOAD["merged"], "```", "", "```sh", _SERVE["merged"], "```", ""]
-    lines += ["## Checked before it was published", "", *(f"- {check}" for check in report["checks"]), ""]
-    lines += ["`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
-    return "\n".join(lines)
+_PLAIN = re.compile(r"[\w .,:/+@()#?=&~%-]+")
+
+
+def licence_of(directory: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of a base's own card, where it has one that names them."""
+    path = directory / "README.md"
+    if not path.is_file():
+        return {}
+    front = re.match(r"---\r?\n(.*?)\r?\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = {}
+    for name in ("license", "license_name", "license_link"):
+        line = re.search(rf"^{name}:[ \t]*(.+?)[ \t]*$", front[1], re.MULTILINE) if front else None
+        value = line[1].strip("\"'") if line else ""
+        if _PLAIN.fullmatch(value):
+            found[name] = value
+    return found
 
 
 def summary(destination: str, report: dict) -> str:

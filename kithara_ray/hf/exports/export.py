@@ -5,7 +5,6 @@ then published. A failed proof raises ExportError and publishes nothing.
 """
 
 import contextlib
-import fnmatch
 import hashlib
 import json
 import logging
@@ -24,11 +23,15 @@ from kithara_ray import __version__ as VERSION
 from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.exports.card import max_lora_rank, model_card, serving_notes, split_reference, stop_notes
+from kithara_ray.hf.exports.card import Card, licence_of
+from kithara_ray.hf.exports.carried import carry, check_code
+from kithara_ray.hf.exports.notes import adapter_notes, max_lora_rank, serving_notes, unserved_ends
 from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
 from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
-from kithara_ray.hf.fetch import REFUSED_FILES
-from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, copy_file, refuse_quantized, write_json
+from kithara_ray.hf.exports.reference import shown_name, split_reference
+from kithara_ray.hf.exports.run_record import published, without_paths
+from kithara_ray.hf.fetch import tokenizer_at
+from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
 from kithara_ray.hf.publish import publish
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
@@ -42,12 +45,6 @@ RUN = "run.json"
 ADAPTER_DIRECTORY = (
     "adapter"  # apart from config.json: transformers redirects from_pretrained where both stand together
 )
-TOKENIZER_FILES = (
-    ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt")
-    + ("*.model", "chat_template*")
-)  # fmt: skip
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-MODEL_EXTRAS = ("generation_config.json",)
 
 
 class Layout(StrEnum):
@@ -73,6 +70,7 @@ def export_with_report(
     dtype: str = "auto",
     base_name: str,
     run: Mapping[str, object] | None = None,
+    tokenizer: str | None = None,
     max_shard_size: int | str | None = None,
     check_finite: bool = False,
     resume: bool = False,
@@ -84,7 +82,8 @@ def export_with_report(
     base_name: what adapter_config.json names as its base, a hub name, a path, or an hf:// handle with a revision.
     dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
     written: the adapter's in ADAPTER, base and adapter in SEPARATE, the merged weights in MERGED (factors stay exact).
-    run: what is known of the training; written as run.json.
+    run: what is known of the training; written as run.json, without local paths and facts of the host.
+    tokenizer: the directory or URL of the tokenizer that the adapter was trained with; None takes the base's.
     max_shard_size: bytes, or text like "5GB", of one weight file; the base's own files by default.
     check_finite: refuse a NaN or an infinity in a written weight, also one that the base has.
     resume: go on from what a killed or failed export of the same left at `destination`, and leave what there is if
@@ -102,13 +101,16 @@ def export_with_report(
         refuse_quantized(base)
     if prove is not None and (layout is not Layout.MERGED or urls.is_url(destination)):
         raise ConfigError("export(prove=...) is for a merged model in a local directory; leave it out")
+    if layout is not Layout.ADAPTER:
+        check_code(base, base_name)
     files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
     settings = Settings(layout, dtype, base_name, files, check_finite, write)
     with publish.staged(destination, _plan(base, adapter, settings), resume) as stage:
         report, files = _write(base, adapter, stage, settings)
         if prove is not None:
             report["checks"].append(prove(stage.directory))
-        describe(stage, report, files, model_card(base_name, adapter, report, run), run, started_s)
+        add_files(base, stage, report, tokenizer, run, base_name, adapter, destination)
+        describe(stage, report, files, started_s)
     log.info("exported layout=%s destination=%s seconds=%.1f", layout, destination, report["seconds"])
     return report
 
@@ -171,16 +173,15 @@ def _write(
         final.write(target, *split_reference(base_name))
         prove_adapter(target, final)
         checks.append("adapter reopened; tensors equal those given bit by bit, scales equal")
-    carried = TOKENIZER_FILES + LICENCE_FILES + (MODEL_EXTRAS if layout is not Layout.ADAPTER else ())
-    _carry_over(base, stage.directory, carried)
-    notes = _notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
-    notes += stop_notes(base)
-    for note in notes:
-        log.warning("%s", note)
+    notes = adapter_notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
     report = {
         "layout": str(layout),
         "dtype": dtype,
-        "base": {"name": base_name, "fingerprint": _fingerprint(base, written), "tensors": len(base.tensors)},
+        "base": {
+            "name": shown_name(base_name),
+            "fingerprint": _fingerprint(base, written),
+            "tensors": len(base.tensors),
+        },
         "adapter": {
             "modules": len(adapter.modules),
             "parameters": adapter.parameters,
@@ -248,44 +249,38 @@ def _fingerprint(base: BaseCheckpoint, written: list[Written]) -> str | None:
     return None if base.source else base.fingerprint()
 
 
-def _notes(adapter: Adapter, counts: dict[str, int]) -> list[str]:
-    if adapter.is_zero:
-        return ["every lora_B is zero: the adapter is untrained and the model computes what the base computes"]
-    unchanged = counts.get("merged", 0) - counts.get("merged_and_changed", 0)
-    if unchanged:
-        return [f"{unchanged} of {counts['merged']} merged tensors equal the base: their delta is zero or rounds away"]
-    return []
-
-
-def _carry_over(base: BaseCheckpoint, directory: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the base's files that match; never what the export wrote, never code or pickles."""
-    for path in sorted(base.directory.iterdir()):
-        wanted = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
-        refused = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in REFUSED_FILES)
-        if wanted and not refused and path.is_file() and not (directory / path.name).exists():
-            copy_file(path, directory / path.name)
-
-
-def carry_over(base: BaseCheckpoint, directory: Path) -> None:
-    """All that a whole model brings beside its weights and config.json."""
-    _carry_over(base, directory, TOKENIZER_FILES + LICENCE_FILES + MODEL_EXTRAS)
-
-
-def describe(
+def add_files(
+    base: BaseCheckpoint,
     stage: publish.Stage,
     report: dict[str, Any],
-    files: Mapping[str, dict],
-    card: str,
+    tokenizer: str | None,
     run: Mapping[str, object] | None,
-    started_s: float,
+    base_name: str,
+    adapter: Adapter | None,
+    destination: str,
 ) -> None:
-    """The last files of a stage: run.json, the card, and the report, to which the list of all files is added.
+    """Everything beside weights and config.json: what travels, run.json and the card. Notes go into the report."""
+    directory, with_model = stage.directory, report["layout"] != Layout.ADAPTER
+    files, notes = tokenizer_at(tokenizer) if tokenizer else {}, []
+    if tokenizer and not files:
+        notes.append(f"{without_paths(tokenizer)}: the tokenizer of the training is gone; this is the base's")
+    notes += carry(base, directory, base_name, files, with_model)
+    told, stops = unserved_ends(base, directory, files, with_model)
+    report["tokenizer"] = "of the training" if files else "of the base"
+    report["notes"] += [*notes, *told]
+    for note in report["notes"]:
+        log.warning("%s", note)
+    if run:
+        write_json(directory / RUN, published(run))
+    card = Card(base_name, destination, directory, report, adapter, run, licence_of(base.directory), stops)
+    (directory / CARD).write_text(card.text(), encoding="utf-8")
+
+
+def describe(stage: publish.Stage, report: dict[str, Any], files: Mapping[str, dict], started_s: float) -> None:
+    """The last file of a stage: the report, to which the list of all files is added.
 
     files: the weight files' digests. started_s: by `time.perf_counter`.
     """
-    if run:
-        write_json(stage.directory / RUN, dict(run))
-    (stage.directory / CARD).write_text(card, encoding="utf-8")
     report["files"] = dict(sorted((dict(files) | _other_files(stage.directory, files)).items()))
     report["seconds"] = round(time.perf_counter() - started_s, 3)
     write_json(stage.directory / REPORT, report)

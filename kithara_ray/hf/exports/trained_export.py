@@ -16,17 +16,19 @@ from pathlib import Path
 from kithara_ray import __version__ as VERSION
 from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.exports.card import trained_card
-from kithara_ray.hf.exports.export import Settings, carry_over, describe, write_weights
+from kithara_ray.hf.exports.carried import carry, check_code
+from kithara_ray.hf.exports.export import Settings, add_files, describe, write_weights
 from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, write_here
+from kithara_ray.hf.exports.reference import shown_name
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter
 from kithara_ray.hf.merge import check_dtype, out_tag, write_config
+from kithara_ray.hf.model_files import read_tokenizer
 from kithara_ray.hf.publish import publish
 from kithara_ray.storage import urls
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = "model"
+DIRECTORY, TOKENIZER = "model", "tokenizer"
 
 
 class Receiver:
@@ -44,6 +46,8 @@ class Receiver:
 
     def __init__(self, base: BaseCheckpoint, names: Collection[str], dtype: str, directory: str):
         self.token = secrets.randbelow(2**31)
+        self._base_name, self._tokenizer = base.source or str(base.directory), urls.join(directory, TOKENIZER)
+        check_code(base, self._base_name)
         self._base, self._dtype = base, dtype
         self._destination = next(url for url in _candidates(directory) if not _exists(url))
         self._open = contextlib.ExitStack()
@@ -70,7 +74,9 @@ class Receiver:
         try:
             self._writer.check_complete(num_ranks)
             write_config(self._base, self._stage.directory, self._dtype)
-            carry_over(self._base, self._stage.directory)
+            tokenizer = read_tokenizer(self._tokenizer)
+            for note in carry(self._base, self._stage.directory, self._base_name, tokenizer, with_model=True):
+                log.warning("%s: %s", self._destination, note)
         except BaseException as error:
             self._open.__exit__(type(error), error, error.__traceback__)
             raise
@@ -116,30 +122,33 @@ def export_trained(
 ) -> str:
     """Write what a `Receiver` published at `destination`, in files and dtypes like the base's; returns the destination.
 
-    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. The others: as of `hf.export.export`.
+    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. The others: as of `hf.exports.export`. The
+    tokenizer is the one beside the trained weights.
     Raises DestinationError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
     tag, destination = check_dtype(dtype), str(destination)
     _check_same_tensors(base, trained)
+    check_code(base, base_name)
     files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
     tags = {name: out_tag(info, tag) for name, info in base.tensors.items()}
     settings = Settings("trained", dtype, base_name, files, check_finite, write, tags, base)
     with publish.staged(destination, _plan(base, trained, settings), resume) as stage:
         written = write_weights(trained, None, stage, settings)
-        carry_over(base, stage.directory)
         report = {
             "layout": "trained",
             "dtype": dtype,
-            "base": {"name": base_name, "tensors": len(base.tensors)},
+            "base": {"name": shown_name(base_name), "tensors": len(base.tensors)},
             "tensors": {"trained": len(trained.tensors)},
             "checks": [
                 "checkpoint reopened; names, shapes, files and dtypes are the base's",
                 "every tensor equals what was trained, rounded to its dtype, bit by bit",
             ],
+            "notes": [],
         }
         files = {file.name: file.file for file in written}
-        describe(stage, report, files, trained_card(base_name, report), run, started_s)
+        add_files(base, stage, report, str(trained.directory), run, base_name, None, destination)
+        describe(stage, report, files, started_s)
     log.info("exported trained weights destination=%s seconds=%.1f", destination, report["seconds"])
     return destination
 

@@ -96,7 +96,7 @@ class ModelArrays:
         """(factors, weights in the order of the slots)."""
         return ({}, [params[slot.key] for slot in self.slots]) if self.trains_weights else (params, frozen)
 
-    def _weights(self, params: Params, frozen: Frozen) -> Frozen:
+    def weights_of(self, params: Params, frozen: Frozen) -> Frozen:
         """The weights that the model computes with, in the order of the slots: what is trained of them in its place."""
         _, frozen = self.roles(params, frozen)
         made = list(frozen)

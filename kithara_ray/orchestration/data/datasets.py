@@ -15,6 +15,7 @@ from kithara_ray.sft.preview import Preview
 from kithara_ray.sft.rows.listing import Choice
 from kithara_ray.sft.tokens.formats import PromptAnswer, Text
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
+from kithara_ray.sft.tokens.tokenizer_files import read_template
 from kithara_ray.storage.urls import absolute
 
 # Rows of a source without an end that a preview reads.
@@ -54,7 +55,7 @@ class RowDataset:
         self.column_mapping = dict(column_mapping or {})
         self.custom_formatting_fn = custom_formatting_fn
         self.formatting_style = formatting_style
-        self.chat_template = chat_template
+        self.chat_template = read_template(chat_template)
         self.packed = False
         self.name = ""  # in messages
         self.row_tokenizer()
@@ -119,7 +120,7 @@ class SFTDataset(RowDataset):
         custom_formatting_fn: applied to the raw rows first; takes a row or a batch, as in Kithara.
         on_bad_row: "error" names source and row and stops; "skip" counts it.
         formatting_style: "row" or "batch", what custom_formatting_fn takes; "auto" finds out on the first row.
-        chat_template: Jinja in place of the tokenizer's own template.
+        chat_template: Jinja in place of the tokenizer's own template, or the path of a .jinja file.
         split: which split to read, of a directory, `hf://datasets/...`, a pattern or a DatasetDict that has several:
             "train", "test", ...
         subset: which subset to read, of a directory or `hf://datasets/...` that has several.

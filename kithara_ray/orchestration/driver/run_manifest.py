@@ -6,7 +6,6 @@ into every export.
 
 import copy
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ import ray
 
 from kithara_ray.checkpoint.run_files import RUN
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.exports.card import split_reference
+from kithara_ray.hf.exports.reference import split_reference
 from kithara_ray.orchestration.data.datasets import Dataloader
 from kithara_ray.orchestration.preflight import node_facts
 from kithara_ray.orchestration.request.facts import mesh_axes
@@ -50,26 +49,6 @@ def _base_facts(handle: str) -> dict[str, Any]:
     return {"name": name, "revision": revision, "fingerprint": fingerprint, "model_type": base.config.get("model_type")}
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """Of a handle or a tokenizer: hashes of its vocabulary and chat template."""
-    from kithara_ray.sft.tokens.tokenizer import load_tokenizer
-
-    handle = tokenizer if isinstance(tokenizer, str) else getattr(tokenizer, "name_or_path", None)
-    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    template = getattr(tokenizer, "chat_template", None)
-    return {
-        "tokenizer": handle,
-        "vocabulary_sha256": _sha256(sorted(tokenizer.get_vocab().items())),
-        "chat_template_sha256": None if template is None else _sha256(template),
-    }
-
-
-def _sha256(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
 class RunManifest:
     """One run's manifest, filled as the run goes on.
 
@@ -84,8 +63,6 @@ class RunManifest:
         # A value given to the workers alone is a secret as well, if its name says so.
         self._secrets = sorted({*secret_values(), *secret_values(env)}, key=len, reverse=True)
         self._base = _base_facts.remote(request.model.preset_handle)
-        dataset = request.train.dataset
-        self._tokenizer = _tokenizer_facts.remote(getattr(dataset, "datasets", (dataset,))[0].tokenizer)
         self.content: dict[str, Any] = {
             "manifest_version": VERSION,
             "status": "running",
@@ -104,14 +81,15 @@ class RunManifest:
         """The run's directory on the head node, or a URL; None where only Ray's own file system reaches it."""
         return None if self._request.group.run_config.storage_filesystem else self._request.directory
 
-    def begin(self, coordinator: ray.actor.ActorHandle, spec: RunSpec) -> None:
+    def begin(self, coordinator: ray.actor.ActorHandle, spec: RunSpec, tokenizer: Mapping[str, Any]) -> None:
         """Write it before the first step.
 
         Args:
             spec: the run's RunSpec, with its tokenised datasets.
+            tokenizer: as of `kept_tokenizer.keep`.
         """
         self.content["base"] = _of_task(self._base)
-        self.content["tokenizer"] = _of_task(self._tokenizer)
+        self.content["tokenizer"] = tokenizer
         self.content["data"] = {"train": _data(spec.train.store)} | (
             {"eval": _data(spec.eval.data.store)} if spec.eval else {}
         )

@@ -16,8 +16,8 @@ import numpy as np
 
 from kithara_ray.errors import KitharaRayError
 from kithara_ray.hf.adapter import Adapter
-from kithara_ray.hf.exports.card import split_reference
 from kithara_ray.hf.exports.export import Layout
+from kithara_ray.hf.exports.reference import split_reference
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.storage.places import Place

@@ -4,6 +4,7 @@ import logging
 import threading
 from typing import Any
 
+from kithara_ray.checkpoint.run_files import tokenizer_of
 from kithara_ray.errors import KitharaRayError
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -57,4 +58,5 @@ def _write(part: SnapshotPart, shards: list[Shard]) -> None:
         Layout.ADAPTER,
         base_name=adapter.base,
         run={"step": part.step},
+        tokenizer=tokenizer_of(part.destination),
     )

@@ -23,7 +23,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from kithara_ray.checkpoint.run_files import read_trained
+from kithara_ray.checkpoint.run_files import read_trained, tokenizer_of
 from kithara_ray.errors import ConfigError, TrainingError
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.cluster.connection import start_ray
@@ -385,8 +385,10 @@ def _trained_model(make: Callable[[dict[str, Any]], Any], best: TrialResult) -> 
     if model.lora is None:
         model.set_trained(best.weights)
         model.run = {"source": best.path}
+        model.take_tokenizer(tokenizer_of(best.path))
         return model
     trained = read_trained(best.path)
     model.set_adapter({name: np.asarray(tensor, np.float32) for name, tensor in trained.adapter.tensors.items()})
     model.run = trained.run
+    model.take_tokenizer(trained.tokenizer)
     return model

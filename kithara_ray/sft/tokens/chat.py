@@ -147,6 +147,20 @@ class ChatTemplate:
             raise DataError(f"the chat template renders {len(texts[0]):,} characters, more than {MAX_CHARACTERS:,}")
         return texts[0], marks[0] if marks else []
 
+    def prompt(
+        self,
+        messages: Sequence[Mapping],
+        tools: Sequence[Mapping] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation's text up to where the assistant is to speak, as a row of training has it there.
+
+        Raises:
+            DataError: there is no template, it fails, or goes on for too long.
+        """
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return self._render(self._template(tools), messages, tools, options, prompt=True)[0]
+
 
 def check_messages(messages: Any) -> list[dict]:
     """The messages of a conversation, as plain dicts.

@@ -33,10 +33,15 @@ def without_space_after_eos(text: str, tokenizer: Any, special: SpecialTokens) -
 
 def with_bos(ids: list[int], special: SpecialTokens) -> list[int]:
     """With BOS first exactly once, if this tokenizer puts one."""
-    if special.bos_id is None:
+    return put_first(special.bos_id, ids)
+
+
+def put_first(bos_id: int | None, ids: list[int]) -> list[int]:
+    """`bos_id` before ids, exactly once; None puts nothing there."""
+    if bos_id is None:
         return ids
-    first = next((i for i, token_id in enumerate(ids) if token_id != special.bos_id), len(ids))
-    return [special.bos_id] + ids[first:]
+    first = next((i for i, token_id in enumerate(ids) if token_id != bos_id), len(ids))
+    return [bos_id] + ids[first:]
 
 
 def prompt_answer_row(

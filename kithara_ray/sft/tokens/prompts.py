@@ -1,30 +1,120 @@
-"""What is to be continued, as token ids: texts, chats by the tokenizer's own template, or ids as they are."""
+"""Prompts as token ids, made as the rows of training are: texts, chats by the chat template, or ids as they are.
 
-from collections.abc import Mapping
+`Prompting` is what a model is prompted with: training, decoding and a run's samples share one.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.hf.fetch import tokenizer_at
+from kithara_ray.hf.generation import stops_of
+from kithara_ray.hf.model_files import GENERATION
+from kithara_ray.sft.tokens.chat import ChatTemplate
+from kithara_ray.sft.tokens.encode import encode, put_first
+from kithara_ray.sft.tokens.tokenizer import bos_of, load_tokenizer
+from kithara_ray.storage.urls import absolute
 
 _EXPECTED = "a text, token ids, a chat as a list of {'role', 'content'}, or a list of these"
 
 
-def prompt_ids(inputs: Any, tokenizer: Any) -> list[list[int]]:
-    """Token ids of each prompt.
+@dataclass(frozen=True)
+class Prompting:
+    """How a model is spoken to.
+
+    Attributes:
+        tokenizer: a transformers tokenizer, or the handle of one.
+        chat_template: Jinja in place of the tokenizer's own.
+        ends: ids that end the answers of the training data; empty where that is not known.
+    """
+
+    tokenizer: Any
+    chat_template: str | None = None
+    ends: tuple[int, ...] = ()
+
+    @classmethod
+    def at(cls, location: str) -> "Prompting":
+        """With the tokenizer at a directory or URL, and the ends that the generation settings beside it name."""
+        settings = tokenizer_at(location).get(GENERATION)
+        return cls(location, ends=tuple(stops_of({}, json.loads(settings))) if settings else ())
+
+    def given(self, tokenizer: Any, tokenizer_handle: str | None) -> "Prompting":
+        """With the tokenizer that a user gives instead, if one: then its own template holds. Raises ConfigError."""
+        if tokenizer is not None and tokenizer_handle is not None:
+            raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
+        if tokenizer is None and tokenizer_handle is None:
+            return self
+        return Prompting(tokenizer if tokenizer is not None else absolute(tokenizer_handle), ends=self.ends)
+
+    def loaded(self) -> Any:
+        """The tokenizer itself."""
+        return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+
+
+def prompt_ids(
+    inputs: Any, tokenizer: Any, chat_template: str | None = None, vocabulary: int | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt, as a row of training with this prompt begins.
 
     Args:
         inputs: a text, an array or list of ids, a chat (a list of messages), or a list of these.
+        chat_template: Jinja in place of the tokenizer's own.
+        vocabulary: rows of the model's embedding; None checks no id.
 
     Raises:
         ConfigError: something else.
-        DataError: a prompt is empty, or a chat that the tokenizer's template does not take.
+        DataError: a prompt is empty, has an id that no row of the embedding stands for, or is a chat that the template
+            does not take.
     """
     if isinstance(inputs, (str, np.ndarray)) or (isinstance(inputs, list) and inputs and _is_part(inputs[0])):
         inputs = [inputs]
     if not isinstance(inputs, (list, tuple)) or not len(inputs):
         raise ConfigError(f"generate: inputs must be {_EXPECTED}, got {type(inputs).__name__}")
-    return [_ids(item, number, tokenizer) for number, item in enumerate(inputs)]
+    prompts = [_ids(item, number, tokenizer, chat_template) for number, item in enumerate(inputs)]
+    for number, prompt in enumerate(prompts):
+        wrong = beyond(prompt, vocabulary, tokenizer)
+        if wrong:
+            raise DataError(f"generate: prompt {number}: {wrong}")
+    return prompts
+
+
+def beyond(ids: Any, vocabulary: int | None, tokenizer: Any) -> str | None:
+    """What is wrong with ids of which one has no row in the model's embedding; None where all have."""
+    if vocabulary is None or not len(ids):
+        return None
+    smallest, largest = int(np.min(ids)), int(np.max(ids))
+    if 0 <= smallest and largest < vocabulary:
+        return None
+    if smallest < 0:
+        return f"{smallest} is no token id; ids are 0 to {vocabulary - 1}"
+    known = largest < len(tokenizer)
+    token = f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}" if known else f"id {largest}"
+    return (
+        f"{token}{',' if known else ' is'} beyond the model's vocabulary of {vocabulary}, the rows of its embedding; "
+        "give the model's own tokenizer, or leave the token out"
+    )
+
+
+def stop_ids(given: Any, known: Collection[int], vocabulary: int | None) -> tuple[int, ...]:
+    """Where decoding stops: the ids that a user gives, or for "auto" those that are known.
+
+    Raises:
+        ConfigError: one of those given is no token of the model.
+    """
+    if isinstance(given, str) and given == "auto":
+        return tuple(sorted(number for number in known if vocabulary is None or 0 <= number < vocabulary))
+    if not isinstance(given, (list, tuple, set, frozenset, np.ndarray)):
+        raise ConfigError(f'generate: stop_token_ids must be "auto" or a list of ids, got {given!r}')
+    for number in given:
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            raise ConfigError(f"generate: stop_token_ids must be ids, got {number!r}")
+        if number < 0 or (vocabulary is not None and number >= vocabulary):
+            raise ConfigError(f"generate: stop_token_ids has {number}, and the model's ids are 0 to {vocabulary - 1}")
+    return tuple(int(number) for number in given)
 
 
 def _is_part(item: Any) -> bool:
@@ -32,13 +122,13 @@ def _is_part(item: Any) -> bool:
     return isinstance(item, (int, np.integer, Mapping))
 
 
-def _ids(item: Any, number: int, tokenizer: Any) -> list[int]:
+def _ids(item: Any, number: int, tokenizer: Any, chat_template: str | None) -> list[int]:
     if isinstance(item, str):
-        row = _encode(item, tokenizer)
+        row = put_first(bos_of(tokenizer), encode(item, tokenizer)) if item else []
     elif isinstance(item, (list, tuple, np.ndarray)) and all(isinstance(i, (int, np.integer)) for i in item):
         row = [int(i) for i in item]
     elif isinstance(item, (list, tuple)) and all(isinstance(message, Mapping) for message in item):
-        row = _render(list(item), number, tokenizer)
+        row = put_first(bos_of(tokenizer), _render(list(item), number, tokenizer, chat_template))
     else:
         raise ConfigError(f"generate: prompt {number} is {type(item).__name__}, inputs must be {_EXPECTED}")
     if not row:
@@ -46,24 +136,15 @@ def _ids(item: Any, number: int, tokenizer: Any) -> list[int]:
     return row
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    """With the special tokens that the tokenizer adds by itself, unless the text is rendered with its BOS already."""
-    rendered = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not rendered)["input_ids"]
-
-
-def _render(messages: list[Mapping], number: int, tokenizer: Any) -> list[int]:
-    """The chat as the template writes it, up to where the model is to speak. A template writes its own BOS."""
-    if not getattr(tokenizer, "chat_template", None):
+def _render(messages: list[Mapping], number: int, tokenizer: Any, chat_template: str | None) -> list[int]:
+    """The chat as the template writes it, up to where the model is to speak."""
+    if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"generate: prompt {number} is a chat, and the tokenizer has no chat template; give the text that the "
             "model was trained on, or a tokenizer with tokenizer.chat_template"
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a template raises: it is a program of the model's authors
-        raise DataError(
-            f"generate: prompt {number}: the tokenizer's chat template does not take it "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode(ChatTemplate(tokenizer, chat_template).prompt(messages), tokenizer)
+    except DataError as error:
+        what = f"generate: prompt {number}: the tokenizer's chat template does not take it"
+        raise DataError(f"{what} ({error})") from error

@@ -15,6 +15,7 @@ from kithara_ray.sft.rows.values import short
 from kithara_ray.sft.tokens.chat import ChatTemplate, Rendered
 from kithara_ray.sft.tokens.encode import chat_row, encode_all, prompt_answer_row, text_row, without_space_after_eos
 from kithara_ray.sft.tokens.formats import REMEDY, PromptAnswer, Text
+from kithara_ray.sft.tokens.prompts import beyond
 from kithara_ray.sft.tokens.tokenizer import SpecialTokens, load_tokenizer
 
 MAX_SAMPLES = 3
@@ -146,13 +147,7 @@ class RowTokenizer:
 
     def beyond_vocabulary(self, row: TokenizedRow) -> str | None:
         """What is wrong with a row that has a token the model does not know."""
-        if self.vocabulary is None or (largest := int(row.token_ids.max(initial=0))) < self.vocabulary:
-            return None
-        token = self.loaded().convert_ids_to_tokens(largest)
-        return (
-            f"token {token!r} has id {largest}, beyond the model's vocabulary of {self.vocabulary}; is this the "
-            "model's own tokenizer?"
-        )
+        return beyond(row.token_ids, self.vocabulary, self.loaded()) if self.vocabulary is not None else None
 
     def loaded(self) -> Any:
         """The tokenizer itself."""

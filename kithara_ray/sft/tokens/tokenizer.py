@@ -46,6 +46,16 @@ def _unloadable(handle: str, error: Exception) -> str:
     )
 
 
+def bos_of(tokenizer: Any) -> int | None:
+    """The token that the tokenizer itself puts first, or None if it puts none.
+
+    Encoded, not inferred from a family's name: this is what the model's own pipeline feeds it.
+    """
+    probe_ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
+    adds_one = tokenizer.bos_token_id is not None and bool(probe_ids) and probe_ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id if adds_one else None
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """What begins, ends and pads a sequence of this tokenizer.
@@ -72,12 +82,9 @@ class SpecialTokens:
                 f"tokenizer {name!r} names no EOS token, so no answer could end; set tokenizer.eos_token to the token "
                 f"that ends an answer"
             )
-        # Encoded, not inferred from a family's name: this is what the model's own pipeline feeds it.
-        probe_ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
-        adds_bos = tokenizer.bos_token_id is not None and bool(probe_ids) and probe_ids[0] == tokenizer.bos_token_id
         pad_id = tokenizer.pad_token_id
         return cls(
-            bos_id=tokenizer.bos_token_id if adds_bos else None,
+            bos_id=bos_of(tokenizer),
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             all_ids=frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special) | {eos_id},

@@ -40,6 +40,7 @@ def started(tiny_models, monkeypatch):
     manifest.begin.side_effect = note("run.json")
     monkeypatch.setattr(trainers, "RunManifest", lambda request: manifest)
     monkeypatch.setattr(trainers, "tokenized", note("tokenize", Tokenized(store, None, 0.0, 1.0)))
+    monkeypatch.setattr(trainers, "keep_tokenizer", note("tokenizer", {}))
     monkeypatch.setattr(trainers.ray, "get", note("coordinator is there"))
     monkeypatch.setattr(KerasHubModel, "coordinator", note("coordinator", MagicMock()))
     monkeypatch.setattr(trainers.Progress, "follow", note("follow"))

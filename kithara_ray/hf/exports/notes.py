@@ -1,0 +1,84 @@
+"""Notes of an export for those who will serve it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
+from kithara_ray.hf.generation import read_generation, stops_of
+from kithara_ray.hf.model_files import GENERATION, end_of_sequence, read_tokenizer, token_texts
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+
+
+def max_lora_rank(adapter: Adapter) -> int | None:
+    """The smallest --max-lora-rank of vLLM that this adapter fits; None when there is none."""
+    rank = max(adapter.config.rank_of(module) for module in adapter.modules)
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def adapter_notes(adapter: Adapter, counts: Mapping[str, int]) -> list[str]:
+    """An adapter that changes nothing, or less than it should."""
+    if adapter.is_zero:
+        return ["every lora_B is zero: the adapter is untrained and the model computes what the base computes"]
+    unchanged = counts.get("merged", 0) - counts.get("merged_and_changed", 0)
+    if unchanged:
+        return [f"{unchanged} of {counts['merged']} merged tensors equal the base: their delta is zero or rounds away"]
+    return []
+
+
+def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
+    """What a server that applies the adapter (vLLM) would get wrong or refuse; a merged model has no such limits."""
+    notes, config = [], adapter.config
+    if max_lora_rank(adapter) is None:
+        notes.append(f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}; serve the merged layout")
+    if config.use_dora:
+        notes.append("vLLM does not serve DoRA adapters; serve the merged layout")
+    if config.has_beside or config.lora_bias:
+        notes.append("vLLM applies no biases, trained tokens or saved modules of an adapter; serve the merged layout")
+    scales = {config.scale_of(module) for module in adapter.modules}
+    if len(scales) > 1:
+        notes.append(
+            "modules have different scales (rank_pattern, alpha_pattern), and vLLM reads one r and one lora_alpha: "
+            "it would compute something else; serve the merged layout"
+        )
+    elif {config.rank_of(module) for module in adapter.modules} != {config.r}:
+        notes.append("vLLM scales by r of adapter_config.json, which no rank_pattern changes; serve the merged layout")
+    known = {module.rpartition(".")[2] for module in adapter.modules}
+    for leaf in sorted(known & {"embed_tokens", "lm_head"}):
+        notes.append(f"{leaf} is a target: vLLM does not apply adapters to embeddings; serve the merged layout")
+    return notes
+
+
+def unserved_ends(
+    base: BaseCheckpoint, directory: Path, tokenizer: Mapping[str, bytes] | None, with_model: bool
+) -> tuple[list[str], list[int] | None]:
+    """Ends of trained answers at which a server of the export would not stop.
+
+    Args:
+        directory: of the export.
+        tokenizer: the files that the run has kept, whose generation settings hold the trained ends; None where that is
+            not known, and the tokenizer's own end of sequence is looked for.
+        with_model: whether the export has a config.json and generation_config.json; else a server reads the base's.
+
+    Returns: notes, and all ids to stop at; None where there is nothing to say.
+    """
+    files = read_tokenizer(str(directory)) or read_tokenizer(str(base.directory))
+    config = read_json(directory / CONFIG) if with_model else base.config
+    stops = stops_of(config, read_generation(directory if with_model else base.directory))
+    if tokenizer and GENERATION in tokenizer:
+        ends, what = stops_of({}, json.loads(tokenizer[GENERATION])), "trained answers end with"
+    else:
+        end = end_of_sequence(files)
+        ends, what = [end[1]] if end else [], "the tokenizer ends sequences with"
+    missing = [number for number in ends if number not in stops]
+    if not missing:
+        return [], None
+    shown = ", ".join(f"{text!r} ({n})" for n, text in zip(missing, token_texts(files, missing), strict=True))
+    whose = "this model's" if with_model else "the base's"
+    note = (
+        f"{what} {shown}, which is no eos_token_id of {whose} config.json or {GENERATION} ({sorted(stops)}): "
+        "give it as a stop token"
+    )
+    return [note], [*stops, *missing]

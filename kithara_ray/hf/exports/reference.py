@@ -1,0 +1,26 @@
+"""How an export names its base."""
+
+
+def is_hub(base_name: str) -> bool:
+    return base_name.startswith("hf://")
+
+
+def split_reference(base_name: str) -> tuple[str, str | None]:
+    """(name, revision) of `hf://org/name@revision`; any other handle is its own name."""
+    if not is_hub(base_name):
+        return base_name, None
+    name, _, revision = base_name.removeprefix("hf://").partition("@")
+    return name, revision or None
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name without a scheme can be one of the Hub, org/name."""
+    return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")) and "://" not in name
+
+
+def shown_name(base_name: str) -> str:
+    """A base's name for readers elsewhere: without the directories of this host."""
+    name = split_reference(base_name)[0]
+    if is_hub(base_name) or "://" in name or is_repository(name):
+        return name
+    return name.rstrip("/").rpartition("/")[2]

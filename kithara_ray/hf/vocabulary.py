@@ -1,0 +1,26 @@
+"""How many tokens a model knows: the rows of its embedding, whatever config.json says."""
+
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embed_in.weight",
+)
+_TEXT = ("language_model", "text_model")
+
+
+def embedding_rows(base: BaseCheckpoint) -> int | None:
+    """Rows of the token embedding; of config.json's vocabulary where no tensor bears a known name."""
+    found = {
+        name: info.shape[0]
+        for name, info in base.tensors.items()
+        if name.endswith(_EMBEDDINGS) and len(info.shape) == 2
+    }
+    of_text = {name: rows for name, rows in found.items() if any(part in name for part in _TEXT)}
+    if found:
+        return max((of_text or found).values())
+    text = base.config.get("text_config")
+    return base.config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)

@@ -1,0 +1,46 @@
+"""The tokens that end what is learned in a tokenised dataset: where a trained model stops."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import ray
+
+from kithara_ray.orchestration.data.pipeline import tokenize
+from kithara_ray.orchestration.data.token_store import TokenStore
+from kithara_ray.sft.batches.blocks import TokenizedBlock
+from kithara_ray.sft.tokens.tokenizer import SpecialTokens
+
+# Rows of a source without an end that are looked at.
+_LOOKED_AT = 64
+
+
+def learned_ends(store: Any, dataset: Any) -> tuple[int, ...]:
+    """Ids of the special tokens with which rows that were not cut end, ascending.
+
+    Args:
+        store: the tokenised dataset.
+        dataset: its description; of a source without an end, the first rows are read and tokenised here.
+    """
+    if not isinstance(store, TokenStore):
+        store = tokenize(dataset.head(_LOOKED_AT))
+    parts = getattr(dataset, "datasets", (dataset,))
+    cut = tuple({part.max_seq_len for part in parts})
+    found = set().union(*ray.get([_last_tokens.remote(block, cut) for block in store.blocks]))
+    return tuple(sorted(found & SpecialTokens.of(parts[0].row_tokenizer().loaded()).all_ids))
+
+
+@ray.remote(num_cpus=0)
+def _last_tokens(block: TokenizedBlock, cut: Collection[int]) -> set[int]:
+    return last_tokens(block, cut)
+
+
+def last_tokens(block: TokenizedBlock, cut: Collection[int]) -> set[int]:
+    """The last tokens of a block's rows, where they are learned.
+
+    Args:
+        cut: lengths at which rows may have been truncated; such rows tell nothing.
+    """
+    last = np.cumsum(block.lengths, dtype=np.int64) - 1
+    tells = ~np.isin(block.lengths, list(cut)) & (block.loss_mask[last] == 1)
+    return set(np.unique(block.token_ids[last[tells]]).tolist())

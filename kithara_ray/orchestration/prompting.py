@@ -1,0 +1,28 @@
+"""A run's tokenizer from its data to the model's handle and the run's files."""
+
+import dataclasses
+from typing import Any
+
+from kithara_ray.orchestration.data.learned_ends import learned_ends
+from kithara_ray.orchestration.driver import kept_tokenizer
+from kithara_ray.orchestration.model import KerasHubModel
+from kithara_ray.orchestration.worker.spec import RunSpec
+
+
+def keep_tokenizer(model: KerasHubModel, dataset: Any, spec: RunSpec, directory: str | None) -> dict[str, Any]:
+    """Keep the tokenizer wherever exports of the run are made from; the model prompts and exports with it.
+
+    Args:
+        dataset: that is trained on.
+        directory: the run's, as the head node reaches it; None where it does not.
+
+    Returns: what run.json says of the tokenizer.
+    """
+    ends = learned_ends(spec.train.store, dataset)
+    model.prompting = dataclasses.replace(kept_tokenizer.prompting_of(dataset), ends=ends)
+    others = [spec.checkpointer and spec.checkpointer.checkpoint_dir, spec.snapshots and spec.snapshots.directory]
+    inside = directory and f"{directory.rstrip('/')}/"
+    apart = [place for place in others if place and not (inside and place.startswith(inside))]
+    places = [directory, *apart] if directory else apart
+    model.tokenizer, facts = kept_tokenizer.keep(model.prompting, model.preset_handle, places)
+    return facts
