@@ -233,3 +233,14 @@ def start_coordinator() -> ray.actor.ActorHandle:
     if head is not None:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=False)
     return ray.remote(Coordinator).options(**options).remote()
+
+
+def living_coordinator(known: ray.actor.ActorHandle | None) -> ray.actor.ActorHandle:
+    """The known coordinator if it answers, else a new one: the cluster may have been restarted."""
+    if known is not None:
+        try:
+            ray.get(known.__ray_ready__.remote(), timeout=30)
+            return known
+        except (ray.exceptions.RayError, ValueError):
+            pass
+    return start_coordinator()
