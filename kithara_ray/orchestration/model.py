@@ -292,11 +292,9 @@ class KerasHubModel:
         return AdapterRef(self.preset_handle, self.lora, adapters.digest_of(self.adapter), directory)
 
     def check_destination(self, output_dir: str) -> None:
-        """Ask before a long training whether `save_in_hf_format` could write there: the head node's credentials are
-        probed by creating and deleting an object.
+        """Ask before a long training whether `save_in_hf_format` could write there, by creating and deleting an object.
 
-        Raises:
-            DestinationError: it is there and not empty, or cannot be written.
+        Raises DestinationError: it is there and not empty, or cannot be written.
         """
         start_ray()
         HeadProbes({absolute(str(output_dir)): check_destination}).check()
@@ -350,8 +348,7 @@ class KerasHubModel:
 
         Returns: one text, or list of token ids, a prompt.
 
-        Raises:
-            DataError: a prompt is empty, or has an id that no row of the embedding stands for.
+        Raises DataError: a prompt is empty, or has an id that no row of the embedding stands for.
         """
         start_ray()
         tell_generation(self.preset_handle)
