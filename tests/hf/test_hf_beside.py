@@ -192,7 +192,7 @@ def test_a_file_that_does_not_fit_its_config_is_refused(bases, tmp_path):
             Adapter.read(tmp_path).validate(base)
 
     given(r"k_proj.bias: adapter_config.json says bias='none', which does not name it", bias="none")
-    given(r"embed_tokens.weight: .* modules_to_save=\(\), .*a vocabulary that was resized", modules_to_save=None)
+    given(r"lm_head.weight: .* modules_to_save=\(\), .*a vocabulary that was resized", modules_to_save=None)
     given(r"layers.1.self_attn.k_proj.bias is missing \(1 such", without="layers.1.self_attn.k_proj.bias")
     tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.lm_head.weight"] + 1
     given("lm_head.weight: ensure_weight_tying says that it is the embedding, whose values are others")
@@ -208,3 +208,23 @@ def test_a_bias_of_b_has_no_place_in_a_layer_without_bias(base, make_adapter, tm
     export(base, adapter, str(tmp_path / "adapter"), Layout.ADAPTER, base_name="base")
     with pytest.raises(UnsupportedError, match="biases, trained tokens or saved modules are not combined"):
         combine([adapter, adapter], [1, 1])
+
+
+def test_new_tokens_are_trained_on_a_resized_base(bases, tmp_path):
+    """As docs/lora.md has it: transformers resizes, and the adapter holds the new rows that are trained."""
+    before = BaseCheckpoint.open(bases[True, "float32"])
+    model = plain(before.directory)
+    model.resize_token_embeddings(99)
+    model.save_pretrained(tmp_path / "resized")
+    base = BaseCheckpoint.open(tmp_path / "resized")
+    table = base.view("model.embed_tokens.weight")
+    np.testing.assert_array_equal(table[:96], before.view("model.embed_tokens.weight"))
+    save(base.directory, tmp_path / "peft", trainable_token_indices=[98, 96])
+    export(base, Adapter.read(tmp_path / "peft"), str(tmp_path / "merged"), Layout.MERGED, base_name="base")
+    merged = plain(tmp_path / "merged")
+    trained = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    rows = trained["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    expected = np.array(table)
+    expected[[98, 96]] = rows
+    np.testing.assert_array_equal(merged.lm_head.weight.detach().numpy(), expected)
+    assert not np.array_equal(expected, table)
