@@ -39,6 +39,7 @@ class RowDataset:
         chat_template: str | None = None,
         split: str | None = None,
         subset: str | None = None,
+        format: str = "auto",
         **unknown: Any,
     ):
         for name in unknown:
@@ -55,13 +56,15 @@ class RowDataset:
         self.custom_formatting_fn = custom_formatting_fn
         self.formatting_style = formatting_style
         self.chat_template = chat_template
+        self.format = format
         self.packed = False
         self.name = ""  # in messages
         self.row_tokenizer()
 
     def row_tokenizer(self) -> RowTokenizer:
         """What turns this dataset's rows into tokens; picklable."""
-        text_format = self._format_class(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
+        how = self.column_mapping, self.custom_formatting_fn, self.formatting_style, self.format
+        text_format = self._format_class(*how)
         return RowTokenizer(self.tokenizer, text_format, self.max_seq_len, self.on_bad_row, self.chat_template)
 
     @property
@@ -104,8 +107,8 @@ class RowDataset:
 class SFTDataset(RowDataset):
     """Prompts and answers, or conversations; the loss is on what is answered and on its end alone.
 
-    Rows have columns `prompt` and `answer`, or `messages` (with `tools` and `chat_template_kwargs`, if they have any),
-    which go through the tokenizer's chat template. docs/data.md says what is learned of a conversation.
+    Rows have columns `prompt` and `answer`, or those of another format; conversations go through the tokenizer's chat
+    template. docs/data.md has an example of each format, and says what is learned of a conversation.
 
     Args:
         source: a path, URL, directory or pattern, or a list of these (.jsonl, .json, .csv, .tsv, .parquet, .arrow,
@@ -113,7 +116,8 @@ class SFTDataset(RowDataset):
             DataFrame; an Arrow table. Rows are as iterating the source shows them.
         tokenizer: a transformers tokenizer, or
         tokenizer_handle: where to load one from: `hf://...`, a local directory, `gs://...`.
-        column_mapping: {"prompt": <the source's column>, "answer": ...} or {"messages": ...}.
+        column_mapping: {"prompt": <the source's column>, "answer": ...} or {"messages": ...}: the format's column ->
+            the source's.
         max_seq_len: rows are cut on the right at so many tokens; one whose answer is cut off entirely is dropped and
             counted.
         custom_formatting_fn: applied to the raw rows first; takes a row or a batch, as in Kithara.
@@ -123,6 +127,14 @@ class SFTDataset(RowDataset):
         split: which split to read, of a directory, `hf://datasets/...`, a pattern or a DatasetDict that has several:
             "train", "test", ...
         subset: which subset to read, of a directory or `hf://datasets/...` that has several.
+        format: what a row is. "auto" goes by its columns, and the log and the preview say what it found.
+            "prompt_answer": texts `prompt` and `answer`, joined as they are.
+            "chat": `prompt` and `answer` as a conversation of two messages, with `system` if there is one.
+            "messages": `messages`, a list of {role, content, ...} or JSON text of one, with `tools`.
+            "prompt_completion": TRL's `prompt` and `completion`, both text or both lists of messages.
+            "sharegpt": `conversations`, a list of {from, value}, with `system` and `tools`.
+            "alpaca": `instruction`, `input`, `output` as a conversation, with `system` and `history`.
+            "alpaca_text": `instruction`, `input`, `output` in Alpaca's own prompt, without a chat template.
     """
 
     _format_class = PromptAnswer
@@ -208,7 +220,7 @@ def preview(dataset: RowDataset | MixedDataset, rows: int = 3) -> Preview:
     shown = [read.row(number) for number in range(min(rows, store.num_rows))]
     tokenizer = first.row_tokenizer().loaded()
     return previews.preview(
-        shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts, store.unread
+        shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts, store.unread, store.told
     )
 
 

@@ -220,11 +220,7 @@ class PromptAnswer(_Format):
             return "sharegpt" if conversions.is_sharegpt(_peek(row, self.source_column("messages"))) else "messages"
         others = [name for name in _DETECTED if has(*FORMATS[name].columns)]
         prompt, answer = (self.source_column(column) for column in self.columns)
-        if (
-            prompt in row
-            and answer in row
-            and not (others and not has(*self.columns[:1]) and not has(*self.columns[1:]))
-        ):
+        if prompt in row and answer in row and (has("prompt") or has("answer") or not others):
             is_chat = _is_messages(_peek(row, prompt)) or _is_messages(_peek(row, answer))
             return "prompt_completion" if is_chat else "prompt_answer"
         if others:
