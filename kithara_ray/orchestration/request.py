@@ -39,5 +39,7 @@ def choose(checkpointer: Any, run_config: RunConfig, evaluates: bool) -> Checkpo
             )
     score = checkpointer.score_attribute if checkpointer else None
     if score and score.startswith("eval_") and not evaluates:
-        raise ConfigError(f"Checkpointer: score_attribute={score!r} needs Trainer(eval_dataloader=...)")
+        raise ConfigError(
+            f"Checkpointer: score_attribute={score!r} needs Trainer(eval_dataloader=...) or Dataloader(eval_fraction=...)"
+        )
     return checkpointer

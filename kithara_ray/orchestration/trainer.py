@@ -22,7 +22,9 @@ from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.data.data_spec import DataSpec
 from kithara_ray.orchestration.data.datasets import Dataloader
-from kithara_ray.orchestration.data.pipeline import tokenize
+from kithara_ray.orchestration.data.held_out import tokenized_stores
+from kithara_ray.orchestration.data.token_store import TokenStore
+from kithara_ray.orchestration.data.unbounded import EndlessStore
 from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
 from kithara_ray.orchestration.driver.samples import Samples
@@ -60,7 +62,7 @@ class Trainer:
         train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices
             x `gradient_accumulation_steps`.
         eval_dataloader: evaluated every `eval_steps_interval` steps or `eval_epochs_interval` epochs (each epoch by
-            default), and at the end.
+            default), and at the end. Or give train_dataloader an `eval_fraction`.
         steps, epochs: how long; one epoch by default.
         log_steps_interval: steps between two rows of the history.
         max_eval_samples: evaluate on the first so many rows only.
@@ -150,7 +152,8 @@ class Trainer:
         self.optimizer = portable(optimizer)
         self.train_dataloader, self.eval_dataloader = train_dataloader, eval_dataloader
         self.steps, self.epochs = steps, 1 if steps is None and epochs is None else epochs
-        if eval_dataloader is not None and eval_steps_interval is None and eval_epochs_interval is None:
+        self.evaluates = request.evaluates(train_dataloader, eval_dataloader)
+        if self.evaluates and eval_steps_interval is None and eval_epochs_interval is None:
             eval_epochs_interval = 1
         self.eval_steps_interval, self.eval_epochs_interval = eval_steps_interval, eval_epochs_interval
         self.log_steps_interval, self.max_eval_samples = log_steps_interval, max_eval_samples
@@ -159,7 +162,7 @@ class Trainer:
         self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
         self.run_config = run_config or RunConfig()
         self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
-        self.checkpointer = request.choose(checkpointer, self.run_config, eval_dataloader is not None)
+        self.checkpointer = request.choose(checkpointer, self.run_config, self.evaluates)
         self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config, model)
         save_timeout_s = self.checkpointer.save_timeout_s if self.checkpointer else 0.0
         self.limits = Limits(step_timeout_s, startup_timeout_s, save_timeout_s, _SILENCE_TIMEOUT_S)
@@ -273,10 +276,12 @@ class Trainer:
         """Tokenises the data. called: when `train()` was, in seconds since the epoch."""
         model, board = self.model, [TensorBoard(self.tensorboard_dir)] if self.tensorboard_dir else []
         evaluation = None
-        train = self._data(self.train_dataloader, self.gradient_accumulation_steps)
-        if self.eval_dataloader is not None:
+        given = (self.train_dataloader, self.eval_dataloader, self.max_eval_samples, self.model.vocabulary)
+        stores = tokenized_stores(*given)
+        train = self._data(self.train_dataloader, stores[0], self.gradient_accumulation_steps)
+        if self.evaluates:
             when = (self.eval_steps_interval, self.eval_epochs_interval, self.max_eval_samples)
-            evaluation = EvalSpec(self._data(self.eval_dataloader), *when)
+            evaluation = EvalSpec(self._data(self.eval_dataloader or self.train_dataloader, stores[1]), *when)
         return RunSpec(
             model=ModelSpec(model.weights_handle, model.lora, model.precision, model.quantize, model.adapter),
             train=train,
@@ -308,14 +313,11 @@ class Trainer:
             channel=RayChannel(coordinator),
         )
 
-    def _data(self, loader: Dataloader, micro_batches: int = 1) -> DataSpec:
-        dataset = loader.dataset
-        if dataset.is_endless and loader is self.eval_dataloader:
-            dataset = dataset.head(self.max_eval_samples)
+    def _data(self, loader: Dataloader, store: TokenStore | EndlessStore, micro_batches: int = 1) -> DataSpec:
         # "auto" begins with one row; see memory_fit.fitted.
         rows = 1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size
         return DataSpec(
-            store=tokenize(dataset, self.model.vocabulary),
+            store=store,
             rows_per_device=rows * micro_batches,
             packed_len=loader.dataset.max_seq_len if loader.packing else None,
             buckets=loader.length_buckets,

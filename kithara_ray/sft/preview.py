@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.batches.packing import best_fit
-from kithara_ray.sft.batches.told import Told
+from kithara_ray.sft.batches.told import NOTHING, Told
 
 _LEARNED = "bold green"
 _BAR_WIDTH = 30
@@ -38,7 +38,7 @@ class Preview:
     counts: dict[str, int]
     packing_efficiency: float
     unread: tuple[str, ...] = ()
-    told: Told = Told()
+    told: Told = NOTHING
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -121,7 +121,7 @@ def preview(
     max_seq_len: int,
     counts: dict[str, int],
     unread: Sequence[str] = (),
-    told: Told = Told(),
+    told: Told = NOTHING,
 ) -> Preview:
     """Args:
     rows: to be shown.

@@ -240,6 +240,8 @@ class Dataloader:
             batch to the longest row.
         shuffle_rows: shuffle within so many rows, stretches of which are first spread over the dataset; for a dataset
             that does not fit into the object stores' memory. None shuffles all rows.
+        eval_fraction: hold this share of the rows out of training, and evaluate on them instead of an eval_dataloader;
+            of a mixture, this share of each dataset. Which rows is a function of the data and `seed`.
     """
 
     def __init__(
@@ -252,6 +254,7 @@ class Dataloader:
         packing: bool = False,
         length_buckets: int = 4,
         shuffle_rows: int | None = None,
+        eval_fraction: float | None = None,
     ):
         number = isinstance(per_device_batch_size, int) and per_device_batch_size >= 1
         if not number and per_device_batch_size != "auto":
@@ -270,6 +273,7 @@ class Dataloader:
                 "dataset_is_sharded_per_host=True: the hosts share one dataset here, and each reads only its own rows; "
                 "leave the argument out"
             )
+        _check_fraction(eval_fraction, dataset)
         self.dataset = dataset
         self.per_device_batch_size = per_device_batch_size
         self.shuffle = shuffle
@@ -277,3 +281,16 @@ class Dataloader:
         self.packing = packing or dataset.packed
         self.length_buckets = length_buckets
         self.shuffle_rows = shuffle_rows
+        self.eval_fraction = eval_fraction
+
+
+def _check_fraction(fraction: float | None, dataset: RowDataset | MixedDataset) -> None:
+    if fraction is None:
+        return
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ConfigError(f"Dataloader: eval_fraction must be > 0 and < 1, got {fraction!r}")
+    if dataset.is_endless:
+        raise UnsupportedError(
+            "Dataloader: eval_fraction needs a dataset whose rows are known, and this one streams; give the Trainer an "
+            "eval_dataloader"
+        )

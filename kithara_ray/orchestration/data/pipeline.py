@@ -60,7 +60,7 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
         DataError: a bad row (its source, number and column), or no row that trains anything.
     """
     if isinstance(dataset, Mixture):
-        stores = [tokenize(part, vocabulary) for part in _named(dataset.datasets)]
+        stores = [tokenize(part, vocabulary) for part in named(dataset.datasets)]
         return TokenStore.joined(stores, dataset.draws([store.num_rows for store in stores]))
     row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
     if dataset.is_endless:
@@ -94,7 +94,7 @@ def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
         DataError: as `tokenize`.
     """
     if isinstance(dataset, Mixture):
-        for part in _named(dataset.datasets):
+        for part in named(dataset.datasets):
             yield from tokenized_rows(part)
         return
     row_tokenizer = dataset.row_tokenizer()
@@ -139,7 +139,7 @@ def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tu
     return counts, unread_columns, told
 
 
-def _named(datasets: Sequence[Described]) -> Iterator[Described]:
+def named(datasets: Sequence[Described]) -> Iterator[Described]:
     """Each knowing which of the mixture it is."""
     for number, dataset in enumerate(datasets):
         named = copy.copy(dataset)

@@ -18,7 +18,7 @@ from kithara_ray.orchestration.data.sources import COUNTS
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.batches.buckets import bucket_lengths
 from kithara_ray.sft.batches.order import Part
-from kithara_ray.sft.batches.told import Told
+from kithara_ray.sft.batches.told import NOTHING, Told
 
 # Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU padding is only work.
 _LENGTH_MULTIPLE = {"tpu": 128}
@@ -55,7 +55,7 @@ class TokenStore:
     content: str = ""
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unread: tuple[str, ...] = ()
-    told: Told = Told()
+    told: Told = NOTHING
     parts: tuple[Part, ...] = ()
 
     @property

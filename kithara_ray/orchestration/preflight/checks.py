@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from kithara_ray.errors import ClusterError, DestinationError, KitharaRayError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.request import requests_of
+from kithara_ray.hf.positions import max_positions
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.preflight.node_facts import NodeFacts, look_there, versions
 from kithara_ray.orchestration.preflight.probes import FirstRows, Probes
@@ -94,6 +95,7 @@ def check_run(
         ("memory", lambda: nodes.check_memory(trainer)),
         ("disk", lambda: nodes.check_disk(trainer, probes)),
         ("destinations", probes.check),
+        ("length", lambda: _check_length(trainer)),
         ("tokenizer, rows" if tokenize else "rows", lambda: _check_rows(rows)),
     ]
     return [cluster, *(_find(name, check) for name, check in checks)]
@@ -308,6 +310,21 @@ def _check_devices(trainer: Any) -> str:
     devices, rows = math.prod(axes.values()), trainer.train_dataloader.per_device_batch_size
     batch = f", global batch {rows * devices * trainer.gradient_accumulation_steps} rows" if rows != "auto" else ""
     return f"{devices} of {trainer.group.platform}: {' '.join(f'{axis}={size}' for axis, size in axes.items())}{batch}"
+
+
+def _check_length(trainer: Any) -> str:
+    """Rows are no longer than what the base was made for."""
+    positions = max_positions(BaseCheckpoint.at(trainer.model.preset_handle).config)
+    if positions is None:
+        raise Skipped("the base's config.json does not say for how long a sequence it was made")
+    loaders = {name: getattr(trainer, name) for name in ("train_dataloader", "eval_dataloader")}
+    longest = {name: loader.dataset.max_seq_len for name, loader in loaders.items() if loader is not None}
+    if over := [f"{name}'s max_seq_len is {length}" for name, length in longest.items() if length > positions]:
+        raise Warned(
+            f"{' and '.join(over)}, and {trainer.model.preset_handle} was made for {positions} positions "
+            "(max_position_embeddings of its config.json); give a smaller max_seq_len, or a base for longer texts"
+        )
+    return f"max_seq_len {max(longest.values())} of {positions} positions"
 
 
 def _check_rows(rows: FirstRows | None) -> str:

@@ -152,8 +152,10 @@ def search(
     spaces.check_scheduler(scheduler, reduction_factor)
     start_ray()
     trainer = spaces.first_trainer(trainer_factory, domains, seed)
-    if metric.startswith("eval_") and trainer.eval_dataloader is None:
-        raise ConfigError(f'search: metric={metric!r} needs Trainer(eval_dataloader=...), or give metric="loss"')
+    if metric.startswith("eval_") and not trainer.evaluates:
+        raise ConfigError(
+            f'search: metric={metric!r} needs Trainer(eval_dataloader=...) or Dataloader(eval_fraction=...), or give metric="loss"'
+        )
     storage, name = absolute(str(trainer.run_config.storage_path)), trainer.run_config.name
     settings = TrialSettings(
         _pickled(trainer_factory), join(storage, name), metric, mode, workers_of(trainer), os.getcwd()

@@ -55,6 +55,12 @@ class TokenizedBlock:
         before = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
         return (before[ends] - before[ends - self.lengths]).astype(np.int32)
 
+    def where(self, chosen: np.ndarray) -> "TokenizedBlock":
+        """The rows at which `chosen`, bool (N,), is true; what became of the others is left out."""
+        tokens = np.repeat(chosen, self.lengths)
+        kept = self.row_ids[chosen], self.lengths[chosen], self.token_ids[tokens], self.loss_mask[tokens]
+        return TokenizedBlock(*kept)
+
     def content(self) -> int:
         """128 bits of the rows' tokens, masks and places in the source; of several blocks, the sum modulo 2**128.
 

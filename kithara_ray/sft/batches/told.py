@@ -37,5 +37,6 @@ class Told:
         return ", ".join(f"{name} ({rows:,})" for name, rows in self.formats.items())
 
 
+NOTHING = Told()
 # Formats that rows have as they are.
 _PLAIN = ("prompt_answer", "messages", "text")
