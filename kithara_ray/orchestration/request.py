@@ -9,6 +9,15 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.storage.urls import join
 
 
+def evaluates(train: Dataloader, evaluation: Dataloader | None) -> bool:
+    """Whether a run evaluates. Raises ConfigError where two dataloaders say on what."""
+    if evaluation is not None and evaluation.eval_fraction is not None:
+        raise ConfigError("Trainer: eval_fraction belongs to train_dataloader; eval_dataloader is evaluated on whole")
+    if evaluation is not None and train.eval_fraction is not None:
+        raise ConfigError("Trainer takes one of eval_dataloader and train_dataloader's eval_fraction")
+    return evaluation is not None or train.eval_fraction is not None
+
+
 def choose(checkpointer: Any, run_config: RunConfig, evaluates: bool) -> Checkpointer | None:
     """The run's checkpointer: the one given, or what Ray's configurations ask for, or none.
 
@@ -40,6 +49,7 @@ def choose(checkpointer: Any, run_config: RunConfig, evaluates: bool) -> Checkpo
     score = checkpointer.score_attribute if checkpointer else None
     if score and score.startswith("eval_") and not evaluates:
         raise ConfigError(
-            f"Checkpointer: score_attribute={score!r} needs Trainer(eval_dataloader=...) or Dataloader(eval_fraction=...)"
+            f"Checkpointer: score_attribute={score!r} needs Trainer(eval_dataloader=...) or "
+            "Dataloader(eval_fraction=...)"
         )
     return checkpointer

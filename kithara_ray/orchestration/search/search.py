@@ -154,7 +154,8 @@ def search(
     trainer = spaces.first_trainer(trainer_factory, domains, seed)
     if metric.startswith("eval_") and not trainer.evaluates:
         raise ConfigError(
-            f'search: metric={metric!r} needs Trainer(eval_dataloader=...) or Dataloader(eval_fraction=...), or give metric="loss"'
+            f"search: metric={metric!r} needs Trainer(eval_dataloader=...) or Dataloader(eval_fraction=...), or give "
+            'metric="loss"'
         )
     storage, name = absolute(str(trainer.run_config.storage_path)), trainer.run_config.name
     settings = TrialSettings(
