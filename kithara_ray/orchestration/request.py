@@ -6,6 +6,7 @@ from ray.train import CheckpointConfig, RunConfig
 
 from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.orchestration.data.datasets import Dataloader
 from kithara_ray.storage.urls import join
 
 

@@ -244,8 +244,10 @@ class PromptAnswer(_Format):
         except DataError as error:
             column = error.column if isinstance(error, InColumn) else conversion.columns[0]
             raise DataError(f"{where}: column {sources.get(column, column)!r} {error}; {REMEDY}") from error
-        for column in ("prompt", "answer") if name == "prompt_completion" and "answer" in read else ():
-            read[column] = self._text({column: read[column]}, column, where, ("prompt",))
+        if name == "prompt_completion" and "answer" in read:
+            mapped = sources["completion"] == self.source_column("completion")
+            read["prompt"] = self._text(row, "prompt", where, ("prompt",))
+            read["answer"] = self._text(row, "completion" if mapped else "answer", where)
         return read if name in _PLAIN else read | {"format": name}
 
     def _sources(self, name: str, row: Mapping[str, Any]) -> dict[str, str]:
