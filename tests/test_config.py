@@ -161,6 +161,7 @@ def test_handles_have_what_was_written(written, tiny_models):
     assert optimizer["config"]["weight_decay"] == 0.0
 
 
+ONE = {"type": "SFTDataset", "source": "x"}
 BAD = {
     "a misspelt key": (
         dict(model={"lora_rnk": 3}),
@@ -194,11 +195,7 @@ BAD = {
         "mix: the weight of dataset 0 must be > 0, got 0",
     ),
     "a misspelt key in a mixture": (
-        dict(
-            train_dataloader={
-                "dataset": {"type": "mix", "datasets": [{"dataset": {"type": "SFTDataset", "source": "x", "forma": 1}}]}
-            }
-        ),
+        dict(train_dataloader={"dataset": {"type": "mix", "datasets": [{"dataset": ONE | {"forma": 1}}]}}),
         "train_dataloader.dataset.datasets.0.dataset.forma: no such key; did you mean 'format'",
     ),
     "an unknown format": (
@@ -212,7 +209,7 @@ BAD = {
     "two things to evaluate on": (
         dict(
             train_dataloader={"eval_fraction": 0.5},
-            eval_dataloader={"dataset": {"type": "SFTDataset", "source": "x"}, "per_device_batch_size": 1},
+            eval_dataloader={"dataset": ONE, "per_device_batch_size": 1},
         ),
         "Trainer takes one of eval_dataloader and train_dataloader's eval_fraction",
     ),

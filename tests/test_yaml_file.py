@@ -74,14 +74,14 @@ def test_environment_variables_in_values(monkeypatch):
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("TRICK", "x\nsteps: 3, [a, b]")
     text = (
-        'a: ${BUCKET}/data\nb: ${STEPS}\nc: "${STEPS}"\nd: [${STEPS}, &x "$${STEPS} $STEPS"]\ne: *x\nf: ${EMPTY}\n'
+        'a: ${BUCKET}/data\nb: ${STEPS}\nc: "${STEPS}"\nd: ["${STEPS}", &x "$${STEPS} $STEPS"]\ne: *x\nf: ${EMPTY}\n'
         "g: ${TRICK}\nh: ${STEPS}e3\n${STEPS}: key\n"
     )
     assert parse_yaml(text, "x")[0] == {
         "a": "gs://mine/data",
         "b": 10,
         "c": "10",
-        "d": [10, "${STEPS} $STEPS"],
+        "d": ["10", "${STEPS} $STEPS"],
         "e": "${STEPS} $STEPS",
         "f": "",
         "g": "x\nsteps: 3, [a, b]",
