@@ -33,7 +33,7 @@ from kithara_ray.orchestration.search.search import search
 from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.signatures import Section, section_of, told
-from kithara_ray.yaml_file import Where, override, put, read_yaml
+from kithara_ray.yaml_file import Where, escaped, override, put, read_yaml
 
 __all__ = ["Config", "Job", "build", "checked", "dataloader", "load", "put", "require_absolute"]
 
@@ -289,7 +289,7 @@ def build(config: Config) -> Job:
         **loaders,
         **settings,
     )
-    trainer.config = config.model_dump(exclude_unset=True)
+    trainer.config = escaped(config.model_dump(exclude_unset=True))
     return Job(model, trainer, [export.given() for export in config.exports])
 
 

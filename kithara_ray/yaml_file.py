@@ -231,6 +231,15 @@ def _variable(found: re.Match, where: str) -> str:
     return os.environ[variable]
 
 
+def escaped(value: Any) -> Any:
+    """A JSON-like value that, written as YAML and read again, is the same: texts that look like variables are escaped."""
+    if isinstance(value, dict):
+        return {name: escaped(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
+
+
 def _what(node: yaml.Node | None) -> str:
     if node is None:
         return "nothing"

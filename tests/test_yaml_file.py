@@ -1,9 +1,10 @@
 """YAML as people mean it, and what is refused before anything is built of it."""
 
 import pytest
+import yaml
 
 from kithara_ray.errors import ConfigError
-from kithara_ray.yaml_file import parse_scalar, parse_yaml, read_yaml
+from kithara_ray.yaml_file import escaped, parse_scalar, parse_yaml, read_yaml
 
 
 def test_scalars_are_those_of_yaml_1_2():
@@ -103,3 +104,8 @@ def test_variables_that_are_wrong(text, message, monkeypatch):
     monkeypatch.delenv("NOT_THERE", raising=False)
     with pytest.raises(ConfigError, match=message):
         parse_yaml(text, "x")
+
+
+def test_what_was_read_can_be_written_and_read_again():
+    value = {"a": ["${X} $${Y} $Z", 3, None]}
+    assert parse_yaml(yaml.safe_dump(escaped(value)), "x")[0] == value

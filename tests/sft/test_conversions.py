@@ -2,10 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.sft.tokens.conversions import FORMATS as FORMATS_OF_THE_API
 from kithara_ray.sft.tokens.formats import PromptAnswer, Text
 from kithara_ray.sft.tokens.tokenize import JOINED, RowTokenizer
 
@@ -217,3 +219,14 @@ def test_a_function_may_return_any_format(style):
     function = (lambda row: row) if style == "row" else (lambda batch: {k: list(v) for k, v in batch.items()})
     read = PromptAnswer(custom_formatting_fn=function, formatting_style=style).read(row, 0)
     assert [message["content"] for message in read["messages"]] == ["c", "d", "a", "b"]
+
+
+def test_the_documentation_has_an_example_of_every_format():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", page, re.M))
+    assert list(rows) == list(FORMATS_OF_THE_API)
+    for name, row in rows.items():
+        read = PromptAnswer(format=name).read(json.loads(row), 0)
+        found = PromptAnswer().read(json.loads(row), 0).get("format")
+        if name in ("sharegpt", "alpaca", "prompt_completion"):
+            assert found == read["format"] == name
