@@ -232,7 +232,7 @@ def _variable(found: re.Match, where: str) -> str:
 
 
 def escaped(value: Any) -> Any:
-    """A JSON-like value that, written as YAML and read again, is the same: texts that look like variables are escaped."""
+    """A JSON-like value that is the same once written as YAML and read again: `${` in its texts is escaped."""
     if isinstance(value, dict):
         return {name: escaped(inner) for name, inner in value.items()}
     if isinstance(value, list):
