@@ -13,6 +13,7 @@
 Sections are made from those signatures, so an argument is there as soon as Python has it.
 """
 
+import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,15 @@ ModelSection = section_of(
     KerasHubModel.from_preset,
     {},
     # `Sequence` would take a text for its letters.
-    given_types={"target_modules": str | list[str], "init_lora_weights": bool | str},
+    given_types={
+        "target_modules": str | list[str],
+        "init_lora_weights": bool | str,
+        "exclude_modules": str | list[str] | None,
+        "layers_to_transform": int | list[int] | None,
+        "layers_pattern": str | list[str] | None,
+        "modules_to_save": list[str] | None,
+        "trainable_token_indices": list[int] | dict[str, list[int]] | None,
+    },
 )
 DATASETS = {
     name: value
@@ -289,7 +298,7 @@ def build(config: Config) -> Job:
         **loaders,
         **settings,
     )
-    trainer.config = escaped(config.model_dump(exclude_unset=True))
+    trainer.adopt(dataclasses.replace(trainer.request, config=escaped(config.model_dump(exclude_unset=True))))
     return Job(model, trainer, [export.given() for export in config.exports])
 
 

@@ -146,17 +146,19 @@ def test_handles_have_what_was_written(written, tiny_models):
         config.load(path, ["optimizer.learning_rate=1e-4", "exports.0.output_dir=/z", "trainer.steps=9"])
     )
     assert (job.model.lora.r, job.model.lora.alpha, job.model.precision) == (4, 8, "float32")
-    assert (job.trainer.steps, job.trainer.epochs, job.trainer.seed) == (9, None, 3)
-    assert job.trainer.mesh == MeshShape(data=2)
-    assert (job.trainer.checkpointer.checkpoint_dir, job.trainer.checkpointer.max_to_keep) == ("/c", 2)
-    assert job.trainer.profiler == Profiler("/p", (2, 4))
-    wandb, mlflow = job.trainer.callbacks
+    asked = job.trainer.request
+    assert (asked.steps, asked.epochs, asked.step.seed) == (9, None, 3)
+    assert asked.step.mesh == MeshShape(data=2)
+    assert (asked.checkpointer.checkpoint_dir, asked.checkpointer.max_to_keep) == ("/c", 2)
+    assert asked.reporting.profiler == Profiler("/p", (2, 4))
+    wandb, mlflow = asked.reporting.callbacks
     assert (wandb.project, wandb.mode, mlflow.tags, mlflow.experiment) == ("mine", None, {"a": "b"}, "kithara_ray")
-    assert job.trainer.scaling_config.num_workers == 2
-    assert (job.trainer.run_config.name, job.trainer.run_config.failure_config.max_failures) == ("mine", 2)
-    assert job.trainer.train_dataloader.dataset.tokenizer == str(tiny_models["llama"])
+    assert asked.group.scaling_config.num_workers == 2
+    assert (asked.group.run_config.name, asked.group.run_config.failure_config.max_failures) == ("mine", 2)
+    assert asked.train.dataset.tokenizer == str(tiny_models["llama"])
+    assert asked.config["trainer"]["steps"] == 9
     assert job.exports == [{"output_dir": "/z", "only_save_adapters": True}]
-    kind, optimizer = job.trainer.optimizer
+    kind, optimizer = asked.step.optimizer
     assert (kind, optimizer["config"]["learning_rate"]) == ("keras", pytest.approx(1e-4))
     assert optimizer["config"]["weight_decay"] == 0.0
 
@@ -284,7 +286,7 @@ def test_a_mixture_is_written_as_its_datasets_and_weights(written, tiny_models):
         {"dataset": {"type": "TextCompletionDataset", "source": "b.txt"}},
     ]
     path = written(train_dataloader={"dataset": {"type": "mix", "datasets": parts, "epoch": "first"}})
-    mixed = config.build(config.load(path)).trainer.train_dataloader.dataset
+    mixed = config.build(config.load(path)).trainer.request.train.dataset
     assert isinstance(mixed, MixedDataset)
     assert (mixed.weights, mixed.epoch, mixed.max_seq_len) == ((3.0, 1.0), "first", 1024)
     assert [type(part).__name__ for part in mixed.datasets] == ["SFTDataset", "TextCompletionDataset"]
@@ -294,9 +296,10 @@ def test_a_mixture_is_written_as_its_datasets_and_weights(written, tiny_models):
 
 def test_a_part_is_held_out(written):
     job = config.build(config.load(written(train_dataloader={"eval_fraction": 0.1})))
-    assert job.trainer.train_dataloader.eval_fraction == 0.1
-    assert job.trainer.evaluates
-    assert job.trainer.eval_epochs_interval == 1
+    assert job.trainer.request.train.eval_fraction == 0.1
+    assert job.trainer.request.evaluation.loader is job.trainer.request.train
+    assert job.trainer.request.evaluation.every_epochs == 1
+    assert [name for name, _ in job.trainer.request.loaders()] == ["train_dataloader"]
 
 
 def test_secrets_from_the_environment_are_redacted(written, monkeypatch):
@@ -305,5 +308,5 @@ def test_secrets_from_the_environment_are_redacted(written, monkeypatch):
     monkeypatch.setenv("BUCKET_TOKEN", "very-private-7")
     path = written(train_dataloader={"dataset": {"type": "SFTDataset", "source": "gs://b/${BUCKET_TOKEN}/a.jsonl"}})
     trainer = config.build(config.load(path)).trainer
-    assert trainer.train_dataloader.dataset.source == "gs://b/very-private-7/a.jsonl"
-    assert "very-private-7" not in str(redact(trainer.config))
+    assert trainer.request.train.dataset.source == "gs://b/very-private-7/a.jsonl"
+    assert "very-private-7" not in str(redact(trainer.request.config))

@@ -53,26 +53,38 @@ ARROWS = {
     "report": {"errors", "storage", "checkpoint", "redact"},
     "orchestration.cluster": {"errors", "storage"},
     "orchestration.data": {"errors", "storage", "sft", "sharding", "orchestration.cluster"},
-    "orchestration.worker": {
-        *("errors", "storage", "hf", "hf.publish", "sharding", "model", "train", "checkpoint", "plan", "callbacks"),
-        *("sft", "orchestration.cluster", "orchestration.data"),
-    },
-    "orchestration.preflight": {
-        *("errors", "storage", "hf", "hf.exports", "hf.publish", "sharding", "plan"),
+    # A value of what the user asked; below all that carries it out.
+    "orchestration.request": {
+        *("errors", "storage", "hf", "sharding", "checkpoint", "callbacks"),
         *("orchestration.cluster", "orchestration.data"),
     },
-    "orchestration.driver": {"errors", "storage", "hf", "hf.exports", "sft", "redact", "orchestration.preflight"},
+    "orchestration.worker": {
+        *("errors", "storage", "hf", "sharding", "model", "train", "checkpoint", "plan", "callbacks", "sft"),
+        *("orchestration.cluster", "orchestration.data", "orchestration.request"),
+    },
+    "orchestration.preflight": {
+        *("errors", "storage", "hf.exports", "hf.publish", "sharding", "plan"),
+        *("orchestration.cluster", "orchestration.data", "orchestration.request"),
+    },
+    # From a request, its tokens and its plan to the spec that the workers get.
+    "orchestration.driver": {
+        *("hf", "hf.exports", "sft", "redact", "checkpoint", "callbacks"),
+        *("orchestration.data", "orchestration.request", "orchestration.preflight", "orchestration.worker"),
+    },
     "orchestration.head": {
-        *("errors", "storage", "hf", "hf.exports", "hf.publish", "sharding", "model", "checkpoint", "report"),
-        *("orchestration.cluster", "orchestration.worker", "orchestration.driver"),
+        *("errors", "storage", "hf", "hf.exports", "sharding", "model", "checkpoint", "report"),
+        *("orchestration.cluster", "orchestration.worker"),
     },
     # The handles: trainer, model, results, generator, submit.
     "orchestration": {
-        *("errors", "storage", "hf", "hf.exports", "sft", "sharding", "model", "train", "checkpoint", "callbacks"),
+        *("errors", "storage", "hf", "hf.exports", "hf.publish", "sft", "sharding", "model", "train", "callbacks"),
         "yaml_file",
-        *(f"orchestration.{room}" for room in ("cluster", "data", "preflight", "worker", "head", "driver")),
+        *(f"orchestration.{room}" for room in ("cluster", "data", "request", "preflight", "worker", "head", "driver")),
     },
-    "orchestration.search": {"errors", "storage", "checkpoint", "redact", "orchestration", "orchestration.cluster"},
+    "orchestration.search": {
+        *("errors", "storage", "checkpoint", "redact"),
+        *("orchestration", "orchestration.cluster", "orchestration.request"),
+    },
 }
 MOST_MODULES, MOST_LINES = 15, 400
 

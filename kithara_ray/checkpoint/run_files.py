@@ -1,14 +1,15 @@
-"""What a finished, failed or running run has left in files: its newest adapter, or that of a step. No Ray, no JAX."""
+"""The files of a run's directory: run.json, and the newest adapter or that of a step. No Ray, no JAX."""
 
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kithara_ray.checkpoint import disk_format
 from kithara_ray.checkpoint.disk_format import Checkpoint
-from kithara_ray.errors import AdapterError, CheckpointError, ConfigError
+from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, DestinationError
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.fetch import fetch
@@ -47,16 +48,35 @@ def read_trained(location: str, step: int | None = None) -> Trained:
     return trained
 
 
+def write_manifest(directory: str, content: Mapping[str, Any]) -> None:
+    """run.json into a run's directory, whole or not at all. Raises DestinationError."""
+    Place(directory).put_bytes((json.dumps(content, indent=2) + "\n").encode(), "", RUN)
+
+
 def _manifest(location: str) -> dict[str, Any] | None:
     """run.json of a run's directory, where that is what was given. It is told on, and nothing is decided by it."""
     place = Place(location.rstrip("/"))
     if RUN not in place.files(""):
         return None
     try:
-        found = json.loads(place.fs.cat_file(place.path(RUN)))
-    except (OSError, ValueError, RecursionError):
+        return read_object(place, RUN)
+    except ConfigError:
         return None
-    return found if isinstance(found, dict) else None
+
+
+def read_object(place: Place, name: str) -> dict[str, Any]:
+    """A file of a run's directory that holds named values, run.json among them.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(place.read("", name))
+    except (OSError, ValueError, RecursionError, DestinationError) as error:
+        raise ConfigError(f"{place.url(name)} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{place.url(name)} is not what a run writes: no object of named values")
+    return found
 
 
 def _find(location: str, step: int | None) -> Trained:
@@ -109,6 +129,6 @@ def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
         raise CheckpointError(f"{found.url} is not of a LoRA run: there is no adapter in it")
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     lora = {name: value for name, value in identity["lora"].items() if name in fields}
-    config = LoraConfig(**{**lora, "target_modules": tuple(lora["target_modules"])})
+    config = LoraConfig(**lora)
     run = {"source": found.url, "step": found.step, "metrics": found.manifest["metrics"], "identity": identity}
     return Trained(Adapter(config, found.adapter()), found.manifest.get("base"), identity.get("base"), run)

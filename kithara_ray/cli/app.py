@@ -218,7 +218,8 @@ def plan(
     _driver_environment()
     from kithara_ray.cli import plan
 
-    made = plan.run(config, overrides or (), slice, slices, seq, rank, price, epoch_tokens, compile=not estimate)
+    options = plan.Options(slice, slices, seq, rank, price, epoch_tokens, compile=not estimate)
+    made = plan.run(config, overrides or (), options)
     typer.echo(made.json()) if as_json else Console(soft_wrap=True).print(made.table())
     if made.fits is False:
         raise typer.Exit(1)

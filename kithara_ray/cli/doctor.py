@@ -10,11 +10,11 @@ from rich.table import Table
 from kithara_ray import config
 from kithara_ray.errors import KitharaRayError
 from kithara_ray.orchestration.cluster.connection import start_ray
-from kithara_ray.orchestration.preflight import checks
-from kithara_ray.orchestration.preflight.checks import FAILED, OK, Finding
+from kithara_ray.orchestration.preflight.checks import check_cluster, check_run
+from kithara_ray.orchestration.preflight.findings import FAILED, OK, SKIPPED, WARNING, Finding
 from kithara_ray.redact import redact
 
-_STYLES = {OK: "green", checks.WARNING: "yellow", FAILED: "bold red", checks.SKIPPED: "dim"}
+_STYLES = {OK: "green", WARNING: "yellow", FAILED: "bold red", SKIPPED: "dim"}
 
 
 def diagnose(path: Path | None, overrides: Sequence[str]) -> list[Finding]:
@@ -24,7 +24,7 @@ def diagnose(path: Path | None, overrides: Sequence[str]) -> list[Finding]:
     """
     if path is None:
         start_ray()
-        return checks.check_cluster()
+        return check_cluster()
     try:
         loaded = config.load(path, overrides)
     except KitharaRayError as error:
@@ -38,7 +38,7 @@ def diagnose(path: Path | None, overrides: Sequence[str]) -> list[Finding]:
     what = f"{model.preset_handle}, rank {model.lora.r}" if model.lora else model.preset_handle
     findings.append(Finding("model, arguments", OK, what))
     start_ray()
-    return findings + checks.check_run(job.trainer, job.exports, wait_s=0.0, tokenize=True)
+    return findings + check_run(job.trainer.request, job.exports, wait_s=0.0, tokenize=True)
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:

@@ -9,14 +9,19 @@ from typing import Any
 
 from kithara_ray import config as configuration
 from kithara_ray.errors import ConfigError, UnsupportedError
-from kithara_ray.hf.lora_config import ALL_LINEAR, LoraConfig
+from kithara_ray.hf.lora_checks import ALL_LINEAR
+from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.plan import Plan, plan, slice_of
 from kithara_ray.plan.chips import slice_of_topology
 from kithara_ray.plan.planner import LINEAR_MODULES
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.shape import MeshShape
 
-_LORA = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights")
+_LORA = (
+    *("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,29 +70,41 @@ class Sweep:
         return table
 
 
-def run(
-    path: str | Path,
-    overrides: Sequence[str],
-    slice: str | None,
-    slices: str | None,
-    seq: str | None,
-    rank: str | None,
-    price: float | None,
-    epoch_tokens: int | None,
-    compile: bool = True,
-) -> Plan | Sweep:
+@dataclass(frozen=True)
+class Options:
+    """The options of the command, as they were typed; None is what the configuration says.
+
+    Attributes:
+        slice: e.g. "v5e-16".
+        slices, seq, rank: several by commas; a sweep where one of them is.
+        price: of a chip and hour.
+        epoch_tokens: of the data set.
+        compile: False only estimates.
+    """
+
+    slice: str | None = None
+    slices: str | None = None
+    seq: str | None = None
+    rank: str | None = None
+    price: float | None = None
+    epoch_tokens: int | None = None
+    compile: bool = True
+
+
+def run(path: str | Path, overrides: Sequence[str], options: Options) -> Plan | Sweep:
     """One plan, or a sweep where `slices`, or several lengths or ranks, are given.
 
     Raises:
-        ConfigError: the file or an argument is wrong.
+        ConfigError: the file or an option is wrong.
     """
     given = configuration.load(path, overrides)
     base, rows, settings = arguments_of(given)
-    settings |= {"price_per_chip_hour": price, "tokens_per_epoch": epoch_tokens, "compile": compile}
-    seq_lens = _numbers("--seq", seq) or [given.train_dataloader.dataset.max_seq_len]
-    ranks = _numbers("--rank", rank) or [settings["lora"].r]
-    names = _names(slice, slices, given)
-    if slices is None and len(seq_lens) == len(ranks) == 1:
+    settings |= {"price_per_chip_hour": options.price, "tokens_per_epoch": options.epoch_tokens}
+    settings |= {"compile": options.compile}
+    seq_lens = _numbers("--seq", options.seq) or [given.train_dataloader.dataset.max_seq_len]
+    ranks = _numbers("--rank", options.rank) or [settings["lora"].r]
+    names = _names(options.slice, options.slices, given)
+    if options.slices is None and len(seq_lens) == len(ranks) == 1:
         lora = LoraConfig(**{**vars(settings["lora"]), "r": ranks[0]})
         settings["lora"] = lora
         if rows != "auto":

@@ -3,15 +3,17 @@
 Read, checked and written as PEFT's files.
 """
 
+import dataclasses
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kithara_ray.errors import AdapterError, CheckpointError, UnsupportedError
+from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
+from kithara_ray.hf import beside
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.safetensors_file import TAGS, read_array, read_header, write_arrays
@@ -26,7 +28,9 @@ PEFT_PREFIX = "base_model.model."
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
-_SUFFIXES = (A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX)
+BIAS_SUFFIX = ".lora_B.bias"
+_SUFFIXES = (A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, BIAS_SUFFIX)
+_BESIDE = (beside.BIAS, beside.TOKENS, beside.WEIGHT)
 WEIGHT_SUFFIX = ".weight"
 DTYPES = ("F32", "BF16", "F16")
 
@@ -37,24 +41,49 @@ def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ..
     return tuple(module for module in modules if config.matches(module))
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a merge makes of one tensor of the base.
+
+    Attributes:
+        module: whose factors are added to it.
+        value: what stands in its place, or in the place of its `rows`.
+        rows: None is all of them.
+        added: to a bias, times `scale`.
+    """
+
+    module: str | None = None
+    value: np.ndarray | None = None
+    rows: tuple[int, ...] | None = None
+    added: np.ndarray | None = None
+    scale: float = 1.0
+
+
 @dataclass
 class Adapter:
     """`tensors` holds `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r), where `<module>.weight`
     (out, in) is a tensor of the base, for example `model.layers.0.self_attn.q_proj`; with `config.use_dora` also
-    `<module>.lora_magnitude_vector` (out,). float32, bfloat16 or float16."""
+    `<module>.lora_magnitude_vector` (out,), with `config.lora_bias` `<module>.lora_B.bias` (out,). Whatever else there
+    is stands in `beside`. float32, bfloat16 or float16."""
 
     config: LoraConfig
     tensors: dict[str, np.ndarray]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names that have an A, a B or a magnitude, sorted."""
-        return tuple(sorted({_module_of(name) for name in self.tensors}))
+        """Names that have an A, a B, a magnitude or a bias of B, sorted."""
+        return tuple(sorted({_module_of(name) for name in self.tensors if name.endswith(_SUFFIXES)}))
+
+    @property
+    def beside(self) -> dict[str, np.ndarray]:
+        """What is trained of the base itself, see `hf.beside`."""
+        return {name: array for name, array in self.tensors.items() if not name.endswith(_SUFFIXES)}
 
     @property
     def suffixes(self) -> tuple[str, ...]:
         """What the names of a module's tensors end in."""
-        return _SUFFIXES if self.config.use_dora else (A_SUFFIX, B_SUFFIX)
+        also = {MAGNITUDE_SUFFIX: self.config.use_dora, BIAS_SUFFIX: self.config.lora_bias}
+        return (A_SUFFIX, B_SUFFIX, *(suffix for suffix, is_on in also.items() if is_on))
 
     @property
     def parameters(self) -> int:
@@ -62,9 +91,9 @@ class Adapter:
 
     @property
     def is_zero(self) -> bool:
-        """Whether every B is zero and there are no magnitudes, as before training: the adapter changes nothing."""
-        changes = (np.any(array) for name, array in self.tensors.items() if name.endswith(B_SUFFIX))
-        return not self.config.use_dora and not any(changes)
+        """Whether every B is zero and there is nothing but factors, as before training: the adapter changes nothing."""
+        changes = (np.any(array) for name, array in self.tensors.items() if name.endswith((B_SUFFIX, BIAS_SUFFIX)))
+        return not self.config.use_dora and not self.config.has_beside and not any(changes)
 
     def a(self, module: str) -> np.ndarray:
         """lora_A of a module, (r, in)."""
@@ -78,10 +107,38 @@ class Adapter:
         """lora_magnitude_vector of a module, (out,); of a DoRA adapter alone."""
         return self.tensors[module + MAGNITUDE_SUFFIX]
 
+    def b_bias(self, module: str) -> np.ndarray:
+        """The bias of a module's lora_B, (out,); of an adapter with `lora_bias` alone."""
+        return self.tensors[module + BIAS_SUFFIX]
+
     def only(self, modules: Iterable[str]) -> "Adapter":
         """The tensors of some of its modules, under the same config."""
         names = (module + suffix for module in modules for suffix in self.suffixes)
         return Adapter(self.config, {name: self.tensors[name] for name in names})
+
+    def of_tensors(self, tensors: Collection[str]) -> "Adapter | None":
+        """What of it changes some tensors of the base; None where nothing does."""
+        part = self.only(m for m in self.modules if m + WEIGHT_SUFFIX in tensors)
+        # A bias may lie in another file than the weight of its module.
+        part.tensors = {name: array for name, array in part.tensors.items() if not name.endswith(BIAS_SUFFIX)}
+        biased = [m for m in self.modules if self.config.lora_bias and m + beside.BIAS in tensors]
+        part.tensors |= {m + BIAS_SUFFIX: self.b_bias(m) for m in biased}
+        part.tensors |= {name: array for name, array in self.beside.items() if beside.tensor_of(name) in tensors}
+        return part if part.tensors else None
+
+    @property
+    def changes(self) -> dict[str, "Change"]:
+        """Tensor of the base -> what a merge makes of it. Of a part of an adapter, of what the part holds."""
+        made = {m + WEIGHT_SUFFIX: Change(module=m) for m in self.modules if m + A_SUFFIX in self.tensors}
+        for name, array in self.beside.items():
+            made[beside.tensor_of(name)] = Change(value=array, rows=beside.rows_of(self.config, name))
+        for module in self.modules if self.config.lora_bias else ():
+            if (added := self.tensors.get(module + BIAS_SUFFIX)) is not None:
+                name = module + beside.BIAS
+                made[name] = dataclasses.replace(
+                    made.get(name, Change()), added=added, scale=self.config.scale_of(module)
+                )
+        return made
 
     def cast(self, dtype: np.dtype) -> "Adapter":
         return Adapter(self.config, {name: array.astype(dtype) for name, array in self.tensors.items()})
@@ -101,26 +158,44 @@ class Adapter:
             rank = self.config.rank_of(module)
             self._expect_shape(module + A_SUFFIX, (rank, shape[1]), weight, shape)
             self._expect_shape(module + B_SUFFIX, (shape[0], rank), weight, shape)
-            if self.config.use_dora:
-                self._expect_shape(module + MAGNITUDE_SUFFIX, (shape[0],), weight, shape)
+            for suffix in self.suffixes[2:]:
+                self._expect_shape(module + suffix, (shape[0],), weight, shape)
         missing = sorted(set(target_modules_of(self.config, base)) - set(self.modules))
         if missing:
             raise AdapterError(
                 f"{len(missing)} modules of the base are targets but have no factors, first {missing[0]!r}; "
                 "the adapter is incomplete, or target_modules must be narrowed"
             )
+        self._validate_beside(base)
+
+    def _validate_beside(self, base: BaseCheckpoint) -> None:
+        try:
+            changed = beside.normal(self.config, base)
+        except (ConfigError, UnsupportedError) as error:
+            raise type(error)(f"adapter_config.json: {error}") from error
+        config = dataclasses.replace(self.config, **changed)
+        expected = {one.name: one for one in beside.of_base(config, base)}
+        if unlike := sorted(expected.keys() ^ self.beside.keys()):
+            what = "is missing" if unlike[0] in expected else "belongs to nothing in the base"
+            raise AdapterError(f"{unlike[0]} {what} ({len(unlike)} such tensors beside the factors); wrong base?")
+        for name, one in expected.items():
+            shape = base.tensors[one.tensor].shape
+            wanted = shape if one.rows is None else (len(one.rows), *shape[1:])
+            self._expect_shape(name, wanted, one.tensor, shape)
 
     def validate_alone(self) -> None:
         """The checks that need no base: pairs, ranks, dtypes, finiteness, targets. Raises AdapterError."""
         if not self.tensors:
             raise AdapterError("the adapter holds no tensor; train it or give another directory")
+        beside.check_names(self.config, self.beside)
         for name, array in self.tensors.items():
-            if not name.endswith(self.suffixes):
-                use = "" if self.config.use_dora else ", as use_dora is off"
+            if name.endswith(_SUFFIXES) and not name.endswith(self.suffixes):
+                use = "lora_bias" if name.endswith(BIAS_SUFFIX) else "use_dora"
+                use = f", as {use} is off"
                 raise AdapterError(f"{name}: expected a name ending in {_listed(self.suffixes)}{use}")
             if TAGS.get(array.dtype) not in DTYPES:
                 raise AdapterError(f"{name}: expected dtype float32, bfloat16 or float16, found {array.dtype}")
-            dims = 1 if name.endswith(MAGNITUDE_SUFFIX) else 2
+            dims = 1 if name.endswith((MAGNITUDE_SUFFIX, beside.BIAS)) else 2
             if array.ndim != dims:
                 raise AdapterError(f"{name}: expected {dims} dimensions, found shape {array.shape}")
             bad = array.size - np.count_nonzero(np.isfinite(array.astype(np.float32)))
@@ -147,7 +222,8 @@ class Adapter:
         self.validate_alone()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        arrays = {PEFT_PREFIX + name: array for name, array in self.tensors.items()}
+        written = beside.with_copies(self.config, self.tensors)
+        arrays = {PEFT_PREFIX + name: array for name, array in written.items()}
         write_arrays(directory / ADAPTER_WEIGHTS, arrays, {"format": "pt"})
         # PEFT refuses no entry that matches nothing, but vLLM reads the list.
         peft_config = self.config.to_peft(base_model_name_or_path, self.modules, revision)
@@ -170,13 +246,13 @@ class Adapter:
             raise AdapterError(str(error)) from error
         tensors = {}
         for name, info in infos.items():
-            if not name.startswith(PEFT_PREFIX) or not name.endswith(_SUFFIXES):
+            if not name.startswith(PEFT_PREFIX) or not name.endswith(_SUFFIXES + _BESIDE):
                 raise UnsupportedError(
-                    f"{weights_path}: tensor {name!r} is not {PEFT_PREFIX}<module> and {_listed(_SUFFIXES)}; "
-                    "embedding, bias and saved-module adapters are not supported"
+                    f"{weights_path}: tensor {name!r} is not {PEFT_PREFIX}<module> and {_listed(_SUFFIXES + _BESIDE)}; "
+                    "adapters of embeddings are not supported"
                 )
             tensors[name.removeprefix(PEFT_PREFIX)] = read_array(info)
-        adapter = cls(config, tensors)
+        adapter = cls(config, beside.without_copies(config, tensors))
         adapter.validate_alone()
         return adapter
 

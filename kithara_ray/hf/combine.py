@@ -40,6 +40,11 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             raise ConfigError(f"an adapter's weight must be finite, got {weight!r}")
         if adapter.config.use_dora:
             raise UnsupportedError("DoRA adapters are not combined: their update is no sum of products; merge it alone")
+        if adapter.config.has_beside or adapter.config.lora_bias:
+            raise UnsupportedError(
+                "adapters with biases, trained tokens or saved modules are not combined: those are values and no "
+                "updates; merge it alone"
+            )
     tensors, ranks = {}, {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):
         parts = [(a, w) for a, w in zip(adapters, weights, strict=True) if module in a.modules]
@@ -60,6 +65,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def _targets_of(adapter: Adapter) -> tuple[str, ...]:
-    """Its entries of target_modules; a regular expression is spelled out, since two cannot stand in one list."""
+    """Its entries of target_modules. A regular expression, or a selection of layers, is spelled out: two of them cannot
+    stand in one config."""
     targets = adapter.config.target_modules
-    return adapter.modules if isinstance(targets, str) else targets
+    return adapter.modules if isinstance(targets, str) or adapter.config.selects_layers else targets

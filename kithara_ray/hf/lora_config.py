@@ -7,24 +7,66 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf.lora_checks import (
+    EMBEDDING,
+    check_alpha,
+    check_rank,
+    checked_exclusions,
+    checked_layer_patterns,
+    checked_layers,
+    checked_modules,
+    checked_patterns,
+    checked_targets,
+    checked_tokens,
+    is_number,
+)
 
-ALL_LINEAR = "all-linear"  # PEFT's word, in any case, for every linear layer but the head
+BIASES = ("none", "all", "lora_only")
 
-# Initialisations that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA replace its weights by residuals.
+# How the first factors of an adapter that is trained here are drawn.
 INITIALISATIONS = (True, False, "gaussian")
+# Others of PEFT's that leave the base alone: adapters that began so are plain LoRA.
+_PLAIN = ("eva", "orthogonal")
+# Those that do not, how an adapter that began so becomes a plain one. A name may go on: pissa_niter_16.
+_RESIDUAL = (
+    "PEFT has replaced the base's weights by their residuals, so the adapter does not fit the base itself. Load it "
+    "with PeftModel.from_pretrained, write get_peft_model(base, the same config) with save_pretrained(first), and "
+    "convert it: save_pretrained(directory, path_initial_model_for_weight_conversion=first) makes plain LoRA of twice "
+    "the rank"
+)
+_FROM_DATA = (
+    "PEFT has replaced the base's weights by residuals that came of data, so the adapter does not fit the base itself. "
+    "Convert it where it was trained: save_pretrained(directory, path_initial_model_for_weight_conversion=first), "
+    "with the adapter saved before training as first, makes plain LoRA of twice the rank"
+)
+_CONVERSIONS: Mapping[str, str] = {
+    "pissa": _RESIDUAL,
+    "olora": _RESIDUAL,
+    "corda": _FROM_DATA,
+    "lora_ga": _FROM_DATA,
+    "loftq": "PEFT has replaced the base's weights by quantised ones, so the adapter does not fit the base itself. "
+    "Write a base with both: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)",
+    "mica": "PEFT trains such an adapter's lora_A alone. Set init_lora_weights to true in adapter_config.json: "
+    "the base is as it was, so the adapter merges to the same, and both factors are trained on",
+}
 
 # Fields of adapter_config.json that change what an adapter computes or where it sits, with the values that mean "off".
 # (peft.LoraConfig 0.21; a field unknown here is refused by the same rule unless it is empty.)
 _OFF: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none",),
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
 # Fields without influence on the arithmetic.
-_NEUTRAL = frozenset({"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"})
+# The settings of an initialisation say nothing beside its name: `init_lora_weights` decides.
+_NEUTRAL = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+    | {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+)
 _HONOURED = frozenset(
     {"alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern"}
     | {"target_modules", "task_type", "use_dora", "use_rslora"}
+    | {"exclude_modules", "layers_pattern", "layers_to_transform"}
+    | {"bias", "ensure_weight_tying", "lora_bias", "modules_to_save", "trainable_token_indices"}
 )
 
 
@@ -37,6 +79,16 @@ class LoraConfig:
         regular expression that matches the whole name.
     use_dora: the update turns each row of the weight, and a trained vector gives the rows' lengths (arXiv:2402.09353).
     rank_pattern, alpha_pattern: regular expression -> value, matched as PEFT does against the end of the module name.
+    exclude_modules: modules that are no targets, given as target_modules are; None excludes nothing.
+    layers_to_transform: the blocks that are adapted, by their number; None adapts all. A target that is written out
+        from its first letter is adapted whatever its number is, as in PEFT.
+    layers_pattern: what the list of blocks is called, "layers" for example, as regular expressions; None takes the
+        first number in a module's name.
+    bias: "all" trains the base's biases too, "lora_only" those of the targets.
+    lora_bias: give lora_B a bias, which is trained, and scaled as the product is.
+    modules_to_save: "embed_tokens", "lm_head" or both, trained as a whole.
+    trainable_token_indices: tokens whose rows are trained, by "embed_tokens" and "lm_head"; a list is the embedding's.
+    ensure_weight_tying: train the embedding of modules_to_save and the head that shares its weight as one.
     """
 
     r: int = 16
@@ -48,24 +100,75 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: str | bool = True
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    bias: str = "none"
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
-        _check_rank("lora_rank", self.r)
+        check_rank("lora_rank", self.r)
         if self.lora_alpha is not None:
-            _check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            check_alpha("lora_alpha", self.lora_alpha)
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
-        for key, rank in _checked_patterns("rank_pattern", self.rank_pattern).items():
-            _check_rank(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in _checked_patterns("alpha_pattern", self.alpha_pattern).items():
-            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        for key, rank in checked_patterns("rank_pattern", self.rank_pattern).items():
+            check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in checked_patterns("alpha_pattern", self.alpha_pattern).items():
+            check_alpha(f"alpha_pattern[{key!r}]", alpha)
         if not any(self.init_lora_weights is value or self.init_lora_weights == value for value in INITIALISATIONS):
             raise UnsupportedError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}"
+                f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}, "
+                "or let PEFT make the adapter and give adapter="
             )
-        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        object.__setattr__(self, "target_modules", checked_targets(self.target_modules))
+        object.__setattr__(self, "exclude_modules", checked_exclusions(self.exclude_modules))
+        # PEFT takes an empty list of layers for none given, with its pattern.
+        pattern = None if self.layers_to_transform in ([], ()) else self.layers_pattern
+        object.__setattr__(self, "layers_to_transform", checked_layers(self.layers_to_transform))
+        object.__setattr__(self, "layers_pattern", checked_layer_patterns(pattern))
+        self._check_layers()
+        object.__setattr__(self, "modules_to_save", checked_modules(self.modules_to_save))
+        object.__setattr__(self, "trainable_token_indices", checked_tokens(self.trainable_token_indices))
+        self._check_beside()
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+
+    def _check_layers(self) -> None:
+        """The rules of peft.LoraConfig between these fields."""
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} does nothing beside target_modules={self.target_modules!r}, a regular expression; "
+                    "write the layers into it, or give target_modules as a list"
+                )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern says where layers_to_transform counts; give both or neither")
+
+    def _check_beside(self) -> None:
+        """The rules of peft.LoraConfig, and of its injection, for what is trained beside the factors."""
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias must be one of {BIASES}, got {self.bias!r}")
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("lora_bias=True does not go with use_dora=True, in PEFT too; leave one out")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(f"lora_bias=True goes with init_lora_weights=True, got {self.init_lora_weights!r}")
+        both = sorted(set(self.modules_to_save) & set(self.trainable_token_indices))
+        if both:
+            raise ConfigError(f"modules_to_save trains all of {both[0]}; leave it out of trainable_token_indices")
+
+    @property
+    def has_beside(self) -> bool:
+        """Whether an adapter may hold more than factors, see `beside`."""
+        return self.bias != "none" or bool(self.modules_to_save or self.trainable_token_indices)
+
+    @property
+    def selects_layers(self) -> bool:
+        """Whether modules that `target_modules` names are left out by the other fields."""
+        return self.exclude_modules is not None or self.layers_to_transform is not None
 
     @property
     def alpha(self) -> float:
@@ -84,9 +187,22 @@ class LoraConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def matches(self, module: str) -> bool:
-        if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
-        return any(module == target or module.endswith(f".{target}") for target in self.target_modules)
+        """peft.tuners.tuners_utils.check_target_module_exists."""
+        if self.exclude_modules is not None and is_named(self.exclude_modules, module):
+            return False
+        if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str) or module in self.target_modules:
+            return is_named(self.target_modules, module)
+        chosen = self.layers_to_transform is None or self.layer_of(module) in self.layers_to_transform
+        return chosen and is_named(self.target_modules, module)
+
+    def layer_of(self, module: str) -> int | None:
+        """The number that layers_to_transform goes by: the first one in a name, or the first after a pattern."""
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern or ()]
+        found = (re.match(expression, module) for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
+        first = next((match for match in found if match), None)
+        return None if first is None else int(first["idx"])
 
     def to_peft(
         self, base_model_name_or_path: str, found: Iterable[str] | None = None, revision: str | None = None
@@ -104,17 +220,18 @@ class LoraConfig:
             "alpha_pattern": {key: _plain(alpha) for key, alpha in self.alpha_pattern.items()},
             "auto_mapping": None,
             "base_model_name_or_path": base_model_name_or_path,
-            "bias": "none",
-            "exclude_modules": None,
+            "bias": self.bias,
+            "ensure_weight_tying": self.ensure_weight_tying,
+            "exclude_modules": _as_json(self.exclude_modules),
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": self.init_lora_weights,
-            "layers_pattern": None,
-            "layers_to_transform": None,
+            "layers_pattern": _as_json(self.layers_pattern),
+            "layers_to_transform": _as_json(self.layers_to_transform),
             "lora_alpha": _plain(self.alpha),
-            "lora_bias": False,
+            "lora_bias": self.lora_bias,
             "lora_dropout": self.lora_dropout,
-            "modules_to_save": None,
+            "modules_to_save": list(self.modules_to_save) or None,
             "peft_type": "LORA",
             "r": self.r,
             "rank_pattern": dict(self.rank_pattern),
@@ -122,9 +239,14 @@ class LoraConfig:
             "target_modules": targets,
             "target_parameters": None,
             "task_type": "CAUSAL_LM",
+            "trainable_token_indices": self._tokens_as_json(),
             "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         }
+
+    def _tokens_as_json(self) -> list | dict | None:
+        tokens = {name: list(rows) for name, rows in self.trainable_token_indices.items()}
+        return tokens[EMBEDDING] if tokens.keys() == {EMBEDDING} else tokens or None
 
     @classmethod
     def from_peft(cls, peft_config: Mapping[str, Any]) -> "LoraConfig":
@@ -154,8 +276,46 @@ class LoraConfig:
             use_dora=bool(peft_config.get("use_dora", False)),
             rank_pattern=peft_config.get("rank_pattern") or {},
             alpha_pattern=peft_config.get("alpha_pattern") or {},
-            init_lora_weights=peft_config.get("init_lora_weights", True),
+            init_lora_weights=_initialisation(peft_config.get("init_lora_weights", True)),
+            **{name: peft_config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")},
+            bias=peft_config.get("bias") or "none",
+            lora_bias=bool(peft_config.get("lora_bias", False)),
+            modules_to_save=peft_config.get("modules_to_save") or (),
+            trainable_token_indices=_or_none(peft_config.get("trainable_token_indices")),
+            ensure_weight_tying=bool(peft_config.get("ensure_weight_tying", False)),
         )
+
+
+def is_named(entries: Iterable[str] | str, module: str) -> bool:
+    """Whether a regular expression matches a module's whole name, or one of several names is its end."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, module) is not None
+    return any(module == entry or module.endswith(f".{entry}") for entry in entries)
+
+
+def _or_none(value: object) -> object:
+    """PEFT takes what is empty for nothing."""
+    return None if value in ([], {}) else value
+
+
+def _as_json(value: tuple | str | None) -> list | str | None:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _initialisation(found: object) -> str | bool:
+    """What an adapter's `init_lora_weights` means for the factors as they are saved.
+
+    Raises:
+        UnsupportedError: the factors do not belong to the base itself; says how to convert them.
+    """
+    if found is None or isinstance(found, bool):
+        return bool(found)
+    name = str(found).lower()
+    how = next((how for prefix, how in _CONVERSIONS.items() if name.startswith(prefix)), None)
+    if how is not None:
+        raise UnsupportedError(f"adapter_config.json: init_lora_weights={found!r} is not supported: {how}")
+    # Saved factors are no first ones: PEFT loads them alike under the plain name.
+    return True if name in _PLAIN else name
 
 
 def _is_off(name: str, value: object) -> bool:
@@ -167,47 +327,6 @@ def _is_off(name: str, value: object) -> bool:
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     """peft.utils.other.get_pattern_key: the first pattern that matches, else the name itself."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
-
-
-def _is_number(value: object) -> bool:
-    # An integer beyond float64 would be no factor of anything.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _checked_targets(targets: object) -> tuple[str, ...] | str:
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        raise ConfigError(f'target_modules: spell out the modules that "{ALL_LINEAR}" stands for')
-    if isinstance(targets, str) and targets:
-        try:
-            re.compile(targets)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"target_modules: {targets!r} is not a regular expression ({error})") from error
-        return targets
-    names = tuple(targets or ())
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"target_modules must name at least one module, got {targets!r}")
-    return names
-
-
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"{name} must be >= 1, got {rank!r}")
-
-
-def _check_alpha(name: str, alpha: object) -> None:
-    if not _is_number(alpha) or alpha <= 0:
-        raise ConfigError(f"{name} must be finite and > 0, got {alpha!r}")
-
-
-def _checked_patterns(name: str, patterns: object) -> dict[str, Any]:
-    if not isinstance(patterns, Mapping):
-        raise ConfigError(f"{name} must map regular expressions to values, got {patterns!r}")
-    for key in patterns:
-        try:
-            re.compile(rf"(.*\.)?({key})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{name}: {key!r} is not a regular expression ({error})") from error
-    return dict(patterns)
 
 
 def _plain(alpha: float) -> int | float:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from kithara_ray.errors import ConfigError, ExportError, UnsupportedError
-from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
+from kithara_ray.hf import beside
+from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter, Change
 from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, TensorInfo, read_json
 from kithara_ray.hf.delta import dora_rows, merged_rows
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, read_header, write_blocks
@@ -26,6 +27,7 @@ MERGE_ELEMENTS = 1 << 20  # a block and its float32 temporaries: about 32 MiB
 CAST_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOAT_TAGS = ("F64", "F32", "BF16", "F16")
 MERGE_TAGS = ("F32", "BF16", "F16")
+HEAD_WEIGHT = "lm_head.weight"
 _COPY_BYTES = 1 << 30
 
 
@@ -54,6 +56,28 @@ def check_mergeable(base: BaseCheckpoint, adapter: Adapter, dtype: str = "auto")
                 "or start from the float32, bfloat16 or float16 checkpoint"
             )
         _refuse_embedding(base, module)
+    for name in adapter.changes:
+        if name not in base.tensors:
+            raise UnsupportedError(
+                f"{name}: the base has no such bias that lora_bias could be merged into, as PEFT has it; export the "
+                "adapter alone, or train without lora_bias"
+            )
+        if base.tensors[name].dtype not in MERGE_TAGS:
+            raise UnsupportedError(f"{name}: a {base.tensors[name].dtype} tensor cannot be merged into")
+    if (
+        beside.is_tied(base)
+        and HEAD_WEIGHT in base.tensors
+        and any(c.value is not None for c in adapter.changes.values())
+    ):
+        _refuse_second_head(adapter)
+
+
+def _refuse_second_head(adapter: Adapter) -> None:
+    if adapter.config.modules_to_save or adapter.config.trainable_token_indices:
+        raise UnsupportedError(
+            f"{HEAD_WEIGHT}: config.json says that it is the embedding, and the checkpoint holds it a second time, "
+            "which would not follow a merge; write the base anew with transformers' save_pretrained"
+        )
 
 
 def refuse_quantized(base: BaseCheckpoint, but: Collection[str] = ()) -> None:
@@ -125,8 +149,8 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
     """
     tag = check_dtype(dtype)
     infos = base.in_file_order()
-    targets = {m + WEIGHT_SUFFIX: m for m in adapter.modules} if adapter else {}
-    merged = [info for info in infos if info.name in targets]
+    changes = adapter.changes if adapter else {}
+    merged = [info for info in infos if info.name in changes]
     headers = [read_header(file) for file in base.files]
     is_whole = len(headers) == 1 and headers[0][0].keys() == base.tensors.keys()
     if is_whole and all(out_tag(info, tag) == info.dtype for info in infos):
@@ -134,11 +158,11 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
         with target.open("r+b") as stream:
             for info in merged:
                 stream.seek(info.offset)
-                for block in _tensor_blocks(info, adapter, targets[info.name], info.dtype):
+                for block in _tensor_blocks(info, adapter, changes[info.name], info.dtype):
                     stream.write(memoryview(block.reshape(-1).view(np.uint8)))
     else:
         entries = [(info.name, out_tag(info, tag), info.shape) for info in infos]
-        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, targets.get(i.name), out_tag(i, tag)))
+        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, changes.get(i.name), out_tag(i, tag)))
         write_blocks(target, entries, blocks, headers[0][1])
     log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)
     return target
@@ -165,12 +189,14 @@ def row_blocks(info: TensorInfo, elements: int = MERGE_ELEMENTS) -> Iterator[tup
             yield begin, np.frombuffer(raw, info.numpy_dtype).reshape(n, columns)
 
 
-def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None, tag: str) -> Iterator[np.ndarray]:
-    """The tensor's rows, merged when `module` is given, in the dtype of `tag`."""
-    out_dtype = NUMPY_DTYPES[tag]
+def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, change: Change | None, tag: str) -> Iterator[np.ndarray]:
+    """The tensor's rows, merged when there is a change, in the dtype of `tag`."""
+    out_dtype, module = NUMPY_DTYPES[tag], change.module if change else None
     for begin, w_OI in row_blocks(info):
-        if module is None:
+        if change is None:
             out_OI = cast(w_OI, out_dtype)
+        elif module is None:
+            out_OI = _replaced(w_OI, begin, change, out_dtype)
         else:
             scale, b_OR = adapter.config.scale_of(module), adapter.b(module)[begin : begin + len(w_OI)]
             if adapter.config.use_dora:
@@ -178,7 +204,7 @@ def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, module: str | None
                 out_OI = dora_rows(w_OI, b_OR, adapter.a(module), scale, magnitude_O, out_dtype)
             else:
                 out_OI = merged_rows(w_OI, b_OR, adapter.a(module), scale, out_dtype)
-        if (module is not None or out_dtype != w_OI.dtype) and info.dtype in FLOAT_TAGS:
+        if (change is not None or out_dtype != w_OI.dtype) and info.dtype in FLOAT_TAGS:
             _check_finite(info, w_OI, out_OI, tag)
         yield out_OI
 
@@ -187,6 +213,25 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Rounded to nearest even; the array itself when it has that dtype already."""
     with np.errstate(over="ignore"):
         return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _replaced(w_OI: np.ndarray, begin: int, change: Change, out_dtype: np.dtype) -> np.ndarray:
+    """A block from row `begin` on. As PEFT: values are rounded to the tensor's dtype, a bias is added in float32."""
+    out_OI, end = cast(w_OI, out_dtype), begin + len(w_OI)
+    if change.value is not None:
+        values_KI = change.value.reshape(len(change.value), -1)
+        if change.rows is None:
+            out_OI = values_KI[begin:end].astype(out_dtype)
+        else:
+            out_OI = out_OI.copy()
+            for row, value_I in zip(change.rows, values_KI, strict=True):
+                if begin <= row < end:
+                    out_OI[row - begin] = value_I.astype(out_dtype)
+    if change.added is not None:
+        added_O1 = change.added[begin:end, None].astype(np.float32) * np.float32(change.scale)
+        start_O1 = out_OI if change.value is not None else w_OI
+        out_OI = (start_O1.astype(np.float32) + added_O1).astype(out_dtype)
+    return out_OI
 
 
 def _check_finite(info: TensorInfo, before: np.ndarray, after: np.ndarray, out_tag: str) -> None:

@@ -23,7 +23,7 @@ from kithara_ray.model.blocks import attention, embedding, stack
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.families import family_of, ports
 from kithara_ray.model.identity import IdentityMap, IdentitySet
-from kithara_ray.model.lora import layers
+from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
@@ -39,11 +39,13 @@ class CausalLM(ModelArrays):
         model: the `keras_hub.models.CausalLM`; its variables hold no values.
         chain: the decoder blocks.
         dropout: share of what the side paths are given that is dropped in training.
+        zeros: factors of layers that are no targets, see `layers.Target`.
     """
 
     model: keras.Model
     chain: stack.Chain
     dropout: float
+    zeros: Sequence[keras.Variable] = ()
 
     @property
     def vocabulary(self) -> int:
@@ -67,7 +69,7 @@ class CausalLM(ModelArrays):
             if not self.options.scan:
                 with dropping(dropout_key):
                     return self.model.backbone(inputs, training=False)
-            factors, frozen = self.roles(params, frozen)
+            factors, frozen = self.roles(params, frozen)[0], self._weights(params, frozen)
             value_of = self._values(factors, frozen)
             how = stack.Pass(
                 values_of=lambda block: [value_of[variable] for variable in block.variables],
@@ -102,9 +104,14 @@ class CausalLM(ModelArrays):
 
     def head_weights(self, params: Params, frozen: Frozen) -> list[jax.Array]:
         """What `head_V` computes with: the head's own weight, or the embedding that it is tied to."""
-        _, frozen = self.roles(params, frozen)
-        array_of = IdentityMap(zip(self.slots, frozen, strict=True))
+        array_of = IdentityMap(zip(self.slots, self._weights(params, frozen), strict=True))
         return [array_of[slot] for slot in self._head_slots()]
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether something that `head_V` computes with is trained."""
+        read = IdentitySet(self._head_slots())
+        return self.trains_weights or any(self.slots[slot.number] in read for slot in self.base_slots)
 
     def _head_slots(self) -> list[slots.Slot]:
         embedding = self.model.backbone.token_embedding
@@ -119,7 +126,7 @@ class CausalLM(ModelArrays):
 
     def bind(self, params: Params, frozen: Frozen, unstack: bool) -> keras.StatelessScope:
         """A scope in which the model's variables have these values; without `unstack`, those outside the scan alone."""
-        factors, frozen = self.roles(params, frozen)
+        factors, frozen = self.roles(params, frozen)[0], self._weights(params, frozen)
         pairs = [
             (port.variable, value)
             for slot, array in zip(self.slots, frozen, strict=True)
@@ -131,6 +138,7 @@ class CausalLM(ModelArrays):
         return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
 
     def _each_factor(self, factors: Factors, unstack: bool) -> Iterator[tuple[keras.Variable, jax.Array]]:
+        yield from ((variable, jnp.zeros(variable.shape, variable.dtype)) for variable in self.zeros)
         for slot in self.factor_slots:
             if not slot.stacked:
                 yield slot.variables[0], factors[slot.key]
@@ -148,7 +156,8 @@ class CausalLM(ModelArrays):
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
         # Factors are small: one gather of all steps costs less than one in each.
-        arrays |= IdentityMap((s.variables[0], self._whole(factors[s.key])) for s in self.factor_slots if s.stacked)
+        stacked = [slot for slot in self.factor_slots if slot.stacked]
+        arrays |= IdentityMap((slot.peers[0], slot.of_all_steps(self._whole(factors[slot.key]))) for slot in stacked)
         peers, layouts = self.chain.peers(), self._layouts()
         single = self._values(factors, frozen)
 
@@ -236,21 +245,23 @@ def build(
     backbone = model.backbone
     kernels = [layer.kernel for layer in layers.linear_modules(backbone, recorded).values()] if chosen.quantize else []
     with keras_compat.without_values():
-        targets = layers.inject(backbone, recorded, lora_config) if lora_config else []
+        targets = layers.inject(backbone, recorded, lora_config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh)
     embedding.install(backbone.token_embedding, mesh)
     scanned = chain if chosen.scan else None
+    stacked = scanned if chosen.stack_factors or not chosen.train_weights else None
+    weights = slots.slots(backbone, recorded, stacked, kernels)
     return CausalLM(
         model=model,
-        slots=slots.slots(
-            backbone, recorded, scanned if chosen.stack_factors or not chosen.train_weights else None, kernels
-        ),
+        slots=weights,
         factor_slots=layers.factor_slots(targets, scanned if chosen.stack_factors else None),
         chain=chain,
         mesh=mesh,
         options=chosen,
         dropout=lora_config.lora_dropout if lora_config else 0.0,
+        zeros=layers.zero_factors(targets),
+        base_slots=base_weights.base_slots(backbone, weights, lora_config, chosen.stack_factors),
     )
 
 

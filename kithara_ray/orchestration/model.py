@@ -3,20 +3,23 @@
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
 from ray.train import RunConfig, ScalingConfig
 
-from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
+from kithara_ray.errors import AdapterError, ConfigError
+from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.exports.card import split_reference
 from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.publish.publish import check_destination
 from kithara_ray.model.families import family_of
-from kithara_ray.model.lora.targets import check_targets, linear_modules_of, other_modules_of, targets_of
+from kithara_ray.model.lora.targets import check_targets, linear_modules_of, lora_config_of, other_modules_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
@@ -25,6 +28,7 @@ from kithara_ray.orchestration.generator import Request, Weights, generate_on_gr
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import start_coordinator
+from kithara_ray.orchestration.preflight.probes import HeadProbes
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage.urls import absolute
 
@@ -35,20 +39,8 @@ _ELSEWHERE = {
     "sharding_strategy": "give Trainer(mesh=MeshShape(data=..., fsdp=..., tensor=...))",
     "scan_layers": "leave it out",
     "dtype": "give precision=",
-    "modules_to_save": "embeddings, norms and heads are not trained beside LoRA",
     "preprocessor": "leave it out; rows are tokenised by the dataset",
 }
-
-
-def _lora_config(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig:
-    """LoRA's settings as the user gave them, "all-linear" spelled out."""
-    targets = targets_of(settings.pop("target_modules"), base)
-    if settings["init_lora_weights"] is False:
-        raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
-    patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    lora = LoraConfig(r=rank, target_modules=targets, **patterns, **settings)
-    check_targets(lora, linear_modules_of(base), other_modules_of(base))
-    return lora
 
 
 def _check_unset(function: Callable, given: dict[str, Any], why: str) -> None:
@@ -101,6 +93,14 @@ class KerasHubModel:
         rank_pattern: Mapping[str, int] | None = None,
         alpha_pattern: Mapping[str, float] | None = None,
         init_lora_weights: str | bool = True,
+        exclude_modules: str | Sequence[str] | None = None,
+        layers_to_transform: int | Sequence[int] | None = None,
+        layers_pattern: str | Sequence[str] | None = None,
+        bias: str = "none",
+        lora_bias: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        ensure_weight_tying: bool = False,
         adapter: str | None = None,
         allow_other_base: bool = False,
         quantize: str | None = None,
@@ -125,6 +125,16 @@ class KerasHubModel:
             use_dora: train the length of each row of the weights apart from its direction (arXiv:2402.09353).
             rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
             init_lora_weights: True draws A as PEFT does (kaiming), "gaussian" from a normal of deviation 1 / rank.
+            exclude_modules: modules that are left out of the targets, given as target_modules are.
+            layers_to_transform: the number of the one block that is adapted, or a list of such numbers.
+            layers_pattern: the name of the list that layers_to_transform counts in, where a module's name has several
+                numbers; the first is taken if not given.
+            bias: "all" trains the base's biases too, "lora_only" those of the adapted layers.
+            lora_bias: train a bias of lora_B. Where a layer of the base has no bias, there is no merged export.
+            modules_to_save: "embed_tokens", "lm_head" or both, trained as a whole beside the factors.
+            trainable_token_indices: ids of tokens whose rows of the embedding are trained, and of a head that is the
+                embedding; or such lists by "embed_tokens" and "lm_head".
+            ensure_weight_tying: train modules_to_save as one weight where the head is the embedding.
             adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
                 LoRA settings; give none of them beside it.
             allow_other_base: take an adapter whose adapter_config.json names another base.
@@ -156,6 +166,14 @@ class KerasHubModel:
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "init_lora_weights": init_lora_weights,
+            "exclude_modules": exclude_modules,
+            "layers_to_transform": layers_to_transform,
+            "layers_pattern": layers_pattern,
+            "bias": bias,
+            "lora_bias": lora_bias,
+            "modules_to_save": modules_to_save,
+            "trainable_token_indices": trainable_token_indices,
+            "ensure_weight_tying": ensure_weight_tying,
         }
         handle = absolute(preset_handle)
         # Of an object store the headers alone: no weight comes to the driver.
@@ -173,7 +191,7 @@ class KerasHubModel:
                 "without lora_rank=, which trains all weights and no adapter",
             )
             return cls(handle, None, precision)
-        return cls(handle, _lora_config(lora_rank, base, **settings), precision, quantize)
+        return cls(handle, lora_config_of(lora_rank, base, **settings), precision, quantize)
 
     @property
     def vocabulary(self) -> int | None:
@@ -201,7 +219,7 @@ class KerasHubModel:
             )
         loaded.validate(base)
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
-        model = cls(handle, loaded.config, precision, quantize)
+        model = cls(handle, replace(loaded.config, **beside.normal(loaded.config, base)), precision, quantize)
         model.adapter = {name: np.asarray(tensor, np.float32) for name, tensor in loaded.tensors.items()}
         return model
 
@@ -295,7 +313,8 @@ class KerasHubModel:
         Raises:
             DestinationError: it is there and not empty, or cannot be written.
         """
-        remote_get(self.coordinator().check_destination.remote(absolute(str(output_dir))))
+        start_ray()
+        HeadProbes({absolute(str(output_dir)): check_destination}).check()
 
     @property
     def weights_handle(self) -> str:

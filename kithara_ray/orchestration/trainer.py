@@ -4,51 +4,46 @@ The driver tokenises, starts the coordinator and one Ray Train actor per host, s
 adapter. It needs no accelerator.
 """
 
+import dataclasses
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.train import RunConfig, ScalingConfig
 
-from kithara_ray.callbacks import Callback, Profiler, TensorBoard
-from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.callbacks import Callback, Profiler
 from kithara_ray.model.options import REMAT
-from kithara_ray.orchestration import request
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
-from kithara_ray.orchestration.data.data_spec import DataSpec
 from kithara_ray.orchestration.data.datasets import Dataloader
-from kithara_ray.orchestration.data.held_out import tokenized_stores
-from kithara_ray.orchestration.data.token_store import TokenStore
-from kithara_ray.orchestration.data.unbounded import EndlessStore
 from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
+from kithara_ray.orchestration.driver.run_spec import run_spec, tokenized
 from kithara_ray.orchestration.driver.samples import Samples
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.ray_channel import RayChannel
 from kithara_ray.orchestration.model import KerasHubModel
-from kithara_ray.orchestration.preflight import checks, memory_fit
+from kithara_ray.orchestration.preflight import memory_fit
+from kithara_ray.orchestration.preflight.checks import check_run
+from kithara_ray.orchestration.preflight.findings import raise_for
+from kithara_ray.orchestration.request import arguments
+from kithara_ray.orchestration.request.run_request import ModelRequest, Reporting, RunRequest, StepSettings, Timeouts
 from kithara_ray.orchestration.results import TrainResult, about, raise_for_end, result_of
 from kithara_ray.orchestration.worker import callback_runner
 from kithara_ray.orchestration.worker.channel import AdapterSpec
 from kithara_ray.orchestration.worker.entry import Entry, Loop
 from kithara_ray.orchestration.worker.event_log import Event, one_history
-from kithara_ray.orchestration.worker.heartbeat import Limits
-from kithara_ray.orchestration.worker.snapshots import Snapshots
-from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec, StepSpec
+from kithara_ray.orchestration.worker.spec import RunSpec
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage.places import Place
-from kithara_ray.storage.urls import absolute, is_url, join
+from kithara_ray.storage.urls import absolute, is_url
 from kithara_ray.train.optimizer_config import portable
 
 logger = logging.getLogger(__name__)
 
-# A process tells each second that it is there; one that is frozen, or whose host is, tells nothing.
-_SILENCE_TIMEOUT_S = 60.0
 # What every worker runs, imported there; the driver needs none of it. Tests put a loop of their own.
 TRAIN_LOOP: str | Loop = "kithara_ray.orchestration.worker.run:train_loop"
 
@@ -130,11 +125,9 @@ class Trainer:
         report_max_length: int = 256,
         progress: bool = True,
     ):
-        if steps is not None and epochs is not None:
-            raise ConfigError(f"Trainer takes one of steps and epochs, got steps={steps} and epochs={epochs}")
-        if eval_steps_interval is not None and eval_epochs_interval is not None:
-            raise ConfigError("Trainer takes one of eval_steps_interval and eval_epochs_interval")
-        _check_counts(
+        arguments.check_at_most_one(steps=steps, epochs=epochs)
+        arguments.check_at_most_one(eval_steps_interval=eval_steps_interval, eval_epochs_interval=eval_epochs_interval)
+        arguments.check_counts(
             steps=steps,
             epochs=epochs,
             log_steps_interval=log_steps_interval,
@@ -145,33 +138,38 @@ class Trainer:
             export_every_steps=export_every_steps,
             report_max_length=report_max_length,
         )
-        _check_endless(train_dataloader, eval_dataloader, steps, max_eval_samples)
-        _check_one_of("remat", remat, REMAT)
-        _check_one_of("on_nan", on_nan, ("stop", "skip"))
+        arguments.check_endless(train_dataloader, eval_dataloader, steps, max_eval_samples)
+        arguments.check_one_of("remat", remat, REMAT)
+        arguments.check_one_of("on_nan", on_nan, ("stop", "skip"))
         self.model = model
-        self.optimizer = portable(optimizer)
-        self.train_dataloader, self.eval_dataloader = train_dataloader, eval_dataloader
-        self.steps, self.epochs = steps, 1 if steps is None and epochs is None else epochs
-        self.evaluates = request.evaluates(train_dataloader, eval_dataloader)
-        if self.evaluates and eval_steps_interval is None and eval_epochs_interval is None:
-            eval_epochs_interval = 1
-        self.eval_steps_interval, self.eval_epochs_interval = eval_steps_interval, eval_epochs_interval
-        self.log_steps_interval, self.max_eval_samples = log_steps_interval, max_eval_samples
-        self.mesh, self.remat, self.seed, self.on_nan = mesh, remat, seed, on_nan
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.scaling_config = scaling_config or ScalingConfig(num_workers=1)
-        self.run_config = run_config or RunConfig()
-        self.group = WorkerGroup(self.scaling_config, self.run_config, cpu_devices_per_worker, cluster_timeout_s)
-        self.checkpointer = request.choose(checkpointer, self.run_config, self.evaluates)
-        self.snapshots = _snapshots(export_every_steps, export_dir, self.run_config, model)
-        save_timeout_s = self.checkpointer.save_timeout_s if self.checkpointer else 0.0
-        self.limits = Limits(step_timeout_s, startup_timeout_s, save_timeout_s, _SILENCE_TIMEOUT_S)
-        self.callbacks = callback_runner.checked(callbacks)
-        self.tensorboard_dir = tensorboard_dir and absolute(str(tensorboard_dir))
-        self.profiler = _profiler(profiler)
-        self.report_prompts, self.report_max_length = _prompts(report_prompts), report_max_length
-        self.progress = progress
-        self.config: Mapping[str, Any] | None = None  # the YAML that this was made of
+        evaluated = arguments.evaluated_of(train_dataloader, eval_dataloader)
+        step = StepSettings(portable(optimizer), mesh, remat, gradient_accumulation_steps, seed, on_nan)
+        scaling_config, run_config = scaling_config or ScalingConfig(num_workers=1), run_config or RunConfig()
+        self.request = RunRequest(
+            model=_asked_of(model),
+            train=train_dataloader,
+            evaluation=arguments.evaluation_of(evaluated, eval_steps_interval, eval_epochs_interval, max_eval_samples),
+            steps=steps,
+            epochs=1 if steps is None and epochs is None else epochs,
+            step=step,
+            group=WorkerGroup(scaling_config, run_config, cpu_devices_per_worker, cluster_timeout_s),
+            checkpointer=arguments.checkpointer_of(checkpointer, run_config, evaluated is not None),
+            snapshots=arguments.snapshots_of(export_every_steps, export_dir, run_config, model.lora is not None),
+            timeouts=Timeouts(step_timeout_s, startup_timeout_s),
+            reporting=Reporting(
+                log_steps_interval=log_steps_interval,
+                callbacks=callback_runner.checked(callbacks),
+                tensorboard_dir=tensorboard_dir and absolute(str(tensorboard_dir)),
+                profiler=arguments.profiler_of(profiler),
+                prompts=arguments.prompts_of(report_prompts),
+                max_length=report_max_length,
+                progress=progress,
+            ),
+        )
+
+    def adopt(self, request: RunRequest) -> None:
+        """Train as `request` says from now on: for what makes one of this Trainer's own, as a search does."""
+        self.request = request
 
     def train(self, exports: Sequence[Mapping[str, Any]] = ()) -> TrainResult:
         """Run to the end; `model` has what was trained afterwards.
@@ -191,16 +189,18 @@ class Trainer:
         """
         start_ray()
         self.model.release()
-        coordinator = self.model.coordinator()
-        ray.get(coordinator.start_run.remote())
-        manifest = RunManifest(self)
-        if self.snapshots is not None:
-            remote_get(coordinator.check_snapshots.remote(self.snapshots, self.checkpointer is not None))
-        samples = Samples(self.model, self.report_prompts, self.report_max_length)
-        with Progress(coordinator, enabled=self.progress) as progress:
-            spec = self._prepared(coordinator, manifest, exports, samples, progress)
+        # An earlier training may have changed the model.
+        request = dataclasses.replace(self.request, model=_asked_of(self.model))
+        manifest = RunManifest(request)
+        samples = Samples(self.model, request.reporting.prompts, request.reporting.max_length)
+        with Progress(request.reporting.progress) as progress:
+            progress.phase("check")
+            raise_for(check_run(request, exports, request.group.cluster_timeout_s))
+            coordinator = self.model.coordinator()
+            spec = self._prepared(request, coordinator, manifest, samples, progress)
             try:
-                ended = self.group.run(Entry(TRAIN_LOOP), {"spec": spec}, coordinator, 2 * _SILENCE_TIMEOUT_S)
+                silence_s = spec.limits.silence_timeout_s
+                ended = request.group.run(Entry(TRAIN_LOOP), {"spec": spec}, coordinator, 2 * silence_s)
             except BaseException as error:
                 manifest.end(coordinator, "failed", error=f"{type(error).__name__}: {error}")
                 manifest.write_report(coordinator, {"events": _events_so_far(coordinator), "samples": samples.rows})
@@ -219,25 +219,27 @@ class Trainer:
 
     def _prepared(
         self,
+        request: RunRequest,
         coordinator: ray.actor.ActorHandle,
         manifest: RunManifest,
-        exports: Sequence[Mapping[str, Any]],
         samples: Samples,
         progress: Progress,
     ) -> RunSpec:
-        """All that comes before the workers: checks, tokenised data, a plan; run.json is there, and so is room."""
-        progress.phase("check")
-        checks.raise_for(checks.check_run(self, exports, self.group.cluster_timeout_s))
-        if self.report_prompts:
+        """From checks that passed to the workers: samples, tokens, a plan; run.json is there, and so is room."""
+        begun = coordinator.start_run.remote()  # its process starts meanwhile
+        if request.reporting.prompts:
             progress.phase("sample")
             samples.take("before")
         progress.phase("tokenize")
-        spec = self._spec(coordinator, manifest.told()["settings"], called=time.time())
-        if self.scaling_config.use_tpu:
+        data = tokenized(request)
+        if request.group.scaling_config.use_tpu:
             progress.phase("plan")
-        spec = memory_fit.fitted(spec, self.scaling_config, self.train_dataloader.per_device_batch_size == "auto")
+        fit = memory_fit.fit(request, data.largest_shape(request))
+        spec = run_spec(request, data, fit, self.model.adapter, manifest.told()["settings"], RayChannel(coordinator))
         progress.phase("schedule")
-        self.group.wait()
+        request.group.wait()
+        ray.get(begun)
+        progress.follow(coordinator)
         manifest.begin(coordinator, spec)
         return spec
 
@@ -272,113 +274,17 @@ class Trainer:
             return directory
         return adapters.ask(coordinator.write_adapter.remote, model.adapter_ref(directory), model.adapter)
 
-    def _spec(self, coordinator: ray.actor.ActorHandle, settings: Mapping[str, Any], called: float) -> RunSpec:
-        """Tokenises the data. called: when `train()` was, in seconds since the epoch."""
-        model, board = self.model, [TensorBoard(self.tensorboard_dir)] if self.tensorboard_dir else []
-        evaluation = None
-        given = (self.train_dataloader, self.eval_dataloader, self.max_eval_samples, self.model.vocabulary)
-        stores = tokenized_stores(*given)
-        train = self._data(self.train_dataloader, stores[0], self.gradient_accumulation_steps)
-        if self.evaluates:
-            when = (self.eval_steps_interval, self.eval_epochs_interval, self.max_eval_samples)
-            evaluation = EvalSpec(self._data(self.eval_dataloader or self.train_dataloader, stores[1]), *when)
-        return RunSpec(
-            model=ModelSpec(model.weights_handle, model.lora, model.precision, model.quantize, model.adapter),
-            train=train,
-            steps=self.steps,
-            epochs=self.epochs,
-            eval=evaluation,
-            step=StepSpec(
-                optimizer=self.optimizer,
-                mesh=self.mesh,
-                remat=self.remat,
-                micro_batches=self.gradient_accumulation_steps,
-                seed=self.seed,
-                on_nan=self.on_nan,
-            ),
-            platform=self.group.platform,
-            num_workers=self.group.num_workers,
-            num_devices=checks.count_devices(self),
-            directory=join(self.group.storage, self.run_config.name),
-            checkpointer=self.checkpointer,
-            snapshots=self.snapshots,
-            log_steps_interval=self.log_steps_interval,
-            limits=self.limits,
-            callbacks=(callback_runner.RayMetrics(), *board, *self.callbacks),
-            profiler=self.profiler,
-            settings=settings,
-            plan=None,
-            called=called,
-            submitted=time.time(),
-            channel=RayChannel(coordinator),
-        )
 
-    def _data(self, loader: Dataloader, store: TokenStore | EndlessStore, micro_batches: int = 1) -> DataSpec:
-        # "auto" begins with one row; see memory_fit.fitted.
-        rows = 1 if loader.per_device_batch_size == "auto" else loader.per_device_batch_size
-        return DataSpec(
-            store=store,
-            rows_per_device=rows * micro_batches,
-            packed_len=loader.dataset.max_seq_len if loader.packing else None,
-            buckets=loader.length_buckets,
-            shuffle=loader.shuffle,
-            shuffle_rows=loader.shuffle_rows,
-            seed=loader.seed,
-        )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
-
-
-def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"Trainer: {name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int | None, rows: int | None) -> None:
-    if train.dataset.is_endless and steps is None:
-        raise ConfigError("the training data streams, so nobody knows when an epoch ends; give steps=")
-    if evaluation is not None and evaluation.dataset.is_endless and rows is None:
-        raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
-
-
-def _snapshots(
-    every: int | None, directory: str | None, run_config: RunConfig, model: KerasHubModel
-) -> Snapshots | None:
-    if every is None:
-        if directory is not None:
-            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
-        return None
-    if directory is not None and directory.startswith("hf://"):
-        raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")
-    if model.lora is None:
-        raise UnsupportedError(
-            "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
-            "checkpointer, or lora_rank="
-        )
-    default = join(str(run_config.storage_path), run_config.name, "adapters")
-    return Snapshots(every, absolute(str(directory or default)))
-
-
-def _profiler(given: Any) -> Profiler | None:
-    """With the place that the driver means."""
-    if given is None:
-        return None
-    if not isinstance(given, Profiler):
-        raise ConfigError(
-            f"Trainer: profiler must be a kithara_ray.Profiler(directory, steps=(first, last)), "
-            f"got {type(given).__name__}"
-        )
-    return Profiler(absolute(str(given.directory)), given.steps)
-
-
-def _prompts(given: Any) -> list[Any]:
-    if isinstance(given, str):
-        raise ConfigError(f"Trainer: report_prompts must be a list of prompts, got the text {given[:40]!r}")
-    return list(given)
+def _asked_of(model: KerasHubModel) -> ModelRequest:
+    """The model as it is now."""
+    return ModelRequest(
+        preset_handle=model.preset_handle,
+        weights_handle=model.weights_handle,
+        lora=model.lora,
+        precision=model.precision,
+        quantize=model.quantize,
+        starts_from_adapter=model.adapter is not None,
+    )
 
 
 def _events_so_far(coordinator: ray.actor.ActorHandle) -> list[Event]:

@@ -77,8 +77,7 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
 def _lora(settings: Mapping[str, Any]):
     from kithara_ray.hf.lora_config import LoraConfig
 
-    targets = settings["target_modules"]
-    return LoraConfig(**{**settings, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
+    return LoraConfig(**settings)
 
 
 def _compiled(step, model, optimizer, state, frozen, batch, micro: int) -> dict[str, Any]:

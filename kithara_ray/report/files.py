@@ -14,6 +14,7 @@ import jinja2
 
 from kithara_ray.checkpoint import disk_format
 from kithara_ray.checkpoint.disk_format import Checkpoint
+from kithara_ray.checkpoint.run_files import CHECKPOINTS, RUN, read_object
 from kithara_ray.errors import ConfigError
 from kithara_ray.redact import redact
 from kithara_ray.report import page
@@ -21,7 +22,7 @@ from kithara_ray.storage.places import Place
 
 logger = logging.getLogger(__name__)
 
-RUN, HISTORY, REPORT, EXPORT = "run.json", "history.json", "report.html", "export_report.json"
+HISTORY, REPORT, EXPORT = "history.json", "report.html", "export_report.json"
 # A page that a browser can hold; of longer runs every n-th step.
 _MOST_EVENTS = 50_000
 
@@ -46,8 +47,8 @@ def rewrite(directory: str) -> str:
     names = place.files("")
     if RUN not in names:
         raise ConfigError(f"{directory}: no {RUN} there; give a run's directory, <storage_path>/<name>")
-    run = _read(place, RUN)
-    history = _read(place, HISTORY) if HISTORY in names else _of_checkpoint(place)
+    run = read_object(place, RUN)
+    history = read_object(place, HISTORY) if HISTORY in names else _of_checkpoint(place)
     try:
         text = page.render(redact(run), redact(history))
     except (TypeError, ValueError, KeyError, AttributeError, jinja2.TemplateError) as error:
@@ -59,28 +60,18 @@ def rewrite(directory: str) -> str:
 def add_export(directory: str, destination: str) -> None:
     """Tell the page of an export of the run: what it has proven, by its export_report.json."""
     place = Place(directory)
-    history = _read(place, HISTORY) if HISTORY in place.files("") else {}
+    history = read_object(place, HISTORY) if HISTORY in place.files("") else {}
     entry: dict[str, Any] = {"path": destination}
     if not destination.startswith("hf://"):
-        report = _read(Place(destination), EXPORT)
+        report = read_object(Place(destination), EXPORT)
         entry |= {name: report.get(name) for name in ("layout", "dtype", "tensors", "checks", "notes", "seconds")}
         entry["bytes"] = sum(file.get("bytes", 0) for file in report.get("files", {}).values())
     kept = [told for told in history.get("exports", []) if told.get("path") != destination]
     write(directory, {**history, "exports": [*kept, entry]})
 
 
-def _read(place: Place, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(place.read("", name))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{place.url(name)} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{place.url(name)} is not what a run writes: no object of named values")
-    return found
-
-
 def _of_checkpoint(place: Place) -> dict[str, Any]:
-    inner = Place(place.url("checkpoints"))
+    inner = Place(place.url(CHECKPOINTS))
     for directory in disk_format.committed(inner):
         try:
             return {"events": Checkpoint.open(inner, directory).events()}

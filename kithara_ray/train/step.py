@@ -32,7 +32,7 @@ def summed_loss(
     hidden_BTD = model.hidden_BTD(params, frozen, batch["token_ids"], batch["segment_ids"], dropout_key)
     hidden_BKD = jnp.take_along_axis(hidden_BTD, batch["target_positions"][..., None], axis=1)
     head = model.head_weights(params, frozen)
-    trained, fixed = (head, []) if model.trains_weights else ([], head)
+    trained, fixed = (head, []) if model.trains_head else ([], head)
     total = summed_cross_entropy(
         lambda trained, hidden: model.head_V(trained or fixed, hidden),
         trained,

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kithara_ray.checkpoint import disk_format
+from kithara_ray.checkpoint import disk_format, run_files
 from kithara_ray.checkpoint.run_files import read_trained
 from kithara_ray.cli.app import main
 from kithara_ray.errors import CheckpointError, ConfigError
@@ -115,3 +115,15 @@ def test_what_is_no_run(run, tmp_path):
     part.write_bytes(part.read_bytes()[:-1] + b"\0")
     with pytest.raises(CheckpointError, match="is damaged: its SHA-256 is"):
         read_trained(str(run))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+def test_run_json_is_written_whole_and_a_broken_one_is_named(tmp_path, content):
+    place = Place(str(tmp_path / "new" / "run"))
+    run_files.write_manifest(place.root, {"status": "running"})
+    run_files.write_manifest(place.root, {"status": "finished", "loss": 1.5})
+    assert list(place.files("")) == [run_files.RUN]
+    assert run_files.read_object(place, run_files.RUN) == {"status": "finished", "loss": 1.5}
+    place.put_bytes(content, "", run_files.RUN)
+    with pytest.raises(ConfigError, match=r"run/run\.json (cannot be read|is not what a run writes)"):
+        run_files.read_object(place, run_files.RUN)

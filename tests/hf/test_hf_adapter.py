@@ -104,11 +104,10 @@ def test_every_peft_default_is_accepted_and_every_foreign_field_refused():
     default = json.loads(json.dumps(peft.LoraConfig(r=4, target_modules=["q_proj"]).to_dict(), default=list))
     assert LoraConfig.from_peft(default) == LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",))
     foreign = {
-        "bias": "all", "modules_to_save": ["lm_head"], "layers_to_transform": 0,
-        "layers_pattern": "h", "fan_in_fan_out": True, "lora_bias": True, "target_parameters": ["experts"],
-        "exclude_modules": ["v_proj"], "trainable_token_indices": [1], "layer_replication": [[0, 1]],
+        "fan_in_fan_out": True, "target_parameters": ["experts"],
+        "layer_replication": [[0, 1]],
         "alora_invocation_tokens": [1], "use_qalora": True, "qalora_group_size": 32, "kasa_config": {"beta": 1},
-        "use_bdlora": {"nblocks": 1}, "arrow_config": {"top_k": 1}, "ensure_weight_tying": True,
+        "use_bdlora": {"nblocks": 1}, "arrow_config": {"top_k": 1},
         "megatron_config": {"a": 1}, "velora_config": {"a": 1}, "a_field_of_2030": "x",
     }  # fmt: skip
     for name, value in foreign.items():

@@ -22,8 +22,16 @@ CASES = {
         "alpha_pattern": {"o_proj": 3, r"layers\.0\..*k_proj": 11},
     },
     "expression": {"target_modules": r".*layers\.1.*q_proj"},
+    "selected": {"target_modules": ATTENTION, "layers_to_transform": [1, 2], "exclude_modules": r".*\.1\..*k_proj"},
 }
-DTYPES = {"plain": "bfloat16", "rslora": "float32", "dora": "bfloat16", "patterns": "float16", "expression": "float32"}
+DTYPES = {
+    "plain": "bfloat16",
+    "rslora": "float32",
+    "dora": "bfloat16",
+    "patterns": "float16",
+    "expression": "float32",
+    "selected": "bfloat16",
+}
 
 
 def _save(model: transformers.PreTrainedModel, directory, **fields) -> peft.PeftModel:
@@ -64,7 +72,7 @@ def models(tiny_models, tmp_path_factory):
         (family, case)
         for family in sorted(tiny.SIZES)
         for case in CASES
-        if (case != "expression" or family == "llama") and (family not in MIXTURES or case == "plain")
+        if (case not in ("expression", "selected") or family == "llama") and (family not in MIXTURES or case == "plain")
     ],
 )
 def test_merged_bit_by_bit_as_peft_does(models, tmp_path, family, case):
@@ -92,12 +100,9 @@ def test_merged_bit_by_bit_as_peft_does(models, tmp_path, family, case):
 
 
 REFUSED = {
-    "bias": {"target_modules": ["q_proj"], "bias": "lora_only"},
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "layers_to_transform": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-    "exclude_modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
     "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},
-    "trainable_token_indices": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    "trainable_token_indices": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 2]}},
     "init_lora_weights": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
     "embed_tokens": {"target_modules": ["embed_tokens", "q_proj"]},
 }
@@ -106,8 +111,6 @@ REFUSED = {
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_would_not_be_honoured_is_refused_by_name(tiny_models, tmp_path, capsys, field):
     directory = tiny_models["gemma"]  # its embedding and its head are one tensor
-    if field == "lora_bias":
-        directory = tiny_models["qwen2"]  # its q_proj has a bias
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     _save(model, tmp_path / "adapter", **REFUSED[field])
     out = tmp_path / "merged"

@@ -1,5 +1,6 @@
 """Every option of PEFT against PEFT: logits, gradients of a step, and the adapter's files, of random factors."""
 
+import re
 import warnings
 
 import jax
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray import KerasHubModel
 from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.beside import tensor_of
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.hf.lora_config import LoraConfig
@@ -21,6 +23,9 @@ from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train.step import loss_and_gradients
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 20)).astype(np.int32)
+SEEN = [int(token) for token in TOKENS[0, [9, 4, 16]]]
+APART = {"embed_tokens": SEEN, "lm_head": SEEN[:0:-1]}
 PATTERNS = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.[12]\..*down_proj": 8},
     "alpha_pattern": {"down_proj": 3},
@@ -34,13 +39,36 @@ OPTIONS = {
         "llama",
         dict(target_modules=("q_proj", "1.self_attn.k_proj", "down_proj"), **PATTERNS),
     ),
+    "some layers": ("llama", dict(target_modules=LINEAR, layers_to_transform=[0, 2], layers_pattern="layers")),
+    # Of five blocks in pairs the last stands behind the scan.
+    "the last layer": ("gemma2", dict(layers_to_transform=4, exclude_modules=["v_proj"])),
+    "all but": ("gemma2", dict(target_modules=LINEAR, exclude_modules=r".*\.(0|3)\..*|.*\.1\.mlp.*")),
+    "DoRA of some layers": ("llama", dict(use_dora=True, layers_to_transform=1)),
     "DoRA": ("qwen2", dict(use_dora=True, target_modules=LINEAR)),
     "DoRA, rsLoRA, patterns": ("gemma2", dict(use_dora=True, use_rslora=True, target_modules=LINEAR, **PATTERNS)),
+    "biases": ("qwen2", dict(bias="all", target_modules=("q_proj", "up_proj"))),
+    "biases of some": (
+        "qwen2",
+        dict(bias="lora_only", lora_bias=True, target_modules=LINEAR, layers_to_transform=[0, 2]),
+    ),
+    "a bias of B alone": ("llama", dict(lora_bias=True, use_rslora=True)),
+    "DoRA beside a bias": ("qwen2", dict(use_dora=True, bias="lora_only", layers_to_transform=1)),
+    "tokens, tied": ("gemma2", dict(trainable_token_indices=SEEN)),
+    "tokens of both, int8": (
+        "mistral",
+        dict(trainable_token_indices={"embed_tokens": SEEN, "lm_head": SEEN[::-1]}, quantize="int8"),
+    ),
+    "embedding, tied": ("llama", dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "embedding and head": ("mistral", dict(modules_to_save=["embed_tokens", "lm_head"], bias="lora_only")),
+    "a head, tokens": ("mistral", dict(modules_to_save=["lm_head"], trainable_token_indices=SEEN)),
     "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
 }
-MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2)}
+BEGUN = [
+    ("qwen2", dict(bias="all")),
+    ("mistral", dict(modules_to_save=["lm_head"], trainable_token_indices=SEEN)),
+]
+MESHES = {"gemma2": MeshShape(fsdp=2, tensor=2), "mistral": MeshShape(fsdp=2, tensor=2)}
 
-TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 20)).astype(np.int32)
 POSITIONS = np.tile(np.arange(6, 19, dtype=np.int32), (4, 1))
 BATCH = {
     "token_ids": TOKENS,
@@ -82,8 +110,8 @@ def whole(model, factors):
 
 def named(parameters):
     """PEFT's parameters, or their gradients, by the names of the adapter's tensors."""
-    plain = lambda name: name.removeprefix("base_model.model.").replace(".default", "")  # noqa: E731
-    names = {plain(name): parameter for name, parameter in parameters if "lora_" in name}
+    plain = lambda name: re.sub(r"\.modules_to_save(?=\.)|\.default\b", "", name.removeprefix("base_model.model."))  # noqa: E731
+    names = {plain(name): parameter for name, parameter in parameters if parameter.requires_grad}
     return {n.removesuffix(".weight") if "magnitude" in n else n: p for n, p in names.items()}
 
 
@@ -111,6 +139,7 @@ def loaded_by_peft(base, directory, quantize=None, **options):
         round_to_int8(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys are warnings in peft
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but the targeted layer")
         return peft.PeftModel.from_pretrained(plain, directory, **options)
 
 
@@ -180,6 +209,19 @@ def test_a_continued_adapter_of_peft_computes_and_trains_as_peft_s(tiny_models, 
     assert_as_peft_s(ours, gradients, loaded_by_peft(base, tmp_path, is_trainable=True).train())
 
 
+@pytest.mark.parametrize("selection", [dict(layers_to_transform=(1, 3)), dict(exclude_modules=r".*\.0\..*")], ids=str)
+def test_blocks_without_a_target_stay_in_the_scan(selection, tiny_models):
+    """Else each of them would be compiled by itself: gemma2's five blocks are pairs and one over, as without LoRA."""
+    base = BaseCheckpoint.open(tiny_models["gemma2"])
+    config = LoraConfig(r=4, **selection)
+    model = build(base.config, config, make_mesh(), "float32")
+    assert model.chain.period == build(base.config, None, make_mesh(), "float32").chain.period == 2
+    assert {name.split(".")[2] for name in model.adapter_shapes} == {
+        str(n) for n in range(5) if config.matches(f"model.layers.{n}.self_attn.q_proj")
+    }
+    assert not build(base.config, config, make_mesh(), "float32", scan=False).zeros
+
+
 @pytest.mark.parametrize("options", [{}, {"stack_factors": False}, {"scan": False}], ids=str)
 def test_first_magnitudes_are_the_rows_norms_and_change_nothing(options, tiny_models):
     base, mesh = BaseCheckpoint.open(tiny_models["gemma2"]), make_mesh()
@@ -196,6 +238,30 @@ def test_first_magnitudes_are_the_rows_norms_and_change_nothing(options, tiny_mo
         ours = jax.jit(model.logits_BTV)(model.initial_factors(0, frozen), frozen, *place)
         plain = build(base.config, None, mesh, "float32")
         np.testing.assert_allclose(ours, jax.jit(plain.logits_BTV)({}, frozen, *place), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"stack_factors": False}, {"scan": False}], ids=str)
+@pytest.mark.parametrize(("family", "fields"), BEGUN, ids=[family for family, _ in BEGUN])
+def test_weights_of_the_base_begin_as_they_are_and_change_nothing(family, fields, options, tiny_models):
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MESHES.get(family))
+    model = build(base.config, LoraConfig(r=4, **fields), mesh, "float32", **options)
+    frozen = model.load(base)
+    first = model.initial_factors(0, frozen)
+    tensors, counted = whole(model, first), 0
+    for name, tensor in tensors.items():
+        if "lora_" not in name:
+            view = base.view(tensor_of(name))
+            np.testing.assert_array_equal(tensor, view if name == tensor_of(name) or "bias" in name else view[SEEN])
+            counted += 1
+    assert counted == {"qwen2": 9, "mistral": 2}[family]
+    assert sum(array.size for array in first.values()) == sum(tensor.size for tensor in tensors.values())
+    for name, abstract in model.abstract_params().items():
+        assert (abstract.shape, abstract.sharding) == (first[name].shape, first[name].sharding), name
+    if not options:
+        place = [jax.device_put(BATCH[name], batch_sharding(mesh)) for name in ("token_ids", "segment_ids")]
+        plain = build(base.config, None, mesh, "float32")
+        expected = jax.jit(plain.logits_BTV)({}, plain.load(base), *place)
+        np.testing.assert_allclose(jax.jit(model.logits_BTV)(first, frozen, *place), expected, atol=1e-5)
 
 
 def test_dropout_before_the_magnitude_is_peft_s(tiny_models, tmp_path):

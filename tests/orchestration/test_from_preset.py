@@ -5,7 +5,7 @@ import shutil
 
 import fsspec
 import pytest
-from tiny import write_model
+from tiny import VOCABULARY, write_model
 
 from kithara_ray import KerasHubModel
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
@@ -55,6 +55,27 @@ def test_options_reach_the_configuration(directory):
     )
 
 
+def test_options_beside_the_factors_reach_the_configuration(directory):
+    """Spelled out as PEFT understands them for a base whose head is its embedding."""
+    fields = {"lora_rank": 8, "ensure_weight_tying": True, "layers_to_transform": 1, "layers_pattern": "layers"}
+    model = KerasHubModel.from_preset(directory, modules_to_save=["lm_head"], **fields)
+    assert model.lora.modules_to_save == ("embed_tokens",)
+    assert (model.lora.layers_to_transform, model.lora.layers_pattern) == ((1,), ("layers",))
+    tokens = {"embed_tokens": [5, 4], "lm_head": [5, 4]}
+    model = KerasHubModel.from_preset(directory, lora_rank=8, trainable_token_indices=tokens, exclude_modules="lm_head")
+    assert model.lora.trainable_token_indices == {"embed_tokens": (5, 4)}
+    for settings, message in (
+        ({"bias": "all"}, "bias='all': none of these layers has a bias in this base; leave it out"),
+        ({"trainable_token_indices": [VOCABULARY]}, f"token {VOCABULARY} of 'embed_tokens' is beyond the base's"),
+        ({"modules_to_save": ["embed_tokens"]}, "train the two apart; give ensure_weight_tying=True"),
+        ({"layers_to_transform": [3]}, "no layer 3; this model has layers 0 to 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            KerasHubModel.from_preset(directory, lora_rank=8, **settings)
+        with pytest.raises(ConfigError, match="without lora_rank="):
+            KerasHubModel.from_preset(directory, **settings)
+
+
 @pytest.fixture(scope="module")
 def adapted_by_peft(tiny_models):
     """The names of the modules that PEFT adapts for `target_modules`; raises what PEFT raises."""
@@ -95,8 +116,8 @@ def test_targets_that_peft_refuses_or_that_are_not_linear_are_refused(targets, d
 
 def test_one_name_may_be_a_string_and_whole_modules_are_not_trained(directory):
     assert KerasHubModel.from_preset(directory, 2, target_modules="q_proj").lora.target_modules == ("q_proj",)
-    with pytest.raises(ConfigError, match="'modules_to_save': embeddings, norms and heads are not trained beside LoRA"):
-        KerasHubModel.from_preset(directory, 2, modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match="'sharding_strategy': give Trainer"):
+        KerasHubModel.from_preset(directory, 2, sharding_strategy="fsdp")
 
 
 def test_an_adapter_of_peft_whose_targets_are_a_regular_expression(directory, adapter):
@@ -152,8 +173,8 @@ def test_what_cannot_be_honoured_is_named(directory, adapter):
     rewrite(adapter, use_dora=True)
     with pytest.raises(AdapterError, match=r"lora_magnitude_vector is missing although .*lora_A.weight is there"):
         KerasHubModel.from_preset(directory, adapter=str(adapter))
-    rewrite(adapter, use_dora=False, bias="all")
-    with pytest.raises(UnsupportedError, match="bias='all' is not supported"):
+    rewrite(adapter, use_dora=False, fan_in_fan_out=True)
+    with pytest.raises(UnsupportedError, match="fan_in_fan_out=True is not supported"):
         KerasHubModel.from_preset(directory, adapter=str(adapter))
     shutil.rmtree(adapter)
     with pytest.raises(Exception, match="adapter") as caught:

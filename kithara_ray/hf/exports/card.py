@@ -57,6 +57,8 @@ def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
         notes.append(f"vLLM serves adapters of rank {VLLM_RANKS[-1]} at most; serve the merged layout")
     if config.use_dora:
         notes.append("vLLM does not serve DoRA adapters; serve the merged layout")
+    if config.has_beside or config.lora_bias:
+        notes.append("vLLM applies no biases, trained tokens or saved modules of an adapter; serve the merged layout")
     scales = {config.scale_of(module) for module in adapter.modules}
     if len(scales) > 1:
         notes.append(
@@ -113,6 +115,7 @@ def model_card(base_name: str, adapter: Adapter, report: dict, run: Mapping[str,
         "alpha": f"{config.alpha:g}" + (f", and {config.alpha_pattern}" if config.alpha_pattern else ""),
         "scale": "alpha / sqrt(rank)" if config.use_rslora else "alpha / rank",
         "magnitudes": "trained apart (DoRA)" if config.use_dora else None,
+        "trained beside the factors": ", ".join(f"`{name}`" for name in _beside(adapter)) or None,
         "adapted modules, parameters": f"{len(adapter.modules)}, {adapter.parameters:,}",
         "dtype": "as in the base" if report["dtype"] == "auto" else report["dtype"],
         "tensors": ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in report["tensors"].items()) or None,
@@ -129,6 +132,14 @@ def model_card(base_name: str, adapter: Adapter, report: dict, run: Mapping[str,
         lines += ["", "## Notes", "", *(f"- {note}" for note in report["notes"])]
     lines += ["", "`export_report.json` has the same for machines, with the SHA-256 of every file.", ""]
     return "\n".join(lines)
+
+
+def _beside(adapter: Adapter) -> list[str]:
+    """What it trains besides, in words of its config."""
+    config = adapter.config
+    named = {"bias": config.bias, "lora_bias": config.lora_bias, "modules_to_save": list(config.modules_to_save)}
+    named["trainable_token_indices"] = {name: list(rows) for name, rows in config.trainable_token_indices.items()}
+    return [f"{name}={value}" for name, value in named.items() if value and value != "none"]
 
 
 def _shown(value: object) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kithara_ray.errors import ConfigError, ExportError
-from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
+from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import SINGLE, BaseCheckpoint
 from kithara_ray.hf.exports.proof import prove_file
 from kithara_ray.hf.fetch import fetch_tensors
@@ -125,8 +125,7 @@ def parts_of(
     parts = []
     for file, tensors in names.items():
         part = base.only(tensors)
-        targets = [m for m in adapter.modules if m + WEIGHT_SUFFIX in part.tensors] if adapter else []
-        merged = adapter.only(targets) if targets else None
+        merged = adapter.of_tensors(part.tensors) if adapter else None
         parts.append(Part(part, merged, file, target, dtype, check_finite))
     return parts
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from kithara_ray.errors import AdapterError, CheckpointError, ExportError, UnsupportedError
-from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter
+from kithara_ray.hf.adapter import Adapter, Change
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merge import FLOAT_TAGS, cast, out_tag, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
@@ -79,15 +79,19 @@ def prove_file(
     except CheckpointError as error:
         raise ExportError(f"the written file does not read back: {error}") from error
     _prove_headers(tensors, base, tag)
-    targets = {module + WEIGHT_SUFFIX: module for module in adapter.modules} if adapter else {}
+    changes = adapter.changes if adapter else {}
     counts = {"untouched": 0, "merged": 0, "merged_and_changed": 0}
     with _Hasher() as hasher:
         hasher.add_header(written)
         for found in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
             info = base.tensors[found.name]
             is_equal = _read_and_compare(info, found, hasher, check_finite)
-            if found.name in targets:
-                _prove_merged(info, found, adapter, targets[found.name])
+            if found.name in changes:
+                change = changes[found.name]
+                if change.module is None:
+                    _prove_replaced(info, found, change)
+                else:
+                    _prove_merged(info, found, adapter, change.module)
                 counts["merged"] += 1
                 counts["merged_and_changed"] += not is_equal
             elif not is_equal:
@@ -187,6 +191,35 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 def _rows(info: TensorInfo, rows: np.ndarray) -> np.ndarray:
     mapped = np.memmap(info.file, np.uint8, "r")[info.offset : info.offset + info.nbytes]
     return np.ndarray(info.shape, info.numpy_dtype, buffer=mapped)[rows].astype(np.float64)
+
+
+def _prove_replaced(info: TensorInfo, found: TensorInfo, change: Change) -> None:
+    """Every element against float64: the adapter's value where it has one, else the base's, and what is added to it."""
+    eps = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).eps)
+    tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).smallest_subnormal)
+    own = range(info.shape[0]) if change.rows is None else change.rows
+    row_of = {row: number for number, row in enumerate(own)} if change.value is not None else {}
+    for (begin, before), (_, after) in zip(row_blocks(info), row_blocks(found), strict=True):
+        expected, found_64 = before.astype(np.float64), after.astype(np.float64)
+        replaced = [row for row in range(begin, begin + len(before)) if row in row_of]
+        for row in replaced:
+            expected[row - begin] = change.value[row_of[row]]
+        allowed = 0.51 * eps * np.abs(expected) + tiny
+        if change.added is None:
+            kept = np.setdiff1d(np.arange(len(before)), np.array(replaced, np.int64) - begin)
+            expected[kept], allowed[kept] = cast(before[kept], found.numpy_dtype), 0
+        if change.added is not None:
+            added = change.added[begin : begin + len(before), None].astype(np.float64) * change.scale
+            # The value is rounded, then what is added to it, the product, and the sum.
+            allowed = allowed + 0.51 * eps * np.abs(expected + added) + 2 * UNIT_ROUNDOFF_32 * np.abs(added)
+            expected = expected + added
+        wrong = ~(np.abs(found_64 - expected) <= allowed)
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise ExportError(
+                f"{info.name}[{begin + row}, {column}]: the written file holds {found_64[row, column]!r}, "
+                f"the adapter's value is {expected[row, column]!r}; {wrong.sum()} of {wrong.size} values are off"
+            )
 
 
 def _prove_merged(info: TensorInfo, found: TensorInfo, adapter: Adapter, module: str) -> None:

@@ -52,16 +52,19 @@ class Piece:
     def view(self, base: BaseCheckpoint) -> np.ndarray | mxfp4.Packed:
         """The part in Keras' layout, unread until it is sliced."""
         tensor = mxfp4.view(base, self.hf_name)
-        if isinstance(tensor, mxfp4.Packed):
-            view = self.transform(tensor, list(self.shape))
-        else:
-            view = self.transform(tensor.view(_Uncast), list(self.shape)).view(np.ndarray)
+        view = self.of(tensor)
         if tuple(view.shape) != self.shape:
             raise CheckpointError(
                 f"{base.directory}: {self.hf_name} has shape {tuple(tensor.shape)}, "
                 f"which does not give the model's {self.shape}; config.json and weights do not belong together"
             )
         return view
+
+    def of(self, tensor: np.ndarray | mxfp4.Packed) -> np.ndarray | mxfp4.Packed:
+        """What the transform makes of a tensor: a view of it, where it is an array."""
+        if isinstance(tensor, mxfp4.Packed):
+            return self.transform(tensor, list(self.shape))
+        return self.transform(tensor.view(_Uncast), list(self.shape)).view(np.ndarray)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ graph and in its block, stays valid.
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -24,12 +24,12 @@ import numpy as np
 from keras import ops
 
 from kithara_ray.errors import UnsupportedError
-from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, BIAS_SUFFIX, MAGNITUDE_SUFFIX, LoraConfig
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.dropout import dropped
-from kithara_ray.model.blocks.stack import Chain
+from kithara_ray.model.blocks.stack import Chain, find_chain
 from kithara_ray.model.families.ports import Port
-from kithara_ray.model.identity import IdentityMap
+from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.lora.targets import check_targets, linear
 
 _WEIGHT = ".weight"
@@ -43,7 +43,10 @@ class Target:
         module: the HF module, e.g. `model.layers.0.self_attn.q_proj`.
         layer: the Keras layer.
         initialiser: of A's first values, "kaiming" or "gaussian"; B's are zeros, the magnitude's the kernel's norms.
-        lora_A, lora_B, magnitude: the layer's `keras.Variable`s; no magnitude without DoRA.
+        lora_A, lora_B, magnitude, bias: the layer's `keras.Variable`s; no magnitude without DoRA, and no bias of lora_B
+            without lora_bias.
+        is_target: False of a layer that only has the side path so that its block stays like the others: its factors
+            are zero and nothing of it is trained or saved.
     """
 
     module: str
@@ -52,12 +55,19 @@ class Target:
     lora_A: keras.Variable
     lora_B: keras.Variable
     magnitude: keras.Variable | None
+    bias: keras.Variable | None
+    is_target: bool = True
 
     @property
-    def variables(self) -> dict[str, keras.Variable]:
-        """By the names that an adapter file gives them."""
-        made = {f"{self.module}.lora_A.weight": self.lora_A, f"{self.module}.lora_B.weight": self.lora_B}
-        return made if self.magnitude is None else made | {f"{self.module}.lora_magnitude_vector": self.magnitude}
+    def variables(self) -> dict[str, tuple[keras.Variable, str]]:
+        """(variable, initialiser) by the names that an adapter file gives them."""
+        made = {
+            A_SUFFIX: (self.lora_A, self.initialiser),
+            B_SUFFIX: (self.lora_B, "zeros"),
+            MAGNITUDE_SUFFIX: (self.magnitude, "norms"),
+            BIAS_SUFFIX: (self.bias, "zeros"),
+        }
+        return {self.module + suffix: pair for suffix, pair in made.items() if pair[0] is not None}
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,10 @@ class _SidePath:
         whole_I = ops.cast(ops.reshape(inputs, (*batch_shape, linear.in_dim)), self.compute_dtype)
         x_I = dropped(whole_I, self.lora_dropout, self.lora_number)
         x_R = ops.matmul(x_I, ops.transpose(self.lora_A))
-        delta = ops.reshape(ops.matmul(x_R, ops.transpose(self.lora_B)) * self.lora_scale, ops.shape(y))
+        product = ops.matmul(x_R, ops.transpose(self.lora_B))
+        if self.lora_bias is not None:
+            product = ops.add(product, self.lora_bias)
+        delta = ops.reshape(product * self.lora_scale, ops.shape(y))
         if self.lora_magnitude is None:
             return ops.add(y, delta)
         # PEFT scales what the kernel makes of the dropped input, beside what the layer makes of the whole one.
@@ -189,8 +202,12 @@ def _modules(ports: Sequence[Port]) -> list[str]:
     return [piece.hf_name.removesuffix(_WEIGHT) for piece in pieces if piece.hf_name.endswith(_WEIGHT)]
 
 
-def inject(backbone, ports: Sequence[Port], config: LoraConfig) -> list[Target]:
+def inject(backbone, ports: Sequence[Port], config: LoraConfig, alike: bool = False) -> list[Target]:
     """Adapt every linear layer that `config` targets.
+
+    Args:
+        alike: give the same side paths to the blocks that no target is in, with factors of zero, so that all of them
+            still are one scan.
 
     Raises:
         ConfigError: a target module matches nothing.
@@ -198,39 +215,66 @@ def inject(backbone, ports: Sequence[Port], config: LoraConfig) -> list[Target]:
     """
     layers = linear_modules(backbone, ports)
     check_targets(config, list(layers))
-    return [_adapt(module, layer, config) for module, layer in layers.items() if config.matches(module)]
+    like = {module: module for module in layers if config.matches(module)}
+    if alike and not config.use_dora:  # a magnitude of zero is no side path of zero
+        like |= _counterparts(backbone, layers, like.keys(), config)
+    return [_adapt(module, layer, like[module], config) for module, layer in layers.items() if module in like]
 
 
-def _adapt(module: str, layer, config: LoraConfig) -> Target:
+def _counterparts(
+    backbone, layers: Mapping[str, keras.layers.Layer], targets: Collection[str], config: LoraConfig
+) -> dict[str, str]:
+    """Modules that are no targets -> a target in their place of another block of the same kind.
+
+    Where targets of one place have several ranks or scales the blocks are not alike anyway.
+    """
+    chain = find_chain(backbone)
+    module_of = IdentityMap((layer.kernel, module) for module, layer in layers.items())
+    found: dict[str, str] = {}
+    for place in range(chain.period):
+        for group in zip(*(block.variables for block in chain.blocks[place :: chain.period]), strict=True):
+            modules = [module_of[variable] for variable in group if variable in module_of]
+            adapted = [module for module in modules if module in targets]
+            if len({(config.rank_of(module), config.scale_of(module)) for module in adapted}) == 1:
+                found |= {module: adapted[0] for module in modules if module not in targets}
+    return found
+
+
+def _adapt(module: str, layer, like: str, config: LoraConfig) -> Target:
+    """`like` has the rank and scale; it is the module itself where that is a target."""
     if keras.activations.serialize(layer.activation) not in ("linear", None):
         raise UnsupportedError(f"{module}: its layer applies an activation, LoRA beside it would not be PEFT's")
-    linear, rank = LinearMap.of(layer), config.rank_of(module)
+    linear, rank = LinearMap.of(layer), config.rank_of(like)
     layer.__class__ = _ADAPTED[type(layer)]
     float32 = {"dtype": "float32", "initializer": "zeros"}
     with keras_compat.adding_weights(layer):
         layer.lora_A = layer.add_weight(name="lora_A", shape=(rank, linear.in_dim), **float32)
         layer.lora_B = layer.add_weight(name="lora_B", shape=(linear.out_dim, rank), **float32)
-        layer.lora_magnitude = None
+        layer.lora_magnitude = layer.lora_bias = None
         if config.use_dora:
             layer.lora_magnitude = layer.add_weight(name="lora_magnitude", shape=(linear.out_dim,), **float32)
+        if config.lora_bias:
+            layer.lora_bias = layer.add_weight(name="lora_bias", shape=(linear.out_dim,), **float32)
     layer.lora_map = linear
-    layer.lora_scale, layer.lora_dropout = config.scale_of(module), config.lora_dropout
+    layer.lora_scale, layer.lora_dropout = config.scale_of(like), config.lora_dropout
     layer.lora_number = zlib.crc32(module.encode())
     layer.kernel.trainable = False
     initialiser = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
-    return Target(module, layer, initialiser, layer.lora_A, layer.lora_B, layer.lora_magnitude)
+    variables = layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.lora_bias
+    return Target(module, layer, initialiser, *variables, module == like)
 
 
 @dataclass(frozen=True)
 class FactorSlot:
-    """One trained array: a factor, or the same factor of every step of the scan, stacked.
+    """One trained array: a factor, or the same factor of those steps of the scan that have it, stacked.
 
     Attributes:
-        names: adapter tensor names, one or one for each step.
+        names: adapter tensor names, one or one for each of these steps.
         variables: theirs, in the same order.
         layers: whose they are, in the same order.
         initialiser: of their first values: "zeros", "kaiming", "gaussian" or, of a magnitude, "norms".
-        stacked: whether the array's first dim counts the steps.
+        stacked: whether the array's first dim counts these steps.
+        peers: of a stacked one, the variables of all steps, in order.
     """
 
     names: tuple[str, ...]
@@ -238,6 +282,7 @@ class FactorSlot:
     layers: tuple[keras.layers.Layer, ...]
     initialiser: str
     stacked: bool
+    peers: tuple[keras.Variable, ...] = ()
 
     @property
     def key(self) -> str:
@@ -248,6 +293,14 @@ class FactorSlot:
     def shape(self) -> tuple[int, ...]:
         one = tuple(self.variables[0].shape)
         return (len(self.names), *one) if self.stacked else one
+
+    def of_all_steps(self, array: jax.Array) -> jax.Array:
+        """A stacked array with zeros for the steps that have no such factor."""
+        own = IdentitySet(self.variables)
+        steps = [step for step, variable in enumerate(self.peers) if variable in own]
+        if len(steps) == len(self.peers):
+            return array
+        return jnp.zeros((len(self.peers), *array.shape[1:]), array.dtype).at[jnp.array(steps)].set(array)
 
     def initial(self, name: str, seed: int) -> np.ndarray:
         """PEFT's initial values of one of its factors, float32: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5) or
@@ -275,15 +328,21 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
     factors = IdentityMap(
         (variable, (name, variable, target.layer, initialiser))
         for target in targets
-        for (name, variable), initialiser in zip(
-            target.variables.items(), (target.initialiser, "zeros", "norms"), strict=False
-        )
+        if target.is_target
+        for name, (variable, initialiser) in target.variables.items()
     )
     peers = chain.peers() if chain is not None else IdentityMap()
     made = []
     for factor in factors:
-        group = [factors[peer] for peer in peers.get(factor, (factor,))]
+        steps = peers.get(factor, ())
+        group = [factors[peer] for peer in steps if peer in factors] or [factors[factor]]
         names, variables, layers, initialisers = zip(*group, strict=True)
         if variables[0] is factor:
-            made.append(FactorSlot(names, variables, layers, initialisers[0], stacked=factor in peers))
+            # One by itself has no dim of steps: a checkpoint could not tell it from one of the factor's own.
+            made.append(FactorSlot(names, variables, layers, initialisers[0], len(group) > 1, steps))
     return made
+
+
+def zero_factors(targets: Sequence[Target]) -> list[keras.Variable]:
+    """The factors of the layers that are no targets."""
+    return [variable for target in targets if not target.is_target for variable, _ in target.variables.values()]

@@ -1,12 +1,16 @@
 """Which modules of a checkpoint LoRA can adapt, from its files alone: no jax, no keras, so the driver can ask early."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from kithara_ray.errors import ConfigError
+from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.lora_config import ALL_LINEAR
+from kithara_ray.hf.lora_checks import ALL_LINEAR
+from kithara_ray.hf.lora_config import is_named
 
 _WEIGHT = ".weight"
 _EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -53,27 +57,77 @@ def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, .
     return (given,) if re.fullmatch(r"[\w.]+", given) else given
 
 
+def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig:
+    """LoRA's settings as the user gave them, "all-linear" spelled out.
+
+    Raises:
+        ConfigError: a setting is wrong, or names what is not there.
+        UnsupportedError: an initialisation that is not drawn here.
+    """
+    targets = targets_of(settings.pop("target_modules"), base)
+    if settings["init_lora_weights"] is False:
+        raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
+    patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    lora = LoraConfig(r=rank, target_modules=targets, **patterns, **settings)
+    lora = dataclasses.replace(lora, **beside.normal(lora, base))
+    if lora.bias != "none" and not any(one.tensor.endswith(beside.BIAS) for one in beside.of_base(lora, base)):
+        raise ConfigError(f"bias={lora.bias!r}: none of these layers has a bias in this base; leave it out")
+    linear_modules, others = linear_modules_of(base), other_modules_of(base)
+    check_selection(lora, linear_modules, others)
+    check_targets(lora, linear_modules, others)
+    return lora
+
+
 def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[str] = ()) -> None:
-    """Every entry of `target_modules` matches a linear module, and none of the `others`.
+    """Every entry of `target_modules` matches a linear module, and none of the `others`; some modules are selected.
 
     Raises:
         ConfigError: names the entry and what there is.
     """
     targets = config.target_modules
     for target in [targets] if isinstance(targets, str) else targets:
-        one = LoraConfig(target_modules=targets if isinstance(targets, str) else (target,))
+        entry = targets if isinstance(targets, str) else (target,)
+        one = dataclasses.replace(config, target_modules=entry)
         wrong = next((module for module in others if one.matches(module)), None)
         if wrong is not None:
             what = "an embedding" if _leaf(wrong) in _EMBEDDINGS else "no linear layer"
             if _EXPERTS in wrong or _leaf(wrong) in _ROUTERS:
                 what = "of a mixture of experts, which transformers holds as parameters"
             raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts linear layers alone")
-        if not any(one.matches(module) for module in modules):
+        if not any(is_named(entry, module) for module in modules):
             leaves = sorted({_leaf(module) for module in modules})
             how = "as a regular expression, over its whole name, " if isinstance(targets, str) else ""
             raise ConfigError(
                 f"target_modules: {target!r} {how}matches no linear layer of this model; it has {', '.join(leaves)}"
             )
+
+    if not any(config.matches(module) for module in modules):
+        fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        given = [f"{name}={getattr(config, name)!r}" for name in fields if getattr(config, name) is not None]
+        raise ConfigError(
+            f"{', '.join(given)}: nothing is left of target_modules={targets!r}; select less, or leave out"
+        )
+
+
+def check_selection(config: LoraConfig, modules: Sequence[str], others: Sequence[str]) -> None:
+    """Every entry of `exclude_modules` and of `layers_to_transform` is there: PEFT says nothing of one that is not.
+
+    Raises:
+        ConfigError: names the entry and what there is.
+    """
+    excluded = config.exclude_modules or ()
+    for entry in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(is_named(entry if isinstance(excluded, str) else (entry,), name) for name in (*modules, *others)):
+            leaves = sorted({_leaf(module) for module in modules})
+            raise ConfigError(
+                f"exclude_modules: {entry!r} matches no module of this model; it has {', '.join(leaves)}; leave it out"
+            )
+    layers = {config.layer_of(module) for module in modules} - {None}
+    unknown = sorted(set(config.layers_to_transform or ()) - layers)
+    if unknown:
+        there = f"layers {min(layers)} to {max(layers)}" if layers else "no layer that is named so"
+        pattern = f" with layers_pattern={list(config.layers_pattern)}" if config.layers_pattern else ""
+        raise ConfigError(f"layers_to_transform: no layer {unknown[0]}{pattern}; this model has {there}")
 
 
 def _leaf(module: str) -> str:

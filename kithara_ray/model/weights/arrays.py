@@ -16,22 +16,23 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kithara_ray.errors import AdapterError, ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import keras_compat
 from kithara_ray.model.identity import IdentityMap
-from kithara_ray.model.lora import layers
+from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.quantized import Int8, floats
 from kithara_ray.sharding.agree import check_copies
 from kithara_ray.sharding.gather import Shard, local_shards
-from kithara_ray.sharding.mesh import factor_sharding, weight_sharding
+from kithara_ray.sharding.mesh import factor_sharding, replicated, weight_sharding
 
 logger = logging.getLogger(__name__)
 
+AdapterSlot = layers.FactorSlot | base_weights.BaseSlot
 Factors = dict[str, jax.Array]
 Frozen = list[jax.Array | Int8]
 # Factors, or, of a model whose weights are trained, its weights by the `key` of their slots.
@@ -45,6 +46,7 @@ class ModelArrays:
     Attributes:
         slots: the weights in the order of `Frozen`: which ports each is made of.
         factor_slots: the adapter's arrays, by `key` in `Factors`: which factors each is made of.
+        base_slots: the same of what else an adapter trains: weights of the base.
         mesh: the device mesh that the arrays live on.
         options: how the model was built.
     """
@@ -53,6 +55,7 @@ class ModelArrays:
     factor_slots: list[layers.FactorSlot]
     mesh: Mesh
     options: ModelOptions
+    base_slots: Sequence[base_weights.BaseSlot] = ()
 
     @property
     def precision(self) -> str:
@@ -71,7 +74,7 @@ class ModelArrays:
             name: tuple(variable.shape)
             for slot in self.factor_slots
             for name, variable in zip(slot.names, slot.variables, strict=True)
-        }
+        } | {name: slot.one for slot in self.base_slots for name in slot.names}
 
     @property
     def num_parameters(self) -> int:
@@ -81,15 +84,27 @@ class ModelArrays:
     @property
     def num_trained(self) -> int:
         """Those of them that are trained."""
-        return self.num_parameters if self.trains_weights else self._num_factors
+        if self.trains_weights:
+            return self.num_parameters
+        return self._num_factors + sum(math.prod(slot.shape) for slot in self.base_slots)
 
     @property
     def _num_factors(self) -> int:
-        return sum(math.prod(shape) for shape in self.adapter_shapes.values())
+        return sum(math.prod(slot.shape) for slot in self.factor_slots)
 
     def roles(self, params: Params, frozen: Frozen) -> tuple[Factors, Frozen]:
         """(factors, weights in the order of the slots)."""
         return ({}, [params[slot.key] for slot in self.slots]) if self.trains_weights else (params, frozen)
+
+    def _weights(self, params: Params, frozen: Frozen) -> Frozen:
+        """The weights that the model computes with, in the order of the slots: what is trained of them in its place."""
+        _, frozen = self.roles(params, frozen)
+        made = list(frozen)
+        for slot in self.base_slots:
+            weights = slot.put(made[slot.number], params[slot.key])
+            split = self.weight_sharding(self.slots[slot.number])
+            made[slot.number] = jax.lax.with_sharding_constraint(weights, split)
+        return made
 
     def weight_sharding(self, slot: slots.Slot) -> NamedSharding:
         try:
@@ -100,12 +115,28 @@ class ModelArrays:
     def factor_sharding(self, slot: layers.FactorSlot) -> NamedSharding:
         return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))
 
+    def base_sharding(self, slot: base_weights.BaseSlot) -> NamedSharding:
+        """A table is split as it is where the model computes with it; rows as factors are, biases not at all."""
+        spec = slot.spec(self.weight_sharding(self.slots[slot.number]).spec)
+        if spec is not None:
+            return NamedSharding(self.mesh, PartitionSpec(*spec))
+        return replicated(self.mesh) if slot.rows is None else factor_sharding(self.mesh, slot.shape)
+
+    @property
+    def adapter_slots(self) -> list[AdapterSlot]:
+        """What an adapter trains."""
+        return [*self.factor_slots, *self.base_slots]
+
+    def _sharding_of(self, slot: AdapterSlot) -> NamedSharding:
+        return self.factor_sharding(slot) if isinstance(slot, layers.FactorSlot) else self.base_sharding(slot)
+
     # --- without values ----------------------------------------------------------------------------------------------
 
     def abstract_frozen(self, dtype: np.dtype) -> list[jax.ShapeDtypeStruct]:
         """What `load` gives for a base of this dtype, without its bytes: for compiling ahead of time."""
         for slot in self.slots:
             self._stored_as(slot, dtype)
+        self._store_trained()
         return [self._abstract(slot, dtype) for slot in self.slots]
 
     def _abstract(self, slot: slots.Slot, dtype: np.dtype) -> jax.ShapeDtypeStruct | Int8:
@@ -122,8 +153,8 @@ class ModelArrays:
             dtype = self._weight_dtype()
             return {slot.key: array for slot, array in zip(self.slots, self.abstract_frozen(dtype), strict=True)}
         return {
-            slot.key: jax.ShapeDtypeStruct(slot.shape, jnp.float32, sharding=self.factor_sharding(slot))
-            for slot in self.factor_slots
+            slot.key: jax.ShapeDtypeStruct(slot.shape, jnp.float32, sharding=self._sharding_of(slot))
+            for slot in self.adapter_slots
         }
 
     def _weight_dtype(self) -> np.dtype | None:
@@ -146,6 +177,12 @@ class ModelArrays:
         for port in slot.ports:
             keras_compat.set_dtype(port.variable, keras.backend.standardize_dtype(dtype))
 
+    def _store_trained(self) -> None:
+        """Weights of the base that are trained as a whole are float32 where the model computes with them."""
+        for slot in self.base_slots:
+            if slot.rows is None:
+                self._stored_as(self.slots[slot.number], np.dtype(np.float32))
+
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def load(self, base: BaseCheckpoint) -> Frozen:
@@ -162,6 +199,7 @@ class ModelArrays:
                 array = slots.load_int8(base, slot, self.weight_sharding(slot))
                 self._stored_as(slot, np.dtype(np.int8))
             frozen.append(array)
+        self._store_trained()
         local = sum(shard.data.nbytes for array in jax.tree.leaves(frozen) for shard in array.addressable_shards)
         logger.info("loaded %.0f MB on this host in %.1f s", local / 1e6, time.monotonic() - started)
         return frozen
@@ -192,18 +230,32 @@ class ModelArrays:
             found = arrays[name].shape if name in arrays else None
             if found != shape:
                 raise AdapterError(f"adapter tensor {name}: the model has shape {shape}, found {found or 'none'}")
-        return self._place(lambda name: np.asarray(arrays[name], np.float32))
+        return self._place(lambda name: np.asarray(arrays[name], np.float32), self.adapter_slots)
 
     def initial_factors(self, seed: int, frozen: Frozen | None = None) -> Factors:
         """PEFT's initial factors; every process draws those that its devices hold a part of.
 
-        DoRA's magnitudes are the norms of the rows of `frozen`'s kernels, computed where these are; without `frozen`
-        they are zeros, for a checkpoint to be restored over.
+        Weights of the base that are trained begin as the base has them. DoRA's magnitudes are the norms of the rows of
+        `frozen`'s kernels, computed where these are. Without `frozen` both are zeros, for a checkpoint to be restored
+        over.
         """
         slot_of = {name: slot for slot in self.factor_slots for name in slot.names}
+        shapes = {name: slot.one for slot in self.base_slots for name in slot.names}
         magnitudes = [slot for slot in self.factor_slots if slot.initialiser == "norms"]
-        placed = self._place(lambda name: slot_of[name].initial(name, seed))
-        return placed | (self._row_norms(magnitudes, frozen) if magnitudes and frozen is not None else {})
+        placed = self._place(lambda name: slot_of[name].initial(name, seed), self.factor_slots)
+        if frozen is None:
+            return placed | self._place(lambda name: np.zeros(shapes[name], np.float32), self.base_slots)
+        placed |= self._base_values(frozen)
+        return placed | (self._row_norms(magnitudes, frozen) if magnitudes else {})
+
+    def _base_values(self, frozen: Frozen) -> Factors:
+        """What the base has where it is trained."""
+        if not self.base_slots:
+            return {}
+        split = {slot.key: self.base_sharding(slot) for slot in self.base_slots}
+        weights = {slot.number: frozen[slot.number] for slot in self.base_slots}
+        take = lambda weights: {slot.key: slot.take(weights[slot.number]) for slot in self.base_slots}  # noqa: E731
+        return jax.jit(take, out_shardings=split)(weights)
 
     def _row_norms(self, magnitudes: Sequence[layers.FactorSlot], frozen: Frozen) -> Factors:
         where = IdentityMap(
@@ -228,10 +280,10 @@ class ModelArrays:
         split = {slot.key: self.factor_sharding(slot) for slot in magnitudes}
         return jax.jit(compute, out_shardings=split)(frozen)
 
-    def _place(self, tensor_of: Callable[[str], np.ndarray]) -> Factors:
+    def _place(self, tensor_of: Callable[[str], np.ndarray], slots: Sequence[AdapterSlot]) -> Factors:
         """Global arrays split over the mesh, of the adapter tensors by name."""
         placed = {}
-        for slot in self.factor_slots:
+        for slot in slots:
             tensors = functools.cache(tensor_of)
 
             def part(index: tuple[slice, ...], slot=slot, tensors=tensors) -> np.ndarray:
@@ -239,12 +291,12 @@ class ModelArrays:
                     return tensors(slot.names[0])[index]
                 return np.stack([tensors(name)[index[1:]] for name in slot.names[index[0]]])
 
-            placed[slot.key] = jax.make_array_from_callback(slot.shape, self.factor_sharding(slot), part)
+            placed[slot.key] = jax.make_array_from_callback(slot.shape, self._sharding_of(slot), part)
         return placed
 
     def adapter_shards(self, factors: Factors, rank: int) -> list[Shard]:
         """What this process holds of the adapter, by tensor name: stacked arrays taken apart."""
-        slots = {slot.key: slot for slot in self.factor_slots}
+        slots = {slot.key: slot for slot in self.adapter_slots}
         shards = []
         for shard in local_shards(factors, rank):
             slot = slots[shard.name]

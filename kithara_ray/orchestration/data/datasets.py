@@ -230,7 +230,8 @@ class Dataloader:
     Args:
         dataset: SFTDataset, TextCompletionDataset, or a `mix` of them.
         per_device_batch_size: rows per device; the global batch is this x all devices. "auto" takes the largest
-            power of two that fits the TPU slice of the run, see `kithara_ray.plan`.
+            power of two that fits the TPU slice of the run, see `kithara_ray.plan`; in an evaluation, the training's
+            rows.
         shuffle: each epoch in an order of its own, a function of (seed, epoch).
         seed: of the shuffle.
         packing: put as many rows of the dataset as fit into each sequence of `max_seq_len` tokens. They do not see each
@@ -282,6 +283,11 @@ class Dataloader:
         self.length_buckets = length_buckets
         self.shuffle_rows = shuffle_rows
         self.eval_fraction = eval_fraction
+
+    @property
+    def packed_len(self) -> int | None:
+        """Tokens of a row into which several samples are packed; None packs nothing."""
+        return self.dataset.max_seq_len if self.packing else None
 
 
 def _check_fraction(fraction: float | None, dataset: RowDataset | MixedDataset) -> None:

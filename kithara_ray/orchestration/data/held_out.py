@@ -7,10 +7,8 @@ import numpy as np
 import ray
 
 from kithara_ray.errors import DataError, UnsupportedError
-from kithara_ray.orchestration.data.datasets import Dataloader
 from kithara_ray.orchestration.data.pipeline import Described, Mixture, named, tokenize
 from kithara_ray.orchestration.data.token_store import TokenStore
-from kithara_ray.orchestration.data.unbounded import EndlessStore
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.batches.told import NOTHING
 
@@ -18,19 +16,6 @@ logger = logging.getLogger(__name__)
 
 # Sets the draw apart from those of the shuffle, which are keyed by the seed and the epoch.
 _STREAM = 0x4E1D
-
-
-def tokenized_stores(
-    train: Dataloader, evaluation: Dataloader | None, max_eval_samples: int | None, vocabulary: int | None
-) -> list[TokenStore | EndlessStore]:
-    """The rows to train on; and those to evaluate on, if there are any. Raises DataError."""
-    if train.eval_fraction is not None:
-        return list(tokenize_and_hold_out(train.dataset, train.eval_fraction, train.seed, vocabulary))
-    datasets = [train.dataset]
-    if evaluation is not None:
-        streams = evaluation.dataset.is_endless
-        datasets.append(evaluation.dataset.head(max_eval_samples) if streams else evaluation.dataset)
-    return [tokenize(dataset, vocabulary) for dataset in datasets]
 
 
 def tokenize_and_hold_out(

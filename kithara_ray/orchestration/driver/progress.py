@@ -39,10 +39,10 @@ def figures_of(event: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Follows the coordinator's events in a thread, from `with` to its end."""
+    """Shows the driver's phases and, once `follow` names a coordinator, its events; from `with` to its end."""
 
-    def __init__(self, coordinator: ray.actor.ActorHandle, enabled: bool = True):
-        self._coordinator = coordinator
+    def __init__(self, enabled: bool = True):
+        self._coordinator: ray.actor.ActorHandle | None = None
         self._console = Console(stderr=True, quiet=not enabled, highlight=False)
         self._seen = 0
         self._total_steps: int | None = None
@@ -62,14 +62,19 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._bar.start()
-        self._thread.start()
         return self
+
+    def follow(self, coordinator: ray.actor.ActorHandle) -> None:
+        """Show the events of a run, in a thread."""
+        self._coordinator = coordinator
+        self._thread.start()
 
     def __exit__(self, *exc) -> None:
         self._stop.set()
-        self._thread.join()
-        if exc[0] is None:
-            self._drain()
+        if self._coordinator is not None:
+            self._thread.join()
+            if exc[0] is None:
+                self._drain()
         self._bar.stop()
 
     def phase(self, name: str) -> None:

@@ -20,36 +20,22 @@ from typing import Any
 import numpy as np
 import ray
 
-from kithara_ray.errors import DestinationError
+from kithara_ray.checkpoint.run_files import RUN
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.card import split_reference
+from kithara_ray.orchestration.data.datasets import Dataloader
 from kithara_ray.orchestration.preflight import node_facts
-from kithara_ray.orchestration.preflight.checks import count_devices, mesh_axes
+from kithara_ray.orchestration.request.facts import mesh_axes
+from kithara_ray.orchestration.request.run_request import RunRequest
+from kithara_ray.orchestration.worker.spec import RunSpec
 from kithara_ray.redact import HIDDEN, redact, secret_values
-from kithara_ray.storage import urls
-from kithara_ray.storage.urls import absolute
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-NAME = "run.json"
 GIT_VARIABLE = "KITHARA_RAY_GIT"  # what `git_revision` gave where the job was submitted
 # Environment variables whose values change what is computed; of all others the names alone are written.
 _COMPUTES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "KERAS_", "OMP_", "NCCL_")
-
-
-def write(directory: str, content: Mapping[str, Any]) -> None:
-    """run.json into a local directory or one on an object store. Raises OSError."""
-    data = (json.dumps(content, indent=2) + "\n").encode()
-    if urls.is_url(directory):
-        fs, root = urls.filesystem(directory, DestinationError)
-        fs.pipe_file(f"{root}/{NAME}", data)
-        return
-    path = Path(directory, NAME)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{NAME}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -88,16 +74,17 @@ class RunManifest:
     """One run's manifest, filled as the run goes on.
 
     Args:
-        trainer: a Trainer. What takes time is asked of tasks, and awaited when the manifest is first written.
+        request: what the run is made of. Tasks find out what takes time; they are awaited when the manifest is first
+            written.
     """
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-        env = (trainer.run_config.worker_runtime_env or {}).get("env_vars", {})
+    def __init__(self, request: RunRequest):
+        self._request = request
+        env = (request.group.run_config.worker_runtime_env or {}).get("env_vars", {})
         # A value given to the workers alone is a secret as well, if its name says so.
         self._secrets = sorted({*secret_values(), *secret_values(env)}, key=len, reverse=True)
-        self._base = _base_facts.remote(trainer.model.preset_handle)
-        dataset = trainer.train_dataloader.dataset
+        self._base = _base_facts.remote(request.model.preset_handle)
+        dataset = request.train.dataset
         self._tokenizer = _tokenizer_facts.remote(getattr(dataset, "datasets", (dataset,))[0].tokenizer)
         self.content: dict[str, Any] = {
             "manifest_version": VERSION,
@@ -106,19 +93,18 @@ class RunManifest:
             "versions": node_facts.versions(),
             "platform": platform.platform(),
             "git": git_revision(Path.cwd()),
-            "seeds": {"factors": trainer.seed, "shuffle": trainer.train_dataloader.seed},
-            "environment": environment(trainer.group.env()),
-            "config": _without_environment(trainer.config),
-            "settings": settings(trainer),
+            "seeds": {"factors": request.step.seed, "shuffle": request.train.seed},
+            "environment": environment(request.group.env()),
+            "config": _without_environment(request.config),
+            "settings": settings(request),
         }
 
     @property
     def directory(self) -> str | None:
         """The run's directory on the head node, or a URL; None where only Ray's own file system reaches it."""
-        run = self._trainer.run_config
-        return None if run.storage_filesystem else urls.join(absolute(str(run.storage_path)), str(run.name))
+        return None if self._request.group.run_config.storage_filesystem else self._request.directory
 
-    def begin(self, coordinator: ray.actor.ActorHandle, spec: Any) -> None:
+    def begin(self, coordinator: ray.actor.ActorHandle, spec: RunSpec) -> None:
         """Write it before the first step.
 
         Args:
@@ -129,7 +115,7 @@ class RunManifest:
         self.content["data"] = {"train": _data(spec.train.store)} | (
             {"eval": _data(spec.eval.data.store)} if spec.eval else {}
         )
-        axes, devices = mesh_axes(self._trainer) or {}, count_devices(self._trainer)
+        axes, devices = mesh_axes(self._request) or {}, spec.num_devices
         if spec.plan is not None:
             self.content["plan"] = spec.plan
         self.content["mesh"] = {**axes, "platform": spec.platform, "devices": devices, "hosts": spec.num_workers}
@@ -160,7 +146,7 @@ class RunManifest:
             try:
                 ray.get(coordinator.write_run.remote(self.directory, content), timeout=60)
             except (ray.exceptions.RayError, OSError) as error:  # a run is worth more than its description
-                logger.warning("%s in %s was not written: %s", NAME, self.directory, error)
+                logger.warning("%s in %s was not written: %s", RUN, self.directory, error)
         return content
 
 
@@ -227,37 +213,53 @@ def git_revision(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def settings(trainer: Any) -> dict[str, Any]:
+def settings(request: RunRequest) -> dict[str, Any]:
     """What the handles say, also of a run that was written in Python: JSON-like, objects by their names."""
-    model = trainer.model
-    own = ("steps", "epochs", "log_steps_interval", "eval_steps_interval", "eval_epochs_interval", "max_eval_samples")
-    own += ("remat", "gradient_accumulation_steps", "seed")
-    kind, optimizer = trainer.optimizer
+    model, step, group, reporting = request.model, request.step, request.group, request.reporting
+    kind, optimizer = step.optimizer
+    when = request.evaluation
     return {
         "model": {
             "preset_handle": model.preset_handle,
             "precision": model.precision,
+            "quantize": model.quantize,
             "lora": _plain(model.lora),
-            "starts_from_adapter": model.adapter is not None,
+            "starts_from_adapter": model.starts_from_adapter,
         },
-        "train_dataloader": _loader(trainer.train_dataloader),
-        "eval_dataloader": _loader(trainer.eval_dataloader) if trainer.eval_dataloader else None,
+        "train_dataloader": _loader(request.train),
+        "eval_dataloader": _loader(when.loader) if when else None,
         "optimizer": optimizer if kind == "keras" else _name(optimizer),
-        "trainer": {name: getattr(trainer, name) for name in own}
-        | {name: getattr(trainer.group, name) for name in ("cpu_devices_per_worker", "cluster_timeout_s")}
-        | {"mesh": _plain(trainer.mesh), "checkpointer": _plain(trainer.checkpointer)}
-        | {"tensorboard_dir": trainer.tensorboard_dir, "profiler": _plain(trainer.profiler)}
-        | {"callbacks": [type(callback).__name__ for callback in trainer.callbacks]},
-        "scaling_config": _plain(trainer.scaling_config),
+        "trainer": {
+            "steps": request.steps,
+            "epochs": request.epochs,
+            "log_steps_interval": reporting.log_steps_interval,
+            "eval_steps_interval": when and when.every_steps,
+            "eval_epochs_interval": when and when.every_epochs,
+            "max_eval_samples": when and when.max_samples,
+            "remat": step.remat,
+            "gradient_accumulation_steps": step.micro_batches,
+            "seed": step.seed,
+            "on_nan": step.on_nan,
+            "export_every_steps": request.snapshots and request.snapshots.every,
+            "export_dir": request.snapshots and request.snapshots.directory,
+            "cpu_devices_per_worker": group.cpu_devices_per_worker,
+            "cluster_timeout_s": group.cluster_timeout_s,
+            "mesh": _plain(step.mesh),
+            "checkpointer": _plain(request.checkpointer),
+            "tensorboard_dir": reporting.tensorboard_dir,
+            "profiler": _plain(reporting.profiler),
+            "callbacks": [type(callback).__name__ for callback in reporting.callbacks],
+        },
+        "scaling_config": _plain(group.scaling_config),
         "run_config": {
-            "name": trainer.run_config.name,
-            "storage_path": str(trainer.run_config.storage_path),
-            "failure_config": _plain(trainer.run_config.failure_config),
+            "name": group.run_config.name,
+            "storage_path": str(group.run_config.storage_path),
+            "failure_config": _plain(group.run_config.failure_config),
         },
     }
 
 
-def _loader(loader: Any) -> dict[str, Any]:
+def _loader(loader: Dataloader) -> dict[str, Any]:
     inner = {name: _value(value) for name, value in vars(loader).items() if name != "dataset"}
     return {"dataset": _dataset(loader.dataset), **inner}
 

@@ -17,15 +17,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.checkpoint.disk_format import Checkpoint
+from kithara_ray.checkpoint.run_files import write_manifest
 from kithara_ray.errors import ExportError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import export
 from kithara_ray.hf.exports.trained import TensorSlice
 from kithara_ray.hf.exports.trained_export import Receiver, export_trained
-from kithara_ray.hf.publish import publish
 from kithara_ray.orchestration.cluster.remote import head_node_id
-from kithara_ray.orchestration.driver import run_manifest
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef, Tensors
 from kithara_ray.orchestration.head.export_tasks import prove_logits_here, write_on_cluster
@@ -33,7 +32,6 @@ from kithara_ray.orchestration.head.snapshot_writer import SnapshotWriter
 from kithara_ray.orchestration.head.watchdog import Watch
 from kithara_ray.orchestration.worker.channel import AdapterSpec, Event, SnapshotPart, WeightsSpec
 from kithara_ray.orchestration.worker.heartbeat import BEAT_S, Beat, Limits
-from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.report import files as report
 from kithara_ray.sharding.gather import Shard, assemble
 from kithara_ray.storage.places import Place
@@ -115,10 +113,6 @@ class Coordinator:
     def put_shards(self, rank: int, shards: list[Shard]) -> None:
         """What one rank held of the adapter."""
         self._shards[rank] = shards
-
-    def check_snapshots(self, settings: Snapshots, may_resume: bool) -> None:
-        """See `Snapshots.check`."""
-        settings.check(may_resume)
 
     def put_snapshot(self, part: SnapshotPart) -> None:
         """What one rank held of the adapter after a step; see `SnapshotWriter.put`."""
@@ -209,13 +203,9 @@ class Coordinator:
             **options,
         )
 
-    def check_destination(self, destination: str) -> None:
-        """See `kithara_ray.hf.publish.publish`."""
-        publish.check_destination(destination)
-
     def write_run(self, directory: str, content: dict[str, Any]) -> None:
         """run.json of the run."""
-        run_manifest.write(directory, content)
+        write_manifest(directory, content)
 
     def write_report(self, directory: str, history: dict[str, Any]) -> str:
         """history.json and report.html of the run whose run.json is there; returns where the page is."""

@@ -3,12 +3,15 @@
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.train import ScalingConfig
 
 from kithara_ray.errors import ConfigError, PlanError
 from kithara_ray.orchestration.cluster.remote import remote_get
+from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.plan import Plan, Slice, plan
 from kithara_ray.plan.chips import slice_of_topology
 from kithara_ray.plan.search import largest_batch
@@ -22,7 +25,18 @@ _TASK_BYTES = 3 * 2**30
 _SURE = 0.6
 
 
-def slice_of_run(scaling: Any, platform: str) -> tuple[Slice, int] | None:
+@dataclass(frozen=True)
+class Fit:
+    """Attributes:
+    rows_per_device: of one micro-batch.
+    plan: of the slice, as plain data; None where the run is not planned.
+    """
+
+    rows_per_device: int
+    plan: Mapping[str, Any] | None
+
+
+def slice_of_run(scaling: ScalingConfig, platform: str) -> tuple[Slice, int] | None:
     """The slice of a run's `ScalingConfig` and how many of them; None where it is not a known TPU slice."""
     if platform != "tpu" or not (scaling.use_tpu and scaling.topology and scaling.accelerator_type):
         return None
@@ -40,39 +54,50 @@ def slice_of_run(scaling: Any, platform: str) -> tuple[Slice, int] | None:
     return where, slices
 
 
-def fitted(spec: Any, scaling: Any, auto: bool) -> Any:
-    """The run's spec with its plan, its program known to fit; with `auto` the largest batch that does is put in.
+def _planned_on(request: RunRequest) -> tuple[Slice, int] | None:
+    """The slice that a run is planned for, and how many; None for a run that is not planned."""
+    if request.model.lora is None or request.model.quantize is not None:
+        return None
+    return slice_of_run(request.group.scaling_config, request.group.platform)
+
+
+def check_auto(request: RunRequest) -> None:
+    """Raises ConfigError for a run whose batch the planner cannot find."""
+    if _planned_on(request) is not None:
+        return
+    if request.model.lora is None or request.model.quantize is not None:
+        what = "trains all weights" if request.model.lora is None else "holds its base as int8"
+        raise ConfigError(f'per_device_batch_size="auto": plans are of LoRA runs, this one {what}')
+    raise ConfigError(
+        'per_device_batch_size="auto" is found for a known TPU slice (use_tpu=True with topology and '
+        "accelerator_type); give a number here"
+    )
+
+
+def fit(request: RunRequest, shape_TK: tuple[int, int]) -> Fit:
+    """Rows a device of the run, which fit its slice as far as a plan tells; with "auto", as many as do.
 
     Args:
-        spec: a `RunSpec` whose `train.rows_per_device` is that of one row where `auto`.
+        shape_TK: positions and predictions of a row of the largest training batch.
 
     Raises:
-        ConfigError: it does not fit, and what to try; or `auto` where the slice is not known.
+        ConfigError: the run does not fit, and what to try; or "auto" where the slice is not known.
     """
-    if spec.model.lora is None or spec.model.quantize is not None:
-        if auto:
-            what = "trains all weights" if spec.model.lora is None else "holds its base as int8"
-            raise ConfigError(f'per_device_batch_size="auto": plans are of LoRA runs, this one {what}')
-        return spec
-    found = slice_of_run(scaling, spec.platform)
+    rows, found = request.train.per_device_batch_size, _planned_on(request)
+    if rows == "auto":
+        check_auto(request)
     if found is None:
-        if auto:
-            raise ConfigError(
-                'per_device_batch_size="auto" is found for a known TPU slice (use_tpu=True with topology and '
-                "accelerator_type); give a number here"
-            )
-        return spec
+        return Fit(rows, None)
     where, slices = found
-    base, seq_len, settings = arguments_of(spec, slices)
-    if auto:
-        best = largest_batch(base, where, seq_len, **settings)
-        if not best.fits:
-            raise ConfigError(_refusal(best))
-        rows = best.settings["per_device_batch_size"]
-        logger.info("per_device_batch_size=%d: %s", rows, best.verdict())
-        return dataclasses.replace(with_rows(spec, rows), plan=dataclasses.asdict(best))
-    rows = spec.train.rows_per_device // spec.step.micro_batches
-    return dataclasses.replace(spec, plan=dataclasses.asdict(check(base, where, seq_len, rows, settings)))
+    seq_len, settings = int(shape_TK[0]), settings_of(request, shape_TK, slices)
+    if rows != "auto":
+        return Fit(rows, dataclasses.asdict(check(request.model.weights_handle, where, seq_len, rows, settings)))
+    best = largest_batch(request.model.weights_handle, where, seq_len, **settings)
+    if not best.fits:
+        raise ConfigError(_refusal(best))
+    rows = best.settings["per_device_batch_size"]
+    logger.info("per_device_batch_size=%d: %s", rows, best.verdict())
+    return Fit(rows, dataclasses.asdict(best))
 
 
 def check(base: Any, where: Slice, seq_len: int, rows: int, settings: Mapping[str, Any]) -> Plan:
@@ -100,32 +125,21 @@ def _refusal(made: Plan) -> str:
     return f"this run {made.verdict()}"
 
 
-def arguments_of(spec: Any, slices: int = 1) -> tuple[str, int, dict[str, Any]]:
-    """(base, T, settings of `plan`) of a run's spec; of one slice where it runs on several."""
-    data = spec.train
-    shape = data.store.shapes(spec.platform, data.packed_len, data.buckets)[-1]
-    mesh = spec.step.mesh or MeshShape()
+def settings_of(request: RunRequest, shape_TK: tuple[int, int], slices: int = 1) -> dict[str, Any]:
+    """The arguments of `plan` that a run decides; of one slice where it runs on several."""
+    step = request.step
+    mesh = step.mesh or MeshShape()
     if slices > 1 and mesh.data % slices == 0:
         mesh = dataclasses.replace(mesh, data=mesh.data // slices)
-    settings = {
-        "lora": spec.model.lora,
-        "optimizer": spec.step.optimizer,
+    return {
+        "lora": request.model.lora,
+        "optimizer": step.optimizer,
         "mesh": mesh,
-        "remat": spec.step.remat,
-        "precision": spec.model.precision,
-        "gradient_accumulation_steps": spec.step.micro_batches,
-        "predictions": int(shape[1]),
+        "remat": step.remat,
+        "precision": request.model.precision,
+        "gradient_accumulation_steps": step.micro_batches,
+        "predictions": int(shape_TK[1]),
     }
-    return spec.model.base, int(shape[0]), settings
-
-
-def with_rows(spec: Any, rows: int) -> Any:
-    """The spec with so many rows a device and micro-batch, in training and, where it has as many, in evaluation."""
-    train = dataclasses.replace(spec.train, rows_per_device=rows * spec.step.micro_batches)
-    if spec.eval is None:
-        return dataclasses.replace(spec, train=train)
-    held_out = dataclasses.replace(spec.eval.data, rows_per_device=max(rows, spec.eval.data.rows_per_device))
-    return dataclasses.replace(spec, train=train, eval=dataclasses.replace(spec.eval, data=held_out))
 
 
 def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Plan]:

@@ -1,8 +1,9 @@
 """What a run reads and writes, tried before it: destinations on the head node, the first rows of its data."""
 
+import functools
 import itertools
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -14,21 +15,25 @@ from kithara_ray.hf.publish.publish import check_destination
 from kithara_ray.orchestration.cluster.remote import head_node_id
 from kithara_ray.orchestration.data import sources
 from kithara_ray.orchestration.preflight.node_facts import free_disk
+from kithara_ray.orchestration.request.run_request import RunRequest
+from kithara_ray.orchestration.request.snapshots import PREFIX
 from kithara_ray.storage import urls
+from kithara_ray.storage.places import Place
 from kithara_ray.storage.urls import absolute
 
 _TIMEOUT_S = 60.0
 _FIRST_ROWS = 2
 
 
+# What is wrong with a place to write to, and the free bytes of a local one.
+_Found = tuple[KitharaRayError | None, int | None]
+
+
 @ray.remote(num_cpus=0, max_retries=0)
-def _probe(path: str, must_be_empty: bool) -> tuple[KitharaRayError | None, int | None]:
-    """(what is wrong, free bytes of a local path) of a place to write to; leaves nothing behind."""
+def _probe(path: str, check: Callable[[str], None]) -> _Found:
+    """One place, as the node that this runs on finds it. `check` raises DestinationError."""
     try:
-        if must_be_empty:
-            check_destination(path)
-        else:
-            probe_directory(path)
+        check(path)
     except KitharaRayError as error:
         return error, None
     return None, None if urls.is_url(path) else free_disk(path)
@@ -39,28 +44,34 @@ def probe_directory(path: str) -> None:
     check_destination(urls.join(path, f".kithara_ray_probe_{uuid.uuid4().hex[:8]}"))
 
 
-class Probes:
-    """Everything the run writes to, tried on the head node, where it will be written."""
+def check_snapshots(directory: str, may_resume: bool) -> None:
+    """Raises DestinationError unless adapters can be written there, and those that are there are of this run."""
+    probe_directory(directory)
+    found = sorted(name for name in Place(directory).directories() if name.startswith(PREFIX))
+    if found and not may_resume:
+        raise DestinationError(
+            f"{directory} holds {found[0]} of an earlier run; give another export_dir, or a checkpointer to go on with "
+            "that run"
+        )
 
-    def __init__(self, trainer: Any, exports: Sequence[ExportRequest]):
-        self._exports = exports
-        # An export that goes on from a killed one finds something there.
-        places = {export.output_dir: not export.resume for export in exports}
-        storage_path = absolute(str(trainer.run_config.storage_path))
-        # Ray writes to other stores with a library of its own, which asks for other credentials than fsspec's.
-        ours = not urls.is_url(storage_path) or storage_path.startswith("gs://")
-        if trainer.run_config.storage_filesystem is None and ours:
-            places[storage_path] = False
-        if trainer.checkpointer is not None:
-            places[trainer.checkpointer.checkpoint_dir] = False
+
+class HeadProbes:
+    """Places to write to, each tried by a task on the head node, which will write there.
+
+    Args:
+        places: path -> its check, which raises DestinationError.
+    """
+
+    def __init__(self, places: Mapping[str, Callable[[str], None]]):
         head = head_node_id()
         where = NodeAffinitySchedulingStrategy(head, soft=False) if head else "DEFAULT"
         self._asked = {
-            path: _probe.options(scheduling_strategy=where).remote(path, empty) for path, empty in places.items()
+            path: _probe.options(scheduling_strategy=where).remote(path, check) for path, check in places.items()
         }
-        self._found: dict[str, tuple[KitharaRayError | None, int | None]] | None = None
+        self._found: dict[str, _Found] | None = None
 
-    def _results(self) -> dict[str, tuple[KitharaRayError | None, int | None]]:
+    def results(self) -> dict[str, _Found]:
+        """By path. Raises DestinationError for those that do not answer."""
         if self._found is None:
             late = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_TIMEOUT_S)[1]
             slow = [path for path, asked in self._asked.items() if asked in late]
@@ -74,16 +85,42 @@ class Probes:
 
     def check(self) -> str:
         """All can be written."""
-        errors = [error for error, _ in self._results().values() if error is not None]
+        errors = [error for error, _ in self.results().values() if error is not None]
         if errors:
             raise DestinationError("; ".join(map(str, errors)))
         return ", ".join(self._asked) or "none"
 
+
+class Probes(HeadProbes):
+    """Everything that a run, and the exports after it, write to."""
+
+    def __init__(self, request: RunRequest, exports: Sequence[ExportRequest]):
+        self._exports = exports
+        super().__init__(places_of(request, exports))
+
     def free(self) -> dict[str, int]:
         """Free bytes at each local directory that base or merged weights are exported to."""
         whole = {export.output_dir for export in self._exports if not export.only_save_adapters}
-        found = {path: self._results()[path][1] for path in sorted(whole)}
+        found = {path: self.results()[path][1] for path in sorted(whole)}
         return {path: free for path, free in found.items() if free is not None}
+
+
+def places_of(request: RunRequest, exports: Sequence[ExportRequest]) -> dict[str, Callable[[str], None]]:
+    """Path -> its check, of everything that a run, and the exports after it, write to."""
+    # An export that resumes a killed one finds something there.
+    places = {export.output_dir: probe_directory if export.resume else check_destination for export in exports}
+    run_config = request.group.run_config
+    storage_path = absolute(str(run_config.storage_path))
+    # Ray writes to other stores with a library of its own, which asks for other credentials than fsspec's.
+    ours = not urls.is_url(storage_path) or storage_path.startswith("gs://")
+    if run_config.storage_filesystem is None and ours:
+        places[storage_path] = probe_directory
+    if request.checkpointer is not None:
+        places[request.checkpointer.checkpoint_dir] = probe_directory
+    if request.snapshots is not None:
+        may_resume = request.checkpointer is not None
+        places[request.snapshots.directory] = functools.partial(check_snapshots, may_resume=may_resume)
+    return places
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -100,19 +137,16 @@ def _tokenize_first(tokenize: Any, rows: list[dict]) -> tuple[KitharaRayError | 
 class FirstRows:
     """The first rows of each dataset: read and formatted here, tokenised in a task while other checks run."""
 
-    def __init__(self, trainer: Any, tokenize: bool):
+    def __init__(self, request: RunRequest, tokenize: bool):
         self._asked: list[tuple[str, Any]] = []
         self._formatted: list[str] = []
         self._error: KitharaRayError | None = None
-        for name in ("train_dataloader", "eval_dataloader"):
-            loader = getattr(trainer, name)
-            if loader is None or self._error is not None:
-                continue
-            try:
+        try:
+            for name, loader in request.loaders():
                 for dataset in getattr(loader.dataset, "datasets", (loader.dataset,)):
                     self._look(name, dataset, tokenize)
-            except KitharaRayError as error:
-                self._error = error
+        except KitharaRayError as error:
+            self._error = error
 
     def _look(self, name: str, dataset: Any, tokenize: bool) -> None:
         found = first_rows(dataset)

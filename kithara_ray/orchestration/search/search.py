@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.tune
+from ray.train import ScalingConfig
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
@@ -27,6 +28,7 @@ from kithara_ray.errors import ConfigError, TrainingError
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.jax_trainer import sigint_kept
+from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.search import placement_groups, spaces
 from kithara_ray.orchestration.search.spaces import describe, plain
@@ -41,7 +43,7 @@ from kithara_ray.orchestration.search.trial import (
 )
 from kithara_ray.redact import redact
 from kithara_ray.storage.places import Place
-from kithara_ray.storage.urls import absolute, is_url, join
+from kithara_ray.storage.urls import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -151,23 +153,22 @@ def search(
     spaces.check_searcher(searcher, domains)
     spaces.check_scheduler(scheduler, reduction_factor)
     start_ray()
-    trainer = spaces.first_trainer(trainer_factory, domains, seed)
-    if metric.startswith("eval_") and not trainer.evaluates:
+    request = spaces.first_trainer(trainer_factory, domains, seed).request
+    if metric.startswith("eval_") and request.evaluation is None:
         raise ConfigError(
             f"search: metric={metric!r} needs Trainer(eval_dataloader=...) or Dataloader(eval_fraction=...), or give "
             'metric="loss"'
         )
-    storage, name = absolute(str(trainer.run_config.storage_path)), trainer.run_config.name
-    settings = TrialSettings(
-        _pickled(trainer_factory), join(storage, name), metric, mode, workers_of(trainer), os.getcwd()
-    )
+    storage, name = request.group.storage, request.group.run_config.name
+    workers = workers_of(request.group.scaling_config)
+    settings = TrialSettings(_pickled(trainer_factory), request.directory, metric, mode, workers, os.getcwd())
     about = {"space": {key: describe(value) for key, value in domains.items()}, "metric": metric, "mode": mode}
     about |= {"num_samples": num_samples, "seed": seed, "searcher": describe(searcher)}
     about |= {"scheduler": describe(scheduler), "grace_steps": grace_steps, "reduction_factor": reduction_factor}
     goes_on = _begin(settings.directory, about, getattr(trainer_factory, "config", None))
-    at_once = min(_room(trainer), max_concurrent_trials or math.inf)
+    at_once = min(_room(request.group), max_concurrent_trials or math.inf)
     logger.info("searching in %s: trials_at_once=%d", settings.directory, at_once)
-    files = trainer.run_config.storage_filesystem
+    files = request.group.run_config.storage_filesystem
     if files is None and not is_url(storage):
         files = whole_files()
     arguments = {"name": name, "storage_path": storage, "storage_filesystem": files}
@@ -219,9 +220,8 @@ def _check_count(name: str, value: Any, least: int = 1) -> None:
 # -------------------------------------------------------------------------------------------------- cluster, directory
 
 
-def room_for(trainer: Any, nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many trials like this one find workers, and whole TPU slices, at once on nodes with these resources."""
-    scaling = trainer.scaling_config
+def room_for(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials find workers, and whole TPU slices, at once on nodes with these resources."""
     workers = capacity.placeable(10**6, ray_compat.resources_per_worker(scaling), list(nodes))
     rooms = [workers // scaling.num_workers]
     for name, count in capacity.slice_heads(scaling).items():
@@ -229,11 +229,11 @@ def room_for(trainer: Any, nodes: Sequence[Mapping[str, float]]) -> int:
     return min(rooms)
 
 
-def _room(trainer: Any) -> int:
+def _room(group: WorkerGroup) -> int:
     """Of the cluster, by what is free now; waits for the first trial's as a run does. Raises ClusterError."""
-    trainer.group.wait()
+    group.wait()
     free = ray_compat.free_by_node()
-    return max(1, room_for(trainer, list(free.values())))
+    return max(1, room_for(group.scaling_config, list(free.values())))
 
 
 def _begin(directory: str, about: dict[str, Any], config: Mapping[str, Any] | None) -> bool:

@@ -15,6 +15,7 @@ from ray.tune.search.variant_generator import generate_variants
 
 from kithara_ray.errors import ConfigError, KitharaRayError, UnsupportedError
 from kithara_ray.orchestration.cluster import ray_compat
+from kithara_ray.orchestration.trainer import Trainer
 
 # Ways to choose a value, by the names of Ray Tune's functions.
 WAYS = (
@@ -64,7 +65,7 @@ def plain(point: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in point.items()}
 
 
-def first_trainer(make: Callable[[dict[str, Any]], Any], domains: Mapping[str, Any], seed: int) -> Any:
+def first_trainer(make: Callable[[dict[str, Any]], Trainer], domains: Mapping[str, Any], seed: int) -> Trainer:
     """The Trainer of a point, for what all have in common. A point that cannot be trained is its trial's concern.
 
     Raises:

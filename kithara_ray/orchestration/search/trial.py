@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import ray.tune
+from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.checkpoint.checkpointer import Checkpointer
@@ -22,7 +23,9 @@ from kithara_ray.checkpoint.run_files import CHECKPOINTS
 from kithara_ray.errors import ClusterError, ConfigError, DivergedError, KitharaRayError, TrainingError
 from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.orchestration.cluster.remote import remote_get
+from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.orchestration.search.spaces import plain
+from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.redact import redact
 from kithara_ray.storage.urls import join
 
@@ -56,9 +59,8 @@ class TrialSettings:
     cwd: str
 
 
-def workers_of(trainer: Any) -> tuple:
-    """What a Trainer asks the cluster for; alike for trials that take equal room."""
-    scaling = trainer.scaling_config
+def workers_of(scaling: ScalingConfig) -> tuple:
+    """What a run asks the cluster for; alike for trials that take equal room."""
     needs = tuple(sorted(ray_compat.resources_per_worker(scaling).items()))
     return scaling.num_workers, needs, scaling.topology, scaling.accelerator_type
 
@@ -68,30 +70,37 @@ def trial_directory(search: str, trial_id: str) -> str:
     return join(search, trial_id, RUN)
 
 
-def place(trainer: Any, directory: str, metric: str, mode: str) -> None:
-    """Let a Trainer write below its trial's directory, whatever it was told, and wait for its turn."""
+def placed(request: RunRequest, directory: str, metric: str, mode: str) -> RunRequest:
+    """The request with everything that it writes put below its trial's directory; it waits for its turn.
+
+    Args:
+        directory: of the run, as of `trial_directory`.
+    """
     parent, _, name = directory.rpartition("/")
-    checkpoints = join(directory, CHECKPOINTS)
-    trainer.run_config = dataclasses.replace(trainer.run_config, storage_path=parent, name=name)
-    trainer.group = dataclasses.replace(trainer.group, run_config=trainer.run_config, cluster_timeout_s=_TURN_S)
-    if trainer.checkpointer is not None:
-        trainer.checkpointer = dataclasses.replace(trainer.checkpointer, checkpoint_dir=checkpoints)
-    else:
-        # Each evaluation is saved: a trial that is killed goes on from what was last reported.
-        score = metric if metric.startswith("eval_") else None
-        trainer.checkpointer = Checkpointer(checkpoints, max_to_keep=2, score_attribute=score, score_order=mode)
-    trainer.limits = dataclasses.replace(trainer.limits, save_timeout_s=trainer.checkpointer.save_timeout_s)
-    if trainer.snapshots is not None:
-        trainer.snapshots = dataclasses.replace(trainer.snapshots, directory=join(directory, "adapters"))
     trial_id = parent.rpartition("/")[2]
-    if trainer.tensorboard_dir is not None:
-        trainer.tensorboard_dir = join(trainer.tensorboard_dir, trial_id)
-    if trainer.profiler is not None:
-        trainer.profiler = dataclasses.replace(
-            trainer.profiler, directory=join(str(trainer.profiler.directory), trial_id)
-        )
-    trainer.progress = False
-    trainer.model.detach()
+    run_config = dataclasses.replace(request.group.run_config, storage_path=parent, name=name)
+    reporting, snapshots = request.reporting, request.snapshots
+    board, profiler = reporting.tensorboard_dir, reporting.profiler
+    return dataclasses.replace(
+        request,
+        group=dataclasses.replace(request.group, run_config=run_config, cluster_timeout_s=_TURN_S),
+        checkpointer=_checkpointer(request.checkpointer, join(directory, CHECKPOINTS), metric, mode),
+        snapshots=snapshots and dataclasses.replace(snapshots, directory=join(directory, "adapters")),
+        reporting=dataclasses.replace(
+            reporting,
+            tensorboard_dir=board and join(board, trial_id),
+            profiler=profiler and dataclasses.replace(profiler, directory=join(profiler.directory, trial_id)),
+            progress=False,
+        ),
+    )
+
+
+def _checkpointer(given: Checkpointer | None, directory: str, metric: str, mode: str) -> Checkpointer:
+    """The trial's; by default each evaluation is saved, so that a killed trial goes on from what it last reported."""
+    if given is not None:
+        return dataclasses.replace(given, checkpoint_dir=directory)
+    score = metric if metric.startswith("eval_") else None
+    return Checkpointer(directory, max_to_keep=2, score_attribute=score, score_order=mode)
 
 
 class TrialDriver:
@@ -113,15 +122,20 @@ class TrialDriver:
                 f"the trainer_factory cannot be loaded in a trial's process: {error}; define what it uses in the "
                 "script itself, or install it on the head node"
             ) from error
-        trainer = make(plain(point))
-        if workers_of(trainer) != settings.workers:
+        self._trainer = self._placed(make(plain(point)), directory)
+        return self._trainer.model.coordinator()
+
+    def _placed(self, trainer: Trainer, directory: str) -> Trainer:
+        """The Trainer below its trial's directory, without the actors of the process that it comes from."""
+        workers = workers_of(trainer.request.group.scaling_config)
+        if workers != self._settings.workers:
             raise ConfigError(
-                f"this trial asks for other workers than the search has room for: {workers_of(trainer)}, not "
-                f"{settings.workers}; give all trials one scaling_config"
+                f"this trial asks for other workers than the search has room for: {workers}, not "
+                f"{self._settings.workers}; give all trials one scaling_config"
             )
-        place(trainer, directory, settings.metric, settings.mode)
-        self._trainer = trainer
-        return trainer.model.coordinator()
+        trainer.adopt(placed(trainer.request, directory, self._settings.metric, self._settings.mode))
+        trainer.model.detach()
+        return trainer
 
     def train(self) -> dict[str, Any]:
         """Run to the end; the trial's last report."""

@@ -4,41 +4,11 @@ Each rank copies the slices that its devices hold and sends them to the coordina
 happens there. An export that fails is told and does not end the run: the weights are still on the devices.
 """
 
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from kithara_ray.errors import DestinationError
-from kithara_ray.hf.publish import publish
+from kithara_ray.orchestration.request.snapshots import Snapshots
 from kithara_ray.orchestration.worker.channel import AdapterSpec, Channel, SnapshotPart, Wait
 from kithara_ray.sharding.gather import Shard
-from kithara_ray.storage.places import Place
-from kithara_ray.storage.urls import join
-
-
-@dataclass(frozen=True)
-class Snapshots:
-    """Attributes: every: steps between two. directory: path or URL; `step-000100` in it is the adapter of step 100."""
-
-    every: int
-    directory: str
-
-    def path(self, step: int) -> str:
-        return join(self.directory, name_of(step))
-
-    def check(self, may_resume: bool) -> None:
-        """Before the run: it can be written, and what is there is of this run. Raises DestinationError."""
-        publish.check_destination(join(self.directory, f".probe-{uuid.uuid4().hex[:8]}"))
-        found = sorted(name for name in Place(self.directory).directories() if name.startswith("step-"))
-        if found and not may_resume:
-            raise DestinationError(
-                f"{self.directory} holds {found[0]} of an earlier run; give another export_dir, or a checkpointer to "
-                "go on with that run"
-            )
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 class SnapshotSender:

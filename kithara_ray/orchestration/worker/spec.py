@@ -10,10 +10,10 @@ from kithara_ray.callbacks import Callback, Profiler
 from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.orchestration.data.data_spec import DataSpec
+from kithara_ray.orchestration.request.run_request import StepSettings
+from kithara_ray.orchestration.request.snapshots import Snapshots
 from kithara_ray.orchestration.worker.channel import Channel
 from kithara_ray.orchestration.worker.heartbeat import Limits
-from kithara_ray.orchestration.worker.snapshots import Snapshots
-from kithara_ray.sharding.shape import MeshShape
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,6 @@ class EvalSpec:
 
 
 @dataclass(frozen=True)
-class StepSpec:
-    """What one step computes, and where.
-
-    Attributes:
-        optimizer: ("keras", config) or ("optax", transformation).
-        mesh: axes of the device mesh; None lays it out by the devices.
-        remat: what the blocks keep for the backward pass, one of `kithara_ray.model.options.REMAT`.
-        micro_batches: parts of a step's rows that go through the model one after the other.
-        seed: of the initial factors and of dropout.
-        on_nan: "stop" or "skip", for a step whose loss or gradient is not finite.
-    """
-
-    optimizer: tuple[str, Any]
-    mesh: MeshShape | None
-    remat: str
-    micro_batches: int
-    seed: int
-    on_nan: str
-
-
-@dataclass(frozen=True)
 class RunSpec:
     """Everything a worker needs.
 
@@ -99,7 +78,7 @@ class RunSpec:
     steps: int | None
     epochs: int | None
     eval: EvalSpec | None
-    step: StepSpec
+    step: StepSettings
     platform: str
     num_workers: int
     num_devices: int | None

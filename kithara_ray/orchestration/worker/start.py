@@ -75,7 +75,7 @@ def open_parts(spec: RunSpec, log: EventLog) -> Parts:
 
 def find_checkpoint(spec: RunSpec, rank: int, parts: Parts) -> Saving:
     """The run's checkpoints, of which the newest has been found; all ranks call this."""
-    tensors = {f"params/{slot.key}": slot.names for slot in parts.model.factor_slots}
+    tensors = {f"params/{slot.key}": slot.names for slot in parts.model.adapter_slots}
     saving = Saving(spec.checkpointer, rank, spec.num_workers, tensors, spec.model.base)
     saving.look(lambda: identity_of(spec, parts.base, parts.data.order))
     if saving.step > parts.total_steps:

@@ -8,7 +8,7 @@ import ray
 
 from kithara_ray import Dataloader, SFTDataset, TextCompletionDataset, mix
 from kithara_ray.errors import DataError, UnsupportedError
-from kithara_ray.orchestration.data.held_out import chosen, tokenize_and_hold_out, tokenized_stores
+from kithara_ray.orchestration.data.held_out import chosen, tokenize_and_hold_out
 from kithara_ray.orchestration.data.pipeline import tokenize
 from kithara_ray.orchestration.data.token_rows import Rows
 
@@ -58,7 +58,7 @@ def test_rows_are_trained_on_or_held_out(cluster, directory, monkeypatch, caplog
     whole = ids(tokenize(dataset))
     assert len(set(whole)) == 50
     with caplog.at_level(logging.WARNING):
-        train, held = tokenized_stores(Dataloader(dataset, 1, eval_fraction=0.2, seed=5), None, None, None)
+        train, held = tokenize_and_hold_out(dataset, 0.2, 5)
     assert "eval_fraction=0.2, seed=5: 10 of 50 rows are held out of training" in caplog.text
     mask = chosen(50, 0.2, 5)
     assert ids(train) == [row for row, out in zip(whole, mask, strict=True) if not out]

@@ -9,6 +9,7 @@ import optax
 import pytest
 import tiny
 from ray.train import ScalingConfig
+from ray.util.state import list_actors
 
 from kithara_ray import Callback, Dataloader, KerasHubModel, MeshShape, SFTDataset, TextCompletionDataset, Trainer
 from kithara_ray.errors import (
@@ -193,6 +194,35 @@ def test_a_cluster_that_is_too_small(cluster, model):
         trainer(model, scaling_config=wants_memory).train()
 
 
+def coordinators() -> int:
+    """All that this cluster has ever started."""
+    return len(list_actors(filters=[("class_name", "=", "Coordinator")], limit=10_000))
+
+
+def test_what_fails_before_the_workers_leaves_no_coordinator(cluster, model, tmp_path):
+    """A run starts one when all its checks have passed."""
+    (tmp_path / "steps" / "step-000002").mkdir(parents=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = coordinators()
+    for arguments, exports, error, message in (
+        ({"mesh": MeshShape(data=3)}, [], ConfigError, "does not fit 1 devices"),
+        ({"rows": [{"question": "a"}]}, [], DataError, "no column 'prompt'"),
+        ({}, [{"output_dir": str(tmp_path / "full")}], DestinationError, "exists and is not empty"),
+        ({"export_every_steps": 1, "export_dir": str(tmp_path / "steps")}, [], DestinationError, "an earlier run"),
+        ({"scaling_config": ScalingConfig(num_workers=9)}, [], ClusterError, "can hold 4 of 9 workers"),
+    ):
+        with pytest.raises(error, match=message):
+            trainer(model, **arguments).train(exports)
+    with pytest.raises(DestinationError, match="exists and is not empty"):
+        model.check_destination(str(tmp_path / "full"))
+    model.check_destination(str(tmp_path / "new"))
+    assert coordinators() == before
+    # Such an actor is seen.
+    model.coordinator()
+    assert coordinators() == before + 1
+
+
 def test_saving_before_training(cluster, model, tmp_path):
     with pytest.raises(ConfigError, match="nothing has been trained yet"):
         model.save_in_hf_format(tmp_path / "out")
@@ -233,7 +263,7 @@ def test_weight_decay_leaves_out_what_the_optimizer_says(model):
 
     optimizer = keras.optimizers.AdamW(0.5, weight_decay=0.5)
     optimizer.exclude_from_weight_decay(var_names=["norm", "bias"])
-    kind, value = trainer(model, optimizer=optimizer).optimizer
+    kind, value = trainer(model, optimizer=optimizer).request.step.optimizer
     params = {f"model.layers.0.{name}.weight": np.ones(3, np.float32) for name in ("input_layernorm", "mlp.up_proj")}
     ours = KerasOptimizer(value)
     after, _ = ours.update({name: np.zeros(3, np.float32) for name in params}, ours.init(params), params)
@@ -246,4 +276,4 @@ def test_weight_decay_leaves_out_what_the_optimizer_says(model):
 
 
 def test_optax_is_taken(model):
-    assert trainer(model, optimizer=optax.adamw(1e-3)).optimizer[0] == "optax"
+    assert trainer(model, optimizer=optax.adamw(1e-3)).request.step.optimizer[0] == "optax"

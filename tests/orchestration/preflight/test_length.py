@@ -6,14 +6,17 @@ import types
 import pytest
 
 from kithara_ray.orchestration.preflight import checks
+from kithara_ray.orchestration.preflight.findings import find
 
 
-def trainer(handle, train, evaluation=None):
+def request(handle, train, evaluation=None):
+    lengths = {"train_dataloader": train, "eval_dataloader": evaluation}
     loaders = {
-        name: length and types.SimpleNamespace(dataset=types.SimpleNamespace(max_seq_len=length))
-        for name, length in (("train_dataloader", train), ("eval_dataloader", evaluation))
+        name: types.SimpleNamespace(dataset=types.SimpleNamespace(max_seq_len=length))
+        for name, length in lengths.items()
+        if length
     }
-    return types.SimpleNamespace(model=types.SimpleNamespace(preset_handle=str(handle)), **loaders)
+    return types.SimpleNamespace(model=types.SimpleNamespace(preset_handle=str(handle)), loaders=loaders.items)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,6 @@ def test_max_seq_len_beyond_the_bases_positions(tiny_models, tmp_path, lengths, 
     base = shutil.copytree(tiny_models["llama"], tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    found = checks._find("length", lambda: checks._check_length(trainer(base, *lengths)))
+    found = find("length", lambda: checks.check_length(request(base, *lengths)))
     assert found.state == state
     assert re.search(text, found.text)

@@ -1,13 +1,18 @@
 """A run is checked against its slice's chips before any worker is asked for."""
 
-from types import SimpleNamespace
+import dataclasses
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
+from asking import LORA, V5E_4, loader, request
 from ray.train import ScalingConfig
 from ray.util.tpu import get_tpu_worker_resources
 
+from kithara_ray import MeshShape
 from kithara_ray.errors import ConfigError
 from kithara_ray.orchestration.preflight import memory_fit
+from kithara_ray.orchestration.preflight.checks import check_devices
 from kithara_ray.plan import planner, slice_of
 from kithara_ray.plan.chips import slice_sizes
 
@@ -16,12 +21,12 @@ HUGE = dict(
     model_type="llama", hidden_size=16384, intermediate_size=163840, num_hidden_layers=8, num_attention_heads=128,
     num_key_value_heads=8, vocab_size=1024, rms_norm_eps=1e-5, tie_word_embeddings=True,
 )  # fmt: skip
-SCALING = ScalingConfig(use_tpu=True, topology="2x2", accelerator_type="TPU-V5LITEPOD", num_workers=1)
+STEP = {"mesh": MeshShape(data=2, tensor=2), "remat": "dots", "micro_batches": 5}
 
 
 def test_what_cannot_fit_is_refused_with_what_to_try(tmp_path, monkeypatch):
     monkeypatch.setattr(planner.urls, "cache_dir", lambda: tmp_path)
-    where, slices = memory_fit.slice_of_run(SCALING, "tpu")
+    where, slices = memory_fit.slice_of_run(ScalingConfig(**V5E_4), "tpu")
     assert (where, slices) == (slice_of("v5e-4"), 1)
     # Two of its blocks, gathered, take more than a chip of v5e or v6e has.
     with pytest.raises(ConfigError, match=r"this run needs .* of 15\.8 GiB per chip of v5e-4 \(est.*\): try .*v5p-8"):
@@ -37,9 +42,63 @@ def test_hosts_are_the_workers_that_ray_makes_of_a_slice(generation):
         assert (workers, each["TPU"]) == (where.hosts, where.chips_per_host), where.name
 
 
-def test_auto_needs_a_known_slice():
-    spec = SimpleNamespace(platform="cpu", model=SimpleNamespace(lora=object(), quantize=None))
-    assert memory_fit.slice_of_run(SCALING, "cpu") is None
-    assert memory_fit.fitted(spec, SCALING, auto=False) is spec
-    with pytest.raises(ConfigError, match='per_device_batch_size="auto" is found for a known TPU slice'):
-        memory_fit.fitted(spec, SCALING, auto=True)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, 'per_device_batch_size="auto" is found for a known TPU slice .* give a number here'),
+        ({"scaling": V5E_4, "model": {"lora": None}}, "plans are of LoRA runs, this one trains all weights"),
+        ({"scaling": V5E_4, "model": {"quantize": "int8"}}, "plans are of LoRA runs, this one holds its base as int8"),
+    ],
+)
+def test_auto_needs_a_run_that_is_planned(given, message):
+    """It is refused by the checks, before rows are tokenised; a number of rows is taken as it is."""
+    asked = request(train=loader("auto"), **given)
+    for refuse in (check_devices, lambda asked: memory_fit.fit(asked, (64, 64))):
+        with pytest.raises(ConfigError, match=message):
+            refuse(asked)
+    assert memory_fit.fit(request(train=loader(3), **given), (64, 64)) == memory_fit.Fit(3, None)
+
+
+@dataclass
+class Found:
+    """A plan, as far as it is looked at."""
+
+    settings: dict
+    fits: bool = True
+
+    def verdict(self) -> str:
+        return "needs 99 GiB"
+
+
+def test_the_planner_is_asked_for_what_the_request_says(monkeypatch):
+    """`auto` takes the rows that it finds; a given number is checked and kept."""
+    asked, calls = request(V5E_4 | {"topology": "4x4", "num_workers": 8}, step=STEP, train=loader("auto")), []
+
+    def plans(base, where, seq_len, *rows, **settings):
+        calls.append((base, where.name, seq_len, rows, settings))
+        return Found({"per_device_batch_size": 16})
+
+    monkeypatch.setattr(memory_fit, "largest_batch", plans)
+    monkeypatch.setattr(memory_fit, "check", lambda base, where, t, rows, how: plans(base, where, t, rows, **how))
+    assert memory_fit.fit(asked, (np.int64(128), np.int64(24))).rows_per_device == 16
+    given = memory_fit.fit(dataclasses.replace(asked, train=loader(3)), (128, 24))
+    assert (given.rows_per_device, given.plan["settings"]) == (3, {"per_device_batch_size": 16})
+    (base, where, seq_len, rows, settings), second = calls
+    assert second == (base, where, seq_len, (3,), settings)
+    assert (base, where, seq_len, rows) == ("/base", "v5e-16", 128, ())
+    assert (type(seq_len), type(settings["predictions"])) == (int, int)
+    assert settings == {
+        "lora": LORA,
+        "optimizer": ("keras", {}),
+        "mesh": MeshShape(data=1, tensor=2),  # of one slice of two
+        "remat": "dots",
+        "precision": "float32",
+        "gradient_accumulation_steps": 5,
+        "predictions": 24,
+    }
+
+
+def test_a_run_without_a_batch_that_fits(monkeypatch):
+    monkeypatch.setattr(memory_fit, "largest_batch", lambda *given, **settings: Found({}, fits=False))
+    with pytest.raises(ConfigError, match="this run needs 99 GiB"):
+        memory_fit.fit(request(V5E_4, train=loader("auto")), (128, 24))

@@ -1,9 +1,12 @@
 """Searches before they start: spaces, refusals, how many trials find room, what is reported, which search goes on."""
 
+import copy
+import dataclasses
 import inspect
 import itertools
 import json
 import math
+import os
 import pickle
 import re
 from pathlib import Path
@@ -13,7 +16,8 @@ import numpy as np
 import pytest
 import ray.tune
 import yaml
-from ray.train import RunConfig, ScalingConfig
+from asking import evaluation, request
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.tune.callback import CallbackList
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
@@ -26,8 +30,9 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from kithara_ray import Profiler, config, tune
+from kithara_ray import Checkpointer, Profiler, config, tune
 from kithara_ray.errors import ConfigError, TrainingError, UnsupportedError
+from kithara_ray.orchestration.request.snapshots import Snapshots
 from kithara_ray.orchestration.search import search as searching
 from kithara_ray.orchestration.search import spaces, trial
 from kithara_ray.orchestration.search.search import TrialResult
@@ -231,26 +236,19 @@ def test_a_resumed_search_takes_the_clusters_concurrency_and_goes_on_with_its_po
     assert [whole.next_trial().config["x"] for _ in range(5)] == [*seen, rest]
 
 
-class Asks:
-    """What `room_for` looks at of a Trainer."""
-
-    def __init__(self, **scaling):
-        self.scaling_config = ScalingConfig(**scaling)
-
-
 def test_as_many_trials_at_once_as_find_workers():
     nodes = [{"CPU": 4.0}, {"CPU": 3.0, "node:a": 1.0}]
     for workers, cpus, trials in ((1, 1, 7), (2, 1, 3), (1, 2, 3), (3, 2, 1), (2, 4, 0)):
-        asks = Asks(num_workers=workers, resources_per_worker={"CPU": cpus})
+        asks = ScalingConfig(num_workers=workers, resources_per_worker={"CPU": cpus})
         assert searching.room_for(asks, nodes) == trials, (workers, cpus)
     hosts = [{"CPU": 8.0, "TPU": 4.0, "accelerator_type:TPU-V5LITEPOD": 1.0} for _ in range(8)]
     for head in hosts[::4]:
         head["TPU-v5litepod-16-head"] = 1.0
     tpu = dict(use_tpu=True, topology="4x4", accelerator_type="TPU-V5LITEPOD")
-    assert searching.room_for(Asks(num_workers=4, **tpu), hosts) == 2
-    assert searching.room_for(Asks(num_workers=8, **tpu), hosts) == 1
+    assert searching.room_for(ScalingConfig(num_workers=4, **tpu), hosts) == 2
+    assert searching.room_for(ScalingConfig(num_workers=8, **tpu), hosts) == 1
     # One slice is taken.
-    assert searching.room_for(Asks(num_workers=4, **tpu), hosts[:4]) == 1
+    assert searching.room_for(ScalingConfig(num_workers=4, **tpu), hosts[:4]) == 1
 
 
 def test_the_metric_is_reported_when_it_is_new_and_the_end_is_not():
@@ -324,11 +322,12 @@ def test_a_point_is_put_into_the_configuration(loaded):
         {"optimizer.learning_rate": np.float64(2e-3), "model.lora_rank": np.int64(7), "trainer.mesh.fsdp": 1}
     )
     trainer = made(point)
-    assert trainer.optimizer[1]["config"]["learning_rate"] == pytest.approx(2e-3)
-    assert (trainer.model.lora.r, trainer.mesh.fsdp, trainer.steps) == (7, 1, 4)
+    asked = trainer.request
+    assert asked.step.optimizer[1]["config"]["learning_rate"] == pytest.approx(2e-3)
+    assert (trainer.model.lora.r, asked.model.lora.r, asked.step.mesh.fsdp, asked.steps) == (7, 7, 1, 4)
     # What its run.json repeats is the trial alone.
-    assert trainer.config["model"]["lora_rank"] == 7
-    assert not {"tune", "exports"} & set(trainer.config)
+    assert asked.config["model"]["lora_rank"] == 7
+    assert not {"tune", "exports"} & set(asked.config)
     assert made({"model.lora_rank": 3}).model.lora.r == 3
 
 
@@ -378,20 +377,55 @@ def test_the_page_shows_what_works(tiny_models, tmp_path, monkeypatch):
     exec(script.replace(base, str(tiny_models["llama"])), names)
     inspect.signature(searching.search).bind(*called["given"], **called["named"])
     trainer = names["make"]({"rank": 4, "learning_rate": 1e-3})
-    assert (trainer.model.lora.r, trainer.run_config.name) == (4, "search")
+    assert (trainer.model.lora.r, trainer.request.group.run_config.name) == (4, "search")
     assert spaces.domains_of(called["given"][1]).keys() == {"rank", "learning_rate"}
 
 
-def test_a_trial_writes_below_its_own_directory(loaded, tmp_path):
-    trainer = tune.ConfigFactory(loaded({}), {})({"model.lora_rank": 2})
-    trainer.run_config = RunConfig(name="search", storage_path=str(tmp_path))
-    trainer.tensorboard_dir, trainer.profiler = "gs://b/boards", Profiler("/profiles", (1, 2))
+def test_a_trial_writes_below_its_own_directory():
+    """The request that it is made of stays as it was."""
+    asked = request(
+        run_config=RunConfig(name="search", storage_path="/runs", failure_config=FailureConfig(max_failures=3)),
+        evaluation=evaluation(),
+        snapshots=Snapshots(2, "/elsewhere"),
+        reporting={"tensorboard_dir": "gs://b/boards", "profiler": Profiler("/profiles", (1, 2))},
+    )
+    before = copy.deepcopy(vars(asked.group.run_config)), asked.reporting, asked.snapshots, asked.group
+    placed = trial.placed(asked, "/runs/search/t1/run", "eval_loss", "max")
+    assert (copy.deepcopy(vars(asked.group.run_config)), asked.reporting, asked.snapshots, asked.group) == before
+    assert asked.checkpointer is None
+    assert (placed.directory, placed.group.storage) == ("/runs/search/t1/run", "/runs/search/t1")
+    assert placed.group.run_config.failure_config.max_failures == 3
+    assert placed.checkpointer.checkpoint_dir == "/runs/search/t1/run/checkpoints"
+    assert (placed.checkpointer.score_attribute, placed.checkpointer.score_order) == ("eval_loss", "max")
+    assert placed.snapshots == Snapshots(2, "/runs/search/t1/run/adapters")
+    reporting = placed.reporting
+    assert (reporting.tensorboard_dir, reporting.profiler) == ("gs://b/boards/t1", Profiler("/profiles/t1", (1, 2)))
+    assert (reporting.progress, asked.reporting.progress) == (False, True)
+    # It waits for its turn as long as that takes.
+    assert placed.group.cluster_timeout_s > 10**6
+    kept = ("model", "train", "evaluation", "steps", "epochs", "step", "timeouts", "config")
+    assert all(getattr(placed, name) is getattr(asked, name) for name in kept)
+
+
+def test_a_trial_keeps_its_checkpointers_settings():
+    given = Checkpointer("/mine", save_interval_steps=7, save_timeout_s=11)
+    placed = trial.placed(request(checkpointer=given), "gs://b/search/t1/run", "loss", "min")
+    assert placed.checkpointer == dataclasses.replace(given, checkpoint_dir="gs://b/search/t1/run/checkpoints")
+    assert given.checkpoint_dir == "/mine"
+    assert placed.snapshots is placed.reporting.profiler is placed.reporting.tensorboard_dir is None
+    default = trial.placed(request(), "/runs/search/t1/run", "loss", "min").checkpointer
+    assert (default.score_attribute, default.max_to_keep) == (None, 2)
+
+
+def test_a_trials_trainer_is_placed_and_knows_no_other_process_actors(loaded, tmp_path):
+    make = tune.ConfigFactory(loaded({}), {})
+    trainer = make({"model.lora_rank": 2})
     trainer.model._coordinator = "the script's"
-    trial.place(trainer, f"{tmp_path}/search/t1/run", "eval_loss", "min")
-    assert (trainer.group.storage, trainer.run_config.name) == (f"{tmp_path}/search/t1", "run")
-    assert trainer.group.run_config is trainer.run_config
-    assert trainer.checkpointer.checkpoint_dir == f"{tmp_path}/search/t1/run/checkpoints"
-    assert trainer.checkpointer.score_attribute == "eval_loss"
-    assert trainer.limits.save_timeout_s == trainer.checkpointer.save_timeout_s
-    assert (trainer.tensorboard_dir, trainer.profiler.directory) == ("gs://b/boards/t1", "/profiles/t1")
+    workers = trial.workers_of(trainer.request.group.scaling_config)
+    settings = trial.TrialSettings(b"", str(tmp_path), "loss", "min", workers, os.getcwd())
+    trial.TrialDriver(settings)._placed(trainer, f"{tmp_path}/t1/run")
+    assert trainer.request.directory == f"{tmp_path}/t1/run"
     assert trainer.model._coordinator is None
+    other = dataclasses.replace(settings, workers=(9, *workers[1:]))
+    with pytest.raises(ConfigError, match="this trial asks for other workers than the search has room for"):
+        trial.TrialDriver(other)._placed(trainer, f"{tmp_path}/t1/run")

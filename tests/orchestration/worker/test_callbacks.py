@@ -270,7 +270,7 @@ def test_flops_against_the_peak(monkeypatch, is_lora, flops):
 
 
 def test_lines_where_there_is_no_terminal(capsys):
-    progress = Progress(coordinator=None)
+    progress = Progress()
     row = {"loss": 1.0, "learning_rate": 1e-3, "tokens_per_s": 10.0, "step_time_s": 2.0, "input_wait_s": 0.0}
     begun = {"kind": "started", "trainable": 1, "parameters": 10, "total_steps": 100, "phases": {"build": 1.0}}
     for event in (begun, {"kind": "step", "step": 40, **row}, {"kind": "step", "step": 100, **row}):

@@ -13,8 +13,8 @@ from kithara_ray.errors import ConfigError, DestinationError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.orchestration.head.snapshot_writer import SnapshotWriter
+from kithara_ray.orchestration.preflight.probes import check_snapshots
 from kithara_ray.orchestration.worker.channel import AdapterSpec, SnapshotPart
-from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.sharding.gather import Shard
 
 
@@ -72,7 +72,7 @@ def test_what_cannot_be_is_refused(tiny_models, tmp_path):
         make_trainer(tiny_models["llama"], tmp_path, export_every_steps=2, export_dir="hf://org/name")
     (tmp_path / "file").touch()
     with pytest.raises(DestinationError, match="cannot be written"):
-        Snapshots(2, str(tmp_path / "file/below")).check(may_resume=True)
+        check_snapshots(str(tmp_path / "file/below"), may_resume=True)
 
 
 def test_a_failed_one_is_told_and_ends_nothing(tiny_models, tmp_path):

@@ -1,0 +1,176 @@
+"""What an adapter holds beside its factors: biases, rows of the embedding and of the head, and these as a whole.
+
+PEFT trains weights of the base itself where a config says so, and saves their values, no differences:
+
+    bias                      <module>.bias; of an adapted module <module>.base_layer.bias
+    trainable_token_indices   <module>.token_adapter.trainable_tokens_delta, the rows (K, D) of K tokens
+    modules_to_save           <module>.weight
+
+Where the head is the embedding, tokens are trained in both, and `ensure_weight_tying` says that of the whole module.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.lora_checks import EMBEDDING, HEAD
+from kithara_ray.hf.lora_config import LoraConfig
+
+BIAS = ".bias"
+BASE_BIAS = ".base_layer.bias"
+TOKENS = ".token_adapter.trainable_tokens_delta"
+WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One tensor that an adapter has beside its factors.
+
+    Attributes:
+        name: in the adapter.
+        tensor: of the base, whose values these are.
+        rows: the rows of it that they are; None is all.
+    """
+
+    name: str
+    tensor: str
+    rows: tuple[int, ...] | None = None
+
+
+def tensor_of(name: str) -> str:
+    """The tensor of the base that an adapter's tensor beside its factors stands for."""
+    if name.endswith(TOKENS):
+        return name.removesuffix(TOKENS) + WEIGHT
+    return name.removesuffix(BASE_BIAS) + BIAS if name.endswith(BASE_BIAS) else name
+
+
+def rows_of(config: LoraConfig, name: str) -> tuple[int, ...] | None:
+    """The rows of it that are given; None is all."""
+    module = name.removesuffix(TOKENS)
+    return config.trainable_token_indices[module.rpartition(".")[2]] if module != name else None
+
+
+def bias_name(config: LoraConfig, bias: str) -> str | None:
+    """What the adapter calls a bias of the base, `<module>.bias`; None where it is not trained."""
+    module = bias.removesuffix(BIAS)
+    if config.bias == "none" or (not (is_target := config.matches(module)) and config.bias != "all"):
+        return None
+    return module + BASE_BIAS if is_target else bias
+
+
+def tables_of(config: LoraConfig, modules: Iterable[str]) -> list[Beside]:
+    """What it has of embedding and head.
+
+    Args:
+        modules: their names, `model.embed_tokens` and, where it has a weight of its own, `lm_head`.
+    """
+    made = []
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        if leaf in config.modules_to_save:
+            made.append(Beside(module + WEIGHT, module + WEIGHT))
+        elif leaf in config.trainable_token_indices:
+            made.append(Beside(module + TOKENS, module + WEIGHT, config.trainable_token_indices[leaf]))
+    return made
+
+
+def of_base(config: LoraConfig, base: BaseCheckpoint) -> list[Beside]:
+    """All that an adapter of this config has beside its factors."""
+    biases = ((bias_name(config, name), name) for name in base.names if name.endswith(BIAS))
+    tables = (n.removesuffix(WEIGHT) for n in base.names if n.endswith((f"{EMBEDDING}{WEIGHT}", f"{HEAD}{WEIGHT}")))
+    tied = is_tied(base)
+    tables = [name for name in tables if not (tied and name.endswith(HEAD))]
+    return [Beside(name, bias) for name, bias in biases if name is not None] + tables_of(config, tables)
+
+
+def is_tied(base: BaseCheckpoint) -> bool:
+    """Whether the head is the embedding."""
+    return bool(base.config.get("tie_word_embeddings")) or f"{HEAD}{WEIGHT}" not in base.names
+
+
+def normal(config: LoraConfig, base: BaseCheckpoint) -> dict[str, Any]:
+    """The fields of a config that tying changes, as PEFT understands them for this base.
+
+    Raises:
+        UnsupportedError, ConfigError: PEFT would train the head and the embedding of a tied model apart, or there is
+            no such thing in this base.
+    """
+    tokens, saved = dict(config.trainable_token_indices), set(config.modules_to_save)
+    vocabulary = next((i.shape[0] for n, i in base.tensors.items() if n.endswith(f"{EMBEDDING}{WEIGHT}")), None)
+    if vocabulary is None and (tokens or saved):
+        raise UnsupportedError(
+            f"modules_to_save, trainable_token_indices: {base.directory} has no {EMBEDDING}{WEIGHT}; leave them out"
+        )
+    for name, rows in tokens.items():
+        beyond = [row for row in rows if row >= vocabulary]
+        if beyond:
+            raise ConfigError(
+                f"trainable_token_indices: token {beyond[0]} of {name!r} is beyond the base's {vocabulary} rows. "
+                "Resize the base first with transformers: resize_token_embeddings, then save_pretrained"
+            )
+    if not is_tied(base):
+        if config.ensure_weight_tying:
+            raise ConfigError("ensure_weight_tying: embedding and head of this base are two weights; leave it out")
+        return {}
+    if HEAD in tokens and tokens.get(EMBEDDING) != tokens[HEAD]:
+        raise UnsupportedError(
+            f"trainable_token_indices: the head of this base is its embedding, and {HEAD!r} has other tokens than "
+            f"{EMBEDDING!r}; give one list for both"
+        )
+    if saved and not config.ensure_weight_tying:
+        raise UnsupportedError(
+            "modules_to_save: the head of this base is its embedding, and PEFT would train the two apart; give "
+            "ensure_weight_tying=True to train them as one, or trainable_token_indices"
+        )
+    if saved and tokens:
+        raise ConfigError("modules_to_save trains the whole embedding; leave trainable_token_indices out")
+    tokens.pop(HEAD, None)
+    return {"trainable_token_indices": tokens, "modules_to_save": (EMBEDDING,) if saved else ()}
+
+
+def check_names(config: LoraConfig, names: Iterable[str]) -> None:
+    """Raises AdapterError for a tensor of an adapter that its config does not say."""
+    for name in names:
+        leaf = name.removesuffix(TOKENS).removesuffix(WEIGHT).rpartition(".")[2]
+        if name.endswith(TOKENS):
+            field, is_on = "trainable_token_indices", leaf in config.trainable_token_indices
+        elif name.endswith(BIAS):
+            field, is_on = "bias", config.bias != "none"
+        else:
+            field, is_on = "modules_to_save", name.endswith(WEIGHT) and leaf in config.modules_to_save
+        if not is_on:
+            raise AdapterError(
+                f"{name}: adapter_config.json says {field}={getattr(config, field)!r}, which does not name it"
+                + ("; a vocabulary that was resized is not read from an adapter" if field == "modules_to_save" else "")
+            )
+
+
+def without_copies(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a file without the head that PEFT writes beside the embedding that it is.
+
+    Raises:
+        AdapterError: it is another.
+    """
+    kept, head = dict(tensors), f"{HEAD}{WEIGHT}"
+    if not copies_head(config) or head not in kept:
+        return kept
+    embedding = next((array for name, array in kept.items() if name.endswith(f"{EMBEDDING}{WEIGHT}")), None)
+    if embedding is None or not np.array_equal(embedding, kept.pop(head)):
+        raise AdapterError(f"{head}: ensure_weight_tying says that it is the embedding, whose values are others")
+    return kept
+
+
+def with_copies(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse."""
+    if not copies_head(config):
+        return dict(tensors)
+    embedding = next(array for name, array in tensors.items() if name.endswith(f"{EMBEDDING}{WEIGHT}"))
+    return {**tensors, f"{HEAD}{WEIGHT}": embedding}
+
+
+def copies_head(config: LoraConfig) -> bool:
+    return config.ensure_weight_tying and config.modules_to_save == (EMBEDDING,)
