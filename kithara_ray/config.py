@@ -1,7 +1,7 @@
 """A run written as YAML, one to one with the arguments of the Python API.
 
     model:             KerasHubModel.from_preset(...)
-    train_dataloader:  Dataloader(...), its dataset: SFTDataset(...) or another by `type`
+    train_dataloader:  Dataloader(...), its dataset: SFTDataset(...) or another by `type`, or a `mix` of several
     eval_dataloader:   the same
     optimizer:         a Keras optimizer by name, with a schedule
     trainer:           Trainer(...)
@@ -27,14 +27,14 @@ import kithara_ray
 from kithara_ray.callbacks import MLflow, Profiler, WandB
 from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration.data.datasets import Dataloader, RowDataset
+from kithara_ray.orchestration.data.datasets import Dataloader, MixedDataset, RowDataset, mix
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.results import TrainResult
 from kithara_ray.orchestration.search.search import search
 from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.signatures import Section, section_of, told
-from kithara_ray.yaml_file import Where, override, put, read_yaml
+from kithara_ray.yaml_file import Where, escaped, override, put, read_yaml
 
 __all__ = ["Config", "Job", "build", "checked", "dataloader", "load", "put", "require_absolute"]
 
@@ -86,8 +86,24 @@ DATASET_SECTIONS = {
     )
     for name, dataset in DATASETS.items()
 }
-_AnyDataset = Annotated[
+_OneDataset = Annotated[
     typing.Union[tuple(Annotated[section, Tag(name)] for name, section in DATASET_SECTIONS.items())],  # noqa: UP007
+    Discriminator("type"),
+]
+
+
+class MixedSection(Section):
+    """One dataset of a mixture, and its share."""
+
+    weight: float = 1.0
+    dataset: _OneDataset
+
+
+MixSection = section_of("MixSection", mix, {}, given_types={"datasets": list[MixedSection]}, type=(Literal["mix"], ...))
+_AnyDataset = Annotated[
+    typing.Union[  # noqa: UP007
+        tuple(Annotated[section, Tag(name)] for name, section in (DATASET_SECTIONS | {"mix": MixSection}).items())
+    ],
     Discriminator("type"),
 ]
 DataloaderSection = section_of("DataloaderSection", Dataloader, {}, given_types={"dataset": _AnyDataset})
@@ -282,7 +298,7 @@ def build(config: Config) -> Job:
         **loaders,
         **settings,
     )
-    trainer.adopt(dataclasses.replace(trainer.request, config=config.model_dump(exclude_unset=True)))
+    trainer.adopt(dataclasses.replace(trainer.request, config=escaped(config.model_dump(exclude_unset=True))))
     return Job(model, trainer, [export.given() for export in config.exports])
 
 
@@ -294,10 +310,16 @@ def _callback(section: Section) -> Any:
 def dataloader(section: Any, config: Config) -> Dataloader:
     """A Dataloader; its dataset takes the model's tokenizer where none is named."""
     settings = section.given()
-    arguments = settings.pop("dataset").given()
-    kind = DATASETS[arguments.pop("type")]
+    return Dataloader(_dataset(settings.pop("dataset"), config), **settings)
+
+
+def _dataset(section: Section, config: Config) -> RowDataset | MixedDataset:
+    arguments = section.given()
+    if (kind := arguments.pop("type")) == "mix":
+        parts = [(_dataset(part.dataset, config), part.weight) for part in arguments.pop("datasets")]
+        return mix(parts, **arguments)
     arguments.setdefault("tokenizer_handle", config.model.preset_handle)
-    return Dataloader(kind(**arguments), **settings)
+    return DATASETS[kind](**arguments)
 
 
 def _ray_config(kind: type, section: Section | None) -> Any:

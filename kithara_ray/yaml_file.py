@@ -1,10 +1,14 @@
 """One YAML document, read safely: YAML 1.2's scalars, no tags that build objects, bounded in size and expansion.
 
+`${NAME}` in a value is the environment variable NAME, and `$${` the text `${`. The value is what it would be if it
+were written there: a number, true, a text; it cannot add keys. In quotes it stays a text.
+
 PyYAML speaks YAML 1.1, in which `1e-4` is a text, `no` is false, `1:30` is 90 and a date is an object. Here a plain
 scalar is null, true or false, a number, or a text, as in YAML 1.2's core schema.
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +24,7 @@ MAX_ALIASES = 100
 MAX_VALUES = 20_000  # after aliases are followed
 
 Where = tuple[str | int, ...]
+_VARIABLE = re.compile(r"\$?\$\{(?:([A-Za-z_][A-Za-z0-9_]*)\})?")
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,6 +92,7 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[Where, int]]:
             _check_expansion(root, name)
             lines: dict[Where, int] = {}
             _check_keys(root, (), lines, name)
+            _fill_in(root, loader, name, set())
             return loader.construct_document(root), lines
         finally:
             loader.dispose()
@@ -195,6 +201,43 @@ def _check_keys(node: yaml.Node, where: Where, lines: dict[Where, int], name: st
             raise ConfigError(f"{name}:{line}: {key.value!r} is given twice, first in line {lines[place]}")
         lines[place] = line
         _check_keys(child, place, lines, name)
+
+
+def _fill_in(node: yaml.Node, loader: yaml.Loader, name: str, seen: set[int]) -> None:
+    """Put environment variables where values name them."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if not isinstance(node, yaml.ScalarNode):
+        for child in node.value:
+            _fill_in(child if isinstance(node, yaml.SequenceNode) else child[1], loader, name, seen)
+        return
+    if "${" not in node.value:
+        return
+    line = node.start_mark.line + 1
+    node.value = _VARIABLE.sub(lambda found: _variable(found, f"{name}:{line}"), node.value)
+    if node.style is None and node.value:  # plain: it may be a number now
+        node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+
+
+def _variable(found: re.Match, where: str) -> str:
+    if found.group().startswith("$$"):
+        return found.group()[1:]
+    variable = found.group(1)
+    if variable is None:
+        raise ConfigError(f"{where}: '${{' is not followed by a variable's name and '}}'; write $${{ for the text ${{")
+    if variable not in os.environ:
+        raise ConfigError(f"{where}: the environment variable {variable} is not set; set it, or write $${{{variable}}}")
+    return os.environ[variable]
+
+
+def escaped(value: Any) -> Any:
+    """A JSON-like value that is the same once written as YAML and read again: `${` in its texts is escaped."""
+    if isinstance(value, dict):
+        return {name: escaped(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
 
 
 def _what(node: yaml.Node | None) -> str:

@@ -12,6 +12,7 @@ import kithara_ray
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, MeshShape, Profiler, Trainer, config
 from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError, KitharaRayError
+from kithara_ray.orchestration.data.datasets import MixedDataset, mix
 from kithara_ray.orchestration.search.search import search
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +30,11 @@ API = {
     "checkpoints": (ray.train.CheckpointConfig, config.CheckpointSection),
     "export": (KerasHubModel.save_in_hf_format, config.ExportSection),
     "tune": (search, config.TuneSection),
+    "mix": (mix, config.MixSection),
     **{name: (kind, config.DATASET_SECTIONS[name]) for name, kind in config.DATASETS.items()},
     **{name: (kind, config.CALLBACK_SECTIONS[name]) for name, kind in config.CALLBACKS.items()},
 }
-TYPED = {*config.DATASETS, *config.CALLBACKS}
+TYPED = {*config.DATASETS, *config.CALLBACKS, "mix"}
 # What only Python can say. A new argument belongs here, or has a type that YAML can say.
 PYTHON_ALONE = {
     "trainer": {"model", "optimizer", "train_dataloader", "eval_dataloader", "scaling_config", "run_config"},
@@ -161,6 +163,7 @@ def test_handles_have_what_was_written(written, tiny_models):
     assert optimizer["config"]["weight_decay"] == 0.0
 
 
+ONE = {"type": "SFTDataset", "source": "x"}
 BAD = {
     "a misspelt key": (
         dict(model={"lora_rnk": 3}),
@@ -182,6 +185,36 @@ BAD = {
         "train_dataloader.dataset: type must be one of 'SFTDataset'.*got 'RLDataset'",
     ),
     "a dataset of no type": (dict(train_dataloader={"dataset": {"source": "x"}}), "dataset: 'type' is missing"),
+    "a mixture of weight 0": (
+        dict(
+            train_dataloader={
+                "dataset": {
+                    "type": "mix",
+                    "datasets": [{"weight": 0, "dataset": {"type": "SFTDataset", "source": "x"}}],
+                }
+            }
+        ),
+        "mix: the weight of dataset 0 must be > 0, got 0",
+    ),
+    "a misspelt key in a mixture": (
+        dict(train_dataloader={"dataset": {"type": "mix", "datasets": [{"dataset": ONE | {"forma": 1}}]}}),
+        "train_dataloader.dataset.datasets.0.dataset.forma: no such key; did you mean 'format'",
+    ),
+    "an unknown format": (
+        dict(train_dataloader={"dataset": {"type": "SFTDataset", "source": "x", "format": "chatml"}}),
+        "format must be one of 'auto', 'prompt_answer', .* got 'chatml'",
+    ),
+    "a share of more than all": (
+        dict(train_dataloader={"eval_fraction": 1.5}),
+        "eval_fraction must be > 0 and < 1, got",
+    ),
+    "two things to evaluate on": (
+        dict(
+            train_dataloader={"eval_fraction": 0.5},
+            eval_dataloader={"dataset": ONE, "per_device_batch_size": 1},
+        ),
+        "Trainer takes one of eval_dataloader and train_dataloader's eval_fraction",
+    ),
     "a misspelt key in a dataset": (
         dict(train_dataloader={"dataset": {"type": "SFTDataset", "source": "x", "max_len": 3}}),
         "train_dataloader.dataset.max_len: no such key; did you mean 'max_seq_len'",
@@ -245,3 +278,35 @@ def test_what_is_wrong_is_named(case, written, capsys):
 def test_overrides_that_are_wrong(written, override, message):
     with pytest.raises(ConfigError, match=message):
         config.load(written(exports=[{"output_dir": "/x"}]), [override])
+
+
+def test_a_mixture_is_written_as_its_datasets_and_weights(written, tiny_models):
+    parts = [
+        {"weight": 3, "dataset": {"type": "SFTDataset", "source": "a.jsonl", "format": "alpaca", "max_seq_len": 64}},
+        {"dataset": {"type": "TextCompletionDataset", "source": "b.txt"}},
+    ]
+    path = written(train_dataloader={"dataset": {"type": "mix", "datasets": parts, "epoch": "first"}})
+    mixed = config.build(config.load(path)).trainer.request.train.dataset
+    assert isinstance(mixed, MixedDataset)
+    assert (mixed.weights, mixed.epoch, mixed.max_seq_len) == ((3.0, 1.0), "first", 1024)
+    assert [type(part).__name__ for part in mixed.datasets] == ["SFTDataset", "TextCompletionDataset"]
+    assert mixed.datasets[0].format == "alpaca"
+    assert {part.tokenizer for part in mixed.datasets} == {str(tiny_models["llama"])}
+
+
+def test_a_part_is_held_out(written):
+    job = config.build(config.load(written(train_dataloader={"eval_fraction": 0.1})))
+    assert job.trainer.request.train.eval_fraction == 0.1
+    assert job.trainer.request.evaluation.loader is job.trainer.request.train
+    assert job.trainer.request.evaluation.every_epochs == 1
+    assert [name for name, _ in job.trainer.request.loaders()] == ["train_dataloader"]
+
+
+def test_secrets_from_the_environment_are_redacted(written, monkeypatch):
+    from kithara_ray.redact import redact
+
+    monkeypatch.setenv("BUCKET_TOKEN", "very-private-7")
+    path = written(train_dataloader={"dataset": {"type": "SFTDataset", "source": "gs://b/${BUCKET_TOKEN}/a.jsonl"}})
+    trainer = config.build(config.load(path)).trainer
+    assert trainer.request.train.dataset.source == "gs://b/very-private-7/a.jsonl"
+    assert "very-private-7" not in str(redact(trainer.request.config))

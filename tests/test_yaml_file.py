@@ -1,9 +1,10 @@
 """YAML as people mean it, and what is refused before anything is built of it."""
 
 import pytest
+import yaml
 
 from kithara_ray.errors import ConfigError
-from kithara_ray.yaml_file import parse_scalar, parse_yaml, read_yaml
+from kithara_ray.yaml_file import escaped, parse_scalar, parse_yaml, read_yaml
 
 
 def test_scalars_are_those_of_yaml_1_2():
@@ -66,3 +67,45 @@ def test_files(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8 text at byte 3"):
         read_yaml(tmp_path / "latin.yaml")
+
+
+def test_environment_variables_in_values(monkeypatch):
+    monkeypatch.setenv("BUCKET", "gs://mine")
+    monkeypatch.setenv("STEPS", "10")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("TRICK", "x\nsteps: 3, [a, b]")
+    text = (
+        'a: ${BUCKET}/data\nb: ${STEPS}\nc: "${STEPS}"\nd: ["${STEPS}", &x "$${STEPS} $STEPS"]\ne: *x\nf: ${EMPTY}\n'
+        "g: ${TRICK}\nh: ${STEPS}e3\n${STEPS}: key\n"
+    )
+    assert parse_yaml(text, "x")[0] == {
+        "a": "gs://mine/data",
+        "b": 10,
+        "c": "10",
+        "d": ["10", "${STEPS} $STEPS"],
+        "e": "${STEPS} $STEPS",
+        "f": "",
+        "g": "x\nsteps: 3, [a, b]",
+        "h": 10e3,
+        "${STEPS}": "key",
+    }
+    assert parse_scalar("${STEPS}") == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb:\n  - ${NOT_THERE}", r"x:3: the environment variable NOT_THERE is not set; set it, or write \$\$\{"),
+        ("a: ${A:-b}", r"x:1: '\$\{' is not followed by a variable's name and '\}'; write \$\$\{ for the text"),
+        ("a: x${", r"x:1: '\$\{' is not followed by"),
+    ],
+)
+def test_variables_that_are_wrong(text, message, monkeypatch):
+    monkeypatch.delenv("NOT_THERE", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        parse_yaml(text, "x")
+
+
+def test_what_was_read_can_be_written_and_read_again():
+    value = {"a": ["${X} $${Y} $Z", 3, None]}
+    assert parse_yaml(yaml.safe_dump(escaped(value)), "x")[0] == value

@@ -59,7 +59,7 @@ class Trainer:
         train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices
             x `gradient_accumulation_steps`.
         eval_dataloader: evaluated every `eval_steps_interval` steps or `eval_epochs_interval` epochs (each epoch by
-            default), and at the end.
+            default), and at the end. Or give train_dataloader an `eval_fraction`.
         steps, epochs: how long; one epoch by default.
         log_steps_interval: steps between two rows of the history.
         max_eval_samples: evaluate on the first so many rows only.
@@ -144,19 +144,18 @@ class Trainer:
         arguments.check_one_of("remat", remat, REMAT)
         arguments.check_one_of("on_nan", on_nan, ("stop", "skip"))
         self.model = model
+        evaluated = arguments.evaluated_of(train_dataloader, eval_dataloader)
         step = StepSettings(portable(optimizer), mesh, remat, gradient_accumulation_steps, seed, on_nan)
         scaling_config, run_config = scaling_config or ScalingConfig(num_workers=1), run_config or RunConfig()
         self.request = RunRequest(
             model=_asked_of(model),
             train=train_dataloader,
-            evaluation=arguments.evaluation_of(
-                eval_dataloader, eval_steps_interval, eval_epochs_interval, max_eval_samples
-            ),
+            evaluation=arguments.evaluation_of(evaluated, eval_steps_interval, eval_epochs_interval, max_eval_samples),
             steps=steps,
             epochs=1 if steps is None and epochs is None else epochs,
             step=step,
             group=WorkerGroup(scaling_config, run_config, cpu_devices_per_worker, cluster_timeout_s),
-            checkpointer=arguments.checkpointer_of(checkpointer, run_config, eval_dataloader is not None),
+            checkpointer=arguments.checkpointer_of(checkpointer, run_config, evaluated is not None),
             snapshots=arguments.snapshots_of(export_every_steps, export_dir, run_config, model.lora is not None),
             timeouts=Timeouts(step_timeout_s, startup_timeout_s),
             reporting=Reporting(

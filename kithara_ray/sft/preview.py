@@ -13,6 +13,7 @@ from rich.text import Text
 
 from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.batches.packing import best_fit
+from kithara_ray.sft.batches.told import NOTHING, Told
 
 _LEARNED = "bold green"
 _BAR_WIDTH = 30
@@ -27,6 +28,7 @@ class Preview:
     counts: rows dropped, skipped, truncated.
     packing_efficiency: the share of a packed sequence that is not padding.
     unread: columns of the source that nothing reads.
+    told: as which formats rows were read, and what has no effect in them.
     """
 
     rows: tuple[tuple[tuple[str, bool], ...], ...]
@@ -36,6 +38,7 @@ class Preview:
     counts: dict[str, int]
     packing_efficiency: float
     unread: tuple[str, ...] = ()
+    told: Told = NOTHING
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -91,6 +94,10 @@ class Preview:
         if self.counts.get("unlearned_messages"):
             count = self.counts["unlearned_messages"]
             figures["not learned"] = f"{count:,} messages that the chat template shows otherwise later"
+        if self.told.formats:
+            figures["format"] = self.told.format_line()
+        if self.told.notes:
+            figures["note"] = "\n".join(f"{note} ({rows:,} rows)" for note, rows in self.told.notes.items())
         if self.unread:
             figures["columns"] = f"nothing reads {', '.join(map(repr, self.unread))}"
         for name, value in figures.items():
@@ -114,17 +121,19 @@ def preview(
     max_seq_len: int,
     counts: dict[str, int],
     unread: Sequence[str] = (),
+    told: Told = NOTHING,
 ) -> Preview:
     """Args:
     rows: to be shown.
     lengths, trained: of all rows.
     unread: columns that nothing reads.
+    told: what else is said of the rows.
     """
     shown = tuple(tuple(_pieces(row, tokenizer)) for row in rows)
     order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(lengths))
     _, starts = best_fit(order, lengths, trained, max_seq_len, max_seq_len)
     filled = float(lengths.sum(dtype=np.int64) / (max_seq_len * (len(starts) - 1)))
-    return Preview(shown, lengths, trained, max_seq_len, dict(counts), filled, tuple(unread))
+    return Preview(shown, lengths, trained, max_seq_len, dict(counts), filled, tuple(unread), told)
 
 
 def _pieces(row: TokenizedRow, tokenizer: Any):

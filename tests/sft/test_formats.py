@@ -34,7 +34,8 @@ def test_part_of_a_column_mapping():
 def test_column_mapping_the_wrong_way_round():
     text = (
         "column_mapping maps 'question', but the expected columns are 'prompt', 'answer', "
-        "'messages', 'tools', 'chat_template_kwargs'; it goes from expected name "
+        "'messages', 'tools', 'chat_template_kwargs', 'functions', 'system', 'completion', 'conversations', "
+        "'instruction', 'output', 'input', 'history'; it goes from expected name "
         'to source column, e.g. {"prompt": "<the column that holds it>"}'
     )
     with pytest.raises(ConfigError, match=re.escape(text)):

@@ -40,6 +40,7 @@ class RowDataset:
         chat_template: str | None = None,
         split: str | None = None,
         subset: str | None = None,
+        format: str = "auto",
         **unknown: Any,
     ):
         for name in unknown:
@@ -56,13 +57,15 @@ class RowDataset:
         self.custom_formatting_fn = custom_formatting_fn
         self.formatting_style = formatting_style
         self.chat_template = read_template(chat_template)
+        self.format = format
         self.packed = False
         self.name = ""  # in messages
         self.row_tokenizer()
 
     def row_tokenizer(self) -> RowTokenizer:
         """What turns this dataset's rows into tokens; picklable."""
-        text_format = self._format_class(self.column_mapping, self.custom_formatting_fn, self.formatting_style)
+        how = self.column_mapping, self.custom_formatting_fn, self.formatting_style, self.format
+        text_format = self._format_class(*how)
         return RowTokenizer(self.tokenizer, text_format, self.max_seq_len, self.on_bad_row, self.chat_template)
 
     @property
@@ -105,8 +108,8 @@ class RowDataset:
 class SFTDataset(RowDataset):
     """Prompts and answers, or conversations; the loss is on what is answered and on its end alone.
 
-    Rows have columns `prompt` and `answer`, or `messages` (with `tools` and `chat_template_kwargs`, if they have any),
-    which go through the tokenizer's chat template. docs/data.md says what is learned of a conversation.
+    Rows have columns `prompt` and `answer`, or those of another format; conversations go through the tokenizer's chat
+    template. docs/data.md has an example of each format, and says what is learned of a conversation.
 
     Args:
         source: a path, URL, directory or pattern, or a list of these (.jsonl, .json, .csv, .tsv, .parquet, .arrow,
@@ -114,7 +117,8 @@ class SFTDataset(RowDataset):
             DataFrame; an Arrow table. Rows are as iterating the source shows them.
         tokenizer: a transformers tokenizer, or
         tokenizer_handle: where to load one from: `hf://...`, a local directory, `gs://...`.
-        column_mapping: {"prompt": <the source's column>, "answer": ...} or {"messages": ...}.
+        column_mapping: {"prompt": <the source's column>, "answer": ...} or {"messages": ...}: the format's column ->
+            the source's.
         max_seq_len: rows are cut on the right at so many tokens; one whose answer is cut off entirely is dropped and
             counted.
         custom_formatting_fn: applied to the raw rows first; takes a row or a batch, as in Kithara.
@@ -124,6 +128,14 @@ class SFTDataset(RowDataset):
         split: which split to read, of a directory, `hf://datasets/...`, a pattern or a DatasetDict that has several:
             "train", "test", ...
         subset: which subset to read, of a directory or `hf://datasets/...` that has several.
+        format: what a row is. "auto" goes by its columns, and the log and the preview say what it found.
+            "prompt_answer": texts `prompt` and `answer`, joined as they are.
+            "chat": `prompt` and `answer` as a conversation of two messages, with `system` if there is one.
+            "messages": `messages`, a list of {role, content, ...} or JSON text of one, with `tools`.
+            "prompt_completion": TRL's `prompt` and `completion`, both text or both lists of messages.
+            "sharegpt": `conversations`, a list of {from, value}, with `system` and `tools`.
+            "alpaca": `instruction`, `input`, `output` as a conversation, with `system` and `history`.
+            "alpaca_text": `instruction`, `input`, `output` in Alpaca's own prompt, without a chat template.
     """
 
     _format_class = PromptAnswer
@@ -209,7 +221,7 @@ def preview(dataset: RowDataset | MixedDataset, rows: int = 3) -> Preview:
     shown = [read.row(number) for number in range(min(rows, store.num_rows))]
     tokenizer = first.row_tokenizer().loaded()
     return previews.preview(
-        shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts, store.unread
+        shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts, store.unread, store.told
     )
 
 
@@ -230,6 +242,8 @@ class Dataloader:
             batch to the longest row.
         shuffle_rows: shuffle within so many rows, stretches of which are first spread over the dataset; for a dataset
             that does not fit into the object stores' memory. None shuffles all rows.
+        eval_fraction: hold this share of the rows out of training, and evaluate on them instead of an eval_dataloader;
+            of a mixture, this share of each dataset. Which rows is a function of the data and `seed`.
     """
 
     def __init__(
@@ -242,6 +256,7 @@ class Dataloader:
         packing: bool = False,
         length_buckets: int = 4,
         shuffle_rows: int | None = None,
+        eval_fraction: float | None = None,
     ):
         number = isinstance(per_device_batch_size, int) and per_device_batch_size >= 1
         if not number and per_device_batch_size != "auto":
@@ -260,6 +275,7 @@ class Dataloader:
                 "dataset_is_sharded_per_host=True: the hosts share one dataset here, and each reads only its own rows; "
                 "leave the argument out"
             )
+        _check_fraction(eval_fraction, dataset)
         self.dataset = dataset
         self.per_device_batch_size = per_device_batch_size
         self.shuffle = shuffle
@@ -267,8 +283,21 @@ class Dataloader:
         self.packing = packing or dataset.packed
         self.length_buckets = length_buckets
         self.shuffle_rows = shuffle_rows
+        self.eval_fraction = eval_fraction
 
     @property
     def packed_len(self) -> int | None:
         """Tokens of a row into which several samples are packed; None packs nothing."""
         return self.dataset.max_seq_len if self.packing else None
+
+
+def _check_fraction(fraction: float | None, dataset: RowDataset | MixedDataset) -> None:
+    if fraction is None:
+        return
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ConfigError(f"Dataloader: eval_fraction must be > 0 and < 1, got {fraction!r}")
+    if dataset.is_endless:
+        raise UnsupportedError(
+            "Dataloader: eval_fraction needs a dataset whose rows are known, and this one streams; give the Trainer an "
+            "eval_dataloader"
+        )

@@ -16,6 +16,7 @@ from kithara_ray.orchestration.data.sources import COUNTS, tokenize_rows
 from kithara_ray.orchestration.data.token_store import TokenStore, describe
 from kithara_ray.orchestration.data.unbounded import SLICE_ROWS, UNREAD, EndlessStore, start_reader
 from kithara_ray.sft.batches.blocks import TokenizedRow
+from kithara_ray.sft.batches.told import Told
 from kithara_ray.sft.rows.columns import unread
 from kithara_ray.sft.rows.listing import Choice
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
@@ -59,7 +60,7 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
         DataError: a bad row (its source, number and column), or no row that trains anything.
     """
     if isinstance(dataset, Mixture):
-        stores = [tokenize(part, vocabulary) for part in _named(dataset.datasets)]
+        stores = [tokenize(part, vocabulary) for part in named(dataset.datasets)]
         return TokenStore.joined(stores, dataset.draws([store.num_rows for store in stores]))
     row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
     if dataset.is_endless:
@@ -77,10 +78,11 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, DataError) else error from None
     lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
-    counts, unread_columns = _concluded(len(lengths), [result[2] for result in results])
+    counts, unread_columns, told = _concluded(len(lengths), [result[2] for result in results])
     starts = np.cumsum([0] + [len(result[0]) for result in results])
     content = f"{sum(result[3] for result in results) % (1 << 128):032x}"
-    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content, counts, unread_columns)
+    said = counts, unread_columns, told
+    return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content, *said)
 
 
 def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
@@ -92,7 +94,7 @@ def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
         DataError: as `tokenize`.
     """
     if isinstance(dataset, Mixture):
-        for part in _named(dataset.datasets):
+        for part in named(dataset.datasets):
             yield from tokenized_rows(part)
         return
     row_tokenizer = dataset.row_tokenizer()
@@ -110,8 +112,8 @@ def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
     _concluded(kept, outcomes)
 
 
-def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Counts over all rows, and the columns that nothing reads; both are told in the log.
+def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tuple[str, ...], Told]:
+    """Counts over all rows, the columns that nothing reads, and what else is told; all of it in the log.
 
     Args:
         kept: rows that are trained on.
@@ -128,13 +130,16 @@ def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tu
         logger.warning("of %d rows %s; for example: %s", total, describe(counts), "; ".join(samples) or "-")
     if unread_columns:
         logger.warning(UNREAD, ", ".join(map(repr, unread_columns)))
+    told = Told.joined(outcome[3] for outcome in outcomes)
+    for line in told.lines():
+        logger.warning("%s", line)
     if not kept:
         what = f"of {total} rows {describe(counts)}: {samples[0]}" if samples else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
-    return counts, unread_columns
+    return counts, unread_columns, told
 
 
-def _named(datasets: Sequence[Described]) -> Iterator[Described]:
+def named(datasets: Sequence[Described]) -> Iterator[Described]:
     """Each knowing which of the mixture it is."""
     for number, dataset in enumerate(datasets):
         named = copy.copy(dataset)

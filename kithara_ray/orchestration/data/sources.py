@@ -18,6 +18,7 @@ import ray
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
+from kithara_ray.sft.batches.told import Told
 from kithara_ray.sft.rows import files, values
 from kithara_ray.sft.rows.columns import Columns
 from kithara_ray.sft.rows.files import Piece
@@ -130,9 +131,10 @@ def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0
     return tokenized, summary
 
 
-def outcome(block: TokenizedBlock) -> tuple[dict[str, int], tuple[str, ...], tuple[tuple[str, bool], ...]]:
-    """What became of a block's rows: counts, examples, and columns."""
-    return {name: getattr(block, name) for name in COUNTS}, block.samples, block.columns
+def outcome(block: TokenizedBlock) -> tuple[dict[str, int], tuple[str, ...], tuple[tuple[str, bool], ...], Told]:
+    """What became of a block's rows: counts, examples, columns, and what is told of them."""
+    told = Told(block.formats, block.notes)
+    return {name: getattr(block, name) for name in COUNTS}, block.samples, block.columns, told
 
 
 def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[tuple[Work, tuple]]:

@@ -18,6 +18,7 @@ from kithara_ray.orchestration.data.sources import COUNTS
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.batches.buckets import bucket_lengths
 from kithara_ray.sft.batches.order import Part
+from kithara_ray.sft.batches.told import NOTHING, Told
 
 # Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU padding is only work.
 _LENGTH_MULTIPLE = {"tpu": 128}
@@ -42,6 +43,7 @@ class TokenStore:
         content: a hash of all tokens and masks in their order, however they are cut into blocks.
         counts: rows that were dropped, skipped, truncated.
         unread: columns of the source that nothing reads.
+        told: as which formats rows were read, and what has no effect in them.
         parts: of a mixture.
     """
 
@@ -53,6 +55,7 @@ class TokenStore:
     content: str = ""
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    told: Told = NOTHING
     parts: tuple[Part, ...] = ()
 
     @property
@@ -107,6 +110,7 @@ class TokenStore:
             content=" ".join(store.content for store in stores),
             counts={name: sum(store.counts[name] for store in stores) for name in COUNTS},
             unread=tuple(dict.fromkeys(name for store in stores for name in store.unread)),
+            told=Told.joined(store.told for store in stores),
             parts=tuple(parts),
         )
 

@@ -24,6 +24,7 @@ from kithara_ray.orchestration.data.sources import COUNTS, stream, tokenize_rows
 from kithara_ray.orchestration.data.token_store import describe, rounded
 from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.batches.packing import packs
+from kithara_ray.sft.batches.told import Told
 from kithara_ray.sft.rows.columns import unread
 from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
@@ -86,6 +87,7 @@ class Reader:
         self._how: tuple | None = None
         self._counts = dict.fromkeys(COUNTS, 0)
         self._unread: set[str] = set()
+        self._told = Told()
 
     def batch(self, step: int, order: EndlessOrder, shape: tuple[int, int] | None) -> list[list[TokenizedRow]]:
         """The packs of a step's global batch.
@@ -152,7 +154,10 @@ class Reader:
                 return
 
     def _report(self, summary: tuple) -> None:
-        counts, samples, columns = summary[2]
+        counts, samples, columns, told = summary[2]
+        for line in told.beyond(self._told).lines():
+            logger.warning("streamed so far: %s", line)
+        self._told = Told.joined([self._told, told])
         if new := [name for name in unread([columns]) if name not in self._unread]:
             self._unread.update(new)
             logger.warning(UNREAD, ", ".join(map(repr, new)))

@@ -10,6 +10,7 @@ import numpy as np
 from kithara_ray.callbacks import TensorBoard
 from kithara_ray.orchestration.data.data_spec import DataSpec
 from kithara_ray.orchestration.data.datasets import Dataloader
+from kithara_ray.orchestration.data.held_out import tokenize_and_hold_out
 from kithara_ray.orchestration.data.pipeline import tokenize
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.orchestration.data.unbounded import EndlessStore
@@ -48,13 +49,15 @@ class Tokenized:
 def tokenized(request: RunRequest) -> Tokenized:
     """Tokenise a run's data on the cluster. Raises DataError."""
     began, known = time.time(), vocabulary(request)
-    train, held_out = tokenize(request.train.dataset, known), None
-    if request.evaluation is not None:
-        dataset = request.evaluation.loader.dataset
-        if dataset.is_endless:
-            dataset = dataset.head(request.evaluation.max_samples)
-        held_out = tokenize(dataset, known)
-    return Tokenized(train, held_out, began, time.time())
+    train, asked = request.train, request.evaluation
+    if train.eval_fraction is not None:
+        stores = tokenize_and_hold_out(train.dataset, train.eval_fraction, train.seed, known)
+        return Tokenized(*stores, began, time.time())
+    store, held_out = tokenize(train.dataset, known), None
+    if asked is not None:
+        dataset = asked.loader.dataset
+        held_out = tokenize(dataset.head(asked.max_samples) if dataset.is_endless else dataset, known)
+    return Tokenized(store, held_out, began, time.time())
 
 
 def run_spec(

@@ -12,10 +12,10 @@ from kithara_ray.errors import DestinationError
 from kithara_ray.hf.exports.request import requests_of
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.preflight import memory_fit
-from kithara_ray.orchestration.preflight.findings import OK, Finding, Skipped, find, gb
+from kithara_ray.orchestration.preflight.findings import OK, Finding, Skipped, Warned, find, gb
 from kithara_ray.orchestration.preflight.nodes import Nodes
 from kithara_ray.orchestration.preflight.probes import FirstRows, Probes
-from kithara_ray.orchestration.request.facts import mesh_axes, weight_bytes
+from kithara_ray.orchestration.request.facts import mesh_axes, positions_of, weight_bytes
 from kithara_ray.orchestration.request.run_request import RunRequest
 
 
@@ -51,6 +51,7 @@ def check_run(
         ("memory", lambda: nodes.check_memory(request)),
         ("disk", lambda: _check_disk(request, nodes, probes)),
         ("destinations", probes.check),
+        ("length", lambda: check_length(request)),
         ("tokenizer, rows" if tokenize else "rows", lambda: _check_rows(rows)),
     ]
     return [cluster, *(find(name, check) for name, check in checks)]
@@ -91,6 +92,20 @@ def _check_disk(request: RunRequest, nodes: Nodes, probes: Probes) -> str:
         texts.append(f"{gb(free)} free at {destination}")
     cache = nodes.check_cache(request)  # only warns, so it comes after what fails
     return "; ".join(filter(None, [cache, *texts])) or "nothing of the base's size is written"
+
+
+def check_length(request: RunRequest) -> str:
+    """Rows are no longer than what the base was made for."""
+    positions = positions_of(request)
+    if positions is None:
+        raise Skipped("the base's config.json does not say for how long a sequence it was made")
+    longest = {name: loader.dataset.max_seq_len for name, loader in request.loaders()}
+    if over := [f"{name}'s max_seq_len is {length}" for name, length in longest.items() if length > positions]:
+        raise Warned(
+            f"{' and '.join(over)}, and {request.model.preset_handle} was made for {positions} positions "
+            "(max_position_embeddings of its config.json); give a smaller max_seq_len, or a base for longer texts"
+        )
+    return f"max_seq_len {max(longest.values())} of {positions} positions"
 
 
 def _check_rows(rows: FirstRows | None) -> str:

@@ -42,6 +42,15 @@ def check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int |
         raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
 
+def evaluated_of(train: Dataloader, evaluation: Dataloader | None) -> Dataloader | None:
+    """Where the rows to evaluate on come from: train's own, if it has an eval_fraction; None evaluates nothing."""
+    if evaluation is not None and evaluation.eval_fraction is not None:
+        raise ConfigError("Trainer: eval_fraction belongs to train_dataloader; eval_dataloader is evaluated on whole")
+    if evaluation is not None and train.eval_fraction is not None:
+        raise ConfigError("Trainer takes one of eval_dataloader and train_dataloader's eval_fraction")
+    return train if train.eval_fraction is not None else evaluation
+
+
 def evaluation_of(
     loader: Dataloader | None, every_steps: int | None, every_epochs: int | None, max_samples: int | None
 ) -> EvalRequest | None:
@@ -83,7 +92,10 @@ def checkpointer_of(given: Any, run_config: RunConfig, evaluates: bool) -> Check
             )
     score = checkpointer.score_attribute if checkpointer else None
     if score and score.startswith("eval_") and not evaluates:
-        raise ConfigError(f"Checkpointer: score_attribute={score!r} needs Trainer(eval_dataloader=...)")
+        raise ConfigError(
+            f"Checkpointer: score_attribute={score!r} needs Trainer(eval_dataloader=...) or "
+            "Dataloader(eval_fraction=...)"
+        )
     return checkpointer
 
 

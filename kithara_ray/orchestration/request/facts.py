@@ -3,6 +3,7 @@
 import re
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.positions import max_positions
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.sharding.shape import MeshShape
@@ -45,3 +46,8 @@ def weight_bytes(request: RunRequest) -> int:
 def vocabulary(request: RunRequest) -> int | None:
     """Tokens that the base knows, by its config.json."""
     return BaseCheckpoint.at(request.model.preset_handle).config.get("vocab_size")
+
+
+def positions_of(request: RunRequest) -> int | None:
+    """Tokens of the longest row that the base was made for; None where its config.json does not say."""
+    return max_positions(BaseCheckpoint.at(request.model.preset_handle).config)

@@ -150,5 +150,5 @@ class RunRequest:
     def loaders(self) -> Iterator[tuple[str, Dataloader]]:
         """Each Dataloader under the name of its argument."""
         yield "train_dataloader", self.train
-        if self.evaluation is not None:
+        if self.evaluation is not None and self.evaluation.loader is not self.train:
             yield "eval_dataloader", self.evaluation.loader

@@ -155,7 +155,10 @@ def search(
     start_ray()
     request = spaces.first_trainer(trainer_factory, domains, seed).request
     if metric.startswith("eval_") and request.evaluation is None:
-        raise ConfigError(f'search: metric={metric!r} needs Trainer(eval_dataloader=...), or give metric="loss"')
+        raise ConfigError(
+            f"search: metric={metric!r} needs Trainer(eval_dataloader=...) or Dataloader(eval_fraction=...), or give "
+            'metric="loss"'
+        )
     storage, name = request.group.storage, request.group.run_config.name
     workers = workers_of(request.group.scaling_config)
     settings = TrialSettings(_pickled(trainer_factory), request.directory, metric, mode, workers, os.getcwd())

@@ -5,8 +5,8 @@ predicted, which is done from position t-1; so `loss_mask[0]` is always 0.
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class TokenizedRow:
     truncated: bool = False  # tokens beyond max_seq_len, up to the last to be learned, were cut off
     unlearned: int = 0  # messages of the assistant that the chat template shows otherwise than it asks for them
     place: str = ""  # in the source, as messages say it: "line 18 of train.jsonl"; empty where nobody asked
+    notes: tuple[str, ...] = ()  # what is to be said of it
 
     @property
     def is_trained(self) -> bool:
@@ -38,6 +39,8 @@ class TokenizedBlock:
     unlearned_messages: int = 0  # in rows kept
     samples: tuple[str, ...] = ()  # messages about the first of the rows dropped or skipped
     columns: tuple[tuple[str, bool], ...] = ()  # (name, whether any row's was read) of those that hold something
+    formats: Mapping[str, int] = field(default_factory=dict)  # as which format how many rows were read
+    notes: Mapping[str, int] = field(default_factory=dict)  # what is to be said, and of how many rows kept
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -51,6 +54,12 @@ class TokenizedBlock:
         ends = np.cumsum(self.lengths, dtype=np.int64)
         before = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
         return (before[ends] - before[ends - self.lengths]).astype(np.int32)
+
+    def where(self, chosen: np.ndarray) -> "TokenizedBlock":
+        """The rows at which `chosen`, bool (N,), is true; what became of the others is left out."""
+        tokens = np.repeat(chosen, self.lengths)
+        kept = self.row_ids[chosen], self.lengths[chosen], self.token_ids[tokens], self.loss_mask[tokens]
+        return TokenizedBlock(*kept)
 
     def content(self) -> int:
         """128 bits of the rows' tokens, masks and places in the source; of several blocks, the sum modulo 2**128.

@@ -10,14 +10,15 @@ Templates are Jinja from a checkpoint of whoever made it. transformers renders t
 plain data; time, memory and length are bounded here.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows import limits
+from kithara_ray.sft.tokens.messages import says_something
+from kithara_ray.sft.tokens.template_fit import TemplateFit, TooCostly
 
 MAX_SECONDS = 5.0  # of CPU time, for one rendering
 MAX_MORE_BYTES = 2**31
@@ -32,11 +33,13 @@ class Rendered:
     text: the conversation.
     spans: (start, stop) in it of what is learned, ascending.
     unlearned: messages of the assistant that are not, because the template shows them otherwise than it asks for them.
+    notes: what is to be said of the conversation, such as a field that the template does not show.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     unlearned: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,12 @@ class ChatTemplate:
     Attributes:
         tokenizer: a transformers tokenizer.
         source: Jinja; None is the tokenizer's own.
+        fit: what was found of the template so far; conversations of one template share it.
     """
 
     tokenizer: Any
     source: str | None = None
+    fit: TemplateFit = field(default_factory=TemplateFit, compare=False)
 
     def __call__(
         self,
@@ -60,24 +65,40 @@ class ChatTemplate:
         """A conversation's text and what of it is learned.
 
         Args:
-            messages: as OpenAI's: `role`, `content`, and what else the template reads.
+            messages: as `messages.check_messages` leaves them. Those with `weight` 0 are context.
             tools: JSON schemas of the tools that the assistant may call.
             options: further variables of the template, e.g. `enable_thinking`.
 
         Raises:
-            DataError: there is no template, it fails, goes on for too long, or shows nothing to learn.
+            DataError: there is no template, it fails, goes on for too long, leaves out what the row is made for, or
+                shows nothing to learn.
         """
         template = self._template(tools)
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        silent = {number for number, message in enumerate(messages) if message.get("weight") == 0}
+        plain = [{k: v for k, v in message.items() if v is not None and k != "weight"} for message in messages]
+
+        def render(given: Sequence[Mapping], with_tools: Any = tools) -> str:
+            return self._render(template, given, with_tools, options)[0]
+
+        messages = self.fit.adapted(plain, render)
         if _GENERATION.search(template):
-            text, spans = self._render(template, messages, tools, options, mark=True)
+            text, marks = self._render(template, messages, tools, options, mark=True)
+            spans, unlearned = self._without(silent, template, messages, tools, options, text, marks), 0
             if not spans:
                 raise DataError("the chat template marks nothing of this conversation as the assistant's")
-            return Rendered(text, tuple(spans))
-        text, _ = self._render(template, messages, tools, options)
+        else:
+            text = render(messages)
+            spans, unlearned = self._spans(silent, template, messages, tools, options, text)
+        notes = self.fit.check(template, messages, tools, options, text, render)
+        if any(_is_empty(message) and number not in silent for number, message in enumerate(messages)):
+            notes += ("a message of the assistant is empty; it is trained on as an empty turn",)
+        return Rendered(text, tuple(spans), unlearned, notes)
+
+    def _spans(self, silent: set[int], template, messages, tools, options, text: str) -> tuple[list, int]:
+        """What is learned under a template that does not mark it, and how many messages are not."""
         spans, unlearned = [], 0
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or number in silent:
                 continue
             span = self._span(template, messages, number, tools, options, text)
             if span is None:
@@ -89,7 +110,25 @@ class ChatTemplate:
                 "nothing of this conversation can be learned: the chat template renders no message of the assistant "
                 "behind its own generation prompt; pass chat_template= with {% generation %} around what is learned"
             )
-        return Rendered(text, tuple(spans), unlearned)
+        return spans, unlearned
+
+    def _without(self, silent: set[int], template, messages, tools, options, text: str, marks: list) -> list:
+        """The template's marks but those of messages of weight 0: what each adds to the marks before it."""
+        gone = set()
+        for number in sorted(silent):
+            if messages[number]["role"] != "assistant":
+                continue
+            (before, old), (through, new) = (
+                self._render(template, messages[:stop], tools, options, mark=True) if stop else ("", [])
+                for stop in (number, number + 1)
+            )
+            if not (text.startswith(before) and text.startswith(through) and marks[: len(new)] == new):
+                raise DataError(
+                    f"message {number} has weight 0, and the chat template shows it otherwise later, so that it cannot "
+                    "be found in the text; leave the conversation out"
+                )
+            gone |= set(new[len(old) :])
+        return [mark for mark in marks if mark not in gone]
 
     def _template(self, tools) -> str:
         if self.source is not None:
@@ -138,13 +177,13 @@ class ChatTemplate:
                     **{**self.tokenizer.special_tokens_map, **(options or {})},
                 )
         except limits.OutOfTime:
-            raise DataError(f"the chat template did not end within {MAX_SECONDS:g} s") from None
+            raise TooCostly(f"the chat template did not end within {MAX_SECONDS:g} s") from None
         except MemoryError:
-            raise DataError(f"the chat template takes more than {MAX_MORE_BYTES / 2**30:g} GiB of memory") from None
+            raise TooCostly(f"the chat template takes more than {MAX_MORE_BYTES / 2**30:g} GiB of memory") from None
         except Exception as error:  # a template raises what it likes: it is data
             raise DataError(f"the chat template failed: {type(error).__name__}: {_short(error)}") from error
         if len(texts[0]) > MAX_CHARACTERS:
-            raise DataError(f"the chat template renders {len(texts[0]):,} characters, more than {MAX_CHARACTERS:,}")
+            raise TooCostly(f"the chat template renders {len(texts[0]):,} characters, more than {MAX_CHARACTERS:,}")
         return texts[0], marks[0] if marks else []
 
     def prompt(
@@ -162,60 +201,8 @@ class ChatTemplate:
         return self._render(self._template(tools), messages, tools, options, prompt=True)[0]
 
 
-def check_messages(messages: Any) -> list[dict]:
-    """The messages of a conversation, as plain dicts.
-
-    Raises:
-        DataError: they are no list of dicts with a role and text; the assistant says nothing.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise DataError(f"is {type(messages).__name__}, not a list of messages")
-    if not messages:
-        raise DataError("is empty")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise DataError(f"message {number} is {type(message).__name__}, not a dict with role and content")
-        if not isinstance(message.get("role"), str):
-            raise DataError(f"message {number} has no role, found {', '.join(map(repr, message)) or 'nothing'}")
-        _check_content(number, message.get("content"))
-    if not any(_says_something(message) for message in messages):
-        raise DataError("has no message of role 'assistant' that says something: nothing is learned")
-    return [dict(message) for message in messages]
-
-
-def _check_content(number: int, content: Any) -> None:
-    if isinstance(content, str):
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"message {number} is not valid Unicode at character {error.start}") from error
-    elif isinstance(content, Sequence):
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            if kind != "text":
-                raise DataError(f"message {number} has content of type {kind!r}; only text is trained on")
-    elif content is not None:
-        raise DataError(f"message {number} has content of type {type(content).__name__}, not text")
-
-
-def _says_something(message: Mapping) -> bool:
-    content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
-    return message["role"] == "assistant" and bool(said or message.get("tool_calls"))
-
-
-def check_tools(tools: Any) -> list[dict] | None:
-    """JSON schemas of tools, given as such or as JSON text."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(f"is no JSON: {error}") from error
-    if not tools:
-        return None
-    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError(f"is {type(tools).__name__}, not a list of JSON schemas")
-    return [dict(tool) for tool in tools]
+def _is_empty(message: Mapping) -> bool:
+    return message["role"] == "assistant" and not says_something(message)
 
 
 def _short(error: Exception) -> str:

@@ -114,7 +114,9 @@ def chat_row(rendered: Rendered, encoding: Any, special: SpecialTokens, max_seq_
         ids, learned = ids + [special.eos_id], np.append(learned, True)
     mask = learned[:max_seq_len].astype(np.uint8)
     mask[:1] = 0
-    return TokenizedRow(np.asarray(ids[:max_seq_len], np.int32), mask, len(ids) > max_seq_len, rendered.unlearned)
+    return TokenizedRow(
+        np.asarray(ids[:max_seq_len], np.int32), mask, len(ids) > max_seq_len, rendered.unlearned, rendered.notes
+    )
 
 
 def _answer_ids(prompt: str, prompt_ids: list[int], answer: str, full_ids: list[int], tokenizer: Any) -> list[int]:

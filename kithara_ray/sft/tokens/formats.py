@@ -5,15 +5,21 @@ names the row, the column, what was found and what to do. `where` says which row
 number in the source, from 0.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from kithara_ray.errors import ConfigError, DataError
-from kithara_ray.sft.tokens.chat import check_messages, check_tools
+from kithara_ray.sft.tokens import conversions
+from kithara_ray.sft.tokens.conversions import FORMATS, InColumn, is_null
 
 REMEDY = 'drop it or pass on_bad_row="skip"'
+WEIGHT = "column 'weight' has no effect: every row counts the same"
 FORMATTING_STYLES = ("auto", "row", "batch")
+# Formats that columns tell, in this order, where there are not both prompt and answer.
+_DETECTED = ("messages", "prompt_completion", "sharegpt", "alpaca")
+# Formats whose rows are as they are read.
+_PLAIN = ("prompt_answer", "messages")
 
 
 @dataclass
@@ -33,22 +39,26 @@ class _Format:
         3. otherwise this row is bad and the next one decides.
         A function that fits both, such as one that only renames columns, is "row". One that indexes `[0]` and returns
         plain values cannot be told from a row function: return lists.
+    format: one of `formats`, or "auto", which goes by the columns of each row.
     """
 
+    formats: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
-    may_be_empty: ClassVar[tuple[str, ...]] = ()
-    # Columns of which a row's own value is a list, of dicts.
+    # Columns of which a row's own value is a list, of dicts or of lists of texts.
     lists: ClassVar[tuple[str, ...]] = ()
 
     column_mapping: Mapping[str, str] = field(default_factory=dict)
     custom_formatting_fn: Callable[[dict], dict] | None = None
     formatting_style: str = "auto"
+    format: str = "auto"
 
     def __post_init__(self):
         self.column_mapping = dict(self.column_mapping or {})
+        if self.format not in (choices := ("auto", *self.formats)):
+            raise ConfigError(f"format must be one of {_names(choices)}, got {self.format!r}")
         for expected in self.column_mapping:
-            if expected not in (known := self.columns + self.optional):
+            if expected not in (known := self._known_columns()):
                 raise ConfigError(
                     f"column_mapping maps {expected!r}, but the expected columns are {_names(known)}; it goes "
                     f'from expected name to source column, e.g. {{"{self.columns[0]}": "<the column that holds it>"}}'
@@ -61,6 +71,9 @@ class _Format:
     def read(self, row: Mapping[str, Any], where: Any) -> dict[str, Any]:
         """The row's text by expected column name. Raises DataError for a bad row.
 
+        Beside it may stand `format`, the name of the format that a row was converted from, and `notes`, what is to be
+        said of the row.
+
         `where`: a number, or what says where the row is when it is written into a message.
         """
         where = f"row {where}" if isinstance(where, int) else where
@@ -68,15 +81,21 @@ class _Format:
             raise DataError(f"{where}: expected a dict of columns, got {type(row).__name__}")
         if self.custom_formatting_fn is not None:
             row = self._formatted(row, where)
-        return self._read(row, where)
+        read, weight = self._read(row, where), _peek(row, "weight")
+        if is_null(weight) or weight == 1 or "weight" in self.column_mapping.values():
+            return read
+        return read | {"notes": (WEIGHT,)}
 
     def _read(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {column: self._text(row, column, where) for column in self.columns}
 
+    def _known_columns(self) -> tuple[str, ...]:
+        return self.columns + self.optional
+
     def source_column(self, column: str) -> str:
         return self.column_mapping.get(column, column)
 
-    def _text(self, row: Mapping[str, Any], column: str, where: str) -> str:
+    def _text(self, row: Mapping[str, Any], column: str, where: str, may_be_empty: Sequence[str] = ()) -> str:
         source = self.source_column(column)
         column_where = f"{where}: column {source!r}"
         if source not in row:
@@ -85,13 +104,13 @@ class _Format:
                 f'pass column_mapping={{"{column}": "<the column that holds it>"}}'
             )
         value = row[source]
-        if value is None or (isinstance(value, float) and value != value):  # a null of Arrow, or of pandas
+        if is_null(value):
             raise DataError(f"{column_where} is null; {REMEDY}")
         if not isinstance(value, str):
             raise DataError(
                 f"{column_where} is {type(value).__name__}, not text; convert it in custom_formatting_fn, or {REMEDY}"
             )
-        if not value.strip() and column not in self.may_be_empty:
+        if not value.strip() and column not in may_be_empty:
             raise DataError(f"{column_where} is {'blank' if value else 'empty'}; {REMEDY}")
         try:
             value.encode()
@@ -157,49 +176,112 @@ class _Format:
 
     def _is_batch(self, source: str, value: Any) -> bool:
         """Whether a column's value is a list of a batch's values, and not one row's own."""
-        lists = map(self.source_column, self.lists)
-        return _is_list(value) and (source not in lists or not len(value) or not isinstance(value[0], Mapping))
+        if source in map(self.source_column, self.lists) and isinstance(value, (list, tuple)) and value:
+            return not isinstance(value[0], Mapping) and not _is_turn(value[0])
+        return _is_list(value)
 
 
 @dataclass
 class PromptAnswer(_Format):
-    """Columns `prompt` and `answer`: the answer is learned. A prompt may be empty, an answer may not.
+    """A prompt and an answer, which is learned; or a conversation, of which the assistant's messages are.
 
-    Or a conversation: a row with a column `messages`, and no prompt, of which the assistant's messages are learned. It
-    may have `tools`, JSON schemas or JSON text, and `chat_template_kwargs`, a dict of further variables for the
-    template.
+    The formats and their columns are those of `conversions.FORMATS`. Without a format a row is, by its columns:
+    1. `messages`, if column_mapping names them;
+    2. `prompt_answer`, if it has both columns; `prompt_completion`, if either of the two is a list of messages;
+    3. the first of `messages`, `prompt_completion`, `sharegpt`, `alpaca` whose columns it has.
+    Columns that are null count as absent, as Arrow gives every row the columns of all.
     """
 
+    formats: ClassVar[tuple[str, ...]] = tuple(FORMATS)
     columns: ClassVar[tuple[str, ...]] = ("prompt", "answer")
     optional: ClassVar[tuple[str, ...]] = ("messages", "tools", "chat_template_kwargs")
-    may_be_empty: ClassVar[tuple[str, ...]] = ("prompt",)
-    lists: ClassVar[tuple[str, ...]] = ("messages", "tools")
+    lists: ClassVar[tuple[str, ...]] = (
+        *("messages", "tools", "functions", "conversations", "prompt", "completion", "answer", "history"),
+    )
+
+    def _known_columns(self) -> tuple[str, ...]:
+        if self.format == "auto":
+            return tuple(dict.fromkeys(name for each in FORMATS.values() for name in (*each.columns, *each.optional)))
+        return FORMATS[self.format].columns + FORMATS[self.format].optional
+
+    def _wanted(self, result: Mapping[str, Any]) -> list[str]:
+        """Columns of other formats are looked at only in a row that is of one of those."""
+        if self.format == "auto" and self.detected(result) in ("prompt_answer", "messages"):
+            return super()._wanted(result)
+        return [name for name in map(self.source_column, self._known_columns()) if name in result]
+
+    def detected(self, row: Mapping[str, Any]) -> str:
+        """The format of a row by its columns."""
+
+        def has(*columns: str) -> bool:
+            return all(not is_null(_peek(row, self.source_column(column))) for column in columns)
+
+        if "messages" in self.column_mapping:
+            return "sharegpt" if conversions.is_sharegpt(_peek(row, self.source_column("messages"))) else "messages"
+        others = [name for name in _DETECTED if has(*FORMATS[name].columns)]
+        prompt, answer = (self.source_column(column) for column in self.columns)
+        if prompt in row and answer in row and (has("prompt") or has("answer") or not others):
+            is_chat = _is_messages(_peek(row, prompt)) or _is_messages(_peek(row, answer))
+            return "prompt_completion" if is_chat else "prompt_answer"
+        if others:
+            return others[0]
+        return "messages" if self.source_column("messages") in row and prompt not in row else "prompt_answer"
 
     def _read(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        source = self.source_column("messages")
-        if "messages" not in self.column_mapping and (source not in row or self.source_column("prompt") in row):
-            return super()._read(row, where)
-        if source not in row:
-            raise DataError(f"{where}: no column {source!r}, found {_names(row)}; change column_mapping")
-        tools, options = (row.get(self.source_column(name)) for name in ("tools", "chat_template_kwargs"))
-        conversation = {}
-        for column, value, check in (("messages", row[source], check_messages), ("tools", tools, check_tools)):
-            if value is None and column == "messages":
-                raise DataError(f"{where}: column {source!r} is null; {REMEDY}")
-            try:
-                conversation[column] = check(value)
-            except DataError as error:
-                raise DataError(f"{where}: column {self.source_column(column)!r} {error}; {REMEDY}") from error
-        if options is not None and not isinstance(options, Mapping):
-            raise DataError(f"{where}: column 'chat_template_kwargs' is {type(options).__name__}, not a dict")
-        return conversation | {"options": options}
+        name = self.detected(row) if self.format == "auto" else self.format
+        conversion, sources = FORMATS[name], self._sources(name, row)
+        for column in conversion.columns:
+            if column not in conversion.texts and sources[column] not in row:
+                remedy = "change column_mapping" if column in self.column_mapping else "give another format"
+                raise DataError(f"{where}: no column {sources[column]!r}, found {_names(row)}; {remedy}")
+            if column not in conversion.texts and is_null(_peek(row, sources[column])):
+                raise DataError(f"{where}: column {sources[column]!r} is null; {REMEDY}")
+        cells = {column: row[source] for column, source in sources.items() if source in row}
+        for column in conversion.texts:
+            cells[column] = self._text(row, column, where, conversion.may_be_empty)
+        try:
+            read = conversion.convert(cells)
+        except DataError as error:
+            column = error.column if isinstance(error, InColumn) else conversion.columns[0]
+            raise DataError(f"{where}: column {sources.get(column, column)!r} {error}; {REMEDY}") from error
+        if name == "prompt_completion" and "answer" in read:
+            mapped = sources["completion"] == self.source_column("completion")
+            read["prompt"] = self._text(row, "prompt", where, ("prompt",))
+            read["answer"] = self._text(row, "completion" if mapped else "answer", where)
+        return read if name in _PLAIN else read | {"format": name}
+
+    def _sources(self, name: str, row: Mapping[str, Any]) -> dict[str, str]:
+        """The format's columns -> the row's. Where a format was found by its messages, those of the column it was."""
+        conversion = FORMATS[name]
+        sources = {column: self.source_column(column) for column in conversion.columns + conversion.optional}
+        sources |= {column: column for column in conversions.MEDIA if name not in ("prompt_answer", "alpaca_text")}
+        if self.format == "auto" and name == "sharegpt" and "messages" in self.column_mapping:
+            sources["conversations"] = self.source_column("messages")
+        if self.format == "auto" and name == "prompt_completion" and sources["completion"] not in row:
+            sources["completion"] = self.source_column("answer")
+        return sources
 
 
 @dataclass
 class Text(_Format):
     """Column `text`: all of it is learned."""
 
+    formats: ClassVar[tuple[str, ...]] = ("text",)
     columns: ClassVar[tuple[str, ...]] = ("text",)
+
+
+def _peek(row: Mapping[str, Any], column: str) -> Any:
+    """A cell, without the row's taking note that it was read."""
+    return dict.get(row, column) if isinstance(row, dict) else row.get(column)
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def _is_turn(value: Any) -> bool:
+    """Of `history`: [instruction, output]."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _is_list(value: Any) -> bool:

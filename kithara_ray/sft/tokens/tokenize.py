@@ -1,5 +1,6 @@
 """Rows of a source to a block of tokens, and what becomes of those that are bad."""
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +17,18 @@ from kithara_ray.sft.tokens.chat import ChatTemplate, Rendered
 from kithara_ray.sft.tokens.encode import chat_row, encode_all, prompt_answer_row, text_row, without_space_after_eos
 from kithara_ray.sft.tokens.formats import REMEDY, PromptAnswer, Text
 from kithara_ray.sft.tokens.prompts import beyond
+from kithara_ray.sft.tokens.template_fit import TemplateFit
 from kithara_ray.sft.tokens.tokenizer import SpecialTokens, load_tokenizer
 
 MAX_SAMPLES = 3
 ON_BAD_ROW = ("error", "skip")
 # Rows that are read and encoded at once.
 _BATCH = 256
+
+JOINED = (
+    'prompt and answer are joined as they are, without the marks of the chat template; pass format="chat" to make each '
+    'row a conversation, or format="prompt_answer" if that is meant'
+)
 
 # A row, or what was found in its place.
 Row = Mapping[str, Any] | Exception
@@ -45,6 +52,7 @@ class RowTokenizer:
     chat_template: str | None = None
     vocabulary: int | None = None
     _special: SpecialTokens | None = field(default=None, init=False, repr=False, compare=False)
+    _fit: TemplateFit = field(default_factory=TemplateFit, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if not isinstance(self.tokenizer, str) and not callable(self.tokenizer):
@@ -120,7 +128,19 @@ class RowTokenizer:
         answers = [without_space_after_eos(row["answer"], tokenizer, special) for row in read]
         ids = encode_all(prompts + [p + a for p, a in zip(prompts, answers, strict=True)], tokenizer)
         both = zip(prompts, answers, ids[: len(read)], ids[len(read) :], strict=True)
-        return [prompt_answer_row(*row, tokenizer, special, self.max_seq_len) for row in both]
+        made = [prompt_answer_row(*row, tokenizer, special, self.max_seq_len) for row in both]
+        if not self._has_unused_template():
+            return made
+        return [
+            row if any(mark in prompt for mark in special.marks) else dataclasses.replace(row, notes=(JOINED,))
+            for prompt, row in zip(prompts, made, strict=True)
+        ]
+
+    def _has_unused_template(self) -> bool:
+        """Whether there is a chat template that rows of prompt and answer pass by, and nobody said that they do."""
+        if self.chat_template is not None:
+            return True
+        return self.format.format == "auto" and bool(getattr(self.loaded(), "chat_template", None))
 
     def _texts(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow]:
         tokenizer, special = self.loaded(), self.special
@@ -131,7 +151,7 @@ class RowTokenizer:
         tokenizer = self.loaded()
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(f"conversations need a fast tokenizer, with tokenizer.json; got {type(tokenizer).__name__}")
-        template = ChatTemplate(tokenizer, self.chat_template)
+        template = ChatTemplate(tokenizer, self.chat_template, self._fit)
         rendered = []
         for row in read:
             try:
@@ -172,6 +192,8 @@ class Made:
         self.row_ids: list[int] = []
         self.kept: list[TokenizedRow] = []
         self.messages: list[str] = []
+        self.formats: collections.Counter[str] = collections.Counter()
+        self.notes: collections.Counter[str] = collections.Counter()
         self.dropped_untrained = self.skipped_bad = 0
         self.columns: tuple[tuple[str, bool], ...] = ()  # see TokenizedBlock
 
@@ -182,13 +204,15 @@ class Made:
                 read.append((number, self.tokenizer.read(row, _Where(self.place, number))))
             except DataError as error:
                 self._bad(error)
-        for (number, _), row in zip(read, self._tokenized([row for _, row in read]), strict=True):
+        for (number, source), row in zip(read, self._tokenized([row for _, row in read]), strict=True):
             wrong = str(row) if isinstance(row, DataError) else self.tokenizer.beyond_vocabulary(row)
             if wrong:
                 self._bad(DataError(f"{self.place(number)}: {wrong}"))
             elif row.is_trained:
                 self.row_ids.append(self.first + number)
                 self.kept.append(row)
+                self.formats[_format_of(source)] += 1
+                self.notes.update(source.get("notes", ()) + row.notes)
             else:
                 self.dropped_untrained += 1
                 self._note(partial(self._untrained, number))
@@ -237,4 +261,12 @@ class Made:
             unlearned_messages=sum(row.unlearned for row in kept),
             samples=tuple(self.messages),
             columns=self.columns,
+            formats=dict(self.formats),
+            notes=dict(self.notes),
         )
+
+
+def _format_of(read: Mapping[str, Any]) -> str:
+    """The name of the format that a row was read as."""
+    plain = "prompt_answer" if "answer" in read else "text" if "text" in read else "messages"
+    return read.get("format", plain)

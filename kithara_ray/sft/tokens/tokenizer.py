@@ -66,12 +66,14 @@ class SpecialTokens:
     pad_id: what fills a row up; `eos_id` where the tokenizer names none. Padding is known by its mask, never by this
         id, which may well be that of a token to be learned.
     all_ids: every special token, chat markers among them.
+    marks: their texts.
     """
 
     bos_id: int | None
     eos_id: int
     pad_id: int
     all_ids: frozenset[int] = frozenset()
+    marks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Any) -> "SpecialTokens":
@@ -88,4 +90,5 @@ class SpecialTokens:
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             all_ids=frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special) | {eos_id},
+            marks=tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
         )

@@ -59,7 +59,16 @@ def test_the_coordinator_starts_when_the_checks_have_passed(started):
     start, done, specs = started
     with pytest.raises(Ended):
         start([Finding("rows", OK, "2")])
-    assert done == ["check", "coordinator", "tokenize", "wait", "coordinator is there", "follow", "tokenizer", "run.json"]
+    assert done == [
+        "check",
+        "coordinator",
+        "tokenize",
+        "wait",
+        "coordinator is there",
+        "follow",
+        "tokenizer",
+        "run.json",
+    ]
     assert (specs[0].train.rows_per_device, specs[0].steps, specs[0].plan) == (6, 1, None)
 
 

@@ -1,0 +1,88 @@
+"""Hold a part of a dataset out of training, to evaluate on: which rows is a function of the data and the seed."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import ray
+
+from kithara_ray.errors import DataError, UnsupportedError
+from kithara_ray.orchestration.data.pipeline import Described, Mixture, named, tokenize
+from kithara_ray.orchestration.data.token_store import TokenStore
+from kithara_ray.sft.batches.blocks import TokenizedBlock
+from kithara_ray.sft.batches.told import NOTHING
+
+logger = logging.getLogger(__name__)
+
+# Sets the draw apart from those of the shuffle, which are keyed by the seed and the epoch.
+_STREAM = 0x4E1D
+
+
+def tokenize_and_hold_out(
+    dataset: Described | Mixture, fraction: float, seed: int, vocabulary: int | None = None
+) -> tuple[TokenStore, TokenStore]:
+    """(what is trained on, what is held out) of a dataset, or of each dataset of a mixture.
+
+    `fraction` of the rows that can be trained on is held out, rounded, and at least one. Both keep the dataset's order,
+    and no row is in both.
+
+    Raises:
+        DataError: as `tokenize`; or a dataset has too few rows for both.
+        UnsupportedError: the dataset streams.
+    """
+    if isinstance(dataset, Mixture):
+        parts = [tokenize_and_hold_out(part, fraction, seed, vocabulary) for part in named(dataset.datasets)]
+        trained, held = ([part[i] for part in parts] for i in (0, 1))
+        draws = dataset.draws([store.num_rows for store in trained])
+        return TokenStore.joined(trained, draws), TokenStore.joined(held, [store.num_rows for store in held])
+    if dataset.is_endless:
+        raise UnsupportedError("eval_fraction: the dataset streams, and nobody knows its rows; give an eval_dataloader")
+    store = tokenize(dataset, vocabulary)
+    held = chosen(store.num_rows, fraction, seed)
+    logger.warning(
+        "eval_fraction=%g, seed=%d: %d of %d rows%s are held out of training",
+        *(fraction, seed, held.sum(), store.num_rows, f" of {dataset.name}" if dataset.name else ""),
+    )
+    return _divided(store, held)
+
+
+def chosen(num_rows: int, fraction: float, seed: int) -> np.ndarray:
+    """Which rows are held out, bool (num_rows,). Raises DataError where none would be left."""
+    count = max(1, round(fraction * num_rows))
+    if count >= num_rows:
+        raise DataError(
+            f"eval_fraction={fraction:g} holds out {count} of {num_rows} row(s), which leaves none to train on; give "
+            "more rows, or a smaller fraction"
+        )
+    order = np.random.Generator(np.random.Philox(key=[seed, _STREAM])).permutation(num_rows)
+    held = np.zeros(num_rows, bool)
+    held[order[:count]] = True
+    return held
+
+
+@ray.remote(num_returns=3, num_cpus=1)
+def _divide(block: TokenizedBlock, held: np.ndarray):
+    """(rows not held out, rows held out, the two's contents)."""
+    parts = block.where(~held), block.where(held)
+    return *parts, tuple(part.content() for part in parts)
+
+
+def _divided(store: TokenStore, held: np.ndarray) -> tuple[TokenStore, TokenStore]:
+    ends = zip(store.starts[:-1], store.starts[1:], strict=True)
+    divided = [_divide.remote(block, held[a:b]) for block, (a, b) in zip(store.blocks, ends, strict=True)]
+    contents = ray.get([contents for *_, contents in divided])
+    stores = []
+    for side, rows in enumerate((~held, held)):
+        stores.append(
+            dataclasses.replace(
+                store,
+                blocks=tuple(parts[side] for parts in divided),
+                lengths=store.lengths[rows],
+                trained=store.trained[rows],
+                starts=np.concatenate([[0], np.cumsum(rows)])[store.starts],
+                content=f"{sum(content[side] for content in contents) % (1 << 128):032x}",
+            )
+        )
+    train, evaluation = stores
+    # What became of the other rows is told of once.
+    return train, dataclasses.replace(evaluation, counts=dict.fromkeys(store.counts, 0), unread=(), told=NOTHING)
