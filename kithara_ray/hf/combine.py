@@ -9,6 +9,7 @@ combination_type="cat")`, with the factors multiplied in its order, so that merg
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -16,16 +17,22 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.storage.urls import is_url
 
 
 def read_weighted(text: str) -> tuple[Adapter, float]:
-    """`ADAPTER` or `ADAPTER:WEIGHT`, the adapter being a directory or URL; the weight is 1 by default."""
-    handle, _, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:  # no weight: a colon of a URL, or none
-        handle, weight = text, 1.0
-    return Adapter.read(fetch(handle or text)), weight
+    """`ADAPTER` or `ADAPTER:WEIGHT`, the adapter being a directory or URL; the weight is 1 by default.
+
+    A directory that exists under the whole text is the adapter, whatever stands behind a colon in its name.
+    """
+    handle, weight = text, 1.0
+    if is_url(text) or not Path(text).expanduser().is_dir():
+        before, _, number = text.rpartition(":")
+        try:
+            handle, weight = (before, float(number)) if before else (text, 1.0)
+        except ValueError:  # no weight: a colon of a URL or of a name, or none
+            pass
+    return Adapter.read(fetch(handle)), weight
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
