@@ -10,10 +10,10 @@ from typing import Any
 
 from kithara_ray.checkpoint import disk_format
 from kithara_ray.checkpoint.disk_format import Checkpoint
-from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, DestinationError
+from kithara_ray.errors import CheckpointError, ConfigError, DestinationError
 from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter
-from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.identity import BaseIdentity, named
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.model_files import has_tokenizer, read_tokenizer
 from kithara_ray.storage import urls
@@ -31,14 +31,14 @@ class Trained:
     """An adapter, and where it comes from.
 
     base: the handle of its base as far as the files tell; None where they do not.
-    base_fingerprint: of the base that it was trained on; None where the files do not tell.
+    trained_on: which base that is, as far as the files tell.
     run: what is known of the training, for run.json.
     tokenizer: where the tokenizer that it was trained with is kept; None where that is not known.
     """
 
     adapter: Adapter
     base: str | None
-    base_fingerprint: str | None
+    trained_on: BaseIdentity
     run: dict[str, Any]
     tokenizer: str | None = None
 
@@ -95,7 +95,7 @@ def write_manifest(directory: str, content: Mapping[str, Any]) -> None:
 
 
 def _manifest(location: str) -> dict[str, Any] | None:
-    """run.json of a run's directory, where that is what was given. It is told on, and nothing is decided by it."""
+    """run.json of a run's directory, if that is what was given. Exports carry it on."""
     place = Place(location.rstrip("/"))
     if RUN not in place.files(""):
         return None
@@ -143,23 +143,19 @@ def _find(location: str, step: int | None) -> Trained:
     )
 
 
-def check_base(base: BaseCheckpoint, trained: Trained) -> None:
-    """Raises AdapterError when the base is not the one that was trained on, as far as both are known here."""
-    if trained.base_fingerprint and not base.source and base.fingerprint() != trained.base_fingerprint:
-        raise AdapterError(
-            f"{trained.run['source']} was trained on a base of fingerprint {trained.base_fingerprint}, "
-            f"{base.directory} has {base.fingerprint()}; give the base of the run"
-        )
+def _revision_of(found: Checkpoint) -> str | None:
+    """The revision of the base, of the run.json beside a run's checkpoints."""
+    run = _manifest(found.place.root.rstrip("/").rpartition("/")[0])
+    base = run.get("base") if run else None
+    revision = base.get("revision") if isinstance(base, dict) else None
+    return revision if isinstance(revision, str) else None
 
 
 def _read_adapter(location: str) -> Trained:
     directory = fetch(location)
-    config = read_json(directory / ADAPTER_CONFIG, AdapterError)
-    name, revision = config.get("base_model_name_or_path") or None, config.get("revision")
-    if name and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not urls.is_url(name):
-        name = f"hf://{name}" + (f"@{revision}" if revision else "")
+    adapter = Adapter.read(directory)
     tokenizer = str(directory) if has_tokenizer(str(directory)) else None
-    return Trained(Adapter.read(directory), name, None, {"source": str(location)}, tokenizer)
+    return Trained(adapter, adapter.trained_on.handle, adapter.trained_on, {"source": str(location)}, tokenizer)
 
 
 def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
@@ -173,4 +169,5 @@ def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
     lora = {name: value for name, value in identity["lora"].items() if name in fields}
     config = LoraConfig(**lora)
     run = {"source": found.url, "step": found.step, "metrics": found.manifest["metrics"], "identity": identity}
-    return Trained(Adapter(config, found.adapter()), found.manifest.get("base"), identity.get("base"), run)
+    trained_on = named(found.manifest.get("base"), _revision_of(found), identity.get("base"))
+    return Trained(Adapter(config, found.adapter(), trained_on), trained_on.handle, trained_on, run)

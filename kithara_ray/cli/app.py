@@ -213,7 +213,9 @@ def plan(
 ) -> None:
     """What CONFIG needs on a TPU slice and how fast it can be there, from the TPU's compiler; no TPU is needed.
 
-    Of the base only config.json is read. Example: kithara-ray plan my_run.yaml --slice v5e-16
+    Of the base config.json is read, and the headers of weights where there are some.
+
+    Example: kithara-ray plan my_run.yaml --slice v5e-16
     """
     _driver_environment()
     from kithara_ray.cli import plan
@@ -231,6 +233,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 of all th
 ShardSize = Annotated[str | None, typer.Option(help='Of a weight file, like "5GB"; the base\'s own files by default.')]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed or failed export left at DEST.")]
 Finite = Annotated[bool, typer.Option("--check-finite", help="Refuse a NaN or an infinity in a written weight.")]
+Force = Annotated[bool, typer.Option("--force", help="Take a base that the adapter was not trained on.")]
 OnCluster = Annotated[bool, typer.Option("--cluster", help="A Ray task a weight file, on the cluster of RAY_ADDRESS.")]
 
 
@@ -245,21 +248,22 @@ def export(
     max_shard_size: ShardSize = None,
     resume: Resume = False,
     check_finite: Finite = False,
+    force: Force = False,
     cluster: OnCluster = False,
 ) -> None:
     """Export what a finished or failed run has trained. Needs no accelerator.
 
     Example: kithara-ray export runs/my_run --to gs://bucket/merged --format merged
     """
-    from kithara_ray.checkpoint.run_files import check_base, read_trained
+    from kithara_ray.checkpoint.run_files import read_trained
 
     trained = read_trained(run, step)
     handle = base or trained.base
     if handle is None:
         raise ConfigError(f"{run} does not name its base; give --base hf://org/name or a directory")
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
-    options |= {"run": trained.run, "tokenizer": trained.tokenizer, "check": lambda opened: check_base(opened, trained)}
-    _export(handle, trained.adapter, to, format, cluster, **options)
+    options |= {"run": trained.run, "tokenizer": trained.tokenizer}
+    _export(handle, trained.adapter, to, format, cluster, {run: trained.trained_on}, force, **options)
 
 
 @app.command()
@@ -275,6 +279,7 @@ def merge(
     max_shard_size: ShardSize = None,
     resume: Resume = False,
     check_finite: Finite = False,
+    force: Force = False,
     cluster: OnCluster = False,
 ) -> None:
     """Merge any PEFT LoRA adapter, or a weighted sum of several, into its base. Needs neither Ray nor an accelerator.
@@ -286,9 +291,10 @@ def merge(
 
     adapters, weights = zip(*map(read_weighted, adapter), strict=True)
     combined = adapters[0] if weights == (1.0,) else combine(adapters, weights)
+    bases = {text: one.trained_on for text, one in zip(adapter, adapters, strict=True)}
     run, beside = {"adapters": list(adapter)}, tokenizer_beside([split_weight(text)[0] for text in adapter])
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
-    _export(base, combined, to, format, cluster, run=run, tokenizer=beside, **options)
+    _export(base, combined, to, format, cluster, bases, force, run=run, tokenizer=beside, **options)
 
 
 @app.command()
@@ -304,10 +310,13 @@ def report(
     typer.echo(files.rewrite(str(Path(run).expanduser()) if "://" not in run else run))
 
 
-def _export(base: str, adapter, to: str, format: str, cluster: bool, check=lambda base: None, **options) -> None:
+def _export(base: str, adapter, to: str, format: str, cluster: bool, bases: dict, force: bool, **options) -> None:
+    """bases: what each adapter that was given was trained on."""
     from kithara_ray.hf.checkpoint import BaseCheckpoint
     from kithara_ray.hf.exports.card import summary
     from kithara_ray.hf.exports.export import export_with_report
+    from kithara_ray.hf.identity import check_same_base
+    from kithara_ray.model.families.tensors import check_tensors, unused_note
 
     if cluster:
         _driver_environment()
@@ -317,7 +326,10 @@ def _export(base: str, adapter, to: str, format: str, cluster: bool, check=lambd
         start_ray()
         options["write"] = write_on_cluster
     opened = BaseCheckpoint.at(base)
-    check(opened)
+    for name, trained_on in bases.items():
+        check_same_base(trained_on, opened, base, adapter=name, allow=force, override="--force")
+    if note := unused_note(opened, check_tensors(opened, trains=False)):
+        logging.getLogger(__name__).warning("%s; exports carry them as they are", note)
     report = export_with_report(opened, adapter, to, format, base_name=base, **options)
     typer.echo(summary(to, report))
 

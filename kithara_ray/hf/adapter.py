@@ -14,9 +14,23 @@ import numpy as np
 
 from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
 from kithara_ray.hf import beside
-from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
+from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
+from kithara_ray.hf.identity import FINGERPRINT, UNKNOWN, BaseIdentity, read_identity
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.names import (
+    A_SUFFIX,
+    B_SUFFIX,
+    BIAS_SUFFIX,
+    MAGNITUDE_SUFFIX,
+    PEFT_PREFIX,
+    SUFFIXES,
+    WEIGHT_SUFFIX,
+    adapter_names,
+    listed,
+    why_absent,
+)
 from kithara_ray.hf.safetensors_file import TAGS, read_array, read_header, write_arrays
+from kithara_ray.hf.unused import is_beyond, why_unused
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "LoraConfig", "target_modules_of"]
 
@@ -24,20 +38,17 @@ log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
-A_SUFFIX = ".lora_A.weight"
-B_SUFFIX = ".lora_B.weight"
-MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
-BIAS_SUFFIX = ".lora_B.bias"
-_SUFFIXES = (A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, BIAS_SUFFIX)
-_BESIDE = (beside.BIAS, beside.TOKENS, beside.WEIGHT)
-WEIGHT_SUFFIX = ".weight"
+PICKLED = "adapter_model.bin"
 DTYPES = ("F32", "BF16", "F16")
 
 
 def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ...]:
-    """The modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets."""
-    modules = (n.removesuffix(WEIGHT_SUFFIX) for n in base.names if n.endswith(WEIGHT_SUFFIX))
+    """The modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets.
+
+    Tensors that transformers does not compute with are no modules: PEFT finds none there.
+    """
+    used = (n for n in base.names if why_unused(n) is None and not is_beyond(base.config, n))
+    modules = (n.removesuffix(WEIGHT_SUFFIX) for n in used if n.endswith(WEIGHT_SUFFIX))
     return tuple(module for module in modules if config.matches(module))
 
 
@@ -64,20 +75,21 @@ class Adapter:
     """`tensors` holds `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r), where `<module>.weight`
     (out, in) is a tensor of the base, for example `model.layers.0.self_attn.q_proj`; with `config.use_dora` also
     `<module>.lora_magnitude_vector` (out,), with `config.lora_bias` `<module>.lora_B.bias` (out,). Whatever else there
-    is stands in `beside`. float32, bfloat16 or float16."""
+    is stands in `beside`. float32, bfloat16 or float16. `trained_on` is its base, as far as its files tell."""
 
     config: LoraConfig
     tensors: dict[str, np.ndarray]
+    trained_on: BaseIdentity = UNKNOWN
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Names that have an A, a B, a magnitude or a bias of B, sorted."""
-        return tuple(sorted({_module_of(name) for name in self.tensors if name.endswith(_SUFFIXES)}))
+        return tuple(sorted({_module_of(name) for name in self.tensors if name.endswith(SUFFIXES)}))
 
     @property
     def beside(self) -> dict[str, np.ndarray]:
         """What is trained of the base itself, see `hf.beside`."""
-        return {name: array for name, array in self.tensors.items() if not name.endswith(_SUFFIXES)}
+        return {name: array for name, array in self.tensors.items() if not name.endswith(SUFFIXES)}
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -114,7 +126,7 @@ class Adapter:
     def only(self, modules: Iterable[str]) -> "Adapter":
         """The tensors of some of its modules, under the same config."""
         names = (module + suffix for module in modules for suffix in self.suffixes)
-        return Adapter(self.config, {name: self.tensors[name] for name in names})
+        return dataclasses.replace(self, tensors={name: self.tensors[name] for name in names})
 
     def of_tensors(self, tensors: Collection[str]) -> "Adapter | None":
         """What of it changes some tensors of the base; None where nothing does."""
@@ -141,7 +153,7 @@ class Adapter:
         return made
 
     def cast(self, dtype: np.dtype) -> "Adapter":
-        return Adapter(self.config, {name: array.astype(dtype) for name, array in self.tensors.items()})
+        return dataclasses.replace(self, tensors={name: array.astype(dtype) for name, array in self.tensors.items()})
 
     def validate(self, base: BaseCheckpoint) -> None:
         """Raises AdapterError unless the adapter is complete, finite and fits the base tensor by tensor."""
@@ -151,7 +163,8 @@ class Adapter:
         for module in self.modules:
             weight = module + WEIGHT_SUFFIX
             if weight not in base.tensors:
-                raise AdapterError(f"{module}: the base at {base.directory} has no tensor {weight!r}; wrong base?")
+                why = why_absent(module, base.names, base.config)
+                raise AdapterError(f"{module}: the base at {base.directory} has no tensor {weight!r}; {why}")
             shape = base.tensors[weight].shape
             if len(shape) != 2:
                 raise AdapterError(f"{module}: base tensor {weight!r} has shape {shape}, expected (out, in)")
@@ -177,7 +190,9 @@ class Adapter:
         expected = {one.name: one for one in beside.of_base(config, base)}
         if unlike := sorted(expected.keys() ^ self.beside.keys()):
             what = "is missing" if unlike[0] in expected else "belongs to nothing in the base"
-            raise AdapterError(f"{unlike[0]} {what} ({len(unlike)} such tensors beside the factors); wrong base?")
+            raise AdapterError(
+                f"{unlike[0]} {what} ({len(unlike)} such tensors beside the factors); give the adapter's own base"
+            )
         for name, one in expected.items():
             shape = base.tensors[one.tensor].shape
             wanted = shape if one.rows is None else (len(one.rows), *shape[1:])
@@ -189,10 +204,10 @@ class Adapter:
             raise AdapterError("the adapter holds no tensor; train it or give another directory")
         beside.check_names(self.config, self.beside)
         for name, array in self.tensors.items():
-            if name.endswith(_SUFFIXES) and not name.endswith(self.suffixes):
+            if name.endswith(SUFFIXES) and not name.endswith(self.suffixes):
                 use = "lora_bias" if name.endswith(BIAS_SUFFIX) else "use_dora"
                 use = f", as {use} is off"
-                raise AdapterError(f"{name}: expected a name ending in {_listed(self.suffixes)}{use}")
+                raise AdapterError(f"{name}: expected a name ending in {listed(self.suffixes)}{use}")
             if TAGS.get(array.dtype) not in DTYPES:
                 raise AdapterError(f"{name}: expected dtype float32, bfloat16 or float16, found {array.dtype}")
             dims = 1 if name.endswith((MAGNITUDE_SUFFIX, beside.BIAS)) else 2
@@ -217,14 +232,24 @@ class Adapter:
         if found != expected:
             raise AdapterError(f"{name}: expected shape {expected} for {weight} {weight_shape}, found {found}")
 
-    def write(self, directory: str | Path, base_model_name_or_path: str, revision: str | None = None) -> None:
-        """adapter_model.safetensors and adapter_config.json, as peft.PeftModel.save_pretrained writes them."""
+    def write(
+        self,
+        directory: str | Path,
+        base_model_name_or_path: str,
+        revision: str | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """adapter_model.safetensors and adapter_config.json, as peft.PeftModel.save_pretrained writes them.
+
+        fingerprint: of the base; stands in the metadata of the weights, which PEFT and vLLM do not read.
+        """
         self.validate_alone()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         written = beside.with_copies(self.config, self.tensors)
         arrays = {PEFT_PREFIX + name: array for name, array in written.items()}
-        write_arrays(directory / ADAPTER_WEIGHTS, arrays, {"format": "pt"})
+        metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
+        write_arrays(directory / ADAPTER_WEIGHTS, arrays, metadata)
         # PEFT refuses no entry that matches nothing, but vLLM reads the list.
         peft_config = self.config.to_peft(base_model_name_or_path, self.modules, revision)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
@@ -235,32 +260,45 @@ class Adapter:
         """A directory written by `write` or by PEFT. Raises AdapterError, or UnsupportedError for a foreign field."""
         directory = Path(directory).expanduser().absolute()
         config_path, weights_path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
-        if not config_path.is_file():
-            raise AdapterError(f"{directory}: {ADAPTER_CONFIG} is missing; give a PEFT adapter directory")
-        if not weights_path.is_file():
-            raise AdapterError(f"{directory}: {ADAPTER_WEIGHTS} is missing (pickled .bin adapters are not read)")
-        config = LoraConfig.from_peft(read_json(config_path, AdapterError))
+        if not config_path.is_file() or not weights_path.is_file():
+            raise AdapterError(f"{directory}: {_what_is_there(directory)}")
+        peft_config = read_json(config_path, AdapterError)
+        config = LoraConfig.from_peft(peft_config)
         try:
-            infos, _ = read_header(weights_path)
+            infos, metadata = read_header(weights_path)
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
-        tensors = {}
-        for name, info in infos.items():
-            if not name.startswith(PEFT_PREFIX) or not name.endswith(_SUFFIXES + _BESIDE):
-                raise UnsupportedError(
-                    f"{weights_path}: tensor {name!r} is not {PEFT_PREFIX}<module> and {_listed(_SUFFIXES + _BESIDE)}; "
-                    "adapters of embeddings are not supported"
-                )
-            tensors[name.removeprefix(PEFT_PREFIX)] = read_array(info)
-        adapter = cls(config, beside.without_copies(config, tensors))
+        tensors = {short: read_array(infos[name]) for name, short in adapter_names(infos, str(weights_path)).items()}
+        trained_on = read_identity(directory, peft_config, metadata)
+        adapter = cls(config, beside.without_copies(config, tensors), trained_on)
         adapter.validate_alone()
         return adapter
 
 
+def _what_is_there(directory: Path) -> str:
+    """What a directory that is no PEFT adapter is instead, and what to give."""
+    if (directory / PICKLED).is_file():
+        return (
+            f"{ADAPTER_WEIGHTS} is missing, and {PICKLED} is a pickle, which is not read. Convert it once where you "
+            "trust it: PeftModel.from_pretrained(base, directory).save_pretrained(new_directory)"
+        )
+    steps = sorted(
+        (path for path in directory.glob("checkpoint-*") if (path / ADAPTER_CONFIG).is_file()),
+        key=lambda path: (len(path.name), path.name),
+    )
+    if steps:
+        return f"{ADAPTER_CONFIG} is missing. It is a trainer's output with {len(steps)} adapters; give {steps[-1]}"
+    if any(directory.glob("global_step*")) or any(directory.glob("pytorch_model_fsdp*")):
+        return (
+            f"{ADAPTER_WEIGHTS} is missing; the weights are in a trainer's sharded state. Write the adapter with the "
+            "trainer's save_model, or PEFT's save_pretrained"
+        )
+    if (directory / CONFIG).is_file():
+        return f"{ADAPTER_CONFIG} is missing. It is a whole model, not an adapter; give a PEFT adapter directory"
+    missing = ADAPTER_CONFIG if not (directory / ADAPTER_CONFIG).is_file() else ADAPTER_WEIGHTS
+    return f"{missing} is missing; give a PEFT adapter directory"
+
+
 def _module_of(name: str) -> str:
-    suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
     return name.removesuffix(suffix)
-
-
-def _listed(suffixes: tuple[str, ...]) -> str:
-    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"

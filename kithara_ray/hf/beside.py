@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
+from kithara_ray.hf import tied_head
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_checks import EMBEDDING, HEAD
 from kithara_ray.hf.lora_config import LoraConfig
@@ -89,7 +90,7 @@ def of_base(config: LoraConfig, base: BaseCheckpoint) -> list[Beside]:
 
 def is_tied(base: BaseCheckpoint) -> bool:
     """Whether the head is the embedding."""
-    return bool(base.config.get("tie_word_embeddings")) or f"{HEAD}{WEIGHT}" not in base.names
+    return tied_head.is_tied(base.config) or f"{HEAD}{WEIGHT}" not in base.names
 
 
 def normal(config: LoraConfig, base: BaseCheckpoint) -> dict[str, Any]:

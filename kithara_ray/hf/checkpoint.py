@@ -83,7 +83,7 @@ class BaseCheckpoint:
         if not directory.is_dir():
             raise CheckpointError(f"no checkpoint directory at {directory}; give a directory with {CONFIG}")
         if not (directory / CONFIG).is_file():
-            raise CheckpointError(f"{directory}: {CONFIG} is missing; give a Hugging Face model directory")
+            raise CheckpointError(f"{directory}: {CONFIG} is missing; {_advice(directory)}")
         config = read_json(directory / CONFIG)
         if not weights:
             return cls(directory, config, {}, ())
@@ -228,6 +228,23 @@ def _open_tensors(directory: Path) -> dict[str, TensorInfo]:
     if not tensors:
         raise CheckpointError(f"{directory}: the checkpoint holds no tensor; fetch it again")
     return tensors
+
+
+def _advice(directory: Path) -> str:
+    """What to give instead of a directory that is no model."""
+    try:
+        adapter = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        own = adapter["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        steps = [path for path in directory.glob("checkpoint-*") if (path / CONFIG).is_file()]
+        if steps:
+            return f"it is a trainer's output; give one of its {len(steps)} checkpoints, as {max(steps, key=_step)}"
+        return "give a Hugging Face model directory"
+    return f"it is a PEFT adapter; give its base, {own!r}, and the adapter as the adapter"
+
+
+def _step(path: Path) -> tuple[int, str]:
+    return len(path.name), path.name
 
 
 def _without_weights(directory: Path) -> str:

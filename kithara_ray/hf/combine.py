@@ -9,6 +9,7 @@ combination_type="cat")`, with the factors multiplied in its order, so that merg
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.storage.urls import is_url
 
 
 def read_weighted(text: str) -> tuple[Adapter, float]:
@@ -25,11 +27,16 @@ def read_weighted(text: str) -> tuple[Adapter, float]:
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """(directory or URL, weight) of `ADAPTER[:WEIGHT]`."""
+    """(directory or URL, weight) of `ADAPTER[:WEIGHT]`.
+
+    A directory that exists under the whole text is the adapter, whatever stands behind a colon in its name.
+    """
+    if not is_url(text) and Path(text).expanduser().is_dir():
+        return text, 1.0
     handle, _, number = text.rpartition(":")
     try:
-        return handle or text, float(number)
-    except ValueError:  # no weight: a colon of a URL, or none
+        return (handle, float(number)) if handle else (text, 1.0)
+    except ValueError:  # no weight: a colon of a URL or of a name, or none
         return text, 1.0
 
 

@@ -92,7 +92,7 @@ def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repo_id, revision = _repo_of(handle)
+    repo_id, revision = repo_of(handle)
     try:
         directory = Path(
             huggingface_hub.snapshot_download(
@@ -145,18 +145,18 @@ def fetch_headers(handle: str) -> tuple[Path, str | None]:
         return fetch(handle), None
     _refuse_keras(handle)
     if handle.startswith("hf://"):
-        fetched = _fetched_from_hub(handle)
+        fetched = fetched_from_hub(handle)
         if fetched is not None:
             return fetched, None
         handle = _with_commit(handle)
     return _fetch_remote(handle, weights=False), handle.rstrip("/")
 
 
-def _fetched_from_hub(handle: str) -> Path | None:
+def fetched_from_hub(handle: str) -> Path | None:
     """Where a Hub's model lies in this host's cache with all its weights."""
     import huggingface_hub
 
-    repo_id, revision = _repo_of(handle)
+    repo_id, revision = repo_of(handle)
     try:
         directory = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
         index = directory / "model.safetensors.index.json"
@@ -171,7 +171,7 @@ def _with_commit(handle: str) -> str:
     """hf://org/name@<commit>: a branch may move while files are read."""
     import huggingface_hub
 
-    repo_id, revision = _repo_of(handle)
+    repo_id, revision = repo_of(handle)
     try:
         commit = huggingface_hub.HfApi().model_info(repo_id, revision=revision).sha
     except Exception as error:
@@ -189,7 +189,7 @@ def names_at(handle: str) -> list[str]:
     if handle.startswith("hf://"):
         import huggingface_hub
 
-        repo_id, revision = _repo_of(handle)
+        repo_id, revision = repo_of(handle)
         try:
             return sorted(huggingface_hub.HfApi().list_repo_files(repo_id, revision=revision))
         except Exception as error:
@@ -202,10 +202,18 @@ def names_at(handle: str) -> list[str]:
     return sorted(name.removeprefix(root).lstrip("/") for name in found)
 
 
-def _repo_of(handle: str) -> tuple[str, str | None]:
+def repo_of(handle: str) -> tuple[str, str | None]:
     """(org/name, revision) of hf://org/name[@revision]."""
     repo_id, _, revision = handle.removeprefix("hf://").partition("@")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+    parts = repo_id.split("/")
+    if len(parts) > 2 and all(parts):
+        folder = "/".join(parts[2:])
+        raise CheckpointError(
+            f"{handle}: {folder!r} is a folder in hf://{parts[0]}/{parts[1]}, and only a whole repository is taken. "
+            f"Download the folder, hf download {parts[0]}/{parts[1]} --include '{folder}/*' --local-dir DIRECTORY, and "
+            f"give DIRECTORY/{folder}"
+        )
+    if len(parts) != 2 or not all(parts):
         raise CheckpointError(f"{handle}: expected hf://org/name or hf://org/name@revision")
     return repo_id, revision or None
 
@@ -244,6 +252,15 @@ def fetch_tensors(source: str, name: str, directory: Path, spans: list[tuple[int
                     raise CheckpointError(f"{remote}: {len(data)} of {stop - start} bytes arrived; try again")
                 stream.write(data)
     return local
+
+
+def read_ranges(source: str, name: str, spans: list[tuple[int, int]]) -> list[bytes]:
+    """The bytes [begin, end) of one file of the model at the URL `source`, a range each. Raises CheckpointError."""
+    fs, root = filesystem(source, CheckpointError)
+    try:
+        return [fs.cat_file(f"{root}/{name}", start=begin, end=end) for begin, end in spans]
+    except Exception as error:
+        raise CheckpointError(f"{source}/{name}: could not be read ({cause_of(error)}); try again") from error
 
 
 def read_header_bytes(path: Path) -> int:

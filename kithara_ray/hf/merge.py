@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter, Change
 from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, TensorInfo, read_json
 from kithara_ray.hf.delta import dora_rows, merged_rows
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, read_header, write_blocks
+from kithara_ray.hf.tied_head import HEAD, is_tied
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def refuse_quantized(base: BaseCheckpoint, but: Collection[str] = ()) -> None:
 
 def _refuse_embedding(base: BaseCheckpoint, module: str) -> None:
     leaf = module.rpartition(".")[2]
-    tied = base.config.get("tie_word_embeddings") or "lm_head.weight" not in base.tensors
+    tied = is_tied(base.config) or HEAD not in base.tensors
     if leaf in ("embed_tokens", "wte", "word_embeddings"):
         raise UnsupportedError(f"{module}: adapters on the token embedding are not merged; leave it out of the targets")
     if leaf == "lm_head" and tied:
@@ -163,9 +164,25 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
     else:
         entries = [(info.name, out_tag(info, tag), info.shape) for info in infos]
         blocks = (b for i in infos for b in _tensor_blocks(i, adapter, changes.get(i.name), out_tag(i, tag)))
-        write_blocks(target, entries, blocks, headers[0][1])
+        write_blocks(target, entries, blocks, written_metadata(found for _, found in headers))
     log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)
     return target
+
+
+def written_metadata(of_files: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of a weight file that is written anew from the tensors of other files.
+
+    Entries that the files agree on are kept; `format` says how transformers reads the tensors, which is as torch's.
+    """
+    of_files = list(of_files)
+    kept = {"format": "pt"}
+    for key in sorted({key for metadata in of_files for key in metadata}):
+        values = {metadata[key] for metadata in of_files if key in metadata}
+        if len(values) == 1:
+            kept[key] = values.pop()
+        else:
+            log.warning("metadata %r differs between the base's weight files and is left out: %s", key, sorted(values))
+    return kept
 
 
 def out_tag(info: TensorInfo, tag: str | Mapping[str, str] | None) -> str:

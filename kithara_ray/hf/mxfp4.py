@@ -58,3 +58,12 @@ def view(base: BaseCheckpoint, name: str) -> np.ndarray | Packed:
     """The tensor, unread until it is sliced, dequantised where it is sliced."""
     tensors = [base.view(each) for each in names_of(base, name)]
     return tensors[0] if len(tensors) == 1 else Packed(name, *tensors)
+
+
+def shape_of(base: BaseCheckpoint, name: str) -> tuple[int, ...]:
+    """The tensor's shape, from headers alone."""
+    names = names_of(base, name)
+    if len(names) == 1:
+        return base.info(name).shape
+    experts, rows, groups = base.info(names[1]).shape
+    return (experts, groups * GROUP, rows)

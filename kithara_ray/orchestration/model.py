@@ -10,16 +10,18 @@ import ray
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.checkpoint.run_files import tokenizer_of
-from kithara_ray.errors import AdapterError, ConfigError
+from kithara_ray.errors import ConfigError
 from kithara_ray.hf import beside
-from kithara_ray.hf.adapter import ADAPTER_CONFIG, Adapter, LoraConfig
-from kithara_ray.hf.checkpoint import BaseCheckpoint, read_json
+from kithara_ray.hf.adapter import Adapter, LoraConfig
+from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.identity import check_same_base
 from kithara_ray.hf.model_files import has_tokenizer
 from kithara_ray.hf.publish.publish import check_destination
 from kithara_ray.hf.vocabulary import embedding_rows
 from kithara_ray.model.families import family_of
+from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, lora_config_of, other_modules_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.orchestration.cluster.connection import start_ray
@@ -128,7 +130,7 @@ class KerasHubModel:
             ensure_weight_tying: train modules_to_save as one weight where the head is the embedding.
             adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
                 LoRA settings; give none of them beside it.
-            allow_other_base: take an adapter whose adapter_config.json names another base.
+            allow_other_base: take an adapter that was trained on another base, by its fingerprint, revision or name.
             quantize: "int8" holds the frozen kernels of linear layers as int8 with a scale for each output channel
                 while the adapter is trained: a quarter of float32's memory, half of bfloat16's. Embedding, head and
                 norms stay. Exports and `generate` are of the base as it is.
@@ -137,7 +139,7 @@ class KerasHubModel:
             ConfigError: an argument is wrong; a target matches nothing.
             AdapterError: `adapter` is not complete, does not fit this base or was trained on another.
             UnsupportedError: the family, or a field of its config, cannot be honoured.
-            CheckpointError: there is no base at the handle.
+            CheckpointError: there is no base at the handle, or its config.json and tensors do not belong together.
         """
         check_known(unknown)
         if precision not in PRECISIONS:
@@ -166,6 +168,7 @@ class KerasHubModel:
         # Of an object store the headers alone: no weight comes to the driver.
         base = BaseCheckpoint.at(handle)
         family_of(base.config)
+        check_tensors(base)
         if adapter is not None:
             check_unset(
                 cls.from_preset, {"lora_rank": lora_rank, **settings}, "beside adapter=: the adapter brings its own"
@@ -197,13 +200,8 @@ class KerasHubModel:
     ) -> "KerasHubModel":
         directory = fetch(adapter)
         loaded = Adapter.read(directory)
-        named = read_json(directory / ADAPTER_CONFIG, AdapterError).get("base_model_name_or_path") or ""
-        same = named.rstrip("/").rpartition("/")[2] == handle.rstrip("/").rpartition("/")[2]
-        if named and not same and not allow_other_base:
-            raise AdapterError(
-                f"{adapter} was trained on {named!r} and not on {handle!r}; if these are the same weights, "
-                "give allow_other_base=True"
-            )
+        trained_on, allow = loaded.trained_on, allow_other_base
+        check_same_base(trained_on, base, handle, adapter=adapter, allow=allow, override="allow_other_base=True")
         loaded.validate(base)
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
         model = cls(handle, replace(loaded.config, **beside.normal(loaded.config, base)), precision, quantize)

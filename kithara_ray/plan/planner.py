@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import ConfigError, PlanError, UnsupportedError
-from kithara_ray.hf.checkpoint import CONFIG, read_json
+from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, read_json
 from kithara_ray.hf.fetch import fetch_headers
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.options import ModelOptions
 from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.report import Plan, assemble
@@ -145,15 +146,22 @@ def _request(
 
 
 def config_of(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a base; of a local directory that may hold nothing else."""
+    """The config.json of a base; of a local directory that may hold nothing else.
+
+    Raises:
+        CheckpointError: there are weights, and they are not what config.json describes.
+    """
     if isinstance(base, Mapping):
         return dict(base)
-    directory = Path(str(base)).expanduser()
+    directory, source = Path(str(base)).expanduser(), None
     if not directory.is_dir():
-        directory = fetch_headers(str(base))[0]
+        directory, source = fetch_headers(str(base))
     if not (directory / CONFIG).is_file():
         raise ConfigError(f"{directory}: {CONFIG} is missing; it is all that a plan needs of a model")
-    return read_json(directory / CONFIG, UnsupportedError)
+    config = read_json(directory / CONFIG, UnsupportedError)
+    if any((directory / name).exists() for name in (SINGLE, INDEX)):
+        check_tensors(BaseCheckpoint.open(directory, source=source), values=False)
+    return config
 
 
 def _why_not_compiled(where: Slice, compile: bool) -> str | None:

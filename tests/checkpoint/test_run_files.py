@@ -104,8 +104,18 @@ def test_another_base_is_refused(run, base, tmp_path, capsys):
     raw[-1] ^= 1
     (other / "model.safetensors").write_bytes(raw)
     assert main(["export", str(run), "--to", str(tmp_path / "out"), "--base", str(other)]) == 1
-    assert "was trained on a base of fingerprint sha256:" in capsys.readouterr().err
+    assert f"was trained on '{base}' and not on '{other}': fingerprint sha256:" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_knows_the_revision_that_its_run_began_from(run, base):
+    (run / "run.json").write_text(json.dumps({"base": {"name": str(base), "revision": "v3"}}))
+    assert read_trained(str(run)).trained_on.fingerprint == BaseCheckpoint.open(base).fingerprint()
+    for manifest in (run / "checkpoints").glob("*/manifest.json"):
+        written = json.loads(manifest.read_text()) | {"base": "hf://acme/tiny"}
+        written.pop("sha256")
+        manifest.write_text(json.dumps(written | {"sha256": disk_format._digest(written)}))
+    assert read_trained(str(run)).base == "hf://acme/tiny@v3"
 
 
 def test_what_is_no_run(run, tmp_path):

@@ -322,7 +322,7 @@ def _(space):
     (space.adapter / "adapter_config.json").write_text("r = 3")
 
 
-@case("a pickled adapter", "pickled .bin adapters are not read")
+@case("a pickled adapter", "adapter_model.bin is a pickle, which is not read")
 def _(space):
     space.use_adapter()
     (space.adapter / "adapter_model.safetensors").rename(space.adapter / "adapter_model.bin")

@@ -48,7 +48,8 @@ def test_fetch_local(tmp_path, monkeypatch):
         ),
         ("kaggle://keras/gemma", UnsupportedError, "exports are made from Hugging Face files"),
         ("hf://justname", CheckpointError, "expected hf://org/name"),
-        ("hf://org/name/sub", CheckpointError, "expected hf://org/name"),
+        ("hf://org/name/sub/dir", CheckpointError, "'sub/dir' is a folder in hf://org/name, .* give DIRECTORY/sub/dir"),
+        ("hf://org//sub", CheckpointError, "expected hf://org/name"),
         ("nosuch://x/y", CheckpointError, "no filesystem for it"),
     ],
 )

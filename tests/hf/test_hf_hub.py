@@ -81,7 +81,11 @@ def test_from_the_hub_to_the_hub(hub, server, job, adapter, tmp_path, layout):
     for path in (tmp_path / "out").rglob("*"):
         name = path.relative_to(tmp_path / "out").as_posix()
         if path.is_file() and name not in ("export_report.json", "README.md", "run.json"):
-            assert pushed.pop(name) == path.read_bytes(), name
+            there, here = pushed.pop(name), path.read_bytes()
+            if layout is Layout.ADAPTER and name == "adapter_model.safetensors":
+                # The fingerprint in its header is of weights that an adapter's export does not fetch.
+                there, here = (raw[8 + int.from_bytes(raw[:8], "little") :] for raw in (there, here))
+            assert there == here, name
     assert pushed.keys() <= {"export_report.json", "README.md", "run.json"}
 
 

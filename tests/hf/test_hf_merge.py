@@ -18,7 +18,7 @@ from kithara_ray.hf import merge as merge_module
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import check_mergeable
+from kithara_ray.hf.merge import check_mergeable, write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -78,6 +78,23 @@ def test_everything_else_in_the_files_stays(make_base, make_adapter, tmp_path):
         before, after = file.read_bytes(), (tmp_path / file.name).read_bytes()
         n = 8 + int.from_bytes(before[:8], "little")
         assert before[:n] == after[:n]
+
+
+def test_the_metadata_of_files_written_anew(make_adapter, tmp_path, caplog):
+    """transformers reads `format`; other entries are kept where the files that were joined agree."""
+    arrays = {f"model.layers.{n}.q_proj.weight": np.ones((12, 16), np.float32) for n in range(2)}
+    files = {name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate(arrays, 1)}
+    source = tmp_path / "base"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    for (name, array), own in zip(arrays.items(), ("one", "two"), strict=True):
+        metadata = {"licence": "mine", "origin": own}
+        safetensors_file.write_arrays(source / files[name], {name: array}, metadata)
+    base = BaseCheckpoint.open(source)
+    joined = write_tensors(base, make_adapter(base), tmp_path / "joined.safetensors")
+    assert safetensors_file.read_header(joined)[1] == {"format": "pt", "licence": "mine"}
+    assert "'origin' differs between the base's weight files and is left out: ['one', 'two']" in caplog.text
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

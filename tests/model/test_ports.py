@@ -1,7 +1,9 @@
 """Variables made of several tensors, and quantised tensors: read in slices, dequantised as transformers does."""
 
 import json
+import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,10 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.safetensors_file import write_arrays
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.families import ports
+from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, other_modules_of
 from kithara_ray.model.weights import slots
 from kithara_ray.sharding.mesh import make_mesh
@@ -59,6 +63,29 @@ def test_the_tensors_of_a_variable_tile_it_and_say_where(tiny_models):
     assert found == set(base.names)
 
 
+@pytest.mark.parametrize(("family", "lower"), [("llama", "layers.0."), ("mixtral", "experts.0.")])
+def test_tensors_of_several_dtypes_keep_their_values(family, lower, tiny_models, tmp_path):
+    """The first of a stack, or of a variable, in bfloat16 and one in float16: no value of the others is rounded."""
+    tensors = {name: np.array(info) for name, info in of_all(BaseCheckpoint.open(tiny_models[family])).items()}
+    dtypes = {name: ml_dtypes.bfloat16 for name in tensors if lower in name}
+    dtypes |= {name: np.float16 for name in tensors if lower.replace("0", "1") in name}
+    stored = {name: tensor.astype(dtypes.get(name, np.float32)) for name, tensor in tensors.items()}
+    assert {str(tensor.dtype) for tensor in stored.values()} == {"float32", "bfloat16", "float16"}
+    for kind, written in (("mixed", stored), ("plain", {n: t.astype(np.float32) for n, t in stored.items()})):
+        shutil.copytree(tiny_models[family], tmp_path / kind)
+        write_arrays(tmp_path / kind / "model.safetensors", written, {"format": "pt"})
+    mixed, plain = (BaseCheckpoint.open(tmp_path / kind) for kind in ("mixed", "plain"))
+    model = build(plain.config, None, make_mesh(), "float32")
+    for slot, one, other in zip(model.slots, model.load(mixed), model.load(plain), strict=True):
+        if slot.stacked or len(slot.ports[0].pieces) > 1:
+            assert one.dtype == np.float32, slot.key
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other), err_msg=slot.key)
+
+
+def of_all(base):
+    return {name: base.view(name) for name in base.names}
+
+
 def test_experts_and_routers_are_refused_by_name(tiny_models):
     base = BaseCheckpoint.open(tiny_models["qwen3_moe"])
     for target in ("gate_proj", "gate", "experts.3.up_proj"):
@@ -101,6 +128,7 @@ MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.sel
 def test_mxfp4_experts_are_dequantised_as_transformers_does(tiny_models, tmp_path):
     packed, floats = pack(tmp_path, BaseCheckpoint.open(tiny_models["gpt_oss"]), np.random.default_rng(0))
     base, plain = BaseCheckpoint.open(packed), BaseCheckpoint.open(floats)
+    assert check_tensors(base) == check_tensors(plain) == []
     name = "model.layers.1.mlp.experts.gate_up_proj"
     ours, theirs = mxfp4.view(base, name), plain.view(name)
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

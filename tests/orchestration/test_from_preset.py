@@ -4,11 +4,12 @@ import json
 import shutil
 
 import fsspec
+import plain_llama
 import pytest
 from tiny import VOCABULARY, write_model
 
 from kithara_ray import KerasHubModel
-from kithara_ray.errors import AdapterError, ConfigError, UnsupportedError
+from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, target_modules_of
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
@@ -163,6 +164,27 @@ def test_the_adapter_of_another_base_is_refused(directory, adapter, tmp_path):
     other = write_model(tmp_path / "other", "llama", num_hidden_layers=2)
     with pytest.raises(AdapterError, match=r"model\.layers\.2\..*the base at .* has no tensor"):
         KerasHubModel.from_preset(str(other), adapter=str(adapter), allow_other_base=True)
+
+
+def test_a_base_whose_files_disagree_is_refused_before_a_run(tmp_path):
+    """Whatever is trained: tests/model/test_family_tensors.py has the cases."""
+    fewer = str(plain_llama.write(tmp_path / "fewer", num_hidden_layers=3))
+    own_head = str(plain_llama.write(tmp_path / "own_head", tie_word_embeddings=True))
+    adapter = str(plain_llama.adapter(tmp_path / "lora", own_head))
+    for how in ({"lora_rank": 2}, {"lora_rank": None}, {"adapter": adapter}):
+        with pytest.raises(CheckpointError, match=r"tensors are missing of the 30 that config\.json gives"):
+            KerasHubModel.from_preset(fewer, **how)
+        with pytest.raises(CheckpointError, match="ties the head to the embedding"):
+            KerasHubModel.from_preset(own_head, **how)
+
+
+def test_an_adapter_of_the_same_names_and_other_weights_is_refused(tmp_path):
+    right, other = (str(plain_llama.write(tmp_path / str(seed) / "base", seed)) for seed in (0, 1))
+    adapter = str(plain_llama.adapter(tmp_path / "lora", right))
+    assert KerasHubModel.from_preset(right, adapter=adapter).adapter
+    with pytest.raises(AdapterError, match=r"fingerprint .*allow_other_base=True"):
+        KerasHubModel.from_preset(other, adapter=adapter)
+    assert KerasHubModel.from_preset(other, adapter=adapter, allow_other_base=True).adapter
 
 
 def test_what_cannot_be_honoured_is_named(directory, adapter):

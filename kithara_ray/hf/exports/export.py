@@ -31,6 +31,7 @@ from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.exports.reference import shown_name, split_reference
 from kithara_ray.hf.exports.run_record import published, without_paths
 from kithara_ray.hf.fetch import tokenizer_at
+from kithara_ray.hf.identity import identity_of
 from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
 from kithara_ray.hf.merge import write_config as write_base_config
 from kithara_ray.hf.publish import publish
@@ -170,7 +171,8 @@ def _write(
     if layout is not Layout.MERGED:
         target = stage.directory / ADAPTER_DIRECTORY if layout is Layout.SEPARATE else stage.directory
         final = adapter.cast(NUMPY_DTYPES[CAST_TAGS[dtype]]) if check_dtype(dtype) else adapter
-        final.write(target, *split_reference(base_name))
+        trained_on = identity_of(base, base_name)
+        final.write(target, split_reference(base_name)[0], trained_on.revision, _fingerprint(base, written))
         prove_adapter(target, final)
         checks.append("adapter reopened; tensors equal those given bit by bit, scales equal")
     notes = adapter_notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])

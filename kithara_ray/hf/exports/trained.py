@@ -17,14 +17,13 @@ import numpy as np
 from kithara_ray.errors import ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
 from kithara_ray.hf.fetch import fetch
-from kithara_ray.hf.merge import CAST_TAGS, FLOAT_TAGS, row_blocks
+from kithara_ray.hf.merge import CAST_TAGS, FLOAT_TAGS, row_blocks, written_metadata
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, read_header
+from kithara_ray.hf.tied_head import EMBEDDING, HEAD
 
 log = logging.getLogger(__name__)
 
 Bounds = tuple[tuple[int, int], ...]
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class TrainedWriter:
         infos = sorted(part.tensors.values(), key=lambda info: (info.offset, info.nbytes))
         tags = [self._tag if i.name in expected and i.dtype in FLOAT_TAGS else i.dtype for i in infos]
         entries = [(info.name, tag, info.shape) for info, tag in zip(infos, tags, strict=True)]
-        header = pack_header(entries, read_header(part.files[0])[1])
+        header = pack_header(entries, written_metadata([read_header(part.files[0])[1]]))
         size = sum(math.prod(shape) * NUMPY_DTYPES[tag].itemsize for _, tag, shape in entries)
         with path.open("wb") as stream:
             stream.write(header)

@@ -7,9 +7,11 @@ there is recorded too, so that a variable is known by its parts and is still rea
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import keras
 import numpy as np
 
@@ -104,10 +106,8 @@ class Tiled:
     """An array made of views that stand beside each other; a slice of it reads only what it holds of each."""
 
     def __init__(self, shape: tuple[int, ...], tiles: Sequence[tuple[tuple[slice | int, ...], np.ndarray]]):
-        self.shape, self.dtype = shape, tiles[0][1].dtype
+        self.shape, self.dtype = shape, holding([view.dtype for _, view in tiles])
         self._tiles = tiles
-        if any(view.dtype != self.dtype for _, view in tiles):
-            raise CheckpointError(f"one variable's tensors are of several dtypes, {self.dtype} and others")
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         wanted = [range(*one.indices(size)) for one, size in zip(index, self.shape, strict=True)]
@@ -121,6 +121,11 @@ class Tiled:
                 of = tuple(_relative(b, o) for b, o, keep in zip(both, own, kept, strict=True) if keep)
                 into[...] = view[of].reshape(into.shape)
         return out
+
+
+def holding(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The smallest dtype that holds the values of all of these exactly: float32 for bfloat16 beside float16."""
+    return functools.reduce(jnp.promote_types, dtypes)
 
 
 def _span(at: slice | int, size: int) -> range:

@@ -12,9 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kithara_ray.errors import CheckpointError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.tied_head import HEAD, is_tied
+from kithara_ray.hf.unused import why_unused
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.stack import Chain
-from kithara_ray.model.families.ports import Port
+from kithara_ray.model.families.ports import Port, holding
+from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.weights.quantized import Int8, floats, int8_of
 
@@ -117,10 +120,11 @@ def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtyp
     """One frozen array as a global array; this process reads only the slices its devices own.
 
     Args:
-        dtype: what the array is stored in; None keeps the checkpoint's.
+        dtype: what the array is stored in; None keeps the checkpoint's. Where a stack's tensors have several, one
+            that holds the values of all exactly.
     """
     views = [port.view(base) for port in slot.ports]
-    dtype = views[0].dtype if dtype is None else dtype
+    dtype = holding([view.dtype for view in views]) if dtype is None else dtype
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         parts = [view[index[1:]] for view in views[index[0]]] if slot.stacked else [views[0][index]]
@@ -177,17 +181,21 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:
-    """Every tensor that the model needs is in the checkpoint and, tied heads aside, the other way round.
+    """Every tensor that the model needs is in the checkpoint, and none that it does not compute with.
+
+    `check_tensors` says it of the headers, as before a run; the converters' own map has the last word. A head that is
+    tied to the embedding may stand there with the same values; see also `hf.unused`.
 
     Raises:
         CheckpointError: names the tensors.
     """
+    check_tensors(base)
     needed = {name for port in ports for piece in port.pieces for name in mxfp4.names_of(base, piece.hf_name)}
     missing = sorted(needed - set(base.names))
     if missing:
         raise CheckpointError(f"{base.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    ignorable = ("rotary_emb.inv_freq", "lm_head.weight")
-    extra = sorted(name for name in set(base.names) - needed if not name.endswith(ignorable))
+    tied = {HEAD} if is_tied(base.config) else set()
+    extra = sorted(name for name in set(base.names) - needed - tied if why_unused(name) is None)
     if extra:
         raise CheckpointError(
             f"{base.directory}: {len(extra)} tensors belong to nothing in the model, the first is {extra[0]}; "

@@ -22,6 +22,7 @@ import ray
 from kithara_ray.checkpoint.run_files import RUN
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.reference import split_reference
+from kithara_ray.hf.identity import identity_of
 from kithara_ray.orchestration.data.datasets import Dataloader
 from kithara_ray.orchestration.preflight import node_facts
 from kithara_ray.orchestration.request.facts import mesh_axes
@@ -41,10 +42,7 @@ _COMPUTES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "KERAS_", "OMP_", "NCCL_")
 def _base_facts(handle: str) -> dict[str, Any]:
     """Where the base is and what it is; its weights are hashed by samples where they are local."""
     base = BaseCheckpoint.at(handle)
-    name, revision = split_reference(handle)
-    parts = base.directory.parts
-    if revision is None and "snapshots" in parts[:-1]:  # the Hub's cache names directories after commits
-        revision = parts[parts.index("snapshots") + 1]
+    name, revision = split_reference(handle)[0], identity_of(base, handle).revision
     fingerprint = None if base.source else base.fingerprint()
     return {"name": name, "revision": revision, "fingerprint": fingerprint, "model_type": base.config.get("model_type")}
 

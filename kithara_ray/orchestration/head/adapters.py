@@ -7,6 +7,7 @@ since, holds nothing of that name: the driver then sends the tensors.
 import contextlib
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ import numpy as np
 
 from kithara_ray.errors import KitharaRayError
 from kithara_ray.hf.adapter import Adapter
+from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout
 from kithara_ray.hf.exports.reference import split_reference
+from kithara_ray.hf.identity import identity_of
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.storage.places import Place
 from kithara_ray.storage.urls import is_url
+
+logger = logging.getLogger(__name__)
 
 Tensors = dict[str, np.ndarray]
 DIRECTORY = "adapter"
@@ -109,6 +114,17 @@ def tensors_of(adapter: AdapterRef, held: Tensors | None) -> Tensors:
     raise NotHeldError("the coordinator does not hold this adapter; send its tensors")
 
 
+def _named(handle: str) -> tuple[str, str | None, str | None]:
+    """Name, revision and fingerprint of a base. A trained adapter is written even where its base is gone."""
+    name, revision = split_reference(handle)
+    try:
+        base = BaseCheckpoint.at(handle)
+        return name, identity_of(base, handle).revision, None if base.source else base.fingerprint()
+    except (KitharaRayError, OSError) as error:
+        logger.warning("%s cannot be read (%s); the adapter is written without its fingerprint", handle, error)
+        return name, revision, None
+
+
 def write_adapter(adapter: AdapterRef, tensors: Tensors) -> str:
     """The PEFT directory `adapter/` in the run's directory, file by file; returns its path or URL.
 
@@ -117,7 +133,7 @@ def write_adapter(adapter: AdapterRef, tensors: Tensors) -> str:
     """
     place = Place(adapter.directory)
     with place.scratch() as scratch:
-        Adapter(adapter.config, tensors).write(scratch / DIRECTORY, *split_reference(adapter.base))
+        Adapter(adapter.config, tensors).write(scratch / DIRECTORY, *_named(adapter.base))
         # The weights first: readers look for the configuration.
         for path in sorted((scratch / DIRECTORY).iterdir(), key=lambda path: path.suffix == ".json"):
             place.put(path, DIRECTORY, path.name)

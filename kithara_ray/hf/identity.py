@@ -1,0 +1,200 @@
+"""Which base an adapter was trained on, and whether a given one is the same. One rule for every path.
+
+Decided by the first of these that both sides know: the fingerprint; the place (the Hub's name at one revision, or one
+directory); the weights themselves, where this host has both; revision; name.
+"""
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kithara_ray.errors import AdapterError, KitharaRayError
+from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint
+from kithara_ray.hf.fetch import fetched_from_hub, repo_of
+from kithara_ray.storage.urls import is_url
+
+__all__ = ["UNKNOWN", "BaseIdentity", "check_same_base", "identity_of"]
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT = "base_fingerprint"  # in the metadata of adapter_model.safetensors
+_COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What is known of a base. All None: nothing is.
+
+    Attributes:
+        name: `org/name` on the Hub, an absolute directory, or a URL.
+        revision: of the Hub: a commit, else a tag or a branch as it was written.
+        fingerprint: of `BaseCheckpoint.fingerprint`.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        return self.name is not None and not is_url(self.name) and not self.name.startswith("/")
+
+    @property
+    def handle(self) -> str | None:
+        """As `fetch` takes it."""
+        if not self.is_hub:
+            return self.name
+        return f"hf://{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    def __str__(self) -> str:
+        return repr(self.name) + (f" at revision {self.revision!r}" if self.revision else "")
+
+
+UNKNOWN = BaseIdentity()
+
+
+def named(name: str | None, revision: str | None = None, fingerprint: str | None = None) -> BaseIdentity:
+    """The identity that a handle, or an adapter_config.json, writes down.
+
+    As in transformers, a directory that exists decides between a relative path and a name on the Hub. A directory of
+    the Hub's cache is a name and a commit.
+    """
+    if not name:
+        return BaseIdentity(None, None, fingerprint)
+    if name.startswith("hf://"):
+        repo_id, at = repo_of(name)
+        return BaseIdentity(repo_id, at or revision, fingerprint)
+    if is_url(name) and not name.startswith("file://"):
+        return BaseIdentity(name.rstrip("/"), None, fingerprint)
+    path = Path(name.removeprefix("file://")).expanduser()
+    if not path.is_dir() and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/"):
+        return BaseIdentity(name, revision, fingerprint)
+    cached = _CACHED.search(str(path.absolute()))
+    if cached:
+        return BaseIdentity(f"{cached[1]}/{cached[2]}", cached[3], fingerprint)
+    return BaseIdentity(str(path.absolute()), None, fingerprint)
+
+
+def identity_of(base: BaseCheckpoint, handle: str) -> BaseIdentity:
+    """Of an opened base. The revision of one on the Hub is the commit that was opened. No weight is read."""
+    written = named(handle)
+    if not written.is_hub:
+        return written
+    opened = named(base.source or str(base.directory))
+    at = opened.revision if _same_name(opened, written) else None
+    return BaseIdentity(written.name, at or written.revision)
+
+
+def read_identity(directory: Path, config: dict[str, Any], metadata: dict[str, str]) -> BaseIdentity:
+    """Of the base that an adapter in a directory was trained on.
+
+    The fingerprint stands in the weights' metadata; in adapters of before, in export_report.json beside them, or in
+    the run.json of the run whose `adapter` directory this is.
+    """
+    fingerprint = metadata.get(FINGERPRINT)
+    reports = (directory / "export_report.json", directory.parent / "export_report.json", directory.parent / "run.json")
+    for path in reports if directory.name == "adapter" else reports[:1]:
+        if fingerprint is None and path.is_file():
+            fingerprint = _fingerprint_in(path)
+    return named(config.get("base_model_name_or_path"), config.get("revision"), fingerprint)
+
+
+def _fingerprint_in(path: Path) -> str | None:
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
+    found = base.get("fingerprint") if isinstance(base, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def check_same_base(
+    trained: BaseIdentity, base: BaseCheckpoint, handle: str, *, adapter: str, allow: bool, override: str
+) -> None:
+    """Refuse a base that the adapter was not trained on, as far as both are known.
+
+    Args:
+        trained: what the adapter was trained on.
+        base, handle: what it is to be used with.
+        adapter: what messages call it.
+        allow: log the difference instead.
+        override: what a user gives for that.
+
+    Raises:
+        AdapterError: names both bases and the difference.
+    """
+    different = _difference(trained, base, handle)
+    if different is None:
+        return
+    said = f"{adapter} was trained on {trained} and not on {handle!r}: {different}"
+    if allow:
+        log.warning("%s; it is used all the same, as %s asks", said, override)
+        return
+    raise AdapterError(f"{said}. Give the adapter's own base, or, if these are the same weights, {override}")
+
+
+def _difference(trained: BaseIdentity, base: BaseCheckpoint, handle: str) -> str | None:
+    if trained.fingerprint and not base.source:
+        return _differ(trained.fingerprint, base)
+    if trained.name is None:
+        log.warning("the adapter does not say which base it was trained on; %r is taken for it", handle)
+        return None
+    given, asked = identity_of(base, handle), named(handle).revision
+    if _same_place(trained, given, asked):
+        return None
+    own = _on_this_host(trained)
+    if own is not None and not base.source:
+        return _differ(own.fingerprint(), base)
+    if trained.is_hub and _same_name(trained, given):
+        return f"the revision of this one is {given.revision or 'not known'}"
+    if _last(trained.name) != _last(given.name):
+        return "another name, and neither has a fingerprint to compare"
+    log.warning(
+        "the adapter was trained on %s. That %r has the same weights cannot be seen from here: the names agree, and "
+        "there is no fingerprint to compare", trained, handle,
+    )  # fmt: skip
+    return None
+
+
+def _differ(fingerprint: str, base: BaseCheckpoint) -> str | None:
+    own = base.fingerprint()
+    return None if own == fingerprint else f"fingerprint {fingerprint[:23]}... there, {own[:23]}... here"
+
+
+def _same_place(trained: BaseIdentity, given: BaseIdentity, asked: str | None) -> bool:
+    if not _same_name(trained, given):
+        return trained.name.startswith("/") and given.name.startswith("/") and _same_directory(trained.name, given.name)
+    if not trained.is_hub or trained.revision is None or trained.revision in (given.revision, asked or "main"):
+        return True
+    is_commit = _COMMIT.fullmatch(trained.revision) is not None
+    return is_commit and (given.revision or "").startswith(trained.revision)
+
+
+def _same_name(one: BaseIdentity, other: BaseIdentity) -> bool:
+    """The Hub takes names in any case."""
+    if one.is_hub and other.is_hub:
+        return one.name.lower() == other.name.lower()
+    return one.name == other.name
+
+
+def _same_directory(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _on_this_host(trained: BaseIdentity) -> BaseCheckpoint | None:
+    """The base that was trained on, if this host has its weights."""
+    directory = fetched_from_hub(trained.handle) if trained.is_hub else Path(trained.name)
+    if directory is None or is_url(trained.name) or not (directory / CONFIG).is_file():
+        return None
+    try:
+        return BaseCheckpoint.open(directory)
+    except KitharaRayError:
+        return None
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()

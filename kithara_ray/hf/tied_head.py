@@ -1,0 +1,71 @@
+"""The output head of a causal LM: tied to the token embedding, or a tensor of its own. Judged by values, not by names.
+
+A checkpoint whose config.json ties the head may hold a tensor for it all the same. Where that is a copy of the
+embedding nothing depends on it. Where its values are its own, readers disagree: transformers 5 computes with the
+file's head, others with the embedding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kithara_ray.errors import CheckpointError
+from kithara_ray.hf.checkpoint import CONFIG, EDGE_BYTES, BaseCheckpoint, TensorInfo
+from kithara_ray.hf.fetch import read_ranges
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# transformers' value of tie_word_embeddings where config.json has none; False of any other model_type.
+TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "gemma4_text", "smollm3"})
+_ROWS_BYTES = 16 << 20
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the head is the token embedding."""
+    said = config.get("tie_word_embeddings")
+    return config.get("model_type") in TIED_BY_DEFAULT if said is None else bool(said)
+
+
+def check_tied_head(base: BaseCheckpoint) -> None:
+    """Refuse a tied head whose tensor has values of its own.
+
+    Weights at a URL are compared at both ends and in the middle; local ones whole.
+
+    Raises:
+        CheckpointError: config.json ties the head, and the file's differs from the embedding.
+    """
+    if HEAD not in base.tensors or EMBEDDING not in base.tensors or not is_tied(base.config):
+        return
+    head, embedding = base.tensors[HEAD], base.tensors[EMBEDDING]
+    if head.shape == embedding.shape and _same_values(base, head, embedding):
+        return
+    raise CheckpointError(
+        f"{base.source or base.directory}: {CONFIG} ties the head to the embedding (tie_word_embeddings), but "
+        f"{HEAD} {head.shape} differs from {EMBEDDING} {embedding.shape}. transformers computes with {HEAD}, other "
+        f'readers with the embedding. If {HEAD} is right, write "tie_word_embeddings": false in {CONFIG}; else take '
+        f"{HEAD} out of the weights"
+    )
+
+
+def _same_values(base: BaseCheckpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    if base.source:
+        return one.dtype != other.dtype or _edges(base.source, one) == _edges(base.source, other)
+    left, right = base.view(one.name), base.view(other.name)
+    rows = max(1, _ROWS_BYTES // max(1, left[:1].nbytes))
+    for begin in range(0, len(left), rows):
+        part = slice(begin, begin + rows)
+        if left.dtype == right.dtype:
+            same = left[part].tobytes() == right[part].tobytes()
+        else:
+            same = np.array_equal(left[part].astype(np.float64), right[part].astype(np.float64))
+        if not same:
+            return False
+    return True
+
+
+def _edges(source: str, info: TensorInfo) -> list[bytes]:
+    """Up to 64 KiB at the start, in the middle and at the end of a tensor at a URL."""
+    size = min(EDGE_BYTES, info.nbytes)
+    begins = (0, (info.nbytes - size) // 2, info.nbytes - size)
+    spans = [(info.offset + begin, info.offset + begin + size) for begin in begins]
+    return read_ranges(source, info.file.name, spans)

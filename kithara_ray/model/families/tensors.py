@@ -1,0 +1,240 @@
+"""Which tensors a family's checkpoint holds, and their shapes, from config.json alone: no jax, no keras.
+
+The driver compares them with the weight files' headers, so that a config.json that does not belong to the weights is
+refused before a cluster is asked for. What loads weights follows KerasHub's converters (`ports`); a test compares both.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kithara_ray.errors import CheckpointError, UnsupportedError
+from kithara_ray.hf import mxfp4
+from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint
+from kithara_ray.hf.names import without_wrappers
+from kithara_ray.hf.tied_head import EMBEDDING, HEAD, check_tied_head, is_tied
+from kithara_ray.hf.unused import is_beyond, why_unused
+from kithara_ray.model.families import FAMILIES, completed, fields_needed
+
+# A tensor's dims: what config.json calls each, and its size.
+Dims = tuple[tuple[str, int], ...]
+
+_QK_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "gemma4_text"})
+_FEEDFORWARD_NORMS = frozenset({"gemma2", "gemma3_text", "gemma4_text"})
+_BIASED = frozenset({"qwen2"})
+_DTYPES = ("F32", "BF16", "F16")
+_PREFIX = "model."
+
+
+def expected_tensors(config: Mapping[str, Any]) -> dict[str, Dims] | None:
+    """Tensor name -> dims, of all that a causal LM of this config.json needs; None for a family that is not known.
+
+    Raises:
+        UnsupportedError: the config lacks a field.
+    """
+    family = FAMILIES.get(config.get("model_type") or "")
+    if family is None:
+        return None
+    with fields_needed(config):
+        whole = completed(family, config)
+        return dict(_tensors(whole))
+
+
+def _tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, Dims]]:
+    vocabulary, hidden = ("vocab_size", config["vocab_size"]), ("hidden_size", config["hidden_size"])
+    yield EMBEDDING, (vocabulary, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not is_tied(config):
+        yield HEAD, (vocabulary, hidden)
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}."
+        for part in (_norms(config, hidden), _attention(config, number, hidden), _feedforward(config, number, hidden)):
+            for name, dims in part:
+                yield layer + name, dims
+
+
+def _norms(config: Mapping[str, Any], hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if config["model_type"] in _FEEDFORWARD_NORMS:
+        names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    for name in names:
+        yield f"{name}.weight", (hidden,)
+    if config["model_type"] == "gemma4_text":
+        yield "layer_scalar", (("1", 1),)
+
+
+def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
+    heads, family = config["num_attention_heads"], config["model_type"]
+    per_head, kv_heads = config.get("head_dim"), config.get("num_key_value_heads")
+    per_head = config["hidden_size"] // heads if per_head is None else per_head
+    kv_heads = heads if kv_heads is None else kv_heads
+    keys_are_values = False
+    if family == "gemma4_text" and config["layer_types"][number] == "full_attention":
+        own = config["per_layer_config"].get(str(number), {})
+        per_head, kv_heads = own.get("head_dim", per_head), own.get("num_key_value_heads", kv_heads)
+        keys_are_values = bool(config["attention_k_eq_v"])
+    queries, keys = ("num_attention_heads * head_dim", heads * per_head), ("key heads * head_dim", kv_heads * per_head)
+    outs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    if keys_are_values:
+        del outs["v_proj"]
+    biased = bool(config.get("attention_bias"))
+    for name, out in outs.items():
+        yield f"self_attn.{name}.weight", (out, hidden)
+        if biased or family in _BIASED:
+            yield f"self_attn.{name}.bias", (out,)
+    yield "self_attn.o_proj.weight", (hidden, queries)
+    if biased and family not in _BIASED:
+        yield "self_attn.o_proj.bias", (hidden,)
+    if family in _QK_NORMS:
+        for name in ("q_norm", "k_norm"):
+            yield f"self_attn.{name}.weight", (("head_dim", per_head),)
+    if family == "gpt_oss":
+        yield "self_attn.sinks", (("num_attention_heads", heads),)
+
+
+def _feedforward(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
+    inner, family = ("intermediate_size", config["intermediate_size"]), config["model_type"]
+    if family == "mixtral":
+        experts = ("num_local_experts", config["num_local_experts"])
+        yield "block_sparse_moe.gate.weight", (experts, hidden)
+        for expert in range(experts[1]):
+            for name, dims in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
+                yield f"block_sparse_moe.experts.{expert}.{name}.weight", dims
+    elif family == "qwen3_moe" and _is_sparse(config, number):
+        experts = ("num_experts", config["num_experts"])
+        yield "mlp.gate.weight", (experts, hidden)
+        inner = ("moe_intermediate_size", config["moe_intermediate_size"])
+        for expert in range(experts[1]):
+            for name, dims in _gated(inner, hidden):
+                yield f"mlp.experts.{expert}.{name}.weight", dims
+    elif family == "gpt_oss":
+        experts = ("num_local_experts", config["num_local_experts"])
+        both = ("2 * intermediate_size", 2 * inner[1])
+        yield "mlp.router.weight", (experts, hidden)
+        yield "mlp.router.bias", (experts,)
+        yield "mlp.experts.gate_up_proj", (experts, hidden, both)
+        yield "mlp.experts.gate_up_proj_bias", (experts, both)
+        yield "mlp.experts.down_proj", (experts, inner, hidden)
+        yield "mlp.experts.down_proj_bias", (experts, hidden)
+    else:
+        for name, dims in _gated(inner, hidden):
+            yield f"mlp.{name}.weight", dims
+            if config.get("mlp_bias"):
+                yield f"mlp.{name}.bias", dims[:1]
+
+
+def _gated(inner: tuple[str, int], hidden: tuple[str, int]) -> list[tuple[str, Dims]]:
+    return [("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))]
+
+
+def _is_sparse(config: Mapping[str, Any], number: int) -> bool:
+    """As transformers: which blocks of qwen3_moe have experts."""
+    step = config["decoder_sparse_step"]
+    return number not in config["mlp_only_layers"] and config["num_experts"] > 0 and (number + 1) % step == 0
+
+
+# --- compared with a checkpoint's headers ----------------------------------------------------------------------------
+
+
+def check_tensors(base: BaseCheckpoint, trains: bool = True, values: bool = True) -> list[str]:
+    """Compare config.json with the headers of the weights; a family that is not known here passes.
+
+    Args:
+        trains: also refuse tensors that belong to nothing in the model, and dtypes that cannot be trained beside.
+        values: also compare a tied head with the embedding.
+
+    Returns: the tensors that the model does not use; `unused_note` says so.
+
+    Raises:
+        CheckpointError: names the tensor, what config.json gives and what to do.
+        UnsupportedError: a tensor's dtype.
+    """
+    quantised = base.config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+    expected = None if quantised and method != "mxfp4" else expected_tensors(base.config)
+    if expected is None:
+        return []
+    held = {name: mxfp4.names_of(base, name) for name in expected}
+    missing = [name for name, names in held.items() if not all(each in base.tensors for each in names)]
+    if missing:
+        raise CheckpointError(_missing(base, missing, len(expected)))
+    for name, dims in expected.items():
+        shape, wanted = mxfp4.shape_of(base, name), tuple(size for _, size in dims)
+        if shape != wanted:
+            raise CheckpointError(
+                f"{_where(base)}: {name} has shape {shape}, and {CONFIG} gives {wanted}, "
+                f"({', '.join(label for label, _ in dims)}). {CONFIG} and weights do not belong together: correct "
+                f"{CONFIG}, or save both with transformers' save_pretrained"
+            )
+    used = {each for names in held.values() for each in names}
+    if is_tied(base.config):
+        used.add(HEAD)
+    if values:
+        check_tied_head(base)
+    extra = [name for name in base.names if name not in used]
+    if trains:
+        _check_trainable(base, expected, extra)
+    return extra
+
+
+def unused_note(base: BaseCheckpoint, unused: list[str]) -> str | None:
+    """What a user should know of the tensors that `check_tensors` gave; None where there are none."""
+    if not unused:
+        return None
+    why = why_unused(unused[0]) or f"{CONFIG} describes a model without it"
+    return f"{_where(base)}: {len(unused)} tensors are not used by the model, the first is {unused[0]} ({why})"
+
+
+def _check_trainable(base: BaseCheckpoint, expected: Mapping[str, Dims], extra: list[str]) -> None:
+    unknown = [name for name in extra if why_unused(name) is None]
+    if unknown:
+        beyond = [name for name in unknown if is_beyond(base.config, name)]
+        why = f": {CONFIG} has {base.config['num_hidden_layers']} layers" if beyond == unknown else ""
+        raise CheckpointError(
+            f"{_where(base)}: {len(unknown)} tensors belong to nothing in the model, the first is {unknown[0]}{why}. "
+            f"{CONFIG} and weights do not belong together: correct {CONFIG}, or save both with transformers' "
+            "save_pretrained"
+        )
+    for name in expected:
+        info = base.tensors.get(name)
+        if info is not None and info.dtype not in _DTYPES:
+            raise UnsupportedError(
+                f"{_where(base)}: {name} is {info.dtype}; weights are read as float32, bfloat16 or float16. Save the "
+                "base in one of them with transformers' save_pretrained"
+            )
+
+
+def _where(base: BaseCheckpoint) -> str:
+    return base.source or str(base.directory)
+
+
+def _missing(base: BaseCheckpoint, missing: list[str], expected: int) -> str:
+    """What is missing, and which of the known causes it has."""
+    start, names = f"{_where(base)}: ", base.tensors
+    if all(name.removeprefix(_PREFIX) in names for name in missing if name != HEAD):
+        if missing == [HEAD]:
+            return (
+                f"{start}{HEAD} is missing, and {CONFIG} does not tie the head to the embedding. If they are the same, "
+                f'write "tie_word_embeddings": true in {CONFIG}; else fetch or save the model with its head'
+            )
+        return (
+            f"{start}the tensors' names lack the prefix {_PREFIX!r}: {missing[0].removeprefix(_PREFIX)!r} stands for "
+            f"{missing[0]!r}. They were saved without a head, from the bare decoder (AutoModel). Save the model with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    plain = {without_wrappers(name): name for name in names}
+    if all(name in plain for name in missing):
+        return (
+            f"{start}the tensors' names keep what a wrapper added, the first is {plain[missing[0]]!r} for "
+            f"{missing[0]!r}. Save the model without its wrapper (torch.compile, FSDP, DDP)"
+        )
+    text = next((name for name in names if "language_model." in name), None)
+    if text is not None:
+        return (
+            f"{start}{text!r} is of a multimodal checkpoint, whose text model has other names than {CONFIG} gives "
+            f"({missing[0]!r}). Save the text model by itself, or give config.json of the whole model"
+        )
+    return (
+        f"{start}{len(missing)} tensors are missing of the {expected} that {CONFIG} gives, the first is {missing[0]}. "
+        f"{CONFIG} and weights do not belong together: correct {CONFIG} (num_hidden_layers, model_type), or fetch the "
+        "checkpoint again"
+    )
