@@ -32,7 +32,7 @@ from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import living_coordinator
 from kithara_ray.orchestration.preflight.probes import HeadProbes
-from kithara_ray.orchestration.request.preset import check_known, check_unset
+from kithara_ray.orchestration.request.preset import check_choice, check_known, check_unset
 from kithara_ray.sft.tokens.prompts import Prompting
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage.urls import absolute
@@ -142,8 +142,7 @@ class KerasHubModel:
             CheckpointError: there is no base at the handle, or its config.json and tensors do not belong together.
         """
         check_known(unknown)
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        check_choice("precision", precision, PRECISIONS)
         if quantize not in QUANTIZATIONS:
             raise ConfigError(f'quantize must be "int8" or None, got {quantize!r}')
         settings = {
@@ -175,11 +174,8 @@ class KerasHubModel:
             )
             return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base, quantize)
         if lora_rank is None:
-            check_unset(
-                cls.from_preset,
-                settings | {"quantize": quantize},
-                "without lora_rank=, which trains all weights and no adapter",
-            )
+            why = "without lora_rank=, which trains all weights and no adapter"
+            check_unset(cls.from_preset, settings | {"quantize": quantize}, why)
             return cls(handle, None, precision)
         return cls(handle, lora_config_of(lora_rank, base, **settings), precision, quantize)
 

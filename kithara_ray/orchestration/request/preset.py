@@ -1,7 +1,7 @@
-"""Arguments of `KerasHubModel.from_preset` that are refused: unknown ones, and those that contradict another."""
+"""Arguments of `KerasHubModel.from_preset` that are refused: unknown ones, wrong ones, and contradictions."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kithara_ray.errors import ConfigError
@@ -30,3 +30,9 @@ def check_known(unknown: Iterable[str]) -> None:
             f"KerasHubModel.from_preset takes no argument {name!r}"
             + (f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else "")
         )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ConfigError for a value that is not among the choices."""
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
