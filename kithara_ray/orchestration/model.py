@@ -1,8 +1,7 @@
 """The model handle of the public API. It holds where the base is and what was trained, never the base's weights."""
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,27 +30,12 @@ from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import start_coordinator
 from kithara_ray.orchestration.preflight.probes import HeadProbes
+from kithara_ray.orchestration.preset_arguments import check_unset, refuse_unknown
 from kithara_ray.sft.tokens.prompts import Prompting
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage.urls import absolute
 
 logger = logging.getLogger(__name__)
-
-# Kithara's arguments that mean nothing here, and what to do instead.
-_ELSEWHERE = {
-    "sharding_strategy": "give Trainer(mesh=MeshShape(data=..., fsdp=..., tensor=...))",
-    "scan_layers": "leave it out",
-    "dtype": "give precision=",
-    "preprocessor": "leave it out; rows are tokenised by the dataset",
-}
-
-
-def _check_unset(function: Callable, given: dict[str, Any], why: str) -> None:
-    """An argument that contradicts another, or does nothing beside it, is refused."""
-    defaults = inspect.signature(function).parameters
-    for name, value in given.items():
-        if value != defaults[name].default:
-            raise ConfigError(f"from_preset: {name}={value!r} {why}; leave it out")
 
 
 class KerasHubModel:
@@ -155,11 +139,7 @@ class KerasHubModel:
             UnsupportedError: the family, or a field of its config, cannot be honoured.
             CheckpointError: there is no base at the handle.
         """
-        for name in unknown:
-            raise ConfigError(
-                f"KerasHubModel.from_preset takes no argument {name!r}"
-                + (f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else "")
-            )
+        refuse_unknown(unknown)
         if precision not in PRECISIONS:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if quantize not in QUANTIZATIONS:
@@ -187,12 +167,12 @@ class KerasHubModel:
         base = BaseCheckpoint.at(handle)
         family_of(base.config)
         if adapter is not None:
-            _check_unset(
+            check_unset(
                 cls.from_preset, {"lora_rank": lora_rank, **settings}, "beside adapter=: the adapter brings its own"
             )
             return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base, quantize)
         if lora_rank is None:
-            _check_unset(
+            check_unset(
                 cls.from_preset,
                 settings | {"quantize": quantize},
                 "without lora_rank=, which trains all weights and no adapter",
