@@ -1,6 +1,7 @@
 """A run's tokenizer as files and as run.json has it; the task's own function, without Ray."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -29,10 +30,8 @@ def test_it_is_kept_in_each_directory_and_described(base, tmp_path):
     assert place == f"{directories[0]}/tokenizer"
     for directory in directories:
         assert AutoTokenizer.from_pretrained(f"{directory}/tokenizer").chat_template == template
-        assert json.loads((tmp_path / directory / "tokenizer/generation_config.json").read_text())["eos_token_id"] == [
-            2,
-            0,
-        ]
+        settings = (tmp_path / directory / "tokenizer/generation_config.json").read_text()
+        assert json.loads(settings)["eos_token_id"] == [2, 0]
     assert facts["tokenizer"] == base
     assert facts["answers_end_with"] == ["<|endoftext|>", "<|im_end|>"]
     assert facts["chat_template_sha256"] == facts["files"]["chat_template.jinja"]
@@ -45,6 +44,7 @@ def test_it_is_kept_in_each_directory_and_described(base, tmp_path):
 def test_without_a_directory_it_is_kept_all_the_same(base):
     place, _ = keep(Prompting(tiny.tokenizer()), base, ())
     assert len(AutoTokenizer.from_pretrained(place)) == len(tiny.tokenizer())
+    shutil.rmtree(place)
 
 
 def test_a_directory_that_cannot_be_written(base, tmp_path):
