@@ -19,10 +19,11 @@ from kithara_ray.orchestration.data import sources
 from kithara_ray.orchestration.data.data_spec import DataSpec
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.orchestration.head.coordinator import Coordinator
+from kithara_ray.orchestration.request.run_request import StepSettings
 from kithara_ray.orchestration.results import TrainResult, result_of
 from kithara_ray.orchestration.worker.channel import AdapterSpec
 from kithara_ray.orchestration.worker.heartbeat import Limits
-from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec, StepSpec
+from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec
 from kithara_ray.train.optimizer_config import portable
 
 
@@ -95,13 +96,14 @@ def spec_of(directory: Path, out: Path, channel: LocalChannel, **changes: Any) -
     """Of a run on all devices of this process: 8 steps of 8 of 22 rows, so that the epoch turns twice.
 
     Args:
-        changes: fields of RunSpec, ModelSpec and StepSpec, by their names.
+        changes: fields of RunSpec, ModelSpec and StepSettings, by their names.
     """
     base, now = str(directory), time.time()
     lora = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.1)
     schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 8, 1e-3)
     model = ModelSpec(base, lora, "float32", quantize=None, adapter=None)
-    step = StepSpec(portable(keras.optimizers.AdamW(schedule)), None, "block", micro_batches=1, seed=2, on_nan="stop")
+    optimizer = portable(keras.optimizers.AdamW(schedule))
+    step = StepSettings(optimizer, None, "block", micro_batches=1, seed=2, on_nan="stop")
     parts = {"model": _replaced(model, changes), "step": _replaced(step, changes)}
     fields = dict(
         train=data_spec(tiny.rows(22), base, 8 // jax.device_count()),

@@ -20,8 +20,8 @@ from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.orchestration.cluster.process_setup import terminated
 from kithara_ray.orchestration.head.coordinator import Coordinator
+from kithara_ray.orchestration.request.snapshots import Snapshots
 from kithara_ray.orchestration.worker.event_log import one_history
-from kithara_ray.orchestration.worker.snapshots import Snapshots
 from kithara_ray.storage.places import Place
 from kithara_ray.train.optimizer_config import portable
 
