@@ -338,3 +338,10 @@ def test_every_slice_size_has_a_torus_of_its_chips():
             where = slice_of(f"{generation}-{size}")
             shape = [int(side) for side in where.topology.split(":")[1].split("x")]
             assert jnp.prod(jnp.asarray(shape)) == where.chips
+
+
+def test_a_plan_outlives_a_change_of_words():
+    code = '"""One."""\n\n\ndef f(x):\n    """Two."""\n    return x  # three\n'
+    reworded = '"""Other."""\ndef f(x):\n    return x\n'
+    assert planner._code_of(code) == planner._code_of(reworded)
+    assert planner._code_of(code) != planner._code_of(code.replace("return x", "return -x"))
