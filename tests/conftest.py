@@ -1,13 +1,11 @@
 """The test process computes on four CPU devices, so that sharding is tested anywhere; set before jax is imported."""
 
 import functools
-import hashlib
-import importlib.metadata
 import os
 import re
-import shutil
 import sys
-from pathlib import Path
+
+from compiled import kept_programs
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -23,24 +21,9 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
 os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
 # A process more of each run, which asks whether a node will go: of these clusters none does.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-
-
-def _compiled() -> Path:
-    """A directory for this processor's programs, kept between runs; emptied when it has grown large."""
-    flags = re.search(r"^(flags|Features)\b.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    of_this = f"{flags and flags[0]} {importlib.metadata.version('jaxlib')}"
-    kept = Path.home() / ".cache" / "kithara_ray" / "tests" / hashlib.sha256(of_this.encode()).hexdigest()[:12]
-    kept.mkdir(parents=True, exist_ok=True)
-    if sum(file.stat().st_size for file in kept.iterdir()) > _MOST_COMPILED_BYTES:
-        shutil.rmtree(kept)
-        kept.mkdir()
-    return kept
-
-
-_MOST_COMPILED_BYTES = 2 << 30
 # Programs that several tests compile are compiled once: by pytest's processes and by all that they start.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compiled())
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept_programs())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
