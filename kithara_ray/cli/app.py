@@ -287,7 +287,7 @@ def merge(
     Example: kithara-ray merge --base hf://org/name --adapter a:0.7 --adapter b:0.3 --to merged
     """
     from kithara_ray.checkpoint.run_files import tokenizer_beside
-    from kithara_ray.hf.combine import combine, read_weighted, split_weight
+    from kithara_ray.hf.merging.combine import combine, read_weighted, split_weight
 
     adapters, weights = zip(*map(read_weighted, adapter), strict=True)
     combined = adapters[0] if weights == (1.0,) else combine(adapters, weights)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.fetch import fetch
-from kithara_ray.hf.generation import read_generation, stops_of
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.generate import Decoder
 from kithara_ray.orchestration.cluster import process_setup

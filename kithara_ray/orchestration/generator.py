@@ -11,7 +11,7 @@ import ray
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.generation import describe_not_done, read_generation
+from kithara_ray.hf.facts.generation import describe_not_done, read_generation
 from kithara_ray.model import runtime
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.worker.entry import Entry, Loop, imported

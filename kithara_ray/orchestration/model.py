@@ -15,11 +15,11 @@ from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.request import ExportRequest
+from kithara_ray.hf.facts.vocabulary import embedding_rows
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.identity import check_same_base
 from kithara_ray.hf.model_files import has_tokenizer
 from kithara_ray.hf.publish.publish import check_destination
-from kithara_ray.hf.vocabulary import embedding_rows
 from kithara_ray.model.families import family_of
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, lora_config_of, other_modules_of

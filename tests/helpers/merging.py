@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import check_mergeable, write_config, write_tensors
+from kithara_ray.hf.merging.merge import check_mergeable, write_config, write_tensors
 
 
 def merge(base: BaseCheckpoint, adapter: Adapter, directory: Path, dtype: str = "auto") -> tuple[Path, ...]:

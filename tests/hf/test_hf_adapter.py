@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.combine import combine
+from kithara_ray.hf.merging.combine import combine
 
 Q = "model.layers.0.self_attn.q_proj"
 PATTERNS = {"rank_pattern": {r"layers\.0\..*q_proj": 2, "v_proj": 6}, "alpha_pattern": {r"1\.self_attn\.v_proj": 3}}

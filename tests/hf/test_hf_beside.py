@@ -14,10 +14,10 @@ from kithara_ray.errors import AdapterError, ConfigError, ExportError, Unsupport
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.beside import normal
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.combine import combine
 from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.hf.lora_config import LoraConfig
-from kithara_ray.hf.merge import check_mergeable
+from kithara_ray.hf.merging.combine import combine
+from kithara_ray.hf.merging.merge import check_mergeable
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 EACH = ["embed_tokens", "lm_head"]
@@ -113,7 +113,7 @@ def test_cast_values_are_rounded_once(bases, tmp_path, dtype):
 
 
 def test_a_proof_sees_a_wrong_value(bases, tmp_path, monkeypatch):
-    from kithara_ray.hf import merge
+    from kithara_ray.hf.merging import merge
 
     for tied, fields in TIED.items():
         base = BaseCheckpoint.open(bases[tied, "float32"])

@@ -12,9 +12,9 @@ from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.hf.exports.run_record import published
-from kithara_ray.hf.generation import describe_not_done, stops_of, with_stops
+from kithara_ray.hf.facts.generation import describe_not_done, stops_of, with_stops
+from kithara_ray.hf.facts.vocabulary import embedding_rows
 from kithara_ray.hf.model_files import read_tokenizer, write_files
-from kithara_ray.hf.vocabulary import embedding_rows
 
 TOKENIZER = {
     "additional_chat_templates/tool_use.jinja": "T{{ messages }}",

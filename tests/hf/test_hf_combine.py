@@ -12,7 +12,7 @@ from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.combine import combine, read_weighted
+from kithara_ray.hf.merging.combine import combine, read_weighted
 
 WEIGHTS = [0.7, -0.3]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kithara_ray.hf import delta
+from kithara_ray.hf.merging import delta
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -173,7 +173,7 @@ def test_adapters_of_before_are_known_by_the_files_beside_them(tmp_path):
 
 
 def test_a_path_with_a_colon_is_a_path(tmp_path):
-    from kithara_ray.hf.combine import read_weighted
+    from kithara_ray.hf.merging.combine import read_weighted
 
     plain_llama.adapter(tmp_path / "lora", "base")
     plain_llama.adapter(tmp_path / "lora:0.5", "base", target="v_proj")

@@ -18,7 +18,7 @@ from kithara_ray.hf import merge as merge_module
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import check_mergeable, write_tensors
+from kithara_ray.hf.merging.merge import check_mergeable, write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

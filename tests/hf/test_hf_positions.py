@@ -2,7 +2,7 @@
 
 import pytest
 
-from kithara_ray.hf.positions import max_positions
+from kithara_ray.hf.facts.positions import max_positions
 
 CONFIGS = [
     ({}, None),

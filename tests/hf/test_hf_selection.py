@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.adapter import Adapter
-from kithara_ray.hf.combine import combine
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.merging.combine import combine
 from kithara_ray.model.lora.targets import lora_config_of
 
 LEAVES = ("q_proj", "v_proj", "up_proj", "norm", "xq_proj", "q_proj.lora")

@@ -14,7 +14,7 @@ from kithara_ray.errors import CheckpointError, UnsupportedError
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
 from kithara_ray.hf.exports.reference import is_hub, split_reference
 from kithara_ray.hf.fetch import names_at
-from kithara_ray.hf.merge import copy_file, write_json
+from kithara_ray.hf.merging.merge import copy_file, write_json
 from kithara_ray.hf.model_files import (
     TOKENIZER_CONFIG,
     is_carried,

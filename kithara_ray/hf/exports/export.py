@@ -32,8 +32,8 @@ from kithara_ray.hf.exports.reference import shown_name, split_reference
 from kithara_ray.hf.exports.run_record import published, without_paths
 from kithara_ray.hf.fetch import tokenizer_at
 from kithara_ray.hf.identity import identity_of
-from kithara_ray.hf.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
-from kithara_ray.hf.merge import write_config as write_base_config
+from kithara_ray.hf.merging.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
+from kithara_ray.hf.merging.merge import write_config as write_base_config
 from kithara_ray.hf.publish import publish
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 from kithara_ray.storage import urls

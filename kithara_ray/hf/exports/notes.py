@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
-from kithara_ray.hf.generation import read_generation, stops_of
+from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.model_files import GENERATION, end_of_sequence, read_tokenizer, token_texts
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank

@@ -21,7 +21,7 @@ from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import SINGLE, BaseCheckpoint
 from kithara_ray.hf.exports.proof import prove_file
 from kithara_ray.hf.fetch import fetch_tensors
-from kithara_ray.hf.merge import check_dtype, out_bytes, write_tensors
+from kithara_ray.hf.merging.merge import check_dtype, out_bytes, write_tensors
 from kithara_ray.hf.publish import publish
 from kithara_ray.storage import urls
 

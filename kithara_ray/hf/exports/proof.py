@@ -18,7 +18,7 @@ import numpy as np
 from kithara_ray.errors import AdapterError, CheckpointError, ExportError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, Change
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merge import FLOAT_TAGS, cast, out_tag, row_blocks
+from kithara_ray.hf.merging.merge import FLOAT_TAGS, cast, out_tag, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
 
 log = logging.getLogger(__name__)

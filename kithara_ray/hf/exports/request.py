@@ -9,7 +9,7 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.hf.exports.export import Layout
 from kithara_ray.hf.exports.part import parse_size
 from kithara_ray.hf.lora_config import LoraConfig
-from kithara_ray.hf.merge import check_dtype
+from kithara_ray.hf.merging.merge import check_dtype
 from kithara_ray.storage.urls import absolute, is_url
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from kithara_ray.errors import ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
 from kithara_ray.hf.fetch import fetch
-from kithara_ray.hf.merge import CAST_TAGS, FLOAT_TAGS, row_blocks, written_metadata
+from kithara_ray.hf.merging.merge import CAST_TAGS, FLOAT_TAGS, row_blocks, written_metadata
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, read_header
 from kithara_ray.hf.tied_head import EMBEDDING, HEAD
 

@@ -21,7 +21,7 @@ from kithara_ray.hf.exports.export import Settings, add_files, describe, write_w
 from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, write_here
 from kithara_ray.hf.exports.reference import shown_name
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter
-from kithara_ray.hf.merge import check_dtype, out_tag, write_config
+from kithara_ray.hf.merging.merge import check_dtype, out_tag, write_config
 from kithara_ray.hf.model_files import read_tokenizer
 from kithara_ray.hf.publish import publish
 from kithara_ray.storage import urls

@@ -3,7 +3,7 @@
 import re
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.positions import max_positions
+from kithara_ray.hf.facts.positions import max_positions
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.sharding.shape import MeshShape

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.hf.facts.generation import stops_of
 from kithara_ray.hf.fetch import tokenizer_at
-from kithara_ray.hf.generation import stops_of
 from kithara_ray.hf.model_files import GENERATION
 from kithara_ray.sft.tokens.chat import ChatTemplate
 from kithara_ray.sft.tokens.encode import encode, put_first

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 from kithara_ray.errors import ConfigError
+from kithara_ray.hf.facts.generation import with_stops
 from kithara_ray.hf.fetch import fetch_headers
-from kithara_ray.hf.generation import with_stops
 from kithara_ray.hf.model_files import GENERATION, TEMPLATE, TEMPLATES, TOKENIZER_CONFIG, names_in, read_tokenizer
 from kithara_ray.sft.tokens.prompts import Prompting
 from kithara_ray.storage.urls import is_url

@@ -18,7 +18,7 @@ from kithara_ray.errors import ConfigError, ExportError, UnsupportedError
 from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter, Change
 from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, TensorInfo, read_json
-from kithara_ray.hf.delta import dora_rows, merged_rows
+from kithara_ray.hf.merging.delta import dora_rows, merged_rows
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, read_header, write_blocks
 from kithara_ray.hf.tied_head import HEAD, is_tied
 
