@@ -150,7 +150,7 @@ def _leaves(tree: Any) -> list:
 
 
 def counts_of(model, config: Mapping[str, Any]) -> Counts:
-    """Count the elements that a built model multiplies each token with; of the experts, only those a token is sent to."""
+    """Count the elements that a token is multiplied with; only the experts that a token is sent to count."""
     from kithara_ray.model.blocks import attention
     from kithara_ray.model.identity import IdentitySet
 

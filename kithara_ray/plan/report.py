@@ -244,7 +244,7 @@ def _cost(price, tokens_per_epoch, chips: int, tokens_per_step: int, bound: floa
 
 
 def _advice(request, where: Slice, found, hbm, counts: Counts) -> list[str]:
-    """Single changes that would each make the run fit, cheapest first. They are estimates: nothing else was compiled."""
+    """Single changes that would each make the run fit, cheapest first. All are estimates, never compiled."""
     split = sum(hbm[part] for part in ("frozen", "adapter", "optimizer"))
     rest = hbm["total"] - split
 
