@@ -153,7 +153,7 @@ class CausalLM(ModelArrays):
         return values | IdentityMap(self._each_factor(factors, unstack=False))
 
     def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[jax.Array]]:
-        """For each place of the period and each variable of its block, the values of all steps."""
+        """The values of all steps, for each place of the period and each variable of its block."""
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
         # Factors are small: one gather for all steps costs less than one per step.

@@ -133,8 +133,8 @@ def first_output_of(layer):
 def converter_of(name: str) -> ModuleType:
     """KerasHub's module that converts Hugging Face checkpoints of one family, e.g. `convert_llama3`.
 
-    It has `backbone_cls`, `convert_backbone_config` and `convert_weights`. Needed because the public `from_preset` reads
-    all weights into one process.
+    It has `backbone_cls`, `convert_backbone_config` and `convert_weights`. Needed because `from_preset`, the public
+    way, reads all weights into one process.
     """
     return importlib.import_module(f"keras_hub.src.utils.transformers.{name}")
 

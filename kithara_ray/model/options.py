@@ -10,7 +10,7 @@ PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 # Storage of linear layers' kernels; None keeps the checkpoint's dtype.
 QUANTIZATIONS = (None, "int8")
 
-# What a decoder block keeps for its backward pass. Gathered weights are never kept: they would be the whole model on
+# Policies for the arrays that a decoder block keeps for its backward pass. Gathered weights are never kept: they would be the whole model on
 # each device.
 # "block": only the block's input; the rest is computed again.
 # "dots": also the results of products with weights, so that only norms, rope and attention are computed again.

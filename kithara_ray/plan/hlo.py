@@ -161,7 +161,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _times(computations: Mapping[str, Computation], entry: str) -> dict[str, float]:
-    """How often each computation runs."""
+    """Count how often each computation runs."""
     times: dict[str, float] = defaultdict(float)
 
     def call(name: str, runs: float) -> None:
@@ -176,7 +176,7 @@ def _times(computations: Mapping[str, Computation], entry: str) -> dict[str, flo
 
 
 def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
-    """How often a loop's body runs: XLA's own count if the text has it, else the constant its counter is compared to.
+    """Count the runs of a loop's body: XLA's own count if the text has it, else the constant that ends the loop.
 
     A scan counts from 0 in steps of one. A loop with neither number counts once.
     """

@@ -39,7 +39,7 @@ _MAX_BLOCKS = 8
 INPUTS = "attention inputs"
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# For a block traced in parts: the list that records its attention's output, and the output to return instead.
+# State while a block is traced in parts: the list that records its attention's output, or the output to return.
 _RECORD: ContextVar[list[jax.Array] | None] = ContextVar("what attention gave", default=None)
 _GIVEN: ContextVar[jax.Array | None] = ContextVar("what attention gives", default=None)
 

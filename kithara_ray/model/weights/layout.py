@@ -22,7 +22,7 @@ SLICE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """How a variable lies in one HF tensor.
+    """Position of a variable's elements in one HF tensor.
 
     Attributes:
         shape: the tensor's shape, its dims split until each is a dim of the variable: (N, H, D) for (N * H, D).
