@@ -2,10 +2,10 @@
 
     B  prompts    T  max_length    L  blocks    K  key heads    H  head width
 
-One step's activations are one token per prompt, while the weights are the whole model. The activations therefore go to
-the weights. Every linear layer gets the rows of all `fsdp` and `tensor` devices. Each device computes the part of the
-output that its part of the weight gives. The output is then split by rows again, like the cache. No device ever holds
-a whole weight.
+A decoding step handles one token per prompt, so its activations are far smaller than the weights. The activations
+therefore go to the weights. Every linear layer gets the rows of all `fsdp` and `tensor` devices. Each device computes
+the part of the output that its part of the weight gives. The output is then split by rows again, like the cache. No
+device ever holds a whole weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ def _wrap(layer: keras.layers.Layer, constrain: Callable, by_rows: Callable, out
     inner = layer.call
 
     def call(inputs, *args, **kwargs):
-        # First take the layout that the weight's part gives; XLA would gather the weight for a layout by rows.
+        # Take the layout that the weight's part gives first; for a layout by rows only, XLA would gather the weight.
         output = inner(constrain(inputs, "data"), *args, **kwargs)
         # A router gets rows and positions as one dim.
         between = [None] * (output.ndim - 1 - len(output_split))

@@ -150,7 +150,7 @@ _REPEATS = ("num_key_value_groups", "_num_key_value_groups")
 def attention_scale_of(layer) -> float:
     """The factor that an attention layer multiplies its logits by.
 
-    Needed because no public attribute holds it, and the families derive it from more than one width.
+    Needed because no public attribute holds it, and no single width gives it in all families.
     """
     return layer._inv_norm_factor
 

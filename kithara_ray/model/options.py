@@ -10,8 +10,8 @@ PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 # Storage of linear layers' kernels; None keeps the checkpoint's dtype.
 QUANTIZATIONS = (None, "int8")
 
-# Policies for the arrays that a decoder block keeps for its backward pass. Gathered weights are never kept: they would be the whole model on
-# each device.
+# Policies for the arrays that a decoder block keeps for its backward pass. Gathered weights are never kept: they would
+# be the whole model on each device.
 # "block": only the block's input; the rest is computed again.
 # "dots": also the results of products with weights, so that only norms, rope and attention are computed again.
 # "nested": only the inputs of groups of blocks, about as many groups as the square root of the number of blocks. A
@@ -65,8 +65,8 @@ def groups_of(steps: int) -> int:
 def chunk_length(rows: int, positions: int, remat: str) -> int:
     """Positions in a decoder block's chunk, see `stack`: the largest divisor that keeps it within `_CHUNK_TOKENS`.
 
-    A chunk takes all positions if they are few, or if no divisor comes near the limit. Divisors exist on a TPU, whose
-    lengths are multiples of 128.
+    A chunk takes all positions if they are few, or if no divisor comes near the limit. Lengths
+    on a TPU are multiples of 128, so they have such divisors.
 
     Args:
         rows: rows of one device.

@@ -165,7 +165,7 @@ def splash_attention(
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[jax.Array]]:
-    """Record the output of segment attention, (B, T, N, H), in the list while this context is active."""
+    """Record the output of segment attention, (B, T, N, H), in the yielded list while this context is active."""
     outputs: list[jax.Array] = []
     token = _RECORD.set(outputs)
     try:

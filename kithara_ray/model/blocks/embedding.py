@@ -4,10 +4,12 @@
     n  devices of a data group
 
 By default, XLA makes every device look up all tokens of the group in its own part of the vocabulary, and sums the
-results. Each device then holds (B, T, D) of all rows, and the summands besides. A larger slice does not reduce that.
+results. Each device then holds (B, T, D) of all rows, and also the summands. A larger slice does not reduce that.
+
 This module has two other ways. The first turns the table, so that each device has D/n of every token, and then turns
 the vectors it found. It moves (V + B T) D / n elements. If that exceeds B T D, as with few tokens, the second way
-applies. It looks tokens up as XLA does, but one chunk of positions at a time. Each row's sum goes to the devices that hold the row.
+applies. It looks tokens up as XLA does, but one chunk of positions at a time. Each row's sum goes to the devices that
+hold the row.
 """
 
 from collections.abc import Callable

@@ -63,7 +63,7 @@ class Family:
 
 
 def completed(family: Family, config: Mapping) -> dict:
-    """Fill in the config's defaults, and move its rope settings where transformers 5 writes and converters read them."""
+    """Fill in the config's defaults, and put its rope settings where transformers 5 and the converters have them."""
     whole = family.complete(config)
     rope = rope_of(whole)
     former = ("rope_scaling", "rope_theta", "rope_local_base_freq")

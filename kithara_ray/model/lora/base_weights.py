@@ -88,7 +88,7 @@ class BaseSlot:
         return turned if self.rows is not None else turned.reshape(shape)
 
     def spec(self, of_weight: Sequence) -> tuple | None:
-        """Derive the array's split from the weight's; None if the array's dims are not the weight's."""
+        """Derive the array's split from the weight's; None if the array's dims do not correspond to the weight's."""
         if self.rows is not None or self.steps or len(self.one) != len(self.layout.order):
             return None
         return tuple(of_weight[dim] if dim < len(of_weight) else None for dim in self.layout.order)

@@ -42,7 +42,7 @@ class Target:
     Attributes:
         module: the HF module, e.g. `model.layers.0.self_attn.q_proj`.
         layer: the Keras layer.
-        initialiser: of A's first values, "kaiming" or "gaussian"; B's are zeros, the magnitude's the kernel's norms.
+        initialiser: kind of A's initial values, "kaiming" or "gaussian". B starts at zeros, the magnitude at row norms.
         lora_A, lora_B, magnitude, bias: the layer's `keras.Variable`s. `magnitude` is None without DoRA; `bias`, the
             bias of lora_B, is None without lora_bias.
         is_target: False for a layer that has the side path only so that its block stays like the others. Its factors

@@ -179,7 +179,7 @@ class ModelArrays:
             keras_compat.set_dtype(port.variable, keras.backend.standardize_dtype(dtype))
 
     def _store_trained(self) -> None:
-        """Make fully trained weights of the base float32, as the model computes with them."""
+        """Make base weights that are trained as a whole float32 where the model computes with them."""
         for slot in self.base_slots:
             if slot.rows is None:
                 self._stored_as(self.slots[slot.number], np.dtype(np.float32))
