@@ -72,7 +72,7 @@ def completed(family: Family, config: Mapping) -> dict:
 
 @contextlib.contextmanager
 def fields_needed(config: Mapping) -> Iterator[None]:
-    """Refuse a field that code in this context reads: by name if it is missing, with the cause if it is malformed."""
+    """Refuse a config that lacks a field read in this context, by name, or has a malformed one, with the cause."""
     try:
         yield
     except KeyError as error:

@@ -59,7 +59,7 @@ def _check(config: Mapping) -> None:
 
 
 def _full_layers(config: Mapping) -> Mapping:
-    """The settings that only full layers have."""
+    """The settings in which full layers differ from the others."""
     kinds = config["layer_types"]
     own = {int(layer): dict(fields) for layer, fields in config["per_layer_config"].items()}
     full = own.get(kinds.index("full_attention"), {})

@@ -37,7 +37,7 @@ def _check(config: Mapping) -> None:
 
 
 def _correct(config: Mapping, kwargs: dict) -> None:
-    # A block that also returns router logits would return a tuple.
+    # A block that also returned its router's logits would return a tuple.
     kwargs["output_router_logits"] = False
 
 
