@@ -2,9 +2,9 @@
 
     B  rows of the batch    T  positions    D  hidden width    V  vocabulary
 
-`build` constructs the model: its variables have shapes and no values; those are in arrays beside it (`arrays`). What is
-computed is a function of (params, frozen, batch): `params` is what is trained, the adapter's factors or all weights;
-`frozen` is the weights, or nothing where they are trained.
+`build` constructs the model. Its variables have shapes but no values; the values are in separate arrays (`arrays`).
+Every computation is a function of (params, frozen, batch). `params` holds the trained arrays: the adapter's factors, or
+all weights. `frozen` holds the weights, or nothing if `params` does.
 """
 
 import math
@@ -33,13 +33,13 @@ from kithara_ray.sharding.mesh import BATCH_AXES
 
 @dataclass(kw_only=True)
 class CausalLM(ModelArrays):
-    """A built model: what it computes with its arrays, and, by `ModelArrays`, those.
+    """A built model: its computations, and its arrays through `ModelArrays`.
 
     Attributes:
         model: the `keras_hub.models.CausalLM`; its variables hold no values.
         chain: the decoder blocks.
-        dropout: share of what the side paths are given that is dropped in training.
-        zeros: factors of layers that are no targets, see `layers.Target`.
+        dropout: fraction of the side paths' input that training drops.
+        zeros: factors of layers that are not targets; see `layers.Target`.
     """
 
     model: keras.Model
@@ -53,14 +53,15 @@ class CausalLM(ModelArrays):
 
     @property
     def vocabulary_axes(self) -> tuple[str, ...] | None:
-        """What logits are split over in their vocabulary, if it divides."""
+        """Mesh axes that split the logits' vocabulary; None if they do not divide it."""
         ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
         return ("fsdp", "tensor") if self.vocabulary % ways == 0 else None
 
     def hidden_BTD(self, params: Params, frozen: Frozen, token_ids_BT, segment_ids_BT, dropout_key=None) -> jax.Array:
-        """The backbone's last hidden states. Tokens see those of their own segment; `segment_ids` is 0 on padding.
+        """Compute the backbone's last hidden states.
 
-        `dropout_key` drops what side paths are given, where the LoRA settings say so; None drops nothing.
+        A token sees only tokens of its own segment; `segment_ids` is 0 on padding. `dropout_key` drops a part of the
+        side paths' input if the LoRA settings ask for dropout; None drops nothing.
         """
         positions_BT = jnp.broadcast_to(jnp.arange(token_ids_BT.shape[1]), token_ids_BT.shape)
         given = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT, "position_ids": positions_BT}
@@ -88,13 +89,13 @@ class CausalLM(ModelArrays):
         return chunk_length(-(-rows // ways), positions, self.options.remat)
 
     def head_V(self, head: Sequence[jax.Array], hidden) -> jax.Array:
-        """Logits (..., V) of hidden states (..., D), soft-capped where the family does. The head has no factors.
+        """Compute logits (..., V) from hidden states (..., D), soft-capped if the family does so.
 
-        The vocabulary is split, if it divides, and the rows are not: moving hidden states costs less than moving the
-        head's weight.
+        The head has no factors. The vocabulary is split if the mesh divides it, and the rows are not: moving hidden
+        states costs less than moving the head's weight.
 
         Args:
-            head: of `head_weights`.
+            head: the result of `head_weights`.
         """
         hidden = self._constrain(hidden, "data")
         bound = zip((slot.ports[0].variable for slot in self._head_slots()), head, strict=True)
@@ -103,19 +104,19 @@ class CausalLM(ModelArrays):
         return self._constrain(logits, "data", *[None] * (logits.ndim - 2), self.vocabulary_axes)
 
     def head_weights(self, params: Params, frozen: Frozen) -> list[jax.Array]:
-        """What `head_V` computes with: the head's own weight, or the embedding that it is tied to."""
+        """The weights that `head_V` computes with: the head's own weight, or the embedding that it is tied to."""
         array_of = IdentityMap(zip(self.slots, self.weights_of(params, frozen), strict=True))
         return [array_of[slot] for slot in self._head_slots()]
 
     @property
     def trains_head(self) -> bool:
-        """Whether something that `head_V` computes with is trained."""
+        """True if any array that `head_V` computes with is trained."""
         read = IdentitySet(self._head_slots())
         return self.trains_weights or any(self.slots[slot.number] in read for slot in self.base_slots)
 
     def _head_slots(self) -> list[slots.Slot]:
         embedding = self.model.backbone.token_embedding
-        # Of an untied head, the table that tokens are looked up in is no part.
+        # An untied head does not include the table that tokens are looked up in.
         table = () if embedding.tie_weights else (embedding.embeddings,)
         read = IdentitySet(embedding.variables) - IdentitySet(table)
         return [slot for slot in self.slots if slot.ports[0].variable in read]
@@ -125,7 +126,7 @@ class CausalLM(ModelArrays):
         return self.head_V(self.head_weights(params, frozen), hidden)
 
     def bind(self, params: Params, frozen: Frozen, unstack: bool) -> keras.StatelessScope:
-        """A scope in which the model's variables have these values; without `unstack`, those outside the scan alone."""
+        """Bind the model's variables to these values in a scope; without `unstack`, only those outside the scan."""
         factors, frozen = self.roles(params, frozen)[0], self.weights_of(params, frozen)
         pairs = [
             (port.variable, value)
@@ -152,10 +153,10 @@ class CausalLM(ModelArrays):
         return values | IdentityMap(self._each_factor(factors, unstack=False))
 
     def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[jax.Array]]:
-        """For each place of the period, for each variable of its block, the values of all steps."""
+        """The values of all steps, for each place of the period and each variable of its block."""
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
-        # Factors are small: one gather of all steps costs less than one in each.
+        # Factors are small: one gather for all steps costs less than one per step.
         stacked = [slot for slot in self.factor_slots if slot.stacked]
         arrays |= IdentityMap((slot.peers[0], slot.of_all_steps(self._whole(factors[slot.key]))) for slot in stacked)
         peers, layouts = self.chain.peers(), self._layouts()
@@ -171,7 +172,7 @@ class CausalLM(ModelArrays):
 
         return [[all_steps(v) for v in block.variables] for block in self.chain.blocks[: self.chain.period]]
 
-    # --- where arrays are --------------------------------------------------------------------------------------------
+    # --- layout of the arrays ----------------------------------------------------------------------------------------
 
     def _constrain(self, array: jax.Array, *spec) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*spec)))
@@ -180,13 +181,13 @@ class CausalLM(ModelArrays):
         return self._constrain(array)
 
     def _layouts(self) -> IdentityMap[keras.Variable, tuple]:
-        """How one step's value of a weight is split, an entry a dim."""
+        """Split of one step's value of each weight, one entry per dim."""
         return IdentityMap(
             (slot.ports[0].variable, tuple(self.weight_sharding(slot).spec)[int(slot.stacked) :]) for slot in self.slots
         )
 
     def _gathered(self) -> stack.Gather:
-        """A block's weight as it is computed with: whole over `fsdp`, still split over `tensor`."""
+        """A function that gathers a block's weight for its computation: whole over `fsdp`, split over `tensor`."""
         split_of = self._layouts()
 
         def gather(variable: keras.Variable, value: jax.Array | Int8) -> jax.Array:
@@ -202,16 +203,17 @@ class CausalLM(ModelArrays):
         return gather
 
     def _gather_of_int8(self, value: Int8, gathered: Sequence) -> Int8:
-        """The same of bytes: they are moved, and floats are made where they have come."""
+        """Gather int8 values and their scales. The devices move bytes, and the receiver makes floats."""
         # Scales have the dims of the values; those of size 1 cannot be split.
         sizes = value.scales.shape[: len(gathered)]
         channels = [None if size == 1 else axes for axes, size in zip(gathered, sizes, strict=True)]
         return Int8(self._constrain(value.values, *gathered), self._constrain(value.scales, *channels))
 
     def _gather_of_trained(self, value: jax.Array, gathered: Sequence, split: Sequence) -> jax.Array:
-        """The same of a weight that is trained: its gradient is put where the weight is in every step of the scan.
+        """Gather a trained weight; in every step of the scan, its gradient takes the weight's own layout.
 
-        A constraint's own gradient has the constraint's layout: those of all steps together would be the whole model.
+        A constraint's own gradient would keep the gathered layout. All steps' gradients would then take as much memory
+        as the whole model.
         """
 
         @jax.custom_vjp
@@ -232,12 +234,12 @@ def build(
 
     Args:
         config: the parsed config.json.
-        lora_config: what to adapt; None adapts nothing, and all weights are trained or none.
-        mesh: where its arrays will live.
+        lora_config: the layers to adapt; None adapts nothing, and trains either all weights or none.
+        mesh: the devices that will hold the model's arrays.
         precision, options: the fields of `ModelOptions`: scan, remat, stack_factors, quantize, train_weights.
 
     Raises:
-        UnsupportedError: the family or a field that changes the mathematics cannot be honoured.
+        UnsupportedError: KerasHub cannot honour the family, or a field that changes the mathematics.
         ConfigError: an option is unknown, or a target module matches nothing.
     """
     chosen = ModelOptions(precision=precision, **options)
@@ -266,7 +268,7 @@ def build(
 
 
 def _with_ports(config: Mapping, options: ModelOptions) -> tuple[keras.Model, list[ports.Port]]:
-    """The `keras_hub.models.CausalLM` as KerasHub makes it, without values, and which tensors feed it."""
+    """Build KerasHub's `keras_hub.models.CausalLM` without values, and list the tensors that feed it."""
     family = family_of(config)
     import keras_hub
 

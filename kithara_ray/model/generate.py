@@ -1,10 +1,11 @@
-"""Greedy decoding with KerasHub's own KV cache, on weights that stay where they are.
+"""Greedy decoding with KerasHub's own KV cache, on weights that stay in place.
 
     B  prompts    T  max_length    L  blocks    K  key heads    H  head width
 
-A step's activations are a token a prompt, the weights are the model: activations go to the weights. Every linear layer
-is given the rows of all `fsdp` and `tensor` devices and computes the part of its output that its part of the weight
-gives; what comes out is split by rows again, as the cache is. No device ever holds a whole weight.
+A decoding step handles one token per prompt, so its activations are far smaller than the weights. The activations
+therefore go to the weights. Every linear layer gets the rows of all `fsdp` and `tensor` devices. Each device computes
+the part of the output that its part of the weight gives. The output is then split by rows again, like the cache. No
+device ever holds a whole weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +21,12 @@ from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
 from kithara_ray.model.identity import IdentityMap
 from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, replicated
 
-# Lengths are rounded up to this, so that prompts of similar length share a compiled program.
+# Round lengths up to this, so that prompts of similar length share a compiled program.
 _LENGTH_MULTIPLE = 16
 
 
 class Decoder:
-    """Greedy decoding of one model, built with `scan=False`, with these arrays. All processes call it together."""
+    """Greedy decoding with one model, built with `scan=False`, and these arrays. All processes call it together."""
 
     def __init__(self, model: CausalLM, factors: Factors, frozen: Frozen):
         self._model, self._factors, self._frozen = model, factors, frozen
@@ -43,7 +44,7 @@ class Decoder:
     def greedy(
         self, prompts: Sequence[Sequence[int]], max_length: int, stop_token_ids: tuple[int, ...]
     ) -> list[list[int]]:
-        """Prompt and continuation of every prompt, the stop token included, at most `max_length` tokens."""
+        """Return each prompt with its continuation, the stop token included: at most `max_length` tokens."""
         out = self.step(self._factors, self._frozen, *self.batch(prompts, max_length), stop_token_ids or None)
         ids, keep = np.asarray(out["token_ids"]), np.asarray(out["padding_mask"])
         return [
@@ -52,9 +53,9 @@ class Decoder:
         ]
 
     def batch(self, prompts: Sequence[Sequence[int]], max_length: int) -> tuple[jax.Array, jax.Array]:
-        """(token ids, which of them are given), (B, T) with as many rows as the mesh divides.
+        """Arrays (token ids, mask of the given tokens), both (B, T), with a row count that the mesh divides.
 
-        Rows that fill up repeat the last prompt, so they end when it does and begin no earlier.
+        Filler rows repeat the last prompt, so they end when it does and begin no earlier.
         """
         longest = max(len(prompt) for prompt in prompts)
         if longest >= max_length:
@@ -79,11 +80,11 @@ def _cut(row: list[int], prompt: int, max_length: int, stop: tuple[int, ...]) ->
     return row if end is None else row[: end + 1]
 
 
-# --- where things are ------------------------------------------------------------------------------------------------
+# --- layout of weights and activations -------------------------------------------------------------------------------
 
 
 def _keep_weights_in_place(model: CausalLM) -> None:
-    """Wrap the layers of a model that is used for nothing else."""
+    """Wrap the layers of a model so that its weights never move. The model must have no other use."""
     split_of = IdentityMap((slot.ports[0].variable, tuple(model.weight_sharding(slot).spec)) for slot in model.slots)
 
     def constrain(array, *spec):
@@ -109,7 +110,7 @@ def _keep_weights_in_place(model: CausalLM) -> None:
     with_cache = model.model.call_with_cache
 
     def by_rows_and_heads(cache):
-        """Of the whole model, (B, L, 2, T, K, H), or a layer's keys or values, (B, T, K, H): families differ."""
+        """Split by rows and heads a whole cache, (B, L, 2, T, K, H), or one layer's keys or values, (B, T, K, H)."""
         heads = "tensor" if cache.shape[-2] % model.mesh.shape["tensor"] == 0 else None
         return constrain(cache, BATCH_AXES, *[None] * (cache.ndim - 3), heads)
 
@@ -124,9 +125,9 @@ def _wrap(layer: keras.layers.Layer, constrain: Callable, by_rows: Callable, out
     inner = layer.call
 
     def call(inputs, *args, **kwargs):
-        # Where the weight's part gives it first; a layout by rows alone would have the weight gathered.
+        # Take the layout that the weight's part gives first; for a layout by rows only, XLA would gather the weight.
         output = inner(constrain(inputs, "data"), *args, **kwargs)
-        # A router is given rows and positions as one dim.
+        # A router gets rows and positions as one dim.
         between = [None] * (output.ndim - 1 - len(output_split))
         return by_rows(constrain(output, "data", *between, *output_split))
 
@@ -134,7 +135,7 @@ def _wrap(layer: keras.layers.Layer, constrain: Callable, by_rows: Callable, out
 
 
 def _output_split(layer: keras.layers.Layer, kernel_split: tuple) -> tuple:
-    """How the last dims of a linear layer's output are split when its kernel is."""
+    """Split of the last dims of a linear layer's output, given its kernel's split."""
     if isinstance(layer, keras.layers.Dense):
         return (kernel_split[1] if kernel_split else None,)
     kernel, output = layer.equation.split(",")[1].split("->")

@@ -1,8 +1,8 @@
-"""Mappings and sets whose keys are compared by identity, for objects that cannot be hashed or compared.
+"""Mappings and sets that compare keys by identity, for objects that have no hash or no plain equality.
 
 A Keras variable compares its elements and has no hash, so it cannot be a key of a dict. A dict keyed by `id(variable)`
-can, but its numbers do not say what they stand for, and Python gives the number of a deleted object to the next one.
-These hold the objects themselves, in the order in which they were added.
+works, but its numbers do not show which object they stand for. Python also reuses the number of a deleted object.
+These containers hold the objects themselves, in insertion order.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
@@ -13,7 +13,7 @@ V = TypeVar("V")
 
 
 class IdentityMap(MutableMapping[K, V], Generic[K, V]):
-    """A dict whose keys are equal where they are the same object.
+    """A dict whose keys are equal only if they are the same object.
 
     Example: `IdentityMap((port.variable, port) for port in ports)[layer.kernel]` is the port of that kernel.
     """
@@ -47,7 +47,7 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
     def __or__(self, other: "IdentityMap[K, V]") -> "IdentityMap[K, V]":
         return IdentityMap([*self.items(), *other.items()])
 
-    # Two maps are equal where they are the same: Mapping's own comparison would hash the keys.
+    # A map equals only itself: Mapping's own comparison would hash the keys.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -56,7 +56,7 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
 
 
 class IdentitySet(Set[K], Generic[K]):
-    """A set whose elements are equal where they are the same object."""
+    """A set whose elements are equal only if they are the same object."""
 
     def __init__(self, elements: Iterable[K] = ()):
         self._elements = IdentityMap((element, None) for element in elements)
@@ -75,5 +75,5 @@ class IdentitySet(Set[K], Generic[K]):
 
 
 def _shown(key: Any) -> str:
-    """The path of a Keras variable or layer, else its name or type: their repr may print all values."""
+    """The path of a Keras variable or layer, else its name or type; their repr may print all values."""
     return next((str(name) for field in ("path", "name") if (name := getattr(key, field, None))), type(key).__name__)

@@ -1,7 +1,7 @@
-"""Every private name of Keras and KerasHub that this library uses: one function each, its reason in its docstring.
+"""Every private name of Keras and KerasHub that this library uses: one function each, with its reason as docstring.
 
-No other module may touch one; tests/test_private_names.py holds that. tests/model/test_keras_compat.py says in words
-which name is gone when Keras or KerasHub drops it, and what it was for.
+No other module may use one; tests/test_private_names.py enforces that. If Keras or KerasHub drops a name,
+tests/model/test_keras_compat.py reports which name is gone and what it was for.
 
 Keras is imported inside the functions: the driver reads `families` and `train.optimizer_config` without loading it.
 """
@@ -16,14 +16,14 @@ from kithara_ray.model.identity import IdentityMap
 
 # --- layers and their variables --------------------------------------------------------------------------------------
 
-# Attributes that say which layer it is and not what it computes.
+# Attributes that identify a layer but do not affect its computation.
 _IDENTITIES = ("name", "_path", "_parent_path", "auto_name")
 
 
 def all_layers(layer) -> list:
-    """A layer and all layers below it, each once.
+    """List a layer and all layers below it, each once.
 
-    Needed because `Model.layers` lists one level, and a layer that is no model has no public list.
+    Needed because `Model.layers` lists one level, and a layer that is not a model has no public list.
     """
     return layer._flatten_layers()
 
@@ -31,7 +31,7 @@ def all_layers(layer) -> list:
 def plain_settings(layer) -> dict[str, Any]:
     """The attributes of one layer that are plain values, without its names.
 
-    Needed to compare blocks: `get_config` raises for some of KerasHub's, and forgets what was changed after building.
+    Needed to compare blocks: `get_config` raises for some of KerasHub's, and omits changes made after building.
     """
     kinds = (bool, int, float, str, type(None))
     return {name: v for name, v in vars(layer).items() if isinstance(v, kinds) and name not in _IDENTITIES}
@@ -39,10 +39,10 @@ def plain_settings(layer) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def adding_weights(layer) -> Iterator[None]:
-    """Inside, a built layer takes new weights.
+    """Let a built layer take new weights inside this context.
 
-    Needed because Keras locks a layer's list of variables when it is built; Keras' own `enable_lora`, which has other
-    factors, unlocks it in the same way.
+    Needed because Keras locks a layer's list of variables when it builds the layer. Keras' own `enable_lora`, whose
+    factors differ from ours, unlocks the list in the same way.
     """
     layer._tracker.unlock()
     try:
@@ -52,7 +52,7 @@ def adding_weights(layer) -> Iterator[None]:
 
 
 def forget_variable(layer, variable) -> None:
-    """Take a variable out of a layer's list.
+    """Remove a variable from a layer's list.
 
     Needed for a constant that KerasHub keeps as a variable: no tensor feeds it, and no public method removes one.
     """
@@ -60,7 +60,7 @@ def forget_variable(layer, variable) -> None:
 
 
 def set_dtype(variable, dtype: str) -> None:
-    """Let a variable without a value have the dtype of the array that will be bound to it.
+    """Give a variable without a value the dtype of the array that will be bound to it.
 
     Needed because a stateless scope casts a bound value to its variable's dtype, and `Variable.dtype` is read-only.
     """
@@ -69,16 +69,16 @@ def set_dtype(variable, dtype: str) -> None:
 
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
-    """Variables created inside have a shape and an initialiser that never runs: no memory, no random numbers.
+    """Create variables with a shape but no value inside this context: no memory, no random numbers.
 
-    Needed because Keras runs the initialisers of such variables when it next leaves a stateless scope, so its list of
-    them is put back; no public name reaches the list. A variable that nothing binds would silently get random values:
-    `CausalLM.bind` binds every one.
+    Needed because Keras runs the initialisers of such variables when it next leaves a stateless scope. This context
+    restores Keras' list of them, which no public name reaches. A variable that nothing binds would silently get random
+    values, so `CausalLM.bind` binds every one.
     """
     import keras
     from keras.src.backend.common import global_state
 
-    # A copy: Keras appends to the list itself.
+    # Copy the list: Keras appends to the original.
     before = list(global_state.get_global_attribute("uninitialized_variables", []))
     try:
         with keras.StatelessScope(initialize_variables=False):
@@ -88,10 +88,10 @@ def without_values() -> Iterator[None]:
 
 
 def without_autocast():
-    """A scope in which reading a variable gives its own dtype.
+    """A scope in which reading a variable keeps its own dtype.
 
-    Needed inside a layer's `call`, where Keras casts what is read to the layer's compute dtype; the scope that stops it
-    is not public.
+    Needed inside a layer's `call`, where Keras casts each variable to the layer's compute dtype. The scope that stops
+    the cast is not public.
     """
     from keras.src.backend.common.variables import AutocastScope
 
@@ -102,28 +102,27 @@ def without_autocast():
 
 
 def nodes_of(model) -> Iterator:
-    """The nodes of a functional model's graph in the order in which they run. A node has `operation`, `outputs` and
-    `is_input`.
+    """Yield the nodes of a functional model's graph in execution order.
 
-    Needed to run the graph with the chain of blocks scanned; `Model.operations` lists operations without their order
-    or their arguments.
+    A node has `operation`, `outputs` and `is_input`. Needed to run the graph with the chain of blocks scanned:
+    `Model.operations` lists operations without their order or their arguments.
     """
     for depth in sorted(model._nodes_by_depth, reverse=True):
         yield from model._nodes_by_depth[depth]
 
 
 def arguments_of(node, known: IdentityMap) -> tuple[tuple, dict]:
-    """The positional and keyword arguments of a node, its symbolic tensors replaced by their values in `known`.
+    """The positional and keyword arguments of a node, with symbolic tensors replaced by their values in `known`.
 
-    Needed for the same walk; Keras asks for the values by the ids of its tensors.
+    Needed to run the nodes of `nodes_of`; Keras looks up the values by the ids of its tensors.
     """
     return node.arguments.fill_in({id(symbolic): value for symbolic, value in known.items()})
 
 
 def first_output_of(layer):
-    """The first symbolic tensor that a layer gave when the graph was made.
+    """The first symbolic tensor that a layer returned when the graph was built.
 
-    Needed to name the chain's result in the graph; `Layer.output` gives all outputs as one structure.
+    Needed to identify the chain's result in the graph; `Layer.output` gives all outputs as one structure.
     """
     return layer._inbound_nodes[0].outputs[0]
 
@@ -132,50 +131,50 @@ def first_output_of(layer):
 
 
 def converter_of(name: str) -> ModuleType:
-    """KerasHub's converter of Hugging Face checkpoints of one family, e.g. `convert_llama3`. It has `backbone_cls`,
-    `convert_backbone_config` and `convert_weights`.
+    """KerasHub's module that converts Hugging Face checkpoints of one family, e.g. `convert_llama3`.
 
-    Needed because `from_preset`, the public way, reads all weights into one process.
+    It has `backbone_cls`, `convert_backbone_config` and `convert_weights`. Needed because `from_preset`, the public
+    way, reads all weights into one process.
     """
     return importlib.import_module(f"keras_hub.src.utils.transformers.{name}")
 
 
 # --- KerasHub's attention --------------------------------------------------------------------------------------------
 
-# What the families call the method of a block that builds its mask, and the factor by which a layer repeats keys and
+# The families' names for a block's method that builds its mask, and for the factor by which a layer repeats keys and
 # values before `_compute_attention`.
 _MASK_BUILDERS = ("_compute_self_attention_mask", "_compute_attention_mask")
 _REPEATS = ("num_key_value_groups", "_num_key_value_groups")
 
 
 def attention_scale_of(layer) -> float:
-    """What an attention layer multiplies its logits by.
+    """The factor that an attention layer multiplies its logits by.
 
-    Needed because no public attribute holds it, and the families do not derive it from one width alike.
+    Needed because no public attribute holds it, and no single width gives it in all families.
     """
     return layer._inv_norm_factor
 
 
 def attention_of(layer) -> Callable:
-    """The method that makes an attention layer's output of queries, keys and values.
+    """The method that computes an attention layer's output from queries, keys and values.
 
-    Needed to keep KerasHub's own attention for decoding; `call` projects queries, keys and values too.
+    Needed to keep KerasHub's own attention for decoding; `call` also projects queries, keys and values.
     """
     return layer._compute_attention
 
 
 def replace_attention(layer, compute: Callable) -> None:
-    """Let an attention layer compute with this function.
+    """Make an attention layer compute with this function.
 
-    Needed because KerasHub's has no segments, and its layers have no argument for another attention.
+    Needed because KerasHub's attention has no segments, and its layers take no argument for a different attention.
     """
     layer._compute_attention = compute
 
 
 def take_repeats(layer) -> int:
-    """How often an attention layer repeats its keys and values; from here on it does not.
+    """Return how often an attention layer repeats its keys and values, and stop it from doing so.
 
-    Needed because half of the families keep this number private, and repeated keys would be kept for the backward pass.
+    Needed because half of the families keep this number private. Repeated keys would be kept for the backward pass.
     """
     name = next(name for name in _REPEATS if hasattr(layer, name))
     repeats = getattr(layer, name)
@@ -184,7 +183,7 @@ def take_repeats(layer) -> int:
 
 
 def mask_builder_of(block) -> Callable:
-    """The method by which a decoder block makes its attention mask.
+    """The method that builds a decoder block's attention mask.
 
     Needed to hand segment ids to the attention in the mask's place; `call` has no argument for a whole mask.
     """
@@ -192,7 +191,7 @@ def mask_builder_of(block) -> Callable:
 
 
 def replace_mask_builder(block, build: Callable) -> None:
-    """Let a decoder block make its mask by this function; see `mask_builder_of`."""
+    """Make a decoder block build its mask with this function; needed for the reason in `mask_builder_of`."""
     setattr(block, _mask_builder_name(block), build)
 
 
@@ -206,7 +205,7 @@ def _mask_builder_name(block) -> str:
 def gemma4_text_block() -> type:
     """The class of gemma4's decoder block.
 
-    Needed as a base class: `keras_hub.models` exports the backbone and not its blocks.
+    Needed as a base class: `keras_hub.models` exports the backbone but not its blocks.
     """
     from keras_hub.src.models.gemma4.gemma4_decoder_block import Gemma4TextDecoderBlock
 
@@ -214,7 +213,7 @@ def gemma4_text_block() -> type:
 
 
 def mixtral_router_of(block):
-    """The linear layer by which a mixtral block chooses experts.
+    """The linear layer that chooses a mixtral block's experts.
 
     Needed to route in float32; the block exports neither its experts nor their router.
     """
@@ -222,14 +221,14 @@ def mixtral_router_of(block):
 
 
 def qwen3_moe_router_of(mlp):
-    """The linear layer by which the sparse MLP of a qwen3_moe block chooses experts; needed as mixtral's is."""
+    """The linear layer that chooses the experts of a qwen3_moe block's sparse MLP; needed for the same reason."""
     return mlp._sparse_feedforward_gate_dense
 
 
 def expose_dense_mlp(block) -> None:
-    """Let the layers of a dense qwen3_moe block's MLP be attributes of the block too.
+    """Make the layers of a dense qwen3_moe block's MLP attributes of the block too.
 
-    Needed because KerasHub's converter looks for them there. Set past Keras, which would track them twice.
+    Needed because KerasHub's converter looks for them there. This bypasses Keras, which would track them twice.
     """
     for name in ("_feedforward_intermediate_dense", "_feedforward_output_dense", "_feedforward_gate_dense"):
         object.__setattr__(block, name, getattr(block.mlp, name))
@@ -239,9 +238,9 @@ def expose_dense_mlp(block) -> None:
 
 
 def excluded_from_weight_decay(optimizer) -> tuple[list, str | None]:
-    """What `exclude_from_weight_decay` was given: variables, as Keras keeps them, and a pattern of names.
+    """Return the arguments of `exclude_from_weight_decay`: variables, as Keras keeps them, and a pattern of names.
 
-    Needed because the serialised configuration of an optimizer leaves both out, and nothing public gives them back.
+    Needed because an optimizer's serialised configuration omits both, and no public name returns them.
     """
     pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
     return list(getattr(optimizer, "_exclude_from_weight_decay", None) or ()), pattern.pattern if pattern else None
@@ -249,9 +248,10 @@ def excluded_from_weight_decay(optimizer) -> tuple[list, str | None]:
 
 @contextlib.contextmanager
 def tensorflow_asked_anew() -> Iterator[None]:
-    """What Keras finds out inside about TensorFlow's presence is forgotten afterwards.
+    """Make Keras forget, on exit, the answer that it found inside about TensorFlow's presence.
 
-    Needed because Keras asks once and remembers it, and serialising asks where TensorFlow is hidden on purpose.
+    Needed because Keras checks once and remembers the answer. Serialising checks while TensorFlow is deliberately
+    hidden.
     """
     from keras.src.utils.module_utils import tensorflow
 

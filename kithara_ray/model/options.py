@@ -1,39 +1,41 @@
-"""The choices that can be made about the computation of a model, and their names; no jax, no keras."""
+"""Options of a model's computation, and their names; no jax, no keras."""
 
 from dataclasses import dataclass
 
 from kithara_ray.errors import ConfigError
 
-# Keras dtype policies: of activations and of the matrix products.
+# Keras dtype policies, which set the dtype of activations and of the matrix products.
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 
-# What the kernels of linear layers are held as; None keeps the checkpoint's dtype.
+# Storage of linear layers' kernels; None keeps the checkpoint's dtype.
 QUANTIZATIONS = (None, "int8")
 
-# What a decoder block keeps for its backward pass. "block": its input alone, the rest is computed again. "dots": also
-# the results of products with weights, so that only norms, rope and attention are computed again. Gathered weights are
-# never kept, they would be the whole model on each device. "nested": the inputs of groups of blocks, about as many as
-# the root of the blocks' number; a group is run once more to have the inputs within it. Slower by a forward pass and
-# its gathers, for models whose kept inputs alone are too much.
+# Policies for the arrays that a decoder block keeps for its backward pass. Gathered weights are never kept: they would
+# be the whole model on each device.
+# "block": only the block's input; the rest is computed again.
+# "dots": also the results of products with weights, so that only norms, rope and attention are computed again.
+# "nested": only the inputs of groups of blocks, about as many groups as the square root of the number of blocks. A
+# group runs once more to restore the inputs within it. This costs one more forward pass and its gathers. It is meant
+# for models whose kept inputs are too large under "block".
 REMAT = ("block", "dots", "nested")
 
-# Tokens of a chunk on one device: enough for products to be efficient, which read a block's weights once a chunk. Up to
-# twice as many are one chunk.
+# Tokens of a chunk on one device. Products read a block's weights once per chunk, so a chunk must be large enough to
+# be efficient. Up to twice as many tokens form one chunk.
 _CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How a model is built, besides what its config.json, its LoRA settings and its mesh say.
+    """Settings for building a model, besides its config.json, its LoRA settings and its mesh.
 
     Attributes:
         precision: "float32", "bfloat16" or "mixed_bfloat16" (activations in bfloat16).
-        scan: run equal blocks as one scan. False is for decoding, and the reference in tests.
-        remat: what the scanned blocks keep for the backward pass, one of REMAT.
-        stack_factors: train the factors, or the weights, of the scanned blocks as stacked arrays; for optimizers that
-            treat every element by itself.
+        scan: run equal blocks as one scan. False is for decoding, and for the reference in tests.
+        remat: the arrays that scanned blocks keep for the backward pass, one of REMAT.
+        stack_factors: train the scanned blocks' factors, or their weights, as stacked arrays. This is for optimizers
+            that update each element separately.
         quantize: "int8" holds the kernels of linear layers as int8, see `quantized`; embedding, head and norms stay.
-        train_weights: train all weights and not an adapter.
+        train_weights: train all weights instead of an adapter.
 
     Raises:
         ConfigError: an unknown precision, remat or quantize.
@@ -56,17 +58,19 @@ class ModelOptions:
 
 
 def groups_of(steps: int) -> int:
-    """Into how many equal groups "nested" parts the steps of the scan: the divisor that keeps the fewest inputs."""
+    """Number of equal groups that "nested" divides the scan's steps into: the divisor that keeps the fewest inputs."""
     return min((g for g in range(1, steps + 1) if steps % g == 0), key=lambda g: (g + steps // g, g))
 
 
 def chunk_length(rows: int, positions: int, remat: str) -> int:
-    """Positions of a decoder block's chunk, see `stack`: the largest divisor that keeps it within `_CHUNK_TOKENS`; all
-    where they are few, or where no divisor comes near: those of a TPU are multiples of 128.
+    """Positions in a decoder block's chunk, see `stack`: the largest divisor that keeps it within `_CHUNK_TOKENS`.
+
+    A chunk takes all positions if they are few, or if no divisor comes near the limit. Lengths
+    on a TPU are multiples of 128, so they have such divisors.
 
     Args:
-        rows: of one device.
-        remat: under "dots" what is inside the block is kept, of all positions.
+        rows: rows of one device.
+        remat: "dots" keeps arrays inside the block for all positions, so the block is not cut.
     """
     if remat == "dots" or rows * positions <= 2 * _CHUNK_TOKENS:
         return positions

@@ -1,4 +1,4 @@
-"""A merged model computes what the base with its adapter computes: what no comparison of files can show.
+"""Proof that a merged model computes the same as the base with its adapter, which no comparison of files can give.
 
 B  rows, 1    T  positions    V  vocabulary
 """
@@ -16,16 +16,17 @@ from kithara_ray.model.causal_lm import CausalLM, Frozen, Params, build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 
 TOKENS = 32
-# Of the logits' norm, by the dtype of the merged weights: each of them was rounded once.
+# Allowed difference relative to the logits' norm, by the dtype of the merged weights: each weight was rounded once.
 _TOLERANCES = {"F32": 1e-4, "F16": 1e-2, "BF16": 5e-2}
 
 
 def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, np.ndarray], merged: Path) -> str:
-    """Compute the base, the base with the adapter and the merged model in float32 on this process' devices, and say how
-    far apart their logits are.
+    """Compare logits of the base, the base with the adapter, and the merged model, and report how far apart they are.
+
+    All three are computed in float32 on this process' devices.
 
     Args:
-        tensors: the adapter's, by PEFT's names.
+        tensors: the adapter's tensors, by PEFT's names.
         merged: a local directory.
 
     Raises:
@@ -33,7 +34,7 @@ def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, n
     """
     written = BaseCheckpoint.open(merged)
     model = build(base.config, lora, make_mesh(), "float32")
-    # PEFT's first factors change nothing: B is zero, and DoRA's magnitudes are the weights' own.
+    # PEFT's initial factors change nothing: B is zero, and DoRA's magnitudes are the weights' own.
     first = lambda frozen: model.initial_factors(0, frozen)  # noqa: E731
     adapted_BTV, plain_BTV = _logits_BTV(model, base, lambda frozen: model.place_factors(tensors), first)
     (merged_BTV,) = _logits_BTV(build(written.config, None, make_mesh(), "float32"), written, lambda frozen: {})
@@ -53,9 +54,9 @@ def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, n
 
 
 def _logits_BTV(model: CausalLM, checkpoint: BaseCheckpoint, *factors: Callable[[Frozen], Params]) -> list[np.ndarray]:
-    """float64, of the same tokens with each set of factors, which is made of the loaded weights."""
+    """Compute float64 logits of the same tokens with each set of factors. The loaded weights make each set."""
     ids = np.random.default_rng(0).integers(0, checkpoint.config["vocab_size"], (1, TOKENS)).astype(np.int32)
-    # A row a device, all alike.
+    # One row per device, all equal.
     ids = np.repeat(ids, model.mesh.size, axis=0)
     tokens, segments = (jax.device_put(array, batch_sharding(model.mesh)) for array in (ids, np.ones_like(ids)))
     frozen, compute = model.load(checkpoint), jax.jit(model.logits_BTV)

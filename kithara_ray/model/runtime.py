@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from kithara_ray.errors import ConfigError
 from kithara_ray.model import keras_compat
 
-# KerasHub imports TensorFlow for its preprocessors, which are not used here: 3 s and 0.6 GB a process.
+# KerasHub imports TensorFlow for its preprocessors, which this library does not use: 3 s and 0.6 GB per process.
 _UNUSED = ("tensorflow", "tensorflow_text")
 
 
@@ -35,12 +35,12 @@ def prepare() -> None:
 
 
 def keep_compiled(platform: str) -> None:
-    """Keep compiled programs, so that a run that starts again does not compile again.
+    """Keep compiled programs on disk, so that a restarted run does not compile again.
 
-    Where JAX_COMPILATION_CACHE_DIR says; else on a TPU in the cache directory of this library. JAX writes what the
-    run's first process has compiled: a shared or `gs://` directory serves all hosts, one on each host's disk the first
-    alone. Programs for a CPU are kept only where that variable says: they hold that CPU's instructions, and a home
-    directory may be shared with another.
+    JAX_COMPILATION_CACHE_DIR names the directory. Without it, a TPU uses this library's cache directory. JAX writes
+    only the programs that the run's first process compiled. A shared or `gs://` directory therefore serves all hosts; a
+    directory on each host's disk serves only the first. A CPU's programs are kept only if that variable is set: they
+    hold that CPU's instructions, and different machines may share a home directory.
     """
     import jax
 
@@ -52,9 +52,10 @@ def keep_compiled(platform: str) -> None:
 
 @contextlib.contextmanager
 def without_tensorflow() -> Iterator[None]:
-    """Keras asks for TensorFlow when it serialises, whatever its backend: 4 s and a page of messages for nothing.
+    """Hide TensorFlow from Keras inside this context, unless it is loaded already.
 
-    Inside, it is not found, unless it is loaded already; afterwards nothing has changed.
+    Whatever its backend, Keras looks for TensorFlow when it serialises. That import costs 4 s and a page of messages
+    for nothing. On exit, everything is as before.
     """
     hidden = [name for name in _UNUSED if name not in sys.modules]
     with keras_compat.tensorflow_asked_anew():

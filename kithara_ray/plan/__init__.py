@@ -1,4 +1,4 @@
-"""Planning a run for a TPU slice, without one."""
+"""Planning of a run on a TPU slice, without access to the slice."""
 
 from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.planner import plan

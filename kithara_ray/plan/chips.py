@@ -1,4 +1,4 @@
-"""TPU chips and slices: what their makers publish, and what their compiler allows.
+"""TPU chips and slices: the vendor's published figures and the compiler's limits.
 
 | generation | peak bf16, HBM, HBM bandwidth, interconnect                         |
 |------------|---------------------------------------------------------------------|
@@ -6,7 +6,7 @@
 | v5p        | https://docs.cloud.google.com/tpu/docs/v5p-training (read 2026-11)  |
 | v6e        | https://docs.cloud.google.com/tpu/docs/v6e   (read 2026-11)         |
 
-`hbm_bytes` is a little less than published: it is what libtpu says when it refuses a program ("available HBM").
+`hbm_bytes` is a little less than the published size: libtpu states it as "available HBM" when it refuses a program.
 """
 
 import math
@@ -20,18 +20,18 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation's chip.
+    """The chip of one TPU generation.
 
     Attributes:
-        name: of the generation, as in `v5e-16` and as JAX calls its topologies.
+        name: the generation's name, as in `v5e-16` and in JAX's topology names.
         accelerator: prefix of TPU_ACCELERATOR_TYPE.
-        hbm_bytes: what a program may use.
-        flops_per_s: bfloat16 products, the published peak.
-        hbm_bytes_per_s: published.
-        ici_bytes_per_s: what a chip can receive from its slice: half of the published bandwidth of both directions.
-        dims: of the slice's torus.
-        per_name: a slice's name counts so many to a chip (v5p's counts its cores).
-        kinds: JAX' `device_kind` of it.
+        hbm_bytes: HBM that a program may use.
+        flops_per_s: the published peak for bfloat16 products.
+        hbm_bytes_per_s: the published HBM bandwidth.
+        ici_bytes_per_s: rate at which a chip can receive from its slice: half the published bidirectional bandwidth.
+        dims: number of dims of the slice's torus.
+        per_name: units that a slice's name counts per chip (v5p's name counts cores).
+        kinds: the `device_kind` strings that JAX reports for this chip.
     """
 
     name: str
@@ -58,13 +58,13 @@ _MAX_CHIPS = {"v5e": 256, "v6e": 256, "v5p": 6144}
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of one generation, or so many CPU devices.
+    """A slice of one generation, or a number of CPU devices.
 
     Attributes:
         name: e.g. "v5e-16", or "cpu-4".
         chips: its number of chips.
-        chip: None where the generation is not known, and for CPU devices.
-        topology: JAX's name of it, e.g. "v5e:4x4"; None without a known chip.
+        chip: None for CPU devices and for an unknown generation.
+        topology: JAX's name for the slice, e.g. "v5e:4x4"; None without a known chip.
     """
 
     name: str
@@ -78,27 +78,27 @@ class Slice:
 
     @property
     def chips_per_host(self) -> int:
-        """As Ray counts them: all of up to eight chips of a flat torus stand in one host, else four in each."""
+        """Chips per host as Ray counts them: a flat torus of up to eight chips is one host; others have four each."""
         return self.chips if self.chip and self.chip.dims == 2 and self.chips <= 8 else min(4, self.chips)
 
     @property
     def hosts(self) -> int:
-        """CPU devices are of one process."""
+        """Number of hosts. CPU devices count as one host, because one process holds them."""
         return 1 if self.is_cpu else -(-self.chips // self.chips_per_host)
 
     @property
     def accelerator_type(self) -> str:
-        """TPU_ACCELERATOR_TYPE of a host of this slice."""
+        """The TPU_ACCELERATOR_TYPE of this slice's hosts."""
         return f"{self.chip.accelerator}-{self.chips * self.chip.per_name}"
 
 
 def slice_of(name: str) -> Slice:
-    """The slice of a name: `v5e-16`, `v6e-8`, `v5p-8` (four chips of two cores), `v5litepod-16`, `cpu-4`.
+    """Parse a slice's name: `v5e-16`, `v6e-8`, `v5p-8` (four chips of two cores), `v5litepod-16`, `cpu-4`.
 
-    A generation that is not in the table gives a slice without a chip, for which only an estimate can be made.
+    A generation missing from the table gives a slice without a chip. For such a slice, plans are estimates only.
 
     Raises:
-        ConfigError: no such name, or a number of chips that the generation does not come in.
+        ConfigError: the name is malformed, or the generation does not come in this number of chips.
     """
     found = re.fullmatch(r"([a-z0-9]+)-(\d+)", name.strip().lower())
     if not found or int(found[2]) < 1:
@@ -117,21 +117,21 @@ def slice_of(name: str) -> Slice:
 
 
 def chip_of_kind(kind: str) -> Chip | None:
-    """The chip of JAX' `device_kind`; None for one that is not in the table, and for CPUs."""
+    """The chip with this JAX `device_kind`; None for CPUs and for kinds missing from the table."""
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
 
 
 def slice_sizes(generation: str) -> list[int]:
-    """The numbers in the names of a generation's usual slices, ascending: powers of two."""
+    """The numbers in the names of a generation's usual slices: powers of two, ascending."""
     chip = CHIPS[generation]
-    # A host of v5p has four chips, and no slice is smaller.
+    # A v5p host has four chips, and no slice is smaller than a host.
     smallest = 1 if chip.dims == 2 else 4
     chips = [2**n for n in range(13) if smallest <= 2**n <= _MAX_CHIPS[generation] and (chip.dims == 3 or n != 1)]
     return [n * chip.per_name for n in chips]
 
 
 def slice_of_topology(topology: str, accelerator_type: str) -> Slice | None:
-    """The slice of Ray's `ScalingConfig(topology="4x4", accelerator_type="TPU-V5LITEPOD")`; None if it is not known."""
+    """The slice of Ray's `ScalingConfig(topology="4x4", accelerator_type="TPU-V5LITEPOD")`; None if unknown."""
     generation = accelerator_type.removeprefix("TPU-").lower()
     generation = {"v5litepod": "v5e", "v5e": "v5e"}.get(generation, generation)
     chip = CHIPS.get(generation)
@@ -142,8 +142,10 @@ def slice_of_topology(topology: str, accelerator_type: str) -> Slice | None:
 
 
 def _torus(chips: int, dims: int) -> list[int]:
-    """The usual shape of a slice: its dims as equal as powers of two allow, the small ones first; in three dims the
-    last is the small one up to a cube of 2 (2x2x1), as libtpu names them."""
+    """The usual shape of a slice, as libtpu names it: dims as equal as powers of two allow, the small ones first.
+
+    In three dims, the last dim is the small one up to a cube of 2 (2x2x1).
+    """
     power = chips.bit_length() - 1
     exponents = sorted((power + i) // dims for i in range(dims))
     sizes = [2**e for e in exponents]

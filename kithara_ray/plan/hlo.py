@@ -1,7 +1,7 @@
-"""What a compiled program computes and moves, read from its text: loops counted as often as they run.
+"""Compute and traffic of a compiled program, read from its HLO text. Loops count as often as they run.
 
-XLA's own cost analysis counts the body of a loop once; here a computation counts as often as it is called, and a
-`while` calls its body as often as the constant in its condition says. Figures are of one device.
+XLA's own cost analysis counts a loop's body once. Here a computation counts once per call, and a `while` calls its
+body as often as the constant in its condition says. All figures are for one device.
 """
 
 import math
@@ -20,7 +20,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(")
 _CALLED = re.compile(r"\b(calls|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
-# Whose result is no new array in memory.
+# Opcodes whose result is no new array in memory.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "opt-barrier", "optimization-barrier", "copy-done", "all-gather-done", "all-reduce-done",
@@ -30,7 +30,7 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a result. `hbm` is false where the compiler keeps it in a nearer memory."""
+    """One array of a result. `hbm` is False where the compiler keeps the array in a nearer memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -43,7 +43,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `literal` is what stands in its brackets: a constant's value, a parameter's number."""
+    """One line of a computation. `literal` is the text in its brackets: a constant's value or a parameter's number."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -59,13 +59,13 @@ Computation = dict[str, Instruction]
 
 @dataclass
 class Cost:
-    """What one device does in one run of the program.
+    """The work of one device in one run of the program.
 
     Attributes:
-        matmul_flops: of all products, two to a multiply-add.
-        kernels: how often each kind of custom kernel runs, by its name without a number.
-        hbm_bytes: read and written by everything that runs, each operand and result once; an estimate, since a fused
-            slice of an array counts as what it takes of it.
+        matmul_flops: FLOPs of all products; a multiply-add counts as two.
+        kernels: kind of custom kernel (its name without a number) -> how often it runs.
+        hbm_bytes: estimated bytes that all instructions read and write, each operand and result once. A fused slice of
+            an array counts only the elements it takes.
         collectives: kind -> bytes that a device receives.
         collective_counts: kind -> how often one runs.
     """
@@ -78,7 +78,7 @@ class Cost:
 
 
 def cost_of(text: str) -> Cost:
-    """The cost of a program, of its `compiled.as_text()`."""
+    """Compute the cost of a program from its `compiled.as_text()`."""
     computations, entry = parse(text)
     times = _times(computations, entry)
     fused = {name for c in computations.values() for i in c.values() if i.opcode == "fusion" for name in _called(i)}
@@ -94,7 +94,7 @@ def cost_of(text: str) -> Cost:
                 cost.kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times[name]
             kind = next((k for k in COLLECTIVES if instruction.opcode in (k, f"{k}-start")), None)
             if kind:
-                # One that is spread over several steps of a pipeline stands in each of them, under one channel.
+                # A collective that spans several steps of a pipeline appears in each of them, under one channel.
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                 key = kind, channel[1] if channel else instruction.name
                 seen.setdefault(key, []).append((times[name], name, instruction))
@@ -109,7 +109,7 @@ def cost_of(text: str) -> Cost:
 
 
 def arrays_of(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(dtype, dims) of every array named in a program."""
+    """Yield (dtype, dims) of every array named in a program."""
     for dtype, dims, _ in _ARRAY.findall(text):
         if dims and dtype in _BYTES:
             yield dtype, tuple(map(int, dims.split(",")))
@@ -119,7 +119,7 @@ def arrays_of(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a program by name, and the name of the one it starts with."""
+    """Parse a program: its computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -147,7 +147,7 @@ def _instruction(found: re.Match, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket opened at `start` closes; -1 is one that stands before the text."""
+    """Position of the bracket that closes the one opened at `start`; -1 is a bracket just before the text."""
     depth = 1 if start < 0 else 0
     for place in range(max(start, 0), len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -161,7 +161,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def _times(computations: Mapping[str, Computation], entry: str) -> dict[str, float]:
-    """How often each computation runs."""
+    """Count how often each computation runs."""
     times: dict[str, float] = defaultdict(float)
 
     def call(name: str, runs: float) -> None:
@@ -176,9 +176,9 @@ def _times(computations: Mapping[str, Computation], entry: str) -> dict[str, flo
 
 
 def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
-    """How often a loop's body runs: XLA's own count where it stands, else the constant that its counter is compared to.
+    """Count the runs of a loop's body: XLA's own count if the text has it, else the constant that ends the loop.
 
-    A scan counts from 0 in steps of one. A loop without either counts once.
+    A scan counts from 0 in steps of one. A loop with neither number counts once.
     """
     known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
     if known:
@@ -203,7 +203,7 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """A TPU computes products as convolutions; only places where the window lies on the input are multiplied."""
+    """FLOPs of a convolution, counting only window positions inside the input. A TPU computes products this way."""
     lhs, rhs = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     out = instruction.arrays[0].dims
     labels = re.search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", instruction.attributes)
@@ -231,7 +231,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _received(kind: str, within: str, instruction: Instruction) -> tuple[str, float]:
-    """What it is, and the bytes that one device of its group receives, by a ring."""
+    """The collective's kind, and the bytes that each device of its group receives in a ring."""
     size = sum(array.nbytes for array in instruction.arrays)
     if instruction.opcode.endswith("-start") and len(instruction.arrays) > 1:
         size = max(array.nbytes for array in instruction.arrays)
@@ -245,7 +245,7 @@ def _received(kind: str, within: str, instruction: Instruction) -> tuple[str, fl
 
 
 def _group_size(attributes: str) -> int:
-    """How many devices take part; the three ways in which XLA writes groups."""
+    """Number of devices in a group, from any of the three notations that XLA uses."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
@@ -257,7 +257,7 @@ def _group_size(attributes: str) -> int:
 
 
 def _traffic(instruction: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> float:
-    """Bytes that one instruction reads from and writes to HBM."""
+    """Bytes that one instruction reads from HBM and writes to it."""
     if instruction.opcode in _FREE:
         return 0.0
     if instruction.opcode == "fusion":
@@ -278,7 +278,7 @@ def _hbm_bytes(computation: Computation, name: str) -> int:
 
 
 def _fusion_traffic(instruction: Instruction, computation: Computation, body: Computation) -> float:
-    """Operands and results, where a slice is taken or written only the slice."""
+    """Bytes of a fusion's operands and results; a slice that it takes or writes counts as the slice only."""
     users: dict[str, list[Instruction]] = defaultdict(list)
     for inner in body.values():
         for name in inner.operands:
@@ -301,7 +301,7 @@ def _taken(name: str, user: Instruction, nbytes: int) -> float:
         return sum(array.nbytes for array in user.arrays)
     if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
         return 0.0
-    # A collective's own traffic; its buffers are handed through.
+    # The collective counts its own traffic; its buffers only pass through here.
     if user.opcode in COLLECTIVES or user.opcode in ("custom-call", "tuple"):
         return 0.0
     return nbytes

@@ -1,8 +1,8 @@
-"""What a run would need and could reach on a TPU slice that nobody has rented yet.
+"""Requirements and best possible speed of a run on a TPU slice that nobody has rented yet.
 
-`plan` compiles the very step that training would run, for the slice, with the TPU's own compiler (libtpu, which needs
-no TPU) in a process of its own, and reads the program. Where there is no libtpu, or the slice's generation is not
-known, the same model is built without compiling, and what only the compiler knows is estimated and labelled so.
+`plan` compiles the exact training step for the slice and reads the program. The TPU's own compiler (libtpu, which needs
+no TPU) does this in a separate process. Without libtpu, or for an unknown generation, `plan` builds the same model but
+does not compile. It then estimates the compiler's figures and labels them as estimates.
 """
 
 import ast
@@ -31,13 +31,13 @@ from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.storage import urls
 from kithara_ray.storage.atomic import write_atomic
 
-# What the step is made of, besides the request: the code of these rooms and the compilers.
+# Code that the step depends on besides the request: these rooms and the compilers.
 _ROOMS = ("model", "train", "sharding", "plan")
 _PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
 _ADAMW = {"module": "keras.optimizers", "class_name": "AdamW", "config": {"learning_rate": 1e-4}}
-# A TPU program's sequences are multiples of this.
+# A TPU program needs sequence lengths that are multiples of this.
 _LENGTH_MULTIPLE = 128
-# What "all-linear" stands for in every family that is supported; a directory without tensors does not say it by itself.
+# Meaning of "all-linear" in every supported family; a directory without tensors cannot supply it.
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -60,26 +60,26 @@ def plan(
     cache: bool = True,
     timeout_s: float = 3600.0,
 ) -> Plan:
-    """What a run of these settings needs on this slice, and the best it can reach.
+    """Plan a run with these settings on this slice: its requirements and its best possible speed.
 
     Args:
         base: a directory with a config.json (weights are not needed), a handle such as `hf://google/gemma-2-2b`, or
             the parsed config.json.
-        slice: e.g. "v5e-16"; "cpu-4" plans for so many CPU devices of one process.
+        slice: e.g. "v5e-16"; "cpu-4" plans for four CPU devices of one process.
         seq_len: T, rounded up as training does.
-        per_device_batch_size: rows of one device and micro-batch.
-        lora: what is adapted; rank 16 on q and v by default.
+        per_device_batch_size: rows per device and micro-batch.
+        lora: the LoRA settings; rank 16 on q and v by default.
         optimizer: ("keras", its serialised configuration); AdamW by default. An optax transformation is a closed
-            function: it is planned as AdamW, whose state is as large as that of most.
-        predictions: K, trained tokens of a row; all of them by default.
-        price_per_chip_hour: in any currency, for the cost.
-        tokens_per_epoch: of the data set, for the cost of an epoch.
+            function. The plan assumes AdamW for it, whose state is as large as that of most optimizers.
+        predictions: K, trained tokens per row; all of them by default.
+        price_per_chip_hour: price in any currency, for the cost.
+        tokens_per_epoch: tokens of the data set, for the cost of an epoch.
         compile: False only estimates.
-        cache: take an earlier result of the same program, and keep this one.
+        cache: reuse an earlier result for the same program, and keep this one.
 
     Raises:
-        ConfigError: an argument is wrong, or the model cannot be honoured.
-        PlanError: the program did not compile for another reason than memory.
+        ConfigError: an argument is wrong, or the library cannot honour the model.
+        PlanError: compilation failed for a reason other than memory.
     """
     where = slice if isinstance(slice, Slice) else slice_of(slice)
     rows = _Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
@@ -93,13 +93,13 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What a step reads on one device.
+    """The input of a step on one device.
 
     Attributes:
-        seq_len: T, as asked for.
+        seq_len: T, as requested.
         per_device_batch_size: rows of a micro-batch.
-        gradient_accumulation_steps: micro-batches.
-        predictions: K, trained tokens of a row; None trains all.
+        gradient_accumulation_steps: number of micro-batches.
+        predictions: K, trained tokens per row; None trains all.
     """
 
     seq_len: int
@@ -114,7 +114,7 @@ class _Rows:
                 raise ConfigError(f"plan: {name} must be an integer >= 1, got {value!r}")
 
     def on(self, where: Slice) -> "_Rows":
-        """The same with the length that a program for this slice has, and its predictions said."""
+        """A copy with the sequence length that this slice's program uses, and with `predictions` filled in."""
         seq_len = self.seq_len if where.is_cpu else -(-self.seq_len // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         return dataclasses.replace(self, seq_len=seq_len, predictions=min(self.predictions or seq_len, seq_len))
 
@@ -128,7 +128,7 @@ def _request(
     mesh: MeshShape,
     options: ModelOptions,
 ) -> dict[str, Any]:
-    """What `program.facts` is given, but for whether and for what it compiles."""
+    """The request for `program.facts`, except whether to compile and for which slice."""
     config = config_of(base)
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     kind, optimizer_config = optimizer or ("keras", _ADAMW)
@@ -147,10 +147,10 @@ def _request(
 
 
 def config_of(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a base; of a local directory that may hold nothing else.
+    """Read a base's config.json; a local directory may hold nothing else.
 
     Raises:
-        CheckpointError: there are weights, and they are not what config.json describes.
+        CheckpointError: the directory holds weights that do not match config.json.
     """
     if isinstance(base, Mapping):
         return dict(base)
@@ -201,12 +201,12 @@ def _facts(request: dict[str, Any], where: Slice, cache: bool, timeout_s: float)
         raise (UnsupportedError if kind == "UnsupportedError" else ConfigError)(message)
     if cache:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, json.dumps(found).encode())  # several plans may run beside each other
+        write_atomic(kept, json.dumps(found).encode())  # several plans may run at the same time
     return found
 
 
 def _environment(request: Mapping[str, Any], where: Slice) -> dict[str, str]:
-    """Of a process that holds no accelerator and compiles for one."""
+    """Environment of a process that holds no accelerator and compiles for one."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_FLAGS"))}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     if request["topology"] is None:
@@ -216,7 +216,7 @@ def _environment(request: Mapping[str, Any], where: Slice) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": where.accelerator_type,
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
-        # Nothing is run on a TPU, so no process need wait for another's.
+        # The process runs nothing on a TPU, so it need not wait for another process that does.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
 
@@ -232,7 +232,7 @@ def _key(request: Mapping[str, Any], where: Slice) -> str:
 
 
 def _code_of(source: str) -> str:
-    """What a module computes, without its comments and docstrings: a plan outlives a change of words."""
+    """A module's code without comments and docstrings, so that cached plans survive a change of wording."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:

@@ -1,9 +1,9 @@
-"""The step built without weights and compiled for a slice, in a process of its own whose environment names the slice.
+"""Build the step without weights and compile it for a slice, in a separate process whose environment names the slice.
 
     python -m kithara_ray.plan.program REQUEST.json RESULT.json
 
-`planner` writes the request and starts this; what it gives are facts about the program. What they mean for a user is
-`planner`'s.
+`planner` writes the request and starts this process. The result holds facts about the program; `planner` turns them
+into answers for a user.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from kithara_ray.plan.terms import Counts
 
 
 def facts(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that is known of one request's program.
+    """Collect all facts about one request's program.
 
-    Keys: `devices`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes`, `rows`, and of a
-    compiled one `memory`, `compile_s`, `compile_cpu_s`, `square_arrays`, `cost`; of a refused one `refusal` and
+    Keys: `devices`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes` and `rows`. A compiled program
+    adds `memory`, `compile_s`, `compile_cpu_s`, `square_arrays` and `cost`. A refused one adds `refusal` and
     `refused_bytes`.
     """
     from kithara_ray.model import runtime
@@ -109,9 +109,9 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def refused_bytes(message: str) -> dict[str, int | None]:
-    """What the compiler says a program would need and what there is, from its refusal; None where it does not say.
+    """Parse the compiler's refusal: the bytes that the program needs and the bytes available.
 
-    `temporaries` or `total`, whichever it counts, and `available`.
+    Keys: `temporaries` or `total`, whichever the compiler counts, and `available`, None if the message does not say.
     """
     amount = r"([\d.]+)([KMG]?)"
     forms = {
@@ -126,14 +126,14 @@ def refused_bytes(message: str) -> dict[str, int | None]:
 
 
 def _devices(request: Mapping[str, Any]) -> list:
-    """The slice's devices, none of which need exist; for a CPU plan or an estimate so many of this process'."""
+    """The slice's devices, which need not exist; for a CPU plan or an estimate, devices of this process."""
     if request["topology"] is None:
         import jax
 
         return jax.devices()[: request["devices"]]
     from jax.experimental import topologies
 
-    # libtpu takes a host to have four chips unless told; a slice of one host may have fewer, or eight.
+    # libtpu assumes four chips per host unless told otherwise; a slice of one host may have fewer, or eight.
     sizes = [int(size) for size in request["topology"].partition(":")[2].split("x")]
     one = {"chips_per_host_bounds": (*sizes, 1, 1)[:3]} if request["hosts"] == 1 else {}
     return list(topologies.get_topology_desc(request["topology"], "tpu", **one).devices)
@@ -150,13 +150,13 @@ def _leaves(tree: Any) -> list:
 
 
 def counts_of(model, config: Mapping[str, Any]) -> Counts:
-    """What a built model's tokens are multiplied with; of experts the ones that a token is sent to."""
+    """Count the elements that a token is multiplied with; only the experts that a token is sent to count."""
     from kithara_ray.model.blocks import attention
     from kithara_ray.model.identity import IdentitySet
 
     in_blocks = IdentitySet(variable for block in model.chain.blocks for variable in block.variables)
     size = lambda variable: math.prod(variable.shape)  # noqa: E731
-    # Of the blocks' variables too, only those that a tensor feeds are stored.
+    # The stored variables are those that a tensor feeds, in the blocks too.
     ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
     nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
     experts = config.get("num_local_experts") or config.get("num_experts") or 1
@@ -165,7 +165,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
     def multiplied(variable) -> float:
         if len(variable.shape) < 2:
             return 0
-        # An expert's matrix stands in an array whose first dim counts the experts.
+        # An expert's matrix is part of an array whose first dim counts the experts.
         routed = experts > 1 and len(variable.shape) == 3 and variable.shape[0] == experts
         return size(variable) * (active if routed else 1)
 

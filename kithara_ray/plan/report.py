@@ -1,4 +1,4 @@
-"""A plan: what is known of a program, turned into what a user asks."""
+"""A plan: the facts about a program, turned into answers to a user's questions."""
 
 import dataclasses
 import json
@@ -11,35 +11,36 @@ from kithara_ray.plan.chips import CHIPS, Slice, slice_of, slice_sizes
 from kithara_ray.plan.terms import Counts
 
 _GIB = 2**30
-# A worker's process before it holds an array: python, jax, keras, keras-hub and Ray.
+# Memory of a worker process before it holds an array: python, jax, keras, keras-hub and Ray.
 _PROCESS_BYTES = 1_000_000_000
-# No chip has more VMEM.
+# Upper bound: no chip has more VMEM.
 _MOST_VMEM_BYTES = 2**27
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs on a slice, and the best it can reach there. Bytes and FLOPs; seconds.
+    """Requirements of a run on a slice, and its best possible speed there. Units: bytes, FLOPs, seconds.
 
     Attributes:
-        slice, chips, hosts, mesh: where.
-        compiled: whether the TPU's compiler compiled this very step; else memory is an estimate.
-        estimated_because: why it did not; None where it did, or where it refused.
+        slice, chips, hosts, mesh: the hardware, and the mesh over it.
+        compiled: whether the TPU's compiler compiled this exact step; if not, memory is an estimate.
+        estimated_because: reason for the estimate; None where the step was compiled or refused.
         fits: None where the chip's memory is not known.
         refusal: the compiler's own words where the program does not fit.
-        hbm_bytes_per_chip: frozen, adapter, optimizer, batch, temporaries, program, total and available; and
-            kept_activations, the inputs of blocks kept for the backward pass, by count. They are among the temporaries,
-            but for those that the compiler holds in VMEM, where they are few.
-        flops_per_token: of the ideal program by term, its `total`, and `program`: what was compiled.
-        flops_per_step, hbm_traffic_bytes_per_step: of one chip.
-        collective_bytes_per_step: received by one chip, by kind, `total`, and `fsdp_minimum`: every weight once
-            forward, once backward, the adapter's gradients once.
+        hbm_bytes_per_chip: frozen, adapter, optimizer, batch, temporaries, program, total and available. Also
+            kept_activations: the inputs of blocks kept for the backward pass, by count. The temporaries include them,
+            except where they are few and the compiler holds them in VMEM.
+        flops_per_token: FLOPs of the ideal program by term, their `total`, and `program`: the compiled program's.
+        flops_per_step, hbm_traffic_bytes_per_step: figures for one chip.
+        collective_bytes_per_step: bytes that one chip receives, by kind, their `total`, and `fsdp_minimum`: every
+            weight once forward and once backward, and the adapter's gradients once.
         step_time_s: lower bounds by part: compute, hbm, interconnect.
         step_time_s_bound: the largest of them; `bound_by` names it.
-        tokens_per_step: padding included.
-        compile_s, compile_cpu_s: by the clock, and of all the compiler's threads, which does not depend on what else
-            the machine does.
-        square_arrays: shapes in the program with two dims of the row's length; a width of that size counts too.
+        tokens_per_step: tokens of one step, padding included.
+        compile_s, compile_cpu_s: wall-clock time, and CPU time of all the compiler's threads. The latter does not
+            depend on other work of the machine.
+        square_arrays: number of shapes in the program with two dims of the row's length. A width of that size counts
+            too.
         host: ram_bytes_load of a host; disk_bytes of the base, of an adapter and of a merged export.
         cost: per_hour, per_million_tokens and per_epoch at the bound, in the price's currency; None without a price.
     """
@@ -86,7 +87,7 @@ class Plan:
         return needs if self.fits else f"{needs}: try {', or '.join(self.advice)}"
 
     def table(self):
-        """A `rich` table."""
+        """The plan as a `rich` table."""
         from rich.table import Table
 
         table = Table(title=self.verdict(), show_header=False, title_justify="left")
@@ -103,7 +104,7 @@ def assemble(
     price_per_chip_hour: float | None = None,
     tokens_per_epoch: int | None = None,
 ) -> Plan:
-    """The plan from the facts of `program.facts`."""
+    """Assemble the plan from the result of `program.facts`."""
     counts = Counts(**found["counts"] | {"attention": tuple(map(tuple, found["counts"]["attention"]))})
     seq_len, tokens = request["seq_len"], found["rows"] * request["seq_len"]
     flops = terms.flops_per_token(counts, seq_len, request["predictions"], request["remat"])
@@ -169,7 +170,7 @@ def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
     arguments = sum(found["bytes"].values())
     if "memory" in found:
         memory = found["memory"]
-        # The compiler pads and tiles: its own figures, and the parts of the arguments as they are stored.
+        # The compiler pads and tiles, so take its own figures, and each part of the arguments as it is stored.
         parts |= {"temporaries": memory["temp"], "program": memory["generated_code"]}
         total = memory["argument"] + memory["temp"] + memory["output"] - memory["alias"] + memory["generated_code"]
     else:
@@ -183,12 +184,12 @@ def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
 
 
 def _width(request) -> int:
-    """Bytes of an activation's element."""
+    """Bytes of one activation element."""
     return 4 if request["precision"] == "float32" else 2
 
 
 def _program_flops(request, found, counts: Counts) -> float | None:
-    """Of one device and step."""
+    """FLOPs of one device in one step."""
     if "cost" not in found:
         return None
     rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
@@ -221,7 +222,7 @@ def _times(where: Slice, flops: float, traffic: float | None, collectives: Mappi
 
 
 def _host(found, where: Slice, counts: Counts) -> dict[str, int]:
-    """A host reads its own slices of one array at a time; an export streams the base tensor by tensor."""
+    """RAM and disk needs. A host loads its own slices of one array at a time; an export streams tensor by tensor."""
     return {
         "ram_bytes_load": _PROCESS_BYTES + found["largest_array_bytes"] // where.hosts,
         "disk_bytes_base": counts.weights_bytes,
@@ -243,7 +244,7 @@ def _cost(price, tokens_per_epoch, chips: int, tokens_per_step: int, bound: floa
 
 
 def _advice(request, where: Slice, found, hbm, counts: Counts) -> list[str]:
-    """What alone would make it small enough, the cheapest first; by estimate, for nothing else has been compiled."""
+    """Single changes that would each make the run fit, cheapest first. All are estimates, never compiled."""
     split = sum(hbm[part] for part in ("frozen", "adapter", "optimizer"))
     rest = hbm["total"] - split
 
@@ -266,7 +267,7 @@ def _advice(request, where: Slice, found, hbm, counts: Counts) -> list[str]:
 
 
 def _larger(where: Slice) -> Iterator[str]:
-    """Slices of more chips, then of chips with more memory, the smallest first."""
+    """Yield slices with more chips, then those whose chips have more memory, the smallest first."""
     for chip in sorted(CHIPS.values(), key=lambda chip: (chip is not where.chip, chip.hbm_bytes)):
         for size in slice_sizes(chip.name):
             is_larger = size // chip.per_name > where.chips if chip is where.chip else True
@@ -283,7 +284,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _rows(plan: Plan):
-    """Name and value of each line of the table."""
+    """Yield the name and value of each line of the table."""
     hbm, flops = plan.hbm_bytes_per_chip, plan.flops_per_token
     kind = "compiled" if plan.compiled else "refused by the compiler" if plan.refusal else "estimated"
     settings = plan.settings
@@ -308,7 +309,7 @@ def _rows(plan: Plan):
     if plan.refusal:
         yield "", plan.refusal
     kept = hbm["kept_activations"]
-    # Of a TPU's program; an estimate counts them among the temporaries, and a CPU has no VMEM.
+    # Only a TPU's program has VMEM; an estimate counts these inputs among the temporaries.
     may_be_in_vmem = plan.compiled and hbm["available"] is not None and kept <= _MOST_VMEM_BYTES
     for name in ("frozen", "adapter", "optimizer", "batch", "temporaries"):
         yield f"HBM per chip: {name}", f"{hbm[name] / _GIB:.3f} GiB"

@@ -8,15 +8,15 @@ from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.planner import plan
 from kithara_ray.plan.report import Plan
 
-# A step's rows beyond this add nothing: the chip is busy long before.
+# More rows per step add nothing: the chip is busy long before.
 _MAX_ROWS = 64
 
 
 def largest_batch(base: Any, where: str | Slice, seq_len: int, **settings: Any) -> Plan:
-    """The plan of the largest power of two of rows a device that fits; of one row, if not even that does.
+    """Find the plan with the largest power-of-two number of rows per device that fits; one row if none fits.
 
-    A row is first taken to add the temporaries of a plan of one row, so that two or three programs are compiled and not
-    seven.
+    The search first assumes that each row adds the temporaries of a one-row plan. It then compiles two or three
+    programs instead of seven.
     """
     best = plan(base, where, seq_len, 1, **settings)
     if not best.fits:
@@ -37,7 +37,7 @@ def largest_batch(base: Any, where: str | Slice, seq_len: int, **settings: Any) 
 
 
 def _power_of_two(count: int) -> int:
-    """The largest that is not above `count`, within what is tried."""
+    """The largest power of two up to `count`, at most half of `_MAX_ROWS`."""
     return min(_MAX_ROWS // 2, 2 ** (max(1, int(count)).bit_length() - 1))
 
 
@@ -49,7 +49,7 @@ def grid(slices: Sequence[str], seq_lens: Sequence[int], ranks: Sequence[int]) -
 
 
 def smallest_that_fits(points: Iterable[Mapping[str, Any]], plans: Iterable[Plan]) -> dict[tuple[int, int], str]:
-    """(seq_len, rank) -> the slice of fewest chips on which one row a chip fits."""
+    """Map (seq_len, rank) to the slice of fewest chips on which one row per chip fits."""
     found: dict[tuple[int, int], str] = {}
     for point, made in zip(points, plans, strict=True):
         if made.fits:

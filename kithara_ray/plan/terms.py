@@ -1,9 +1,9 @@
-"""What a step must compute and move, in terms of the model alone: the measure that a compiled program is held to.
+"""Least compute and traffic of a step, from the model only: the measure for a compiled program.
 
     N  parameters that a token is multiplied with    r  rank    T  positions of a row    K  predictions of a row
 
-All FLOPs are for a token, two to a multiply-add. With frozen weights the backward pass computes the gradient of each
-product's input and not of its weight: 2N, as forward.
+All FLOPs are per token; a multiply-add counts as two. With frozen weights the backward pass computes the gradient of
+each product's input but not of its weight: 2N, the same as forward.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from kithara_ray.model.options import chunk_length, groups_of
 
 @dataclass(frozen=True)
 class Counts:
-    """What is counted of a built model.
+    """Sizes counted from a built model.
 
     Attributes:
         blocks: elements of all matrices in decoder blocks that a token is multiplied with.
         head: elements of the head's matrix.
         lora: elements of all factors.
-        attention: for each block (query heads, head width, window or None).
+        attention: (query heads, head width, window or None) of each block.
         hidden: width between blocks.
-        layers: decoder blocks; `steps` of the scan over them.
-        weights_bytes: of all frozen arrays, as stored.
-        blocks_bytes: of those in decoder blocks.
-        widest_bytes: of the frozen arrays of the largest decoder block.
-        intermediate: the widest activation inside a block, in elements of a token.
+        layers: number of decoder blocks; `steps` is the number of steps of the scan over them.
+        weights_bytes: bytes of all frozen arrays, as stored.
+        blocks_bytes: bytes of the frozen arrays in decoder blocks.
+        widest_bytes: bytes of the frozen arrays of the largest decoder block.
+        intermediate: elements per token of the widest activation inside a block.
         parameters: elements of all frozen arrays.
     """
 
@@ -45,15 +45,15 @@ class Counts:
 
 
 def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) -> dict[str, float]:
-    """By term: of the ideal program under this remat policy.
+    """FLOPs per token of the ideal program under this remat policy, by term.
 
-    `attention` is the scores and the weighted sum over what a causal row sees, forward, once more under remat, and
-    backward with the scores computed again in each of its two kernels.
+    `attention` covers the scores and the weighted sum over the keys that a causal row sees. It counts them forward,
+    once more under remat, and backward, where each of the two kernels computes the scores again.
     """
     attended = sum(heads * width * seen_pairs(seq_len, window) / seq_len for heads, width, window in counts.attention)
     share = predictions / seq_len
     again = {"block": 1, "dots": 0, "nested": 2}[remat]
-    # Scores and weighted sum are two products; backward has seven: scores and their gradient in both kernels, and
+    # Scores and weighted sum are two products. Backward has seven: scores and their gradient in both kernels, and
     # the gradients of q, k and v.
     terms = {
         "forward": 2.0 * counts.blocks,
@@ -67,29 +67,29 @@ def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) 
 
 
 def model_flops_per_token(terms: Mapping[str, float]) -> float:
-    """What counts for MFU: nothing that is computed again."""
+    """FLOPs that count for MFU: those of the model, without recomputation."""
     again = terms["recompute"] / terms["forward"]
     lora, attention = terms["lora"] * 3 / (3 + again), terms["attention"] * 7 / (9 + 2 * max(1, again))
     return terms["forward"] + terms["backward"] + terms["head"] + lora + attention
 
 
 def kernel_flops(name: str, counts: Counts, seq_len: int, rows: int) -> float:
-    """Of one run of a splash kernel over `rows` rows, the mean over the blocks; 0 of an unknown one."""
+    """FLOPs of one run of a splash kernel over `rows` rows, the mean over the blocks; 0 for an unknown kernel."""
     products = next((n for part, n in (("_fwd", 2), ("_dkv", 4), ("_dq", 3)) if part in name), 0)
     each = sum(heads * width * seen_pairs(seq_len, window) for heads, width, window in counts.attention)
     return 2.0 * products * rows * each / counts.layers
 
 
 def seen_pairs(seq_len: int, window: int | None) -> float:
-    """Pairs of a token and one that it sees in a causal row, itself included."""
+    """Number of (token, token it sees) pairs in a causal row; a token sees itself."""
     if window is None or window >= seq_len:
         return seq_len * (seq_len + 1) / 2
     return window * (window + 1) / 2 + (seq_len - window) * window
 
 
 def least_collective_bytes(counts: Counts, ways: int, adapter_bytes: int) -> float:
-    """What fully sharded training moves to each device at least: every weight once forward and once for the backward
-    pass, and the adapter's gradients once."""
+    """Least bytes that fully sharded training moves to each device: every weight once forward and once backward, and
+    the adapter's gradients once."""
     share = (ways - 1) / ways
     return share * (2 * counts.weights_bytes + 2 * adapter_bytes)
 
@@ -97,9 +97,11 @@ def least_collective_bytes(counts: Counts, ways: int, adapter_bytes: int) -> flo
 def estimated_temporaries(
     counts: Counts, seq_len: int, rows: int, tensor: int, activation_bytes: int, remat: str
 ) -> float:
-    """A rough upper figure for where nothing could be compiled: what is kept, a block's activations, of the widest one
-    chunk, the weights of two blocks gathered (one computes while the next is fetched), one chunk of logits with its
-    gradient."""
+    """Rough upper bound of the temporaries, for a step that could not be compiled.
+
+    It adds up: the kept activations; a block's activations, the widest for one chunk only; the gathered weights of two
+    blocks, since one computes while the next is fetched; one chunk of logits with its gradient.
+    """
     chunk = rows * chunk_length(rows, seq_len, remat)
     inside = (6 * chunk * counts.intermediate + 14 * rows * seq_len * counts.hidden) * activation_bytes / tensor
     kept = kept_bytes(counts, seq_len, rows, activation_bytes, remat)
@@ -107,7 +109,7 @@ def estimated_temporaries(
 
 
 def kept_bytes(counts: Counts, seq_len: int, rows: int, activation_bytes: int, remat: str) -> int:
-    """Block inputs that are kept for the backward pass, on one device."""
+    """Bytes, on one device, of the block inputs kept for the backward pass."""
     blocks = counts.layers
     if remat == "nested":
         groups = groups_of(counts.steps)

@@ -1,10 +1,10 @@
-"""Next-token cross-entropy whose logits never exist whole.
+"""Next-token cross-entropy that never holds all logits at once.
 
     B  rows    K  predictions of a row    C  predictions of one chunk    D  hidden width    V  vocabulary
 
-The head and the softmax run over chunks of predictions. A chunk's gradient, softmax minus target, is taken back through
-the head while its logits are there, so the logits are computed once and nothing of their size is kept for the backward
-pass; what is kept has the size of the hidden states.
+The head and the softmax run over chunks of predictions. A chunk's gradient, softmax minus target, goes back through the
+head while the chunk's logits exist. The logits are therefore computed once, and the backward pass keeps nothing of
+their size. The arrays that it keeps have the size of the hidden states.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Logits of one chunk, over all rows of the global batch: so many in all, 128 MiB of float32, or on each of the devices
-# they are split over, 64 MiB, whichever is more. On many devices a chunk of few would wait for its collectives.
+# Logits of one chunk over all rows of the global batch. The limit is 128 MiB of float32 in all, or 64 MiB on each of
+# the devices that split them, whichever is more. With many devices, a smaller chunk would wait for its collectives.
 _CHUNK_LOGITS = 2**25
 _DEVICE_LOGITS = 2**24
 
@@ -40,11 +40,11 @@ def summed_cross_entropy(
     """Sum over predictions of weight * -log p(target), float32; differentiable in `trained` and `hidden_BKD`.
 
     Args:
-        head: (trained, hidden (..., D)) to logits (..., V).
-        trained: a pytree of the arrays of the head that are trained; empty where the head is frozen.
+        head: maps (trained, hidden (..., D)) to logits (..., V).
+        trained: a pytree of the head's trained arrays; empty if the head is frozen.
         targets_BK: int, the token to be predicted.
-        weights_BK: float32, 0 where there is none.
-        devices: so many hold a part each of a chunk's logits.
+        weights_BK: float32, 0 where there is no target.
+        devices: number of devices that each hold a part of a chunk's logits.
     """
     rows, predictions, _ = hidden_BKD.shape
     chunk = chunk_length(rows, predictions, vocabulary, devices)
@@ -61,7 +61,7 @@ def _summed(head: Head, chunk: int, trained, hidden_BKD, targets_BK, weights_BK)
 
 
 def _summed_forward(head: Head, chunk: int, trained, hidden_BKD, targets_BK, weights_BK):
-    """The sum, and its gradients as if its own were 1."""
+    """The sum, and its gradients for an incoming gradient of 1."""
 
     def one(carry, parts):
         total, d_trained = carry
@@ -94,9 +94,9 @@ def _chunk_loss(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, jax.Arra
 
 
 def _exponentials_twice(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, jax.Array]:
-    """Nothing but the logits and their gradient is written to memory, where sums fuse with what they are of."""
+    """Write only the logits and their gradient to memory, on platforms that fuse a sum with its operand."""
     log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    # A masked sum and not a gather: the vocabulary may be split over devices.
+    # Use a masked sum instead of a gather: the vocabulary may be split over devices.
     is_target_BCV = _is_target_BCV(logits_BCV, targets_BC)
     picked_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
     d_logits_BCV = weights_BC[..., None] * (jnp.exp(logits_BCV - log_z_BC[..., None]) - is_target_BCV)
@@ -104,7 +104,7 @@ def _exponentials_twice(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, 
 
 
 def _exponentials_once(logits_BCV, targets_BC, weights_BC) -> tuple[jax.Array, jax.Array]:
-    """On CPU sums do not fuse with a mask, and slow the exponentials down that they fuse with."""
+    """Compute the exponentials once: on CPU, sums do not fuse with a mask, and fused sums slow exponentials down."""
     largest_BC = jnp.max(logits_BCV, axis=-1)
     exponentials_BCV = jax.lax.optimization_barrier(jnp.exp(logits_BCV - largest_BC[..., None]))
     sum_BC = jnp.sum(exponentials_BCV, axis=-1)

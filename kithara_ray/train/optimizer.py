@@ -1,6 +1,6 @@
 """Keras and optax optimizers behind one small interface of pure functions.
 
-A Keras optimizer is carried from the driver to the workers as its configuration; an optax transformation as itself.
+The driver sends a Keras optimizer to the workers as its configuration, and an optax transformation as it is.
 """
 
 import re
@@ -18,49 +18,49 @@ Params = dict[str, jax.Array]
 
 
 class Optimizer(Protocol):
-    """What the step needs of an optimizer; every method is pure and may be traced."""
+    """The interface that the step needs of an optimizer; every method is pure and may be traced."""
 
     def init(self, params: Params) -> Any: ...
 
     def update(self, grads: Params, state: Any, params: Params) -> tuple[Params, Any]: ...
 
     def learning_rate(self, state: Any) -> jax.Array:
-        """float32 scalar, NaN where the optimizer does not tell."""
+        """float32 scalar; NaN if the optimizer does not report it."""
         ...
 
 
-# In a serialised optimizer: what `exclude_from_weight_decay(var_names=...)` was given. Keras itself forgets it.
+# Key in a serialised optimizer for the argument of `exclude_from_weight_decay(var_names=...)`, which Keras omits.
 NO_DECAY = "exclude_from_weight_decay"
 
-# Keras optimizers that treat every element by itself, so that arrays may be stacked; the others see whole tensors.
+# Keras optimizers that update each element separately, so that arrays may be stacked; the others need whole tensors.
 _ELEMENTWISE = {"Adadelta", "Adagrad", "Adam", "AdamW", "Ftrl", "Lion", "Nadam", "RMSprop", "SGD"}
 
 
 def is_elementwise(kind: str, value: Any) -> bool:
-    """Whether an optimizer's update of an element depends on that element alone, or on the norm over all of them.
+    """True if an optimizer updates each element from that element only, or from the norm over all of them.
 
     Args:
         kind, value: ("keras", its serialised configuration) or ("optax", a transformation; it is a closed function).
     """
     if kind != "keras" or value["class_name"] not in _ELEMENTWISE or value["config"].get("clipnorm") is not None:
         return False
-    # A number in the pattern may tell one block from another.
+    # A number in the pattern may distinguish one block from another.
     return re.search(r"\d", value.get(NO_DECAY) or "") is None
 
 
 @dataclass
 class KerasOptimizer:
-    """A Keras optimizer over named arrays, through its `stateless_apply`; `init` comes first.
+    """A Keras optimizer over named arrays, through its `stateless_apply`. Call `init` first.
 
     Attributes:
-        config: what `keras.optimizers.serialize` gave, and NO_DECAY: a pattern of tensor names.
+        config: the result of `keras.optimizers.serialize`, plus NO_DECAY: a pattern of tensor names.
     """
 
     config: Mapping[str, Any]
 
     def init(self, params: Params) -> dict[str, jax.Array]:
-        """The optimizer's variables by their paths: what a checkpoint names them by."""
-        # A fresh one each time: under a trace its variables' first values belong to that trace.
+        """The optimizer's variables by their paths, which are their names in a checkpoint."""
+        # Make a new optimizer each time: under a trace, its variables' first values belong to that trace.
         config = dict(self.config)
         no_decay = config.pop(NO_DECAY, None)
         self._optimizer = keras.optimizers.deserialize(config)
@@ -68,7 +68,7 @@ class KerasOptimizer:
             self._optimizer.exclude_from_weight_decay(var_names=[no_decay])
         self._order = list(params)
         self._optimizer.build([keras.Variable(value, name=name.replace("/", "_")) for name, value in params.items()])
-        # Without the optimizer's own name, which Keras counts up in a process: adamw, adamw_1.
+        # Drop the optimizer's own name, which Keras numbers within a process: adamw, adamw_1.
         prefix = f"{self._optimizer.name}/"
         self._paths = [variable.path.removeprefix(prefix) for variable in self._optimizer.variables]
         assert len(set(self._paths)) == len(self._paths), "two of the optimizer's variables have one path"
@@ -109,6 +109,6 @@ class OptaxOptimizer:
         return optax.apply_updates(params, updates), state
 
     def learning_rate(self, state):
-        """Known only of `optax.inject_hyperparams`; an optax schedule is a closed function."""
+        """Known only with `optax.inject_hyperparams`; an optax schedule is a closed function."""
         hyperparams = getattr(state, "hyperparams", None) or {}
         return jax.numpy.asarray(hyperparams.get("learning_rate", np.nan), "float32")

@@ -1,4 +1,4 @@
-"""A user's optimizer as it is carried to the workers, which make it anew: see `kithara_ray.train.optimizer`."""
+"""A user's optimizer in the form that the workers receive and rebuild; see `kithara_ray.train.optimizer`."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from kithara_ray.model.runtime import without_tensorflow
 
 
 def portable(optimizer: Any) -> tuple[str, Any]:
-    """("keras", serialised configuration) or ("optax", the transformation itself).
+    """Serialise an optimizer: ("keras", its configuration) or ("optax", the transformation itself).
 
     Raises:
         ConfigError: it is neither a Keras optimizer nor an optax transformation.
-        UnsupportedError: it names variables, which are not there yet.
+        UnsupportedError: it refers to variables, which do not exist yet.
     """
     if hasattr(optimizer, "stateless_apply") and hasattr(optimizer, "get_config"):
         import keras
@@ -25,7 +25,7 @@ def portable(optimizer: Any) -> tuple[str, Any]:
                 "optimizer.exclude_from_weight_decay(var_list=...): the variables are made on the workers; give "
                 "var_names=[...], patterns of Hugging Face's tensor names such as 'norm' or 'embed_tokens'"
             )
-        # The name of train.optimizer.NO_DECAY, which a driver does not import.
+        # Same value as train.optimizer.NO_DECAY, a module that a driver does not import.
         return "keras", serialized | ({"exclude_from_weight_decay": pattern} if pattern else {})
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return "optax", optimizer

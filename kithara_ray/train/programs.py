@@ -8,18 +8,18 @@ from kithara_ray.train.step import Batch, abstract_batch
 
 
 class ByLength:
-    """One program for each length T that batches are padded to, called as (state, frozen, batch).
+    """One program for each length T that batches are padded to, called with (state, frozen, batch).
 
     Args:
-        compile: makes the program of batches with these shapes and shardings.
-        rows: of the global batch.
-        shapes: (T, K), ascending, as of `kithara_ray.train.step`.
+        compile: makes the program for batches with these shapes and shardings.
+        rows: rows of the global batch.
+        shapes: (T, K) pairs, ascending; see `kithara_ray.train.step`.
     """
 
     def __init__(
         self, compile: Callable[[Batch], Callable], model: CausalLM, rows: int, shapes: Sequence[tuple[int, int]]
     ):
-        # The largest first: if one does not fit, it is that.
+        # Compile the largest first: if any program does not fit, that one fails.
         self._programs = {
             length: compile(abstract_batch(model, rows, length, predictions))
             for length, predictions in reversed(shapes)

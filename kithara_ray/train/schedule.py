@@ -1,4 +1,4 @@
-"""Learning rates over a run: a linear warm-up, then constant, linear or cosine. By transformers' formulas."""
+"""Learning rates over a run: a linear warm-up, then constant, linear or cosine. The formulas are transformers'."""
 
 import math
 
@@ -11,13 +11,13 @@ SHAPES = ("constant", "linear", "cosine")
 
 @keras.saving.register_keras_serializable(package="kithara_ray")
 class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """From 0 to `peak` in `warmup_steps`, then by `shape` to `final` x peak at `total_steps`, and on at that.
+    """A warm-up from 0 to `peak`, then `shape` down to `final` x peak at `total_steps`, then constant.
 
     Args:
         peak: the learning rate after the warm-up.
-        shape: "constant" (total_steps and final mean nothing), "linear" or "cosine" (half a period).
+        shape: "constant" (ignores total_steps and final), "linear" or "cosine" (half a period).
         total_steps: optimizer steps of the run, warm-up included.
-        final: share of the peak.
+        final: fraction of the peak.
     """
 
     def __init__(

@@ -5,7 +5,7 @@
     batch  = {"token_ids", "segment_ids" (B, T) int32, "target_positions", "target_ids" (B, K) int32,
               "target_weights" (B, K) float32}                            see kithara_ray.sft.batches.collate
 
-The loss is the mean over the unmasked tokens of the *global* batch: rows that a host holds weigh by their tokens.
+The loss is the mean over the unmasked tokens of the *global* batch, so a host's rows count by their tokens.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Batch = dict[str, jax.Array]
 def summed_loss(
     model: CausalLM, params: Params, frozen: Frozen, batch: Batch, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum of weighted cross-entropy, sum of weights), both float32 scalars over the global batch."""
+    """Compute (sum of weighted cross-entropy, sum of weights): float32 scalars over the global batch."""
     hidden_BTD = model.hidden_BTD(params, frozen, batch["token_ids"], batch["segment_ids"], dropout_key)
     hidden_BKD = jnp.take_along_axis(hidden_BTD, batch["target_positions"][..., None], axis=1)
     head = model.head_weights(params, frozen)
@@ -48,10 +48,11 @@ def summed_loss(
 def loss_and_gradients(
     model: CausalLM, params: Params, frozen: Frozen, batch: Batch, dropout_key=None, micro_batches: int = 1
 ) -> tuple[jax.Array, Params]:
-    """The mean loss over the batch's unmasked tokens, float32, and its gradients, of the parameters' dtypes.
+    """Compute the mean loss over the batch's unmasked tokens, float32, and its gradients in the parameters' dtypes.
 
-    With `micro_batches` the rows go through the model in so many parts, one after the other. Each part is divided by
-    the tokens of the whole batch, so the parts add up to what the batch gives at once, however their tokens are spread.
+    With `micro_batches`, the rows pass through the model in that many parts, one after the other. Each part is divided
+    by the token count of the whole batch. The parts therefore add up to the full batch's result, however their tokens
+    are spread.
     """
     weight = jnp.maximum(jnp.sum(batch["target_weights"]), 1.0)
 
@@ -64,7 +65,7 @@ def loss_and_gradients(
     def add(total, part):
         return jax.tree.map(jnp.add, total, of(*part)), None
 
-    # In float32 whatever the parameters are.
+    # Accumulate in float32, whatever the parameters' dtypes are.
     zeros = jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
     keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
     parts = jax.tree.map(partial(_micro_batches, model, micro_batches), batch)
@@ -73,7 +74,7 @@ def loss_and_gradients(
 
 
 def _micro_batches(model: CausalLM, parts: int, array_BX: jax.Array) -> jax.Array:
-    """(parts, B / parts, ...): each part takes rows of every device, so no row moves."""
+    """Split into (parts, B / parts, ...): each part takes rows of every device, so no row moves."""
     rows, *rest = array_BX.shape
     split = jnp.swapaxes(array_BX.reshape(rows // parts, parts, *rest), 0, 1)
     return jax.lax.with_sharding_constraint(split, NamedSharding(model.mesh, PartitionSpec(None, BATCH_AXES)))
@@ -89,10 +90,10 @@ def train_step(
     seed: int = 0,
     skip_nonfinite: bool = False,
 ):
-    """(new state, {"loss", "learning_rate", "grad_norm"}): scalars, float32.
+    """Compute (new state, {"loss", "learning_rate", "grad_norm"}), the latter float32 scalars.
 
-    What dropout drops is a function of `seed` and the step. With `skip_nonfinite`, a step whose loss or gradient is not
-    finite changes neither parameters nor the optimizer's state.
+    The dropout mask is a function of `seed` and the step. With `skip_nonfinite`, a step whose loss or gradient is not
+    finite changes neither the parameters nor the optimizer's state.
     """
     key = jax.random.fold_in(jax.random.key(seed), state["step"]) if model.dropout else None
     loss, grads = loss_and_gradients(model, state["params"], frozen, batch, key, micro_batches)
@@ -111,7 +112,7 @@ def train_step(
 
 
 def initial_state(model: CausalLM, optimizer: Optimizer, params: Params) -> State:
-    """Step 0: the given parameters and the optimizer's first state, made where it lives.
+    """The state at step 0: the given parameters and the optimizer's first state, created where it lives.
 
     An optimizer array with a parameter's shape is split as that parameter is; any other is replicated.
     """
@@ -124,7 +125,7 @@ def initial_state(model: CausalLM, optimizer: Optimizer, params: Params) -> Stat
 
 
 def abstract_state(model: CausalLM, optimizer: Optimizer) -> State:
-    """What `initial_state` gives, without values: for compiling ahead of time."""
+    """The shapes and shardings of `initial_state`, without values, to compile ahead of time."""
     params = model.abstract_params()
 
     def make():
@@ -141,7 +142,7 @@ def abstract_state(model: CausalLM, optimizer: Optimizer) -> State:
 
 
 def abstract_batch(model: CausalLM, rows: int, seq_len: int, predictions: int) -> Batch:
-    """The shapes of a batch of so many rows over all devices."""
+    """The shapes of a batch with this many rows over all devices."""
     widths = {"token_ids": seq_len, "segment_ids": seq_len}
     widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), predictions)
     return {
@@ -167,7 +168,7 @@ def compile_step(
     seed: int = 0,
     skip_nonfinite: bool = False,
 ) -> Callable[[State, Frozen, Batch], tuple[State, dict[str, jax.Array]]]:
-    """The step compiled for these arrays' shapes and shardings. Its state argument is donated."""
+    """Compile the step for these arrays' shapes and shardings. Its state argument is donated."""
 
     def step(state, frozen, batch):
         return train_step(model, optimizer, state, frozen, batch, micro_batches, seed, skip_nonfinite)
@@ -185,7 +186,7 @@ def compile_step(
 def compile_eval(
     model: CausalLM, params: Params, frozen: Frozen, batch: Batch
 ) -> Callable[[Params, Frozen, Batch], tuple[jax.Array, jax.Array]]:
-    """The evaluation step compiled: (summed loss, summed weight) of one batch."""
+    """Compile the evaluation step: (summed loss, summed weight) of one batch."""
 
     def evaluate(params, frozen, batch):
         return summed_loss(model, params, frozen, batch)

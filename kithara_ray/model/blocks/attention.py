@@ -1,14 +1,14 @@
-"""Segment-aware causal attention in the place of KerasHub's own.
+"""Segment-aware causal attention that replaces KerasHub's own.
 
     B  rows    T  positions    N  query heads    K  key and value heads    G = N // K    H  head width
     Q  positions of a block of queries    S  positions of the keys that it may see
 
-A token attends to itself and to the tokens before it in its own segment: packed samples do not see each other, and no
-position is counted anew, since rotary attention depends on distances alone. On a TPU this is Pallas' splash kernel, and
-no T x T array exists; elsewhere XLA computes the same from masks.
+A token attends to itself and to the earlier tokens of its own segment, so packed samples do not see each other.
+Positions need no new numbering, since rotary attention depends only on distances. On a TPU, Pallas' splash kernel
+computes this without any T x T array. Elsewhere XLA computes the same from masks.
 
 KerasHub's decoder blocks build a T x T mask and hand it to their attention layer. `install` makes them hand over the
-segment ids instead, as a (B, T, 1) column. Decoding with a KV cache stays KerasHub's own.
+segment ids instead, as a (B, T, 1) column. Decoding with a KV cache still uses KerasHub's own attention.
 """
 
 import contextlib
@@ -29,28 +29,28 @@ from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
 from kithara_ray.sharding.mesh import BATCH_AXES
 
-# Splash computes in tiles of this many positions, or of the largest power of two below that divides the sequence.
+# Splash tile length in positions; if it does not divide the sequence, the largest smaller power of two that does.
 _MAX_TILE = 512
 _MIN_TILE = 128
-# XLA's blocks of queries: so short at least that the products stay efficient, so many at most that compiling does.
+# Limits of XLA's blocks of queries: shorter blocks make products inefficient, and more blocks slow compilation down.
 _MIN_QUERIES = 64
 _MAX_BLOCKS = 8
-# Name of what `remat="dots"` keeps in the place of the projections: rotated queries and keys, and values.
+# Name of the arrays that `remat="dots"` keeps instead of the projections: rotated queries and keys, and values.
 INPUTS = "attention inputs"
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# While a block is traced in parts: where what its attention gives is put down, or what it gives.
+# State while a block is traced in parts: the list that records its attention's output, or the output to return.
 _RECORD: ContextVar[list[jax.Array] | None] = ContextVar("what attention gave", default=None)
 _GIVEN: ContextVar[jax.Array | None] = ContextVar("what attention gives", default=None)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one layer's attention computes.
+    """Parameters of one layer's attention.
 
     Attributes:
-        scale: of the logits.
-        window: how many tokens a token sees, itself included; None sees all before it.
+        scale: factor of the logits.
+        window: number of tokens that a token sees, itself included; None sees all before it.
         soft_cap: logits become soft_cap * tanh(logits / soft_cap).
     """
 
@@ -60,21 +60,21 @@ class Settings:
 
 
 def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks_N=None) -> jax.Array:
-    """(B, T, N, H) by plain products, a block of queries at a time; logits and softmax in float32.
+    """Compute (B, T, N, H) by plain products, one block of queries at a time; logits and softmax are float32.
 
-    A block is multiplied with the keys that its tokens may see and with no later ones: half of a causal T x T product
-    is never computed, nor held at once.
+    Each block is multiplied only with the keys that its tokens may see. Half of a causal T x T product is therefore
+    never computed, nor held at once.
 
     Args:
         segments_BT: int; tokens of different segments do not see each other.
-        sinks_N: a further logit of each head that takes probability and has no value.
+        sinks_N: an extra logit of each head that takes probability but has no value.
     """
     b, t, n, h = q_BTNH.shape
     kv = k_BTKH.shape[2]
     q_BKGTH = jnp.transpose(q_BTNH.reshape(b, t, kv, n // kv, h), (0, 2, 3, 1, 4))
     k_BKTH, v_BKTH = (jnp.swapaxes(array, 1, 2) for array in (k_BTKH, v_BTKH))
     blocks = _query_blocks(t, settings.window)
-    # Not by slices: the gradient of those is a sum of padded arrays, that of a split their concatenation.
+    # Split instead of slicing: the gradient of slices is a sum of padded arrays; that of a split concatenates them.
     parts = jax.lax.split(q_BKGTH, [stop - start for start, stop, _ in blocks], axis=3)
     outs = []
     for q_BKGQH, (start, stop, first) in zip(parts, blocks, strict=True):
@@ -89,14 +89,14 @@ def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks
 
 
 def _query_blocks(t: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, end, first key that it may see) of each block of queries."""
+    """List (first query, end, first key that it may see) of each block of queries."""
     size = max(_MIN_QUERIES, -(-t // _MAX_BLOCKS))
     starts = range(0, t, size)
     return [(start, min(start + size, t), 0 if window is None else max(0, start - window + 1)) for start in starts]
 
 
 def _softmax(logits_BKGQS, seen_BQS, soft_cap: float | None, sinks_N) -> jax.Array:
-    """Over what is seen, soft-capped and with the sinks' share taken off."""
+    """Softmax over the visible keys, with logits soft-capped and the sinks' share taken off."""
     if soft_cap:
         logits_BKGQS = soft_cap * jnp.tanh(logits_BKGQS / soft_cap)
     logits_BKGQS = jnp.where(seen_BQS[:, None, None], logits_BKGQS, _MASKED)
@@ -111,13 +111,13 @@ def _softmax(logits_BKGQS, seen_BQS, soft_cap: float | None, sinks_N) -> jax.Arr
 def splash_attention(
     q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks_N=None, *, mesh: Mesh, interpret: bool = False
 ) -> jax.Array:
-    """The same by Pallas' TPU kernel: rows split over the batch axes, heads over `tensor`.
+    """Compute the same with Pallas' TPU kernel: rows split over the batch axes, heads over `tensor`.
 
     Args:
         interpret: run the kernel on any device, slowly; for tests.
 
     Raises:
-        UnsupportedError: the sequence is no multiple of 128, or `tensor` does not divide the key and value heads.
+        UnsupportedError: the sequence is not a multiple of 128, or `tensor` does not divide the key and value heads.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -165,7 +165,7 @@ def splash_attention(
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[jax.Array]]:
-    """Inside, what attention by segments gives, (B, T, N, H), is appended to the list."""
+    """Record the output of segment attention, (B, T, N, H), in the yielded list while this context is active."""
     outputs: list[jax.Array] = []
     token = _RECORD.set(outputs)
     try:
@@ -176,8 +176,10 @@ def recorded() -> Iterator[list[jax.Array]]:
 
 @contextlib.contextmanager
 def given(output: jax.Array) -> Iterator[None]:
-    """Inside, attention by segments gives this whatever it is asked, so queries, keys and values are computed for
-    nothing: nobody uses them, and the compiler leaves them out."""
+    """Make segment attention return this output for any input while this context is active.
+
+    Nothing then uses the queries, keys and values, so the compiler leaves them out.
+    """
     token = _GIVEN.set(output)
     try:
         yield
@@ -185,7 +187,7 @@ def given(output: jax.Array) -> Iterator[None]:
         _GIVEN.reset(token)
 
 
-# --- in the place of KerasHub's own ----------------------------------------------------------------------------------
+# --- replacement of KerasHub's own -----------------------------------------------------------------------------------
 
 
 def _gemma(block, layer) -> Settings:
@@ -215,7 +217,7 @@ def _qwen2(block, layer) -> Settings:
     return _windowed_by_layer(block, layer) if layer.use_sliding_window_attention else _unwindowed(block, layer)
 
 
-# By the class of the attention layer. KerasHub has no common interface for these.
+# Settings by the class of the attention layer. KerasHub has no common interface for these.
 _SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
     "LlamaAttention": _unwindowed,
     "SmolLM3Attention": _unwindowed,
@@ -230,10 +232,10 @@ _SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
     "GptOssAttention": _windowed_by_block,
 }
 
-# What the families call the padding mask and the cache that their mask's builder takes.
+# The families' names for the padding mask and the cache that their mask builders take.
 _PADDING_MASKS = ("decoder_padding_mask", "padding_mask")
 _CACHES = ("self_attention_cache", "cache")
-# Layers that repeat keys and values before they hand them to their attention.
+# Layers that repeat keys and values before they pass them to their attention.
 _REPEATED_BY_CALL = {
     "LlamaAttention", "SmolLM3Attention", "CachedMistralAttention", "CachedMixtralAttention", "QwenAttention",
     "Qwen3Attention", "Qwen3MoeAttention", "GptOssAttention",
@@ -241,10 +243,10 @@ _REPEATED_BY_CALL = {
 
 
 def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
-    """Make these decoder blocks attend by segments wherever they run without a KV cache.
+    """Make these decoder blocks attend within segments whenever they run without a KV cache.
 
     Raises:
-        UnsupportedError: a block whose attention is not known.
+        UnsupportedError: the library does not know a block's attention.
     """
     attend = xla_attention
     if mesh.devices.flat[0].platform == "tpu":
@@ -255,7 +257,7 @@ def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
 
 
 def settings_of(block: keras.layers.Layer) -> Settings:
-    """What a decoder block's attention computes."""
+    """The parameters of a decoder block's attention."""
     layer = _layer_of(block)
     return _SETTINGS[type(layer).__name__](block, layer)
 
@@ -268,8 +270,7 @@ def _layer_of(block: keras.layers.Layer) -> keras.layers.Layer:
 
 
 def _hand_over_segments(block: keras.layers.Layer) -> None:
-    """Make the block's mask the (B, T, 1) column of segment ids. Where none is attended to, as KerasHub asks of a mask,
-    is where the id is 0: on padding."""
+    """Replace the block's mask with the (B, T, 1) column of segment ids. Padding has id 0, which as a mask hides it."""
     original = keras_compat.mask_builder_of(block)
     signature = inspect.signature(original)
 
@@ -288,7 +289,7 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
     groups = keras_compat.take_repeats(layer) if type(layer).__name__ in _REPEATED_BY_CALL else 1
 
     def compute(query, key, value, attention_mask=None, *args, **kwargs):
-        # A mask of one column is not KerasHub's: its keys are as many as the positions of a cache, or of the sequence.
+        # KerasHub's own mask never has one column: it has one per key of the cache or of the sequence.
         if attention_mask is None or attention_mask.shape[-1] != 1:
             key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
             return original(query, key, value, attention_mask, *args, **kwargs)

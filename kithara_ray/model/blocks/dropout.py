@@ -1,4 +1,4 @@
-"""Dropout of what LoRA's side paths are given, as torch's: PEFT drops nothing else."""
+"""Dropout of the LoRA side paths' input, as torch computes it: PEFT drops nothing else."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from contextvars import ContextVar
 import jax
 import jax.numpy as jnp
 
-# The key of the pass that is being traced; None where nothing is dropped, as in evaluation.
+# The key of the pass being traced; None drops nothing, as in evaluation.
 _KEY: ContextVar[jax.Array | None] = ContextVar("dropout key", default=None)
 
 
 @contextlib.contextmanager
 def dropping(key: jax.Array | None) -> Iterator[None]:
-    """Inside, `dropped` drops by this key."""
+    """Make `dropped` use this key while this context is active."""
     token = _KEY.set(key)
     try:
         yield
@@ -22,10 +22,10 @@ def dropping(key: jax.Array | None) -> Iterator[None]:
 
 
 def dropped(x: jax.Array, rate: float, number: int) -> jax.Array:
-    """`x` with a share `rate` of its elements zero and the others scaled by 1 / (1 - rate), so that its mean stays.
+    """`x` with a fraction `rate` of its elements zeroed and the others scaled by 1 / (1 - rate), which keeps its mean.
 
     Args:
-        number: of the layer; layers of one pass drop different elements.
+        number: the layer's number; layers of one pass drop different elements.
     """
     key = _KEY.get()
     if key is None or rate == 0:

@@ -1,13 +1,15 @@
-"""Looking up embeddings in a table that is split over its vocabulary.
+"""Embedding lookup in a table that is split over its vocabulary.
 
     B  rows of a data group    T  positions    C  positions of a chunk    V  vocabulary    D  hidden width
     n  devices of a data group
 
-As XLA partitions it by itself, every device looks up all tokens of the group in its own part of the vocabulary and the
-results are summed: (B, T, D) of all rows stands on each device, beside what it is the sum of, which no larger slice
-makes smaller. There are two ways here. The table is turned, so that each device has D/n of every token, then the found
-vectors are: (V + B T) D / n elements are moved. Where that is more than B T D, of few tokens, they are looked up as XLA
-does it, but a chunk of positions at a time, and each row's sum goes to the devices that hold the row.
+By default, XLA makes every device look up all tokens of the group in its own part of the vocabulary, and sums the
+results. Each device then holds (B, T, D) of all rows, and also the summands. A larger slice does not reduce that.
+
+This module has two other ways. The first turns the table, so that each device has D/n of every token, and then turns
+the vectors it found. It moves (V + B T) D / n elements. If that exceeds B T D, as with few tokens, the second way
+applies. It looks tokens up as XLA does, but one chunk of positions at a time. Each row's sum goes to the devices that
+hold the row.
 """
 
 from collections.abc import Callable
@@ -21,12 +23,12 @@ from kithara_ray.sharding.mesh import BATCH_AXES
 
 LookUp = Callable[[jax.Array], jax.Array]
 
-# Elements that are looked up at once, 64 MiB of bfloat16, unless one position of all rows has more.
+# Limit of elements in one lookup, 64 MiB of bfloat16, unless one position of all rows has more.
 _CHUNK_ELEMENTS = 2**25
 
 
 def install(layer: keras.layers.Layer, mesh: Mesh) -> None:
-    """Make this embedding look up its tokens so; a head that shares the table is left alone."""
+    """Make this embedding look up its tokens in these ways; a head that shares the table stays as it is."""
     ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
     if ways == 1 or layer.input_dim % ways:
         return
@@ -52,7 +54,7 @@ def _turned(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
     def look_up(ids_BT):
-        # One axis at a time, the last one of a dim first: XLA does these by all-to-alls, others by gathering all.
+        # Move one axis at a time, the last one of a dim first: XLA then uses all-to-alls instead of gathering all.
         table_VD = split(split(layer.embeddings.value, "fsdp", "tensor"), None, ("tensor", "fsdp"))
         with keras.StatelessScope(state_mapping=[(layer.embeddings, table_VD)]):
             found_BTD = original(split(ids_BT, "data"))
@@ -69,7 +71,7 @@ def _in_parts(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
 
         def look_up(ids_BC):
             own = ids_BC - first
-            # As the layer does: in the precision of the products.
+            # Use the precision of the products, as the layer does.
             found_BCD = jnp.take(table_VD, own, axis=0, mode="clip").astype(layer.compute_dtype)
             found_BCD = jnp.where(((own >= 0) & (own < part))[..., None], found_BCD, 0)
             return jax.lax.psum(jax.lax.psum_scatter(found_BCD, "fsdp", tiled=True), "tensor")
@@ -91,6 +93,6 @@ def _in_parts(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
 
 
 def _chunk_length(positions: int, bound: int) -> int:
-    """The largest divisor within `bound`; all where none comes near: the lengths of a TPU are multiples of 128."""
+    """The largest divisor within `bound`; all positions if no divisor comes near: TPU lengths are multiples of 128."""
     longest = max(c for c in range(1, positions + 1) if positions % c == 0 and c <= max(1, bound))
     return longest if 2 * longest > bound else positions

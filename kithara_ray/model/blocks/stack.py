@@ -1,11 +1,12 @@
 """Equal decoder blocks as one scan over stacked weights, each block rematerialised.
 
-A KerasHub backbone is a functional graph: inputs, some layers, a chain of decoder blocks, some layers. The chain is
-found in the graph and run as `lax.scan`: one compiled body, whatever the depth. Blocks that differ in configuration
-(gemma's sliding and global pairs) make a period of more than one block; what is left over runs behind the scan.
+A KerasHub backbone is a functional graph: inputs, some layers, a chain of decoder blocks, some layers. This module
+finds the chain in the graph and runs it as `lax.scan`: one compiled body at any depth. Blocks that differ in
+configuration (gemma's sliding and global pairs) form a period of more than one block. Leftover blocks run after the
+scan.
 
-Of long rows a block is run in parts: its attention over all positions, then all else, in which no position looks at
-another, over chunks of them. The widest arrays of a block, those inside its MLP, exist of one chunk at a time.
+For long rows, a block runs in parts: its attention over all positions, then the rest over chunks of positions. In the
+rest, no position looks at another. The block's widest arrays, those inside its MLP, exist for one chunk at a time.
 
     N  blocks of the model    P  blocks of a period    S = N // P  steps of the scan
     B  rows    T  positions    C  positions of a chunk    D  hidden width
@@ -38,7 +39,7 @@ _POLICIES = {
     "nested": None,
 }
 
-# What LoRA tells a layer and that differs between equal layers.
+# Attributes that LoRA sets on a layer and that differ between otherwise equal layers.
 _OWN_NAMES = ("lora_number",)
 
 
@@ -47,7 +48,7 @@ class Chain:
     """The decoder blocks of a backbone.
 
     Attributes:
-        blocks: in order, N of them.
+        blocks: the N blocks in order.
         period: P, the smallest for which block i equals block i - P.
     """
 
@@ -59,7 +60,7 @@ class Chain:
         return len(self.blocks) // self.period
 
     def peers(self) -> IdentityMap[keras.Variable, tuple[keras.Variable, ...]]:
-        """The same variable of every step, for every variable of the scanned blocks."""
+        """Map every variable of the scanned blocks to the same variable of every step."""
         scanned = self.blocks[: self.steps * self.period]
         groups = (
             group
@@ -70,7 +71,7 @@ class Chain:
 
 
 def find_chain(backbone: keras.Model) -> Chain:
-    """The backbone's decoder blocks and their period.
+    """Find the backbone's decoder blocks and their period.
 
     Raises:
         UnsupportedError: the backbone has no `transformer_layers`.
@@ -84,7 +85,7 @@ def find_chain(backbone: keras.Model) -> Chain:
 
 
 def _kind(block: keras.layers.Layer) -> str:
-    """What must be equal for two blocks to share one program: settings of all their layers, shapes of all variables."""
+    """Key that two blocks share if one program fits both: settings of all layers, shapes of all variables."""
     layers = [_settings(layer) for layer in keras_compat.all_layers(block)]
     return json.dumps([layers, [tuple(variable.shape) for variable in block.variables]], sort_keys=True)
 
@@ -96,16 +97,16 @@ def _settings(layer: keras.layers.Layer) -> list:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over a chain computes with, and how.
+    """Inputs and settings of one pass over a chain.
 
     Attributes:
-        values_of: the arrays of one block behind the scan, in the order of its `variables`.
-        scanned: for each place of the period, for each variable of its block, an array (S, ...) of all steps.
-        gather: makes one variable's value what its block computes with, just before it runs.
-        place: puts the activations between blocks where they belong.
+        values_of: gives the arrays of one block after the scan, in the order of its `variables`.
+        scanned: for each place of the period and each variable of its block, an array (S, ...) of all steps.
+        gather: converts one variable's value to the one its block computes with, just before the block runs.
+        place: puts the activations between blocks into their layout.
         remat: one of `options.REMAT`.
-        chunk: C, of `options.chunk_length`.
-        dropout_key: of this pass; None drops nothing. Every block has its own.
+        chunk: C, the result of `options.chunk_length`.
+        dropout_key: the key of this pass; None drops nothing. Every block has its own.
     """
 
     values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]]
@@ -118,10 +119,10 @@ class Pass:
 
 
 def run(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], how: Pass) -> jax.Array:
-    """The backbone's output for `inputs`, its chain scanned.
+    """Compute the backbone's output for `inputs`, with its chain scanned.
 
     Args:
-        inputs: by the names of the backbone's inputs. Other variables than the chain's must be bound already.
+        inputs: arrays by the names of the backbone's inputs. Variables outside the chain must be bound already.
     """
     first, last = chain.blocks[0], chain.blocks[-1]
     known = IdentityMap((symbolic, inputs[symbolic.name]) for symbolic in backbone.inputs)
@@ -132,7 +133,7 @@ def run(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], ho
         outputs = node.outputs
         if node.operation is first:
             result = _run_chain(chain, args[0], kwargs, how)
-            # A block may also give its keys and values, for other blocks; none here takes them.
+            # A block may also return its keys and values for other blocks; no block here takes them.
             outputs = [keras_compat.first_output_of(last)]
         else:
             result = node.operation(*args, **kwargs)
@@ -178,9 +179,9 @@ def _output(block: keras.layers.Layer, x: jax.Array, kwargs: Mapping) -> jax.Arr
 
 
 def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array | None) -> jax.Array:
-    """The block's output, all behind its attention a chunk of positions at a time, each rematerialised."""
+    """Compute the block's output; after attention, one chunk of positions at a time, each rematerialised."""
     with attention.recorded() as outputs:
-        # Of what is traced here nothing is used but what attention gives.
+        # Only the output of attention is used from this trace.
         _output(block, x_BTD, kwargs)
     (attended_BTNH,) = outputs
     rows, positions = x_BTD.shape[:2]
@@ -204,7 +205,7 @@ def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array 
 
 
 def _scan_in_groups(body, x, steps, groups: int) -> jax.Array:
-    """`lax.scan` over the steps; in groups, of which only the inputs are kept, where there are several."""
+    """Run `lax.scan` over the steps; with several groups, keep only each group's inputs."""
     if groups == 1:
         return jax.lax.scan(body, x, steps)[0]
 

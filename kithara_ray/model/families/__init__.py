@@ -1,8 +1,8 @@
-"""What must be put right, family by family, before KerasHub computes what Hugging Face's config says.
+"""Corrections, family by family, that KerasHub needs to compute what Hugging Face's config says.
 
-A family is listed here when its parity test (tests/model/test_parity.py) is in the suite. Everything else is refused
-by name before a weight is read: KerasHub's converters drop fields silently, and a silent wrong model is worse
-than none.
+A family is listed here once its parity test (tests/model/test_parity.py) is in the suite. Every other family is refused
+by name before a weight is read. KerasHub's converters drop fields silently, and a silently wrong model is worse than
+none.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _REFUSED = {
 
 
 def family_of(config: Mapping) -> Family:
-    """The family of a Hugging Face config, its fields checked.
+    """Look up the family of a Hugging Face config and check the config's fields.
 
     Raises:
         UnsupportedError: an unknown `model_type`, or a field that KerasHub cannot express.

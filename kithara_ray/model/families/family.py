@@ -1,4 +1,4 @@
-"""What a family is, and what several of them check."""
+"""The definition of a family, and the checks that several families share."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ def _as_it_is(config: Mapping) -> dict:
 
 
 def with_defaults(**fields: Any) -> Callable[[Mapping], dict]:
-    """A `complete` that fills in transformers' values of fields that a config.json may leave out."""
+    """Make a `complete` that fills in transformers' values of fields that a config.json may leave out."""
     return lambda config: fields | dict(config)
 
 
@@ -23,14 +23,14 @@ class Family:
     """One `model_type` of Hugging Face.
 
     Attributes:
-        converter: name of KerasHub's converter, of `keras_compat.converter_of`.
+        converter: name of KerasHub's converter, for `keras_compat.converter_of`.
         causal_lm: class name in `keras_hub.models`.
         check: raises UnsupportedError for fields that KerasHub cannot express.
-        correct: changes the backbone's keyword arguments that the converter made.
+        correct: changes the keyword arguments that the converter made for the backbone.
         finish: changes the built backbone.
-        complete: the config with what transformers would fill in.
-        takes_dtype: whether the backbone hands its dtype on to its layers; else they are built under a global policy.
-        quantisations: of checkpoints that are dequantised where they are read.
+        complete: returns the config with the values that transformers would fill in.
+        takes_dtype: True if the backbone hands its dtype on to its layers; if not, a global policy sets theirs.
+        quantisations: quantisation methods of checkpoints that are dequantised as they are read.
     """
 
     converter: str
@@ -43,7 +43,7 @@ class Family:
     quantisations: tuple[str, ...] = ()
 
     def build(self, config: Mapping, dtype_policy):
-        """The backbone that a checked config describes.
+        """Build the backbone that a checked config describes.
 
         Raises:
             UnsupportedError: the config lacks a field that the converter reads.
@@ -63,7 +63,7 @@ class Family:
 
 
 def completed(family: Family, config: Mapping) -> dict:
-    """The config with its defaults, and its rope settings where transformers 5 writes them and converters look."""
+    """Fill in the config's defaults, and put its rope settings where transformers 5 and the converters have them."""
     whole = family.complete(config)
     rope = rope_of(whole)
     former = ("rope_scaling", "rope_theta", "rope_local_base_freq")
@@ -72,7 +72,7 @@ def completed(family: Family, config: Mapping) -> dict:
 
 @contextlib.contextmanager
 def fields_needed(config: Mapping) -> Iterator[None]:
-    """A field that is read in here and is not there is refused by name; one that is something else, with the cause."""
+    """Refuse a config that lacks a field read in this context, by name, or has a malformed one, with the cause."""
     try:
         yield
     except KeyError as error:
@@ -116,7 +116,7 @@ def expect(config: Mapping, **allowed: tuple) -> None:
 
 
 def rope_of(config: Mapping) -> dict:
-    """The rope settings under either of the names that transformers has written them; by layer type for gemma3."""
+    """The rope settings under either of transformers' names for them; by layer type for gemma3."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if "full_attention" in rope:
         return rope
@@ -140,9 +140,9 @@ def check_derived_head_dim(config: Mapping) -> None:
 
 
 def check_no_window(config: Mapping) -> None:
-    """Refuse blocks of a sliding window where KerasHub puts it on all blocks or on none.
+    """Refuse a sliding window on some of the blocks only: KerasHub puts it on all blocks or on none.
 
-    As transformers: without `layer_types`, the window begins at block `max_window_layers`.
+    Without `layer_types`, the window begins at block `max_window_layers`, as in transformers.
     """
     if not config.get("use_sliding_window") or not config.get("sliding_window"):
         return

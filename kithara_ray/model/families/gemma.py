@@ -1,4 +1,4 @@
-"""gemma, gemma2 and gemma3's text model: what KerasHub drops of them."""
+"""Corrections for gemma, gemma2 and gemma3's text model, whose settings KerasHub drops in part."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ _NORMS = ("pre_attention_norm", "post_attention_norm", "pre_ffw_norm", "post_ffw
 
 def _check_every(config: Mapping) -> None:
     tanh = ("gelu_pytorch_tanh", None)
-    # Of gemma, "gelu" is a legacy value that transformers reads as the tanh approximation too.
+    # transformers also reads gemma's legacy value "gelu" as the tanh approximation.
     expect(config, **({"hidden_act": (*tanh, "gelu")} if config["model_type"] == "gemma" else {}))
     expect(config, **({"hidden_activation": tanh} if config["model_type"] != "gemma" else {}))
     expect(config, attention_bias=(False, None), attention_dropout=(0.0, None), tie_word_embeddings=(True, None))
@@ -52,7 +52,7 @@ def _finish(config: Mapping, backbone) -> None:
     normalize = config.get("query_pre_attn_scalar", config["head_dim"]) == config["head_dim"]
     for block in backbone.transformer_layers:
         block.attention.query_head_dim_normalize = normalize
-        # and keeps the norms' default epsilon.
+        # The block also keeps the norms' default epsilon.
         for name in _NORMS:
             if hasattr(block, name):
                 getattr(block, name).epsilon = config["rms_norm_eps"]
@@ -62,7 +62,7 @@ def _finish(config: Mapping, backbone) -> None:
 
 
 def _complete_gemma3(config: Mapping) -> dict:
-    """Rope settings by layer type, as transformers 5 writes them; before, `rope_scaling` was the full layers'."""
+    """Rope settings by layer type, as transformers 5 writes them; formerly, `rope_scaling` was for full layers only."""
     whole = dict(config)
     given = whole.get("rope_parameters") or {}
     rope = {kind: dict(given.get(kind) or {}) for kind in ("full_attention", "sliding_attention")}

@@ -1,4 +1,4 @@
-"""gemma4's text model, of one dense MLP a block: what KerasHub drops of it, and a block that LoRA can adapt."""
+"""Corrections for gemma4's text model with one dense MLP per block, and a block that LoRA can adapt."""
 
 import functools
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _ROPE = {
 
 
 def _complete(config: Mapping) -> dict:
-    """transformers 5 writes what full layers have of their own as `per_layer_config`; files of before as `global_*`."""
+    """Convert older `global_*` fields of the full layers to transformers 5's `per_layer_config`, and add defaults."""
     whole = _DEFAULTS | dict(config)
     whole["rope_parameters"] = whole.get("rope_parameters") or _ROPE
     layers = whole["num_hidden_layers"]
@@ -42,7 +42,7 @@ def _complete(config: Mapping) -> dict:
 def _check(config: Mapping) -> None:
     expect(config, hidden_activation=("gelu_pytorch_tanh", None), tie_word_embeddings=(True, None))
     expect(config, attention_bias=_ABSENT, attention_dropout=(0.0, None))
-    # "vision" lets the tokens of an image see each other; a text has none.
+    # "vision" lets the tokens of an image see each other; text has none.
     expect(config, use_bidirectional_attention=(None, "vision"))
     if config["num_kv_shared_layers"]:
         refuse(config, "num_kv_shared_layers", "blocks that share keys and values cannot be scanned here")
@@ -59,7 +59,7 @@ def _check(config: Mapping) -> None:
 
 
 def _full_layers(config: Mapping) -> Mapping:
-    """What the full layers have of their own."""
+    """The settings in which full layers differ from the others."""
     kinds = config["layer_types"]
     own = {int(layer): dict(fields) for layer, fields in config["per_layer_config"].items()}
     full = own.get(kinds.index("full_attention"), {})
@@ -74,7 +74,7 @@ def _full_layers(config: Mapping) -> Mapping:
 def _correct(config: Mapping, kwargs: dict) -> None:
     full = _full_layers(config)
     kwargs["global_head_dim"] = full.get("head_dim", config["head_dim"])
-    # Given, it says to KerasHub that full layers take their keys for values.
+    # A value tells KerasHub that full layers use their keys as values.
     kv_heads = full.get("num_key_value_heads", config["num_key_value_heads"])
     kwargs["num_global_key_value_heads"] = kv_heads if config["attention_k_eq_v"] else None
     rope = config["rope_parameters"]["full_attention"]
@@ -92,7 +92,7 @@ def _block_class() -> type:
     import keras
 
     class Gemma4DenseBlock(keras_compat.gemma4_text_block()):
-        """KerasHub's multiplies by the kernels of its MLP's layers; this one calls the layers, which LoRA adapts.
+        """A block that calls its MLP's layers, so that LoRA can adapt them; KerasHub's multiplies by their kernels.
 
         `call` keeps the signature that Keras has cached for the block.
         """

@@ -1,4 +1,4 @@
-"""gpt_oss: what KerasHub drops of it. Its experts are read from MXFP4, as published, or from float tensors."""
+"""Corrections for gpt_oss. Its experts are read from MXFP4, as published, or from float tensors."""
 
 from collections.abc import Mapping
 
@@ -37,7 +37,7 @@ def _check(config: Mapping) -> None:
 
 
 def _correct(config: Mapping, kwargs: dict) -> None:
-    # Blocks that also give their routers' logits would give a tuple.
+    # A block that also returned its router's logits would return a tuple.
     kwargs["output_router_logits"] = False
 
 
@@ -45,14 +45,14 @@ def _finish(config: Mapping, backbone) -> None:
     rope = config["rope_parameters"]
     for block, kind in zip(backbone.transformer_layers, config["layer_types"], strict=True):
         attention, moe = block.self_attention_layer, block.sparse_moe_block
-        # KerasHub hardcodes that the second block and every other from there has a window.
+        # KerasHub hardcodes a window for every second block, starting with the second.
         block.sliding_window = config["sliding_window"] if kind == "sliding_attention" else None
-        # Where it decodes with a cache, its windows hold one token more than they say.
+        # When KerasHub decodes with a cache, its windows hold one token more than stated.
         attention.sliding_window = None if block.sliding_window is None else block.sliding_window - 1
         rotary = attention.rotary_embedding_layer
         rotary.rope_type, rotary.scaling_factor = "linear", 1.0
         if rope["rope_type"] == "yarn":
-            # It hardcodes all of these but the factor, which it reads where transformers 5 does not write it.
+            # KerasHub hardcodes all of these but the factor, which it reads from a place transformers 5 leaves empty.
             rotary.rope_type, rotary.scaling_factor = "yarn", rope["factor"]
             rotary.beta_fast, rotary.beta_slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
             rotary.original_max_position_embeddings = rope["original_max_position_embeddings"]
@@ -63,7 +63,7 @@ def _finish(config: Mapping, backbone) -> None:
 
 
 def _scores_as_given(router) -> None:
-    """Scores in the dtype of what the router is given: the experts' outputs are multiplied by them."""
+    """Cast scores to the dtype of the router's input, because the experts' outputs are multiplied by them."""
     import keras
 
     original = router.call

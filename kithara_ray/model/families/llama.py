@@ -1,4 +1,4 @@
-"""llama (Llama 3, 3.1, 3.2, SmolLM2), mistral, qwen2, qwen3, smollm3: what KerasHub drops of them."""
+"""Corrections for llama (Llama 3, 3.1, 3.2, SmolLM2), mistral, qwen2, qwen3 and smollm3."""
 
 from collections.abc import Mapping
 
@@ -38,13 +38,13 @@ def _correct_llama(config: Mapping, kwargs: dict) -> None:
 
 
 def _check_mistral(config: Mapping) -> None:
-    # KerasHub's mistral has a head of its own always.
+    # KerasHub's mistral always has a separate head.
     expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT, attention_dropout=_NO_DROPOUT)
     check_rope(config, "default")
 
 
 def _check_qwen2(config: Mapping) -> None:
-    # Biases of q, k and v are there whatever `attention_bias` says, in both libraries.
+    # Both libraries use biases of q, k and v, whatever `attention_bias` says.
     expect(config, hidden_act=("silu",), attention_dropout=_NO_DROPOUT)
     check_derived_head_dim(config)
     check_rope(config, "default")
@@ -52,7 +52,7 @@ def _check_qwen2(config: Mapping) -> None:
 
 
 def _correct_qwen2(config: Mapping, kwargs: dict) -> None:
-    # The backbone has no argument of this name; no block has a window, see check_no_window.
+    # The backbone has no argument with this name; no block has a window, see check_no_window.
     del kwargs["use_sliding_window"], kwargs["sliding_window_size"]
 
 
@@ -76,7 +76,7 @@ def _finish_qwen3(config: Mapping, backbone) -> None:
 def _complete_smollm3(config: Mapping) -> dict:
     whole = {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "rope_theta": 2e6} | dict(config)
     layers, interval = whole["num_hidden_layers"], whole.get("no_rope_layer_interval", 4)
-    # Despite its name, 1 says that a block rotates.
+    # Despite the field's name, 1 means that a block rotates.
     if whole.get("no_rope_layers") is None:
         whole["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(layers)]
     whole["layer_types"] = whole.get("layer_types") or ["full_attention"] * layers
@@ -93,9 +93,9 @@ def _check_smollm3(config: Mapping) -> None:
 
 def _finish_smollm3(config: Mapping, backbone) -> None:
     for block in backbone.transformer_layers:
-        # Read while a block is made and no longer; it would tell equal blocks apart.
+        # KerasHub reads this only while it builds a block; later it would make equal blocks look different.
         block.layer_idx = block.self_attn.layer_idx = 0
-        # A constant that KerasHub keeps as a variable which no tensor feeds.
+        # KerasHub keeps this constant as a variable, which no tensor feeds.
         rotary = block.self_attn.rotary_embedding
         keras_compat.forget_variable(rotary, rotary.inv_freq)
         exponents = np.arange(0, rotary.head_dim, 2, dtype=np.float32) / np.float32(rotary.head_dim)

@@ -1,7 +1,7 @@
-"""Mixtures of experts, mixtral and qwen3_moe: what KerasHub drops of them.
+"""Corrections for the mixtures of experts mixtral and qwen3_moe.
 
-KerasHub computes every expert for every token and weighs the results, most of them by 0: the same sum as transformers',
-at the cost of all experts. A token's experts depend on that token alone, so padding changes nothing.
+KerasHub computes every expert for every token and weights the results, most of them by 0. The sum equals transformers',
+at the cost of all experts. A token's experts depend only on that token, so padding changes nothing.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,10 @@ def check_routing(config: Mapping) -> None:
 
 
 def route_in_float32(router) -> None:
-    """transformers takes the softmax in float32. In bfloat16 many experts' probabilities are equal, and which of them
-    are chosen would be chance."""
+    """Compute the router's softmax in float32, as transformers does.
+
+    In bfloat16 many experts' probabilities are equal, and chance would decide which are chosen.
+    """
     import keras
 
     router.dtype_policy = keras.DTypePolicy("float32")
@@ -39,7 +41,7 @@ def route_in_float32(router) -> None:
 
 
 def _check_mixtral(config: Mapping) -> None:
-    # KerasHub's mixtral has a head of its own always.
+    # KerasHub's mixtral always has a separate head.
     expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT, attention_dropout=_OFF, router_jitter_noise=_OFF)
     check_routing(config)
     check_derived_head_dim(config)
@@ -47,7 +49,7 @@ def _check_mixtral(config: Mapping) -> None:
 
 
 def _correct_mixtral(config: Mapping, kwargs: dict) -> None:
-    # Blocks that also give their routers' logits would give a tuple.
+    # A block that also returned its router's logits would return a tuple.
     kwargs["output_router_logits"] = False
 
 
@@ -60,7 +62,10 @@ def _finish_mixtral(config: Mapping, backbone) -> None:
 
 
 def _complete_qwen3_moe(config: Mapping) -> dict:
-    """transformers 5 writes `num_local_experts` for `num_experts`, and no `head_dim` where it is hidden/heads."""
+    """Fill in defaults, and two fields that transformers 5 may omit.
+
+    It writes `num_local_experts` instead of `num_experts`, and no `head_dim` if that is hidden/heads.
+    """
     defaults = dict(tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, norm_topk_prob=False)
     whole = defaults | dict(decoder_sparse_step=1, router_aux_loss_coef=0.001) | dict(config)
     whole["mlp_only_layers"] = whole.get("mlp_only_layers") or []

@@ -1,9 +1,9 @@
-"""Which Hugging Face tensor feeds which part of which Keras variable.
+"""A map from Hugging Face tensors to the parts of Keras variables that they feed.
 
-There are no mapping tables here. KerasHub's own converter is run once with a loader that records instead of reading:
-every call `port_weight(keras_variable, hf_weight_key, hook_fn)` is one line of the map. Converters of mixtures of
-experts ask for each expert's tensors, transpose and stack them, and assign the result to one variable: what numpy does
-there is recorded too, so that a variable is known by its parts and is still read slice by slice.
+There are no mapping tables here. KerasHub's own converter runs once with a loader that records instead of reading.
+Every call `port_weight(keras_variable, hf_weight_key, hook_fn)` is one line of the map. Converters of mixtures of
+experts request each expert's tensors, transpose and stack them, and assign the result to one variable. The recorder
+covers these numpy calls too, so it knows every part of a variable and can still read it slice by slice.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def _unchanged(tensor: np.ndarray, _shape: Sequence[int]) -> np.ndarray:
 
 
 class _Uncast(np.ndarray):
-    """An array that keeps its dtype: mistral's converter casts every tensor to float16, which rounds and reads it."""
+    """An array that keeps its dtype: mistral's converter casts tensors to float16, which would read and round them."""
 
     def astype(self, *args, **kwargs) -> np.ndarray:
         return self
@@ -37,13 +37,13 @@ class _Uncast(np.ndarray):
 
 @dataclass(frozen=True)
 class Piece:
-    """One HF tensor and the part of a variable that it is: `variable[index] == transform(tensor, shape)`.
+    """One HF tensor and its part of a variable: `variable[index] == transform(tensor, shape)`.
 
     Attributes:
         hf_name: the tensor's name in the checkpoint.
-        transform: HF layout to Keras layout; a transpose or a reshape, so a view of a mapped tensor stays a view.
-        index: for each dim of the variable a slice, or an int where the part has no such dim.
-        shape: of the part.
+        transform: converts HF layout to Keras layout by a transpose or a reshape; a mapped tensor stays a view.
+        index: for each dim of the variable a slice, or an int if the part lacks the dim.
+        shape: the part's shape.
     """
 
     hf_name: str
@@ -52,7 +52,7 @@ class Piece:
     shape: tuple[int, ...]
 
     def view(self, base: BaseCheckpoint) -> np.ndarray | mxfp4.Packed:
-        """The part in Keras' layout, unread until it is sliced."""
+        """The part in Keras' layout; nothing is read before it is sliced."""
         tensor = mxfp4.view(base, self.hf_name)
         view = self.of(tensor)
         if tuple(view.shape) != self.shape:
@@ -63,7 +63,7 @@ class Piece:
         return view
 
     def of(self, tensor: np.ndarray | mxfp4.Packed) -> np.ndarray | mxfp4.Packed:
-        """What the transform makes of a tensor: a view of it, where it is an array."""
+        """Apply the transform to a tensor; the result for an array is a view of it."""
         if isinstance(tensor, mxfp4.Packed):
             return self.transform(tensor, list(self.shape))
         return self.transform(tensor.view(_Uncast), list(self.shape)).view(np.ndarray)
@@ -71,11 +71,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Port:
-    """One Keras variable and the HF tensors it is read from, which tile it.
+    """One Keras variable and the HF tensors that tile it.
 
     Attributes:
         variable: the `keras.Variable`.
-        pieces: one, or one for each expert's tensors.
+        pieces: one piece, or one for each expert's tensors.
     """
 
     variable: object
@@ -87,23 +87,23 @@ class Port:
 
     @property
     def hf_name(self) -> str:
-        """Of its tensor, or of the first of them."""
+        """The name of the variable's tensor, or of the first one."""
         return self.pieces[0].hf_name
 
     @property
     def tiled_dims(self) -> tuple[int, ...]:
-        """The dims along which its tensors stand beside each other."""
+        """The dims along which the tensors are stacked."""
         return tuple(dim for dim, index in enumerate(self.pieces[0].index) if isinstance(index, int))
 
     def view(self, base: BaseCheckpoint) -> "np.ndarray | Tiled":
-        """The variable's value, unread until it is sliced."""
+        """The variable's value; nothing is read before it is sliced."""
         if len(self.pieces) == 1:
             return self.pieces[0].view(base)
         return Tiled(self.shape, [(piece.index, piece.view(base)) for piece in self.pieces])
 
 
 class Tiled:
-    """An array made of views that stand beside each other; a slice of it reads only what it holds of each."""
+    """An array made of adjacent views; a slice of it reads only the part it needs of each."""
 
     def __init__(self, shape: tuple[int, ...], tiles: Sequence[tuple[tuple[slice | int, ...], np.ndarray]]):
         self.shape, self.dtype = shape, holding([view.dtype for _, view in tiles])
@@ -124,7 +124,7 @@ class Tiled:
 
 
 def holding(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The smallest dtype that holds the values of all of these exactly: float32 for bfloat16 beside float16."""
+    """The smallest dtype that holds the values of all these exactly: float32 for bfloat16 with float16."""
     return functools.reduce(jnp.promote_types, dtypes)
 
 
@@ -140,7 +140,7 @@ def _relative(part: range, whole: range) -> slice:
 
 
 class _Symbol:
-    """What stands for an HF tensor in a converter that computes by itself."""
+    """A stand-in for an HF tensor in a converter that does its own numpy computation."""
 
     def __array_function__(self, function, types, args, kwargs):
         if function is np.transpose and isinstance(args[0], _Tensor):
@@ -152,7 +152,7 @@ class _Symbol:
         raise UnsupportedError(f"KerasHub's converter does np.{function.__name__} to a weight; that is not recorded")
 
     def pieces(self, shape: Sequence[int], index: Sequence[slice | int], dims: Sequence[int]) -> Iterator[Piece]:
-        """Its tensors, when it is the part `index` of a variable; `dims` are the variable's dims that the part has."""
+        """Yield the tensors of part `index` of a variable; `dims` are the variable's dims that the part has."""
         raise NotImplementedError
 
 
@@ -173,7 +173,7 @@ class _Joined(_Symbol):
 
     def pieces(self, shape, index, dims):
         axis = self.axis % len(shape)
-        # Parts of one size: converters join equals. If they were not, the views' shapes would tell.
+        # Assume parts of equal size, as converters join them. Otherwise the check of the views' shapes fails.
         size = shape[axis] // len(self.parts)
         for number, part in enumerate(self.parts):
             here, own_shape, own_dims = list(index), list(shape), list(dims)
@@ -187,8 +187,10 @@ class _Joined(_Symbol):
 
 
 class _Quantised(np.ndarray):
-    """What stands for the blocks or the scales of an MXFP4 tensor, which a converter dequantises by itself: an array of
-    one element a dim, so that its arithmetic runs. What comes of it keeps the tensor's name."""
+    """A stand-in for the blocks or scales of an MXFP4 tensor, which a converter dequantises itself.
+
+    It is an array with one element per dim, so that the converter's arithmetic runs. Results keep the tensor's name.
+    """
 
     name: str | None = None
 
@@ -209,7 +211,7 @@ class _Quantised(np.ndarray):
 
 
 class _Recorder:
-    """Stands where KerasHub's `SafetensorLoader` stands, and writes down what it is asked for."""
+    """A replacement for KerasHub's `SafetensorLoader` that records each request."""
 
     def __init__(self):
         self.ports: list[Port] = []
@@ -235,7 +237,7 @@ class _Recorder:
 
     @contextlib.contextmanager
     def assignments(self) -> Iterator[None]:
-        """Inside, what is assigned to a variable is written down instead."""
+        """Record assignments to variables, instead of carrying them out, while this context is active."""
         assign = keras.Variable.assign
         keras.Variable.assign = lambda variable, value: self.assign(variable, value)
         try:
@@ -245,15 +247,15 @@ class _Recorder:
 
 
 def _full_name(hf_weight_key: str) -> str:
-    """Converters may leave out the prefix (qwen3's do): transformers' causal LMs hold all but the head in `model`."""
+    """Add the prefix that converters may leave out (qwen3's do): transformers keeps all but the head in `model`."""
     return hf_weight_key if hf_weight_key.startswith(("model.", "lm_head.")) else f"model.{hf_weight_key}"
 
 
 def record_ports(converter: str, model, config: Mapping) -> list[Port]:
-    """The map of one built causal LM, a Port for each of its variables that hold weights.
+    """Record the map of one built causal LM: a Port for each variable that holds weights.
 
     Raises:
-        UnsupportedError: a variable is not fed by the converter, or twice.
+        UnsupportedError: the converter does not feed a variable, or feeds it twice.
     """
     module = keras_compat.converter_of(converter)
     recorder = _Recorder()
@@ -267,10 +269,10 @@ def record_ports(converter: str, model, config: Mapping) -> list[Port]:
 
 
 def check_invertible(recorded: Sequence[Port], config: Mapping) -> None:
-    """What is trained of these ports can be written back to the tensors they are read from; see layout.py.
+    """Check that trained values of these ports can be written back to the tensors they came from; see layout.py.
 
     Raises:
-        UnsupportedError: the base is quantised, or a variable is made of several tensors or of a single number.
+        UnsupportedError: the base is quantised, or a variable comes from several tensors or is a single number.
     """
     several = next((port.hf_name for port in recorded if len(port.pieces) > 1 or not port.shape), None)
     if config.get("quantization_config") or several:
@@ -281,5 +283,5 @@ def check_invertible(recorded: Sequence[Port], config: Mapping) -> None:
 
 
 def is_seed(variable) -> bool:
-    """Dropout layers own a seed state; it holds no weight and the rate is 0."""
+    """True for a dropout layer's seed state, which holds no weight; the dropout rate is 0."""
     return "seed_generator" in variable.path

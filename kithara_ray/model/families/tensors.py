@@ -1,7 +1,7 @@
-"""Which tensors a family's checkpoint holds, and their shapes, from config.json alone: no jax, no keras.
+"""Names and shapes of the tensors in a family's checkpoint, from config.json only: no jax, no keras.
 
-The driver compares them with the weight files' headers, so that a config.json that does not belong to the weights is
-refused before a cluster is asked for. What loads weights follows KerasHub's converters (`ports`); a test compares both.
+The driver compares them with the weight files' headers. It can then refuse a config.json that does not belong to the
+weights before it requests a cluster. Loading follows KerasHub's converters (`ports`) instead; a test compares both.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from kithara_ray.hf.tied_head import EMBEDDING, HEAD, check_tied_head, is_tied
 from kithara_ray.hf.unused import is_beyond, why_unused
 from kithara_ray.model.families import FAMILIES, completed, fields_needed
 
-# A tensor's dims: what config.json calls each, and its size.
+# A tensor's dims: config.json's name for each, and its size.
 Dims = tuple[tuple[str, int], ...]
 
 _QK_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "gemma4_text"})
@@ -26,7 +26,7 @@ _PREFIX = "model."
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, Dims] | None:
-    """Tensor name -> dims, of all that a causal LM of this config.json needs; None for a family that is not known.
+    """Map tensor name to dims for every tensor that a causal LM of this config.json needs; None for an unknown family.
 
     Raises:
         UnsupportedError: the config lacks a field.
@@ -127,7 +127,7 @@ def _gated(inner: tuple[str, int], hidden: tuple[str, int]) -> list[tuple[str, D
 
 
 def _is_sparse(config: Mapping[str, Any], number: int) -> bool:
-    """As transformers: which blocks of qwen3_moe have experts."""
+    """True if this block of qwen3_moe has experts, as in transformers."""
     step = config["decoder_sparse_step"]
     return number not in config["mlp_only_layers"] and config["num_experts"] > 0 and (number + 1) % step == 0
 
@@ -136,16 +136,16 @@ def _is_sparse(config: Mapping[str, Any], number: int) -> bool:
 
 
 def check_tensors(base: BaseCheckpoint, trains: bool = True, values: bool = True) -> list[str]:
-    """Compare config.json with the headers of the weights; a family that is not known here passes.
+    """Compare config.json with the headers of the weights; a family unknown to this module passes.
 
     Args:
-        trains: also refuse tensors that belong to nothing in the model, and dtypes that cannot be trained beside.
+        trains: also refuse tensors that belong to nothing in the model, and dtypes that training cannot use.
         values: also compare a tied head with the embedding.
 
-    Returns: the tensors that the model does not use; `unused_note` says so.
+    Returns: the tensors that the model does not use; `unused_note` describes them.
 
     Raises:
-        CheckpointError: names the tensor, what config.json gives and what to do.
+        CheckpointError: names the tensor, config.json's value and the remedy.
         UnsupportedError: a tensor's dtype.
     """
     quantised = base.config.get("quantization_config")
@@ -177,7 +177,7 @@ def check_tensors(base: BaseCheckpoint, trains: bool = True, values: bool = True
 
 
 def unused_note(base: BaseCheckpoint, unused: list[str]) -> str | None:
-    """What a user should know of the tensors that `check_tensors` gave; None where there are none."""
+    """A note for the user about the tensors that `check_tensors` returned; None if there are none."""
     if not unused:
         return None
     why = why_unused(unused[0]) or f"{CONFIG} describes a model without it"
@@ -208,7 +208,7 @@ def _where(base: BaseCheckpoint) -> str:
 
 
 def _missing(base: BaseCheckpoint, missing: list[str], expected: int) -> str:
-    """What is missing, and which of the known causes it has."""
+    """Describe the missing tensors, with the known cause if one applies."""
     start, names = f"{_where(base)}: ", base.tensors
     if all(name.removeprefix(_PREFIX) in names for name in missing if name != HEAD):
         if missing == [HEAD]:

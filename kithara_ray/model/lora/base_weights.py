@@ -1,9 +1,9 @@
-"""Weights of the base that are trained beside the factors: biases, rows of embedding and head, and these as a whole.
+"""Base weights trained besides the factors: biases, some rows of embedding and head, or these two as a whole.
 
     K  trained tokens    V  vocabulary    D  hidden width
 
-What is trained is what an adapter's file holds: float32 values in the layout of Hugging Face's tensor. Where the model
-computes with the weight, they are put into its place.
+The trained arrays match an adapter's file: float32 values in the layout of Hugging Face's tensor. They replace the
+weights' values when the model computes.
 """
 
 import math
@@ -25,16 +25,16 @@ from kithara_ray.model.weights.slots import Slot
 
 @dataclass(frozen=True)
 class BaseSlot:
-    """One trained array: a weight of the base, or the same weight of several steps of the scan, stacked.
+    """One trained array: a weight of the base, or the same weight of several scan steps, stacked.
 
     Attributes:
-        names: adapter tensor names, one or one for each of these steps.
-        number: of the slot that holds the weight.
-        steps: of a stacked slot, those that are trained; empty of any other.
-        one: the shape of one value, as the adapter's file has it.
-        layout: how the weight lies in its tensor.
-        rows: those that are trained; None is all.
-        stacked: whether the array's first dim counts the steps.
+        names: adapter tensor names: one, or one for each of these steps.
+        number: number of the slot that holds the weight.
+        steps: the trained steps of a stacked slot; empty for any other slot.
+        one: the shape of one value, as in the adapter's file.
+        layout: the position of the weight's elements in its tensor.
+        rows: the trained rows; None means all.
+        stacked: True if the array's first dim counts the steps.
     """
 
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class BaseSlot:
 
     @property
     def key(self) -> str:
-        """What the array is called in a state: the name of its first tensor."""
+        """The array's name in a state: the name of its first tensor."""
         return self.names[0]
 
     @property
@@ -55,9 +55,9 @@ class BaseSlot:
         return (len(self.names), *self.one) if self.stacked else self.one
 
     def put(self, weights: jax.Array, value: jax.Array) -> jax.Array:
-        """The slot's array with the trained values in their places.
+        """The slot's array with the trained values in place.
 
-        Whole weights become float32; of a table some rows of which are trained, all are of its own dtype, as in PEFT.
+        Whole weights become float32. A table with some trained rows keeps its dtype for all rows, as in PEFT.
         """
         if self.rows is not None:
             table_VD = self._to_tensor(weights)
@@ -71,7 +71,7 @@ class BaseSlot:
         return weights.astype(values.dtype).at[jnp.array(self.steps)].set(values)
 
     def take(self, weights: jax.Array) -> jax.Array:
-        """The values that the base has there, float32."""
+        """The base's own values of the trained elements, float32."""
         if self.rows is not None:
             return self._to_tensor(weights)[jnp.array(self.rows)].astype(jnp.float32)
         if not self.steps:
@@ -88,17 +88,17 @@ class BaseSlot:
         return turned if self.rows is not None else turned.reshape(shape)
 
     def spec(self, of_weight: Sequence) -> tuple | None:
-        """How the array is split where the weight's dims are split so; None where no dim of it is one of those."""
+        """Derive the array's split from the weight's; None if the array's dims do not correspond to the weight's."""
         if self.rows is not None or self.steps or len(self.one) != len(self.layout.order):
             return None
         return tuple(of_weight[dim] if dim < len(of_weight) else None for dim in self.layout.order)
 
 
 def base_slots(backbone, slots: Sequence[Slot], config: LoraConfig | None, stack: bool) -> list[BaseSlot]:
-    """What an adapter of this config trains of the model's weights.
+    """List the base weights that an adapter of this config trains.
 
     Args:
-        stack: as of `layers.factor_slots`: the same weights of several steps as one array.
+        stack: as for `layers.factor_slots`: the same weights of several steps form one array.
 
     Raises:
         UnsupportedError: such a weight is not read from one tensor, element by element.
@@ -127,7 +127,7 @@ def base_slots(backbone, slots: Sequence[Slot], config: LoraConfig | None, stack
 
 
 def _tables(backbone, slots: Sequence[Slot]) -> dict[str, tuple[int, int]]:
-    """Embedding and head, where that is a weight of its own -> (V, D)."""
+    """Map the embedding, and the head if it has its own weight, to (V, D)."""
     layer = backbone.token_embedding
     own = [layer.embeddings] if layer.tie_weights else [layer.embeddings, layer.reverse_embeddings]
     name_of = IdentityMap((port.variable, port.hf_name) for slot in slots for port in slot.ports)
@@ -135,19 +135,19 @@ def _tables(backbone, slots: Sequence[Slot]) -> dict[str, tuple[int, int]]:
 
 
 def _name(config: LoraConfig, port: Port, trained: dict[str, beside.Beside]) -> str | None:
-    """What the adapter calls this weight; None where it is not trained."""
+    """The adapter's name for this weight; None if the adapter does not train it."""
     if port.hf_name in trained:
         return trained[port.hf_name].name
     return beside.bias_name(config, port.hf_name) if port.hf_name.endswith(beside.BIAS) else None
 
 
 def _layout(port: Port, table: tuple[int, int] | None) -> tuple[tuple[int, ...], Layout]:
-    """(shape of the tensor, how the weight lies in it)."""
+    """(shape of the tensor, position of the weight's elements in it)."""
     if len(port.pieces) > 1:
         raise UnsupportedError(
             f"{port.hf_name}: KerasHub holds it with others in one variable; it is not trained alone"
         )
     shape = table or (math.prod(port.shape),)
-    # Never read: only its strides are looked at.
+    # The code reads only this array's strides, never its values.
     tensor = np.empty(shape, np.uint8)
     return shape, layout_of(port.pieces[0].of(tensor), tensor, port.hf_name)

@@ -1,14 +1,14 @@
 """LoRA as PEFT defines it, on built Keras layers.
 
-    I  in     width of what the layer contracts, its input dims flattened
-    O  out    width of what it gives, its output dims flattened
+    I  in     input width: the contracted dims, flattened
+    O  out    output width: the produced dims, flattened
     R  rank
 
     y = layer(x) + scale * (dropout(x_I) @ A_RI.T) @ B_OR.T        Hu et al. 2021, arXiv:2106.09685
     y = m_O / ||V_OI|| * (V_OI @ x), V = W + scale * B @ A         DoRA, Liu et al. 2024, arXiv:2402.09353
 
-The factors are stored in PEFT's orientation, A (R, I) and B (O, R), float32, so what is trained is what is saved.
-A layer is adapted by giving the *built* layer the class of a LoRA subclass: every reference to it, in the functional
+The factors keep PEFT's orientation, A (R, I) and B (O, R), float32, so training and saving use the same arrays. An
+adapted layer is the *built* layer with its class changed to a LoRA subclass. Every reference to it, in the functional
 graph and in its block, stays valid.
 """
 
@@ -42,11 +42,11 @@ class Target:
     Attributes:
         module: the HF module, e.g. `model.layers.0.self_attn.q_proj`.
         layer: the Keras layer.
-        initialiser: of A's first values, "kaiming" or "gaussian"; B's are zeros, the magnitude's the kernel's norms.
-        lora_A, lora_B, magnitude, bias: the layer's `keras.Variable`s; no magnitude without DoRA, and no bias of lora_B
-            without lora_bias.
-        is_target: False of a layer that only has the side path so that its block stays like the others: its factors
-            are zero and nothing of it is trained or saved.
+        initialiser: kind of A's initial values, "kaiming" or "gaussian". B starts at zeros, the magnitude at row norms.
+        lora_A, lora_B, magnitude, bias: the layer's `keras.Variable`s. `magnitude` is None without DoRA; `bias`, the
+            bias of lora_B, is None without lora_bias.
+        is_target: False for a layer that has the side path only so that its block stays like the others. Its factors
+            are zero, and nothing of it is trained or saved.
     """
 
     module: str
@@ -60,7 +60,7 @@ class Target:
 
     @property
     def variables(self) -> dict[str, tuple[keras.Variable, str]]:
-        """(variable, initialiser) by the names that an adapter file gives them."""
+        """(variable, initialiser) pairs by their names in an adapter file."""
         made = {
             A_SUFFIX: (self.lora_A, self.initialiser),
             B_SUFFIX: (self.lora_B, "zeros"),
@@ -72,12 +72,12 @@ class Target:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """What a layer's kernel does, a letter for each of its dims: "mnh" with contracted "m" and produced "nh".
+    """The linear map of a layer's kernel, one letter per dim: "mnh" with contracted "m" and produced "nh".
 
     Attributes:
-        contracted: in the order of the input's trailing dims, which they are.
-        produced: in the order of the output's trailing dims, which they are.
-        shape: of the kernel.
+        contracted: the input's trailing dims, in order.
+        produced: the output's trailing dims, in order.
+        shape: the kernel's shape.
     """
 
     kernel: str
@@ -102,7 +102,7 @@ class LinearMap:
         return cls(kernel, contracted, produced, shape)
 
     def dims(self, labels: str) -> tuple[int, ...]:
-        """The sizes of some of its dims."""
+        """Sizes of the kernel dims with these labels."""
         return tuple(self.shape[self.kernel.index(label)] for label in labels)
 
     @property
@@ -114,25 +114,25 @@ class LinearMap:
         return math.prod(self.dims(self.produced))
 
     def squares_O(self, kernel: jax.Array) -> jax.Array:
-        """The squared norm of each of W_OI's rows, float32."""
+        """The squared norm of each row of W_OI, float32."""
         axes = tuple(self.kernel.index(label) for label in self.contracted)
         squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
         left = [label for label in self.kernel if label not in self.contracted]
         return jnp.transpose(squares, [left.index(label) for label in self.produced]).reshape(self.out_dim)
 
     def norms_O(self, kernel: jax.Array) -> jax.Array:
-        """The norm of each of W_OI's rows, float32: DoRA's first magnitudes."""
+        """The norm of each row of W_OI, float32: DoRA's initial magnitudes."""
         return jnp.sqrt(self.squares_O(kernel))
 
     def adapted_norms_O(self, kernel: jax.Array, a_RI: jax.Array, b_OR: jax.Array, scale: float) -> jax.Array:
-        """The norm of each row of W + scale * B @ A, float32, from products with R columns: it is never made.
+        """The norm of each row of W + scale * B @ A, float32, from products with R columns; the sum is never built.
 
         ||w + s b A||^2 = ||w||^2 + 2 s b . (A w) + s^2 b (A A^T) b^T
         """
         kernel, a_RI, b_OR = (array.astype(jnp.float32) for array in (kernel, a_RI, b_OR))
         rank, exact = a_RI.shape[0], jax.lax.Precision.HIGHEST
         a_R = a_RI.reshape(rank, *self.dims(self.contracted))
-        # "Z" is none of the labels: Keras' equations are in small letters.
+        # No label is "Z": Keras' equations use small letters.
         wa = jnp.einsum(f"{self.kernel},Z{self.contracted}->{self.produced}Z", kernel, a_R, precision=exact)
         gram_RR = jnp.matmul(a_RI, a_RI.T, precision=exact)
         quadratic_OR = jnp.matmul(b_OR, gram_RR, precision=exact)
@@ -141,7 +141,7 @@ class LinearMap:
 
 
 class _SidePath:
-    """Mixed into Dense and EinsumDense; `call` keeps the signature that Keras has cached for the layer."""
+    """A mixin for Dense and EinsumDense; `call` keeps the signature that Keras has cached for the layer."""
 
     def call(self, inputs, training=None):
         y = super().call(inputs, training=training)
@@ -156,14 +156,14 @@ class _SidePath:
         delta = ops.reshape(product * self.lora_scale, ops.shape(y))
         if self.lora_magnitude is None:
             return ops.add(y, delta)
-        # PEFT scales what the kernel makes of the dropped input, beside what the layer makes of the whole one.
+        # PEFT scales the kernel's output for the dropped input, and adds the layer's output for the whole input.
         scaled = y if x_I is whole_I else super().call(ops.reshape(x_I, ops.shape(inputs)), training=training)
         return self._with_magnitude(y, scaled, delta)
 
     def _with_magnitude(self, y, scaled, delta):
         """y + (m / norm - 1) * (scaled - bias) + m / norm * delta, in float32, rounded once to y's dtype."""
         with keras_compat.without_autocast():
-            # A constant to the gradient, as section 4.3 of the paper has it and PEFT does.
+            # The norm is a constant to the gradient, as in section 4.3 of the paper and in PEFT.
             values = (jax.lax.stop_gradient(v.value) for v in (self.kernel, self.lora_A, self.lora_B))
             norms_O = self.lora_map.adapted_norms_O(*values, self.lora_scale)
             ratio = (self.lora_magnitude.value / norms_O).reshape(self.lora_map.dims(self.lora_map.produced))
@@ -185,9 +185,9 @@ _ADAPTED = {keras.layers.Dense: _LoraDense, keras.layers.EinsumDense: _LoraEinsu
 
 
 def linear_modules(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.Layer]:
-    """HF module name -> Keras layer, for every linear layer of the backbone.
+    """Map HF module name to Keras layer, for every linear layer of the backbone.
 
-    Layers are matched to names by the identity of their kernel: variable paths are not unique in every family.
+    The kernel's identity matches a layer to its name: variable paths are not unique in every family.
     """
     name_of = IdentityMap((port.variable, port.hf_name) for port in ports)
     layers = [layer for layer in keras_compat.all_layers(backbone) if type(layer) in _ADAPTED]
@@ -197,7 +197,7 @@ def linear_modules(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.La
 
 
 def _modules(ports: Sequence[Port]) -> list[str]:
-    """HF modules with a matrix."""
+    """HF modules that have a matrix."""
     pieces = [piece for port in ports for piece in port.pieces if len(piece.shape) > 1]
     return [piece.hf_name.removesuffix(_WEIGHT) for piece in pieces if piece.hf_name.endswith(_WEIGHT)]
 
@@ -206,8 +206,8 @@ def inject(backbone, ports: Sequence[Port], config: LoraConfig, alike: bool = Fa
     """Adapt every linear layer that `config` targets.
 
     Args:
-        alike: give the same side paths to the blocks that no target is in, with factors of zero, so that all of them
-            still are one scan.
+        alike: give blocks without a target the same side paths, with zero factors, so that one scan still covers all
+            blocks.
 
     Raises:
         ConfigError: a target module matches nothing.
@@ -216,7 +216,7 @@ def inject(backbone, ports: Sequence[Port], config: LoraConfig, alike: bool = Fa
     layers = linear_modules(backbone, ports)
     check_targets(config, list(layers))
     like = {module: module for module in layers if config.matches(module)}
-    if alike and not config.use_dora:  # a magnitude of zero is no side path of zero
+    if alike and not config.use_dora:  # with DoRA, a zero magnitude would change the layer
         like |= _counterparts(backbone, layers, like.keys(), config)
     return [_adapt(module, layer, like[module], config) for module, layer in layers.items() if module in like]
 
@@ -224,9 +224,9 @@ def inject(backbone, ports: Sequence[Port], config: LoraConfig, alike: bool = Fa
 def _counterparts(
     backbone, layers: Mapping[str, keras.layers.Layer], targets: Collection[str], config: LoraConfig
 ) -> dict[str, str]:
-    """Modules that are no targets -> a target in their place of another block of the same kind.
+    """Map modules that are not targets to a target at the same place in another block of the same kind.
 
-    Where targets of one place have several ranks or scales the blocks are not alike anyway.
+    Places whose targets differ in rank or scale are left out: their blocks differ anyway.
     """
     chain = find_chain(backbone)
     module_of = IdentityMap((layer.kernel, module) for module, layer in layers.items())
@@ -241,7 +241,7 @@ def _counterparts(
 
 
 def _adapt(module: str, layer, like: str, config: LoraConfig) -> Target:
-    """`like` has the rank and scale; it is the module itself where that is a target."""
+    """Adapt one layer with the rank and scale of module `like`, which for a target is the module itself."""
     if keras.activations.serialize(layer.activation) not in ("linear", None):
         raise UnsupportedError(f"{module}: its layer applies an activation, LoRA beside it would not be PEFT's")
     linear, rank = LinearMap.of(layer), config.rank_of(like)
@@ -266,15 +266,15 @@ def _adapt(module: str, layer, like: str, config: LoraConfig) -> Target:
 
 @dataclass(frozen=True)
 class FactorSlot:
-    """One trained array: a factor, or the same factor of those steps of the scan that have it, stacked.
+    """One trained array: a factor, or the same factor of the scan steps that have it, stacked.
 
     Attributes:
-        names: adapter tensor names, one or one for each of these steps.
-        variables: theirs, in the same order.
-        layers: whose they are, in the same order.
-        initialiser: of their first values: "zeros", "kaiming", "gaussian" or, of a magnitude, "norms".
-        stacked: whether the array's first dim counts these steps.
-        peers: of a stacked one, the variables of all steps, in order.
+        names: adapter tensor names: one, or one for each of these steps.
+        variables: the variables of these factors, in the same order.
+        layers: the layers of these factors, in the same order.
+        initialiser: the kind of initial values: "zeros", "kaiming", "gaussian" or, for a magnitude, "norms".
+        stacked: True if the array's first dim counts these steps.
+        peers: for a stacked array, the variables of all steps, in order.
     """
 
     names: tuple[str, ...]
@@ -286,7 +286,7 @@ class FactorSlot:
 
     @property
     def key(self) -> str:
-        """What the array is called in a state: the name of its first factor."""
+        """The array's name in a state: the name of its first factor."""
         return self.names[0]
 
     @property
@@ -295,7 +295,7 @@ class FactorSlot:
         return (len(self.names), *one) if self.stacked else one
 
     def of_all_steps(self, array: jax.Array) -> jax.Array:
-        """A stacked array with zeros for the steps that have no such factor."""
+        """A stacked array, with zeros for the steps that lack this factor."""
         own = IdentitySet(self.variables)
         steps = [step for step, variable in enumerate(self.peers) if variable in own]
         if len(steps) == len(self.peers):
@@ -303,13 +303,14 @@ class FactorSlot:
         return jnp.zeros((len(self.peers), *array.shape[1:]), array.dtype).at[jnp.array(steps)].set(array)
 
     def initial(self, name: str, seed: int) -> np.ndarray:
-        """PEFT's initial values of one of its factors, float32: A uniform in +-1/sqrt(I) (kaiming with a = sqrt 5) or
-        normal with deviation 1/R, B zero. Magnitudes are zeros here and norms in `CausalLM.initial_factors`.
+        """PEFT's initial values of one of its factors, float32.
 
-        A factor's depend on the seed and its name alone, not on the mesh, the stacking or the other targets.
+        A is uniform in +-1/sqrt(I) (kaiming with a = sqrt 5) or normal with deviation 1/R; B is zero. Magnitudes are
+        zeros here; `CausalLM.initial_factors` makes them norms. The values depend only on the seed and the factor's
+        name, not on the mesh, the stacking or the other targets.
         """
         shape = self.shape[self.stacked :]
-        # Drawn on the host: XLA takes 20 s to compile the drawing of a few hundred factors by name.
+        # Draw on the host: XLA takes 20 s to compile the drawing of a few hundred factors by name.
         draws = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
         if self.initialiser in ("zeros", "norms"):
             return np.zeros(shape, np.float32)
@@ -320,7 +321,7 @@ class FactorSlot:
 
 
 def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorSlot]:
-    """The trained arrays: factors of the chain's scanned blocks stacked by step, the others by themselves.
+    """List the trained arrays: the scanned blocks' factors stacked by step, the others one by one.
 
     Args:
         chain: None stacks nothing.
@@ -338,11 +339,11 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
         group = [factors[peer] for peer in steps if peer in factors] or [factors[factor]]
         names, variables, layers, initialisers = zip(*group, strict=True)
         if variables[0] is factor:
-            # One by itself has no dim of steps: a checkpoint could not tell it from one of the factor's own.
+            # A single factor gets no dim of steps: a checkpoint could not tell it from a dim of the factor's own.
             made.append(FactorSlot(names, variables, layers, initialisers[0], len(group) > 1, steps))
     return made
 
 
 def zero_factors(targets: Sequence[Target]) -> list[keras.Variable]:
-    """The factors of the layers that are no targets."""
+    """The factors of the layers that are not targets."""
     return [variable for target in targets if not target.is_target for variable, _ in target.variables.values()]

@@ -1,4 +1,4 @@
-"""Which modules of a checkpoint LoRA can adapt, from its files alone: no jax, no keras, so the driver can ask early."""
+"""Modules of a checkpoint that LoRA can adapt, from its files only: no jax, no keras, so the driver can check early."""
 
 import dataclasses
 import re
@@ -19,16 +19,16 @@ _EXPERTS = ".experts."
 
 
 def linear_modules_of(base: BaseCheckpoint) -> list[str]:
-    """Modules with a matrix that are linear layers in transformers, the head apart."""
+    """List modules with a matrix that are linear layers in transformers, except the head."""
     matrices = (name for name, info in base.tensors.items() if name.endswith(_WEIGHT) and len(info.shape) == 2)
     return sorted(linear(name.removesuffix(_WEIGHT) for name in matrices))
 
 
 def linear(modules: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's modules with a matrix that are linear layers in transformers, the head apart.
+    """Select, from a checkpoint's modules with a matrix, the linear layers in transformers, except the head.
 
-    The experts and the router of a mixture are not: transformers holds all experts in one parameter, and PEFT takes a
-    name that an expert has ("up_proj") for that parameter, also where a layer has it too.
+    The experts and the router of a mixture are not selected. Transformers holds all experts in one parameter, and PEFT
+    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name.
     """
     modules = list(modules)
     apart = {_leaf(module) for module in modules if _EXPERTS in module} | {*_EMBEDDINGS, *_ROUTERS}
@@ -36,20 +36,20 @@ def linear(modules: Iterable[str]) -> list[str]:
 
 
 def other_modules_of(base: BaseCheckpoint) -> list[str]:
-    """Modules that PEFT looks at and that are no linear layers: embedding, head, norms, blocks and their parts.
+    """List modules that PEFT considers but that are not linear layers: embedding, head, norms, blocks and their parts.
 
-    A target that matches one of them is an error in PEFT, or an adapter that is not there here.
+    A target that matches one of them is an error in PEFT, or an adapter that this library does not have.
     """
     linear = set(linear_modules_of(base))
     modules = {name.rpartition(".")[0] for name in base.tensors}
     parents = {module[: match.start()] for module in modules for match in re.finditer(r"\.", module)}
-    # A tied head is a module without a tensor; the others have none at all.
+    # A tied head is a module without a tensor; activations and rotary embeddings never have one.
     activations = {f"{module}.act_fn" for module in parents if module.endswith(".mlp")}
     return sorted((modules | parents | activations | {"lm_head", "model.rotary_emb"}) - linear)
 
 
 def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, ...] | str:
-    """What a user gave as `target_modules`, as LoraConfig takes it: "all-linear" and one name become lists of names."""
+    """Convert a user's `target_modules` to LoraConfig's form: "all-linear" and one name become lists of names."""
     if not isinstance(given, str):
         return tuple(given)
     if given.lower() == ALL_LINEAR:
@@ -58,11 +58,11 @@ def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, .
 
 
 def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig:
-    """LoRA's settings as the user gave them, "all-linear" spelled out.
+    """Build the LoraConfig from the user's settings, with "all-linear" expanded.
 
     Raises:
-        ConfigError: a setting is wrong, or names what is not there.
-        UnsupportedError: an initialisation that is not drawn here.
+        ConfigError: a setting is wrong, or names a module that does not exist.
+        UnsupportedError: this library does not draw the requested initialisation.
     """
     targets = targets_of(settings.pop("target_modules"), base)
     if settings["init_lora_weights"] is False:
@@ -79,10 +79,10 @@ def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConf
 
 
 def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[str] = ()) -> None:
-    """Every entry of `target_modules` matches a linear module, and none of the `others`; some modules are selected.
+    """Check that every target matches a linear module and none of the `others`, and that some modules are selected.
 
     Raises:
-        ConfigError: names the entry and what there is.
+        ConfigError: names the entry and the available modules.
     """
     targets = config.target_modules
     for target in [targets] if isinstance(targets, str) else targets:
@@ -110,10 +110,10 @@ def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[s
 
 
 def check_selection(config: LoraConfig, modules: Sequence[str], others: Sequence[str]) -> None:
-    """Every entry of `exclude_modules` and of `layers_to_transform` is there: PEFT says nothing of one that is not.
+    """Check that each entry of `exclude_modules` and `layers_to_transform` exists; PEFT ignores a missing one silently.
 
     Raises:
-        ConfigError: names the entry and what there is.
+        ConfigError: names the entry and the available ones.
     """
     excluded = config.exclude_modules or ()
     for entry in [excluded] if isinstance(excluded, str) else excluded:

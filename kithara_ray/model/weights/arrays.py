@@ -1,8 +1,9 @@
-"""The arrays of a model: which there are, how each is split over the mesh, and where its values come from.
+"""The arrays of a model: their names, their split over the mesh, and the source of their values.
 
-Two kinds: the weights, by `slots.Slot`, in the order of `Frozen`; and the adapter's factors, by `layers.FactorSlot`.
-Weights are read from a base checkpoint, each process only the slices that its devices own; factors are drawn as PEFT
-draws them, or placed from an adapter. Equal arrays of the scanned blocks are one, stacked: (steps, ...).
+There are two kinds. The weights, one per `slots.Slot`, come in the order of `Frozen`. The adapter's factors come one
+per `layers.FactorSlot`. Each process reads only the weight slices that its devices own from the base checkpoint.
+Factors are drawn as PEFT draws them, or placed from an adapter. Equal arrays of the scanned blocks form one stacked
+array: (steps, ...).
 """
 
 import functools
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 AdapterSlot = layers.FactorSlot | base_weights.BaseSlot
 Factors = dict[str, jax.Array]
 Frozen = list[jax.Array | Int8]
-# Factors, or, of a model whose weights are trained, its weights by the `key` of their slots.
+# The factors; for a model that trains its weights, the weights by their slots' `key`.
 Params = dict[str, jax.Array]
 
 
@@ -44,11 +45,11 @@ class ModelArrays:
     """The arrays of a built model, whose variables hold no values.
 
     Attributes:
-        slots: the weights in the order of `Frozen`: which ports each is made of.
-        factor_slots: the adapter's arrays, by `key` in `Factors`: which factors each is made of.
-        base_slots: the same of what else an adapter trains: weights of the base.
-        mesh: the device mesh that the arrays live on.
-        options: how the model was built.
+        slots: the weights in the order of `Frozen`, each with its ports.
+        factor_slots: the adapter's arrays, by `key` in `Factors`, each with its factors.
+        base_slots: the other arrays that an adapter trains: weights of the base.
+        mesh: the device mesh that holds the arrays.
+        options: the options that the model was built with.
     """
 
     slots: list[slots.Slot]
@@ -64,7 +65,7 @@ class ModelArrays:
 
     @property
     def trains_weights(self) -> bool:
-        """Whether the weights are what is trained; then there are no factors and nothing is frozen."""
+        """True if the weights are trained; then there are no factors and nothing is frozen."""
         return self.options.train_weights
 
     @property
@@ -78,12 +79,12 @@ class ModelArrays:
 
     @property
     def num_parameters(self) -> int:
-        """Of the model with its adapter."""
+        """Number of parameters of the model with its adapter."""
         return sum(math.prod(slot.shape) for slot in self.slots) + self._num_factors
 
     @property
     def num_trained(self) -> int:
-        """Those of them that are trained."""
+        """Number of trained parameters."""
         if self.trains_weights:
             return self.num_parameters
         return self._num_factors + sum(math.prod(slot.shape) for slot in self.base_slots)
@@ -93,11 +94,11 @@ class ModelArrays:
         return sum(math.prod(slot.shape) for slot in self.factor_slots)
 
     def roles(self, params: Params, frozen: Frozen) -> tuple[Factors, Frozen]:
-        """(factors, weights in the order of the slots)."""
+        """Split the arrays into (factors, weights in the order of the slots)."""
         return ({}, [params[slot.key] for slot in self.slots]) if self.trains_weights else (params, frozen)
 
     def weights_of(self, params: Params, frozen: Frozen) -> Frozen:
-        """The weights that the model computes with, in the order of the slots: what is trained of them in its place."""
+        """The weights that the model computes with, in slot order; trained values replace those of the base."""
         _, frozen = self.roles(params, frozen)
         made = list(frozen)
         for slot in self.base_slots:
@@ -116,7 +117,7 @@ class ModelArrays:
         return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))
 
     def base_sharding(self, slot: base_weights.BaseSlot) -> NamedSharding:
-        """A table is split as it is where the model computes with it; rows as factors are, biases not at all."""
+        """Split a table as the model splits it for its computation, rows as factors are; replicate biases."""
         spec = slot.spec(self.weight_sharding(self.slots[slot.number]).spec)
         if spec is not None:
             return NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -124,7 +125,7 @@ class ModelArrays:
 
     @property
     def adapter_slots(self) -> list[AdapterSlot]:
-        """What an adapter trains."""
+        """The arrays that an adapter trains."""
         return [*self.factor_slots, *self.base_slots]
 
     def _sharding_of(self, slot: AdapterSlot) -> NamedSharding:
@@ -133,7 +134,7 @@ class ModelArrays:
     # --- without values ----------------------------------------------------------------------------------------------
 
     def abstract_frozen(self, dtype: np.dtype) -> list[jax.ShapeDtypeStruct]:
-        """What `load` gives for a base of this dtype, without its bytes: for compiling ahead of time."""
+        """Shapes, dtypes and shardings that `load` gives for a base of this dtype, to compile ahead of time."""
         for slot in self.slots:
             self._stored_as(slot, dtype)
         self._store_trained()
@@ -148,7 +149,7 @@ class ModelArrays:
         return Int8(values, scales)
 
     def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What is trained, without values."""
+        """The trained arrays without values."""
         if self.trains_weights:
             dtype = self._weight_dtype()
             return {slot.key: array for slot, array in zip(self.slots, self.abstract_frozen(dtype), strict=True)}
@@ -158,19 +159,19 @@ class ModelArrays:
         }
 
     def _weight_dtype(self) -> np.dtype | None:
-        """What weights are stored in; None is the checkpoint's dtype.
+        """The dtype that weights are stored in; None means the checkpoint's dtype.
 
-        A float32 copy of a frozen bfloat16 weight costs twice the memory and says nothing more. Of a trained one it is
-        what small updates add up in.
+        A float32 copy of a frozen bfloat16 weight takes twice the memory and carries no more information. A trained
+        weight needs float32, because small updates add up in it.
         """
         if self.precision == "bfloat16":
             return np.dtype(jnp.bfloat16)
         return np.dtype(np.float32) if self.trains_weights else None
 
     def _stored_as(self, slot: slots.Slot, dtype: np.dtype) -> None:
-        """Keras casts a bound value to its variable's dtype; the variable follows what is stored.
+        """Set the variables of a slot to the dtype of its array, because Keras casts a bound value to that dtype.
 
-        What is stored as int8 becomes floats in the precision of the products.
+        Arrays stored as int8 become floats in the precision of the products.
         """
         if slot.contracted is not None:
             dtype = "float32" if self.precision == "float32" else "bfloat16"
@@ -178,7 +179,7 @@ class ModelArrays:
             keras_compat.set_dtype(port.variable, keras.backend.standardize_dtype(dtype))
 
     def _store_trained(self) -> None:
-        """Weights of the base that are trained as a whole are float32 where the model computes with them."""
+        """Make base weights that are trained as a whole float32 where the model computes with them."""
         for slot in self.base_slots:
             if slot.rows is None:
                 self._stored_as(self.slots[slot.number], np.dtype(np.float32))
@@ -186,7 +187,7 @@ class ModelArrays:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def load(self, base: BaseCheckpoint) -> Frozen:
-        """The weights, split over the mesh; each process reads only the slices its devices own."""
+        """Read the weights, split over the mesh; each process reads only the slices its devices own."""
         slots.check_complete(base, [port for slot in self.slots for port in slot.ports])
         dtype = self._weight_dtype()
         started = time.monotonic()
@@ -205,11 +206,11 @@ class ModelArrays:
         return frozen
 
     def as_params(self, loaded: Frozen) -> Params:
-        """What `load` gave, to be trained."""
+        """Name the arrays from `load` by their slots, as trained parameters."""
         return {slot.key: array for slot, array in zip(self.slots, loaded, strict=True)}
 
     def check_copies(self, params: Params, frozen: Frozen) -> int:
-        """Compare the weights that stand on more than one device; see `sharding.agree`."""
+        """Compare the weights that several devices hold copies of; see `sharding.agree`."""
         _, frozen = self.roles(params, frozen)
         named = {}
         for slot, array in zip(self.slots, frozen, strict=True):
@@ -221,7 +222,7 @@ class ModelArrays:
     # --- the adapter -------------------------------------------------------------------------------------------------
 
     def place_factors(self, arrays: Mapping[str, np.ndarray]) -> Factors:
-        """Adapter arrays (host, by tensor name) as global arrays split over the mesh.
+        """Place adapter arrays (host, by tensor name) as global arrays split over the mesh.
 
         Raises:
             AdapterError: a tensor is missing or has another shape than the model's.
@@ -233,11 +234,11 @@ class ModelArrays:
         return self._place(lambda name: np.asarray(arrays[name], np.float32), self.adapter_slots)
 
     def initial_factors(self, seed: int, frozen: Frozen | None = None) -> Factors:
-        """PEFT's initial factors; every process draws those that its devices hold a part of.
+        """Make PEFT's initial factors; every process draws those that its devices hold a part of.
 
-        Weights of the base that are trained begin as the base has them. DoRA's magnitudes are the norms of the rows of
-        `frozen`'s kernels, computed where these are. Without `frozen` both are zeros, for a checkpoint to be restored
-        over.
+        Trained weights of the base start at the base's values. DoRA's magnitudes start at the row norms of `frozen`'s
+        kernels, computed on the devices that hold these. Without `frozen` both are zeros, as placeholders for a
+        checkpoint to be restored.
         """
         slot_of = {name: slot for slot in self.factor_slots for name in slot.names}
         shapes = {name: slot.one for slot in self.base_slots for name in slot.names}
@@ -249,7 +250,7 @@ class ModelArrays:
         return placed | (self._row_norms(magnitudes, frozen) if magnitudes else {})
 
     def _base_values(self, frozen: Frozen) -> Factors:
-        """What the base has where it is trained."""
+        """The base's own values of the base weights that are trained."""
         if not self.base_slots:
             return {}
         split = {slot.key: self.base_sharding(slot) for slot in self.base_slots}
@@ -281,7 +282,7 @@ class ModelArrays:
         return jax.jit(compute, out_shardings=split)(frozen)
 
     def _place(self, tensor_of: Callable[[str], np.ndarray], slots: Sequence[AdapterSlot]) -> Factors:
-        """Global arrays split over the mesh, of the adapter tensors by name."""
+        """Make global arrays split over the mesh from the adapter tensors by name."""
         placed = {}
         for slot in slots:
             tensors = functools.cache(tensor_of)
@@ -295,7 +296,7 @@ class ModelArrays:
         return placed
 
     def adapter_shards(self, factors: Factors, rank: int) -> list[Shard]:
-        """What this process holds of the adapter, by tensor name: stacked arrays taken apart."""
+        """This process's shards of the adapter, by tensor name: stacked arrays are taken apart."""
         slots = {slot.key: slot for slot in self.adapter_slots}
         shards = []
         for shard in local_shards(factors, rank):

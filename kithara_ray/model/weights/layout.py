@@ -1,7 +1,7 @@
-"""Where the elements of a weight lie in its Hugging Face tensors: the inverse of the recorded transforms.
+"""Positions of a weight's elements in its Hugging Face tensors: the inverse of the recorded transforms.
 
-A transform is applied to a mapped tensor and gives a view. The view's strides say of every element of the variable
-where it lies in the file, so they are the inverse too; nothing is tabulated and nothing is read.
+A transform, applied to a mapped tensor, gives a view. The view's strides state where each element of the variable lies
+in the file, so they also give the inverse. There is no table, and no tensor is read.
 """
 
 import math
@@ -16,16 +16,16 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.trained import TensorSlice, checksum
 from kithara_ray.model.weights.slots import Port, Slot
 
-# Of one slice that is sent, at most, unless one row of it is larger.
+# Size limit of one slice that is sent; a single larger row is sent whole.
 SLICE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a variable lies in one HF tensor.
+    """Position of a variable's elements in one HF tensor.
 
     Attributes:
-        shape: the tensor's, its dims split further so that each is one of the variable's: (N, H, D) of (N * H, D).
+        shape: the tensor's shape, its dims split until each is a dim of the variable: (N, H, D) for (N * H, D).
         order: dim i of `shape` is dim order[i] of the variable.
     """
 
@@ -34,12 +34,12 @@ class Layout:
 
 
 def layout_of(view: np.ndarray, tensor: np.ndarray, name: str) -> Layout:
-    """Of the view that a transform has made of a whole tensor.
+    """Derive the layout from the view that a transform has made of a whole tensor.
 
     Raises:
-        UnsupportedError: the transform does more than to put all of the tensor's elements in another order.
+        UnsupportedError: the transform does more than reorder all of the tensor's elements.
     """
-    # Dims of one element may have any stride.
+    # Dims of size 1 may have any stride.
     order = sorted(range(view.ndim), key=lambda dim: (view.shape[dim] != 1, -view.strides[dim]))
     shape = tuple(view.shape[dim] for dim in order)
     step, expected = tensor.itemsize, []
@@ -68,7 +68,7 @@ class _Source:
     stacked: bool
 
     def cut(self, slice_bytes: int) -> Iterator["_Source"]:
-        """Parts along the first dim of the layout that is longer than 1, each within `slice_bytes`."""
+        """Yield parts along the layout's first dim that is longer than 1, each within `slice_bytes`."""
         sizes = [stop - start for start, stop in self.bounds]
         dim = next((dim for dim, size in enumerate(sizes) if size > 1), None)
         row_bytes = math.prod(sizes) * self.data.dtype.itemsize // (sizes[dim] if dim is not None else 1)
@@ -84,7 +84,7 @@ class _Source:
             yield from _Source(self.name, self.layout, bounds, self.data, start, self.stacked).cut(slice_bytes)
 
     def read(self, rank: int) -> TensorSlice:
-        """With its bytes, in the tensor's order. What is copied from the device is the slice alone."""
+        """Copy the slice, and nothing else, from the device; its bytes are in the tensor's order."""
         sizes = [0] * len(self.bounds)
         for dim, (begin, end) in zip(self.layout.order, self.bounds, strict=True):
             sizes[dim] = end - begin
@@ -97,9 +97,9 @@ class _Source:
 def local_slices(
     base: BaseCheckpoint, slots: Sequence[Slot], arrays: Sequence[jax.Array], rank: int, slice_bytes: int = SLICE_BYTES
 ) -> Iterator[TensorSlice]:
-    """What this process holds of a model's weights, of copies the first alone, in the order of the base's files.
+    """Yield this process's part of a model's weights, in the order of the base's files.
 
-    One slice at a time is copied to the host.
+    Only the first of several copies is included. One slice at a time is copied to the host.
     """
     sources = []
     for slot, array in zip(slots, arrays, strict=True):

@@ -1,4 +1,4 @@
-"""The frozen arrays of a model, and loading them sharded: each process reads only the slices that its devices own."""
+"""The frozen arrays of a model, loaded sharded: each process reads only the slices that its devices own."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -27,12 +27,12 @@ class Slot:
     """One array of weights: a port, or the same variable of every step of the scan, stacked.
 
     Attributes:
-        ports: one, or one for each step.
-        stacked: whether the array's first dim counts the steps.
-        split_first: dims to split over the mesh before the largest one, the first that divides: an embedding's
-            vocabulary, the experts, or the dims of a kernel that are the file's rows, so that a host reads whole
-            stretches of it.
-        contracted: the dims that a linear layer contracts, where its kernel is held as int8; None holds floats.
+        ports: one port, or one for each step.
+        stacked: True if the array's first dim counts the steps.
+        split_first: dims that the mesh splits before the largest one; the first that divides is split. They are an
+            embedding's vocabulary, the experts, or a kernel's dims that are the file's rows, so that a host reads
+            contiguous stretches of the file.
+        contracted: the dims that a linear layer contracts, if its kernel is held as int8; None holds floats.
     """
 
     ports: tuple[Port, ...]
@@ -42,7 +42,7 @@ class Slot:
 
     @property
     def key(self) -> str:
-        """What the array is called in a state: the name of its first tensor."""
+        """The array's name in a state: the name of its first tensor."""
         return self.ports[0].hf_name
 
     @property
@@ -50,17 +50,17 @@ class Slot:
         return (len(self.ports), *self.ports[0].shape) if self.stacked else self.ports[0].shape
 
     def split(self, array: jax.Array | Int8) -> list[tuple[Port, jax.Array]]:
-        """Each port with its own value, in floats."""
+        """Pair each port with its own value, in floats."""
         steps = [array[step] for step in range(len(self.ports))] if self.stacked else [array]
         return [(port, floats(step, port.variable.dtype)) for port, step in zip(self.ports, steps, strict=True)]
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
-        """Of an int8 array: one for each output channel."""
+        """Shape of an int8 array's scales: one scale for each output channel."""
         return tuple(1 if dim in self.contracted else size for dim, size in enumerate(self.shape))
 
     def scales_sharding(self, sharding: NamedSharding) -> NamedSharding:
-        """Scales are split as their channels are."""
+        """Split the scales as their channels are split."""
         spec = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
         split = [None if dim in self.contracted else axes for dim, axes in enumerate(spec)]
         return NamedSharding(sharding.mesh, PartitionSpec(*split))
@@ -69,10 +69,10 @@ class Slot:
 def slots(
     backbone: keras.Model, ports: Sequence[Port], chain: Chain | None, int8_kernels: Collection[keras.Variable] = ()
 ) -> list[Slot]:
-    """The arrays of a model's weights: its ports, those of the chain's scanned blocks stacked by step.
+    """List the arrays of a model's weights: its ports, with those of the chain's scanned blocks stacked by step.
 
     Args:
-        int8_kernels: the kernels that are held as int8.
+        int8_kernels: the kernels to hold as int8.
     """
     port_of = IdentityMap((port.variable, port) for port in ports)
     linear = [layer for layer in keras_compat.all_layers(backbone) if _is_linear(layer)]
@@ -99,7 +99,7 @@ def slots(
 
 
 def _vocabulary_dim(port: Port) -> tuple[int, ...]:
-    """An embedding table (V, D) and a head (D, V) are split over the vocabulary."""
+    """The vocabulary dim of an embedding table (V, D) or a head (D, V), which is split over it."""
     leaf = port.variable.path.rpartition("/")[2]
     return {"embeddings": (0,), "reverse_embeddings": (1,)}.get(leaf, ())
 
@@ -109,7 +109,7 @@ def _is_linear(layer: keras.layers.Layer) -> bool:
 
 
 def _produced_dims(layer: keras.layers.Layer) -> tuple[int, ...]:
-    """The dims of a kernel that its layer's output has; Hugging Face stores them as rows."""
+    """The dims of a kernel that appear in its layer's output; Hugging Face stores them as rows."""
     if isinstance(layer, keras.layers.Dense):
         return (1,)
     kernel, output = layer.equation.split(",")[1].split("->")
@@ -117,11 +117,11 @@ def _produced_dims(layer: keras.layers.Layer) -> tuple[int, ...]:
 
 
 def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtype: np.dtype | None) -> jax.Array:
-    """One frozen array as a global array; this process reads only the slices its devices own.
+    """Load one frozen array as a global array; this process reads only the slices its devices own.
 
     Args:
-        dtype: what the array is stored in; None keeps the checkpoint's. Where a stack's tensors have several, one
-            that holds the values of all exactly.
+        dtype: the array's dtype; None keeps the checkpoint's. For a stack of tensors with several dtypes, None gives
+            one that holds all their values exactly.
     """
     views = [port.view(base) for port in slot.ports]
     dtype = holding([view.dtype for view in views]) if dtype is None else dtype
@@ -139,9 +139,10 @@ def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtyp
 
 
 def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8:
-    """One kernel, or the same kernel of every step, as int8; this process reads the channels its devices own a part of.
+    """Load one kernel, or the same kernel of every step, as int8.
 
-    Quantised a matrix at a time: no float32 copy of more than one matrix's part is made.
+    This process reads the channels that its devices own a part of. It quantises one matrix at a time, so no float32
+    copy exceeds one matrix's part.
     """
     views = [port.view(base) for port in slot.ports]
     before = int(slot.stacked)
@@ -149,7 +150,7 @@ def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8
     scales_of: dict[tuple, np.ndarray] = {}
 
     def quantised(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Of some channels, whole in the contracted dims."""
+        """Quantise some channels, whole in the contracted dims."""
         whole = tuple(slice(None) if dim in dims else part for dim, part in enumerate(index[before:]))
         made = [int8_of(view[whole], dims) for view in (views[index[0]] if slot.stacked else views)]
         values, scales = (np.stack(arrays) if slot.stacked else arrays[0] for arrays in zip(*made, strict=True))
@@ -173,7 +174,7 @@ def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array at a multiple of 64 bytes, which JAX on CPU takes as it is; any other it would copy."""
+    """An empty array aligned to 64 bytes, which JAX on CPU uses in place; JAX would copy an unaligned one."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -181,10 +182,10 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:
-    """Every tensor that the model needs is in the checkpoint, and none that it does not compute with.
+    """Check that the checkpoint holds every tensor that the model needs, and no other tensor.
 
-    `check_tensors` says it of the headers, as before a run; the converters' own map has the last word. A head that is
-    tied to the embedding may stand there with the same values; see also `hf.unused`.
+    `check_tensors` checks the headers, as it does before a run; the converters' own map has the last word. A head that
+    is tied to the embedding may be present with the same values. See also `hf.unused`.
 
     Raises:
         CheckpointError: names the tensors.
