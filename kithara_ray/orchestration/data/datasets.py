@@ -241,8 +241,8 @@ class Dataloader:
         length_buckets: maximum number of lengths that batches are padded to, without packing. Rows of similar length
             share a batch. Another length is added only if it saves a tenth of the work and is worth its compile time.
             1 pads every batch to the longest row.
-        shuffle_rows: shuffle within windows of `shuffle_rows` rows; stretches of each window are first spread over the
-            dataset. For a dataset that does not fit into the object stores' memory. None shuffles all rows.
+        shuffle_rows: for a dataset that does not fit into the object stores' memory. Short stretches of rows are first
+            shuffled over the whole dataset, then rows within windows of `shuffle_rows`. None shuffles all rows.
         eval_fraction: fraction of the rows to hold out of training and evaluate on, instead of an eval_dataloader. Of
             a mixture, this fraction of each dataset. The choice of rows is a function of the data and `seed`.
     """
