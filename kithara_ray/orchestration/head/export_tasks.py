@@ -1,8 +1,8 @@
-"""The weight files of an export as Ray tasks: one a file, straight from the base to the destination.
+"""The weight files of an export as Ray tasks: one task per file, straight from the base to the destination.
 
-A part that has a URL at both ends runs on any node with a free CPU; one that needs a directory of the head node runs
-there. What passes through the caller is a part's headers and factors on the way out, and digests on the way back: its
-memory does not grow with the model.
+A part with a URL at both ends runs on any node with a free CPU. A part that needs a directory of the head node runs
+there. The caller sends each part's headers and factors and receives digests, so its memory does not grow with the
+model.
 """
 
 import logging
@@ -24,8 +24,8 @@ from kithara_ray.orchestration.worker.entry import imported
 
 logger = logging.getLogger(__name__)
 
-FILES_PER_NODE = 2  # each takes a core, about 150 MB, and disk for up to two weight files where a URL is involved
-MAX_RETRIES = 3  # of a node that is lost; putting a file again puts the same bytes
+FILES_PER_NODE = 2  # each takes a core, about 150 MB, and if a URL is involved, disk for up to two weight files
+MAX_RETRIES = 3  # after the loss of a node; writing a file again writes the same bytes
 
 
 def write_on_cluster(parts: Sequence[Part], max_files: int | None = None) -> Iterator[Written]:
