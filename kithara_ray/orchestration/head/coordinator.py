@@ -141,7 +141,7 @@ class Coordinator:
         return self._adapter
 
     def write_adapter(self, adapter: AdapterRef) -> str:
-        """Write the trained adapter into the run's directory; return its path. Raises NotHeldError, DestinationError."""
+        """Write the adapter into the run's directory; return its path. Raises NotHeldError, DestinationError."""
         return adapters.write_adapter(adapter, adapters.tensors_of(adapter, self._adapter))
 
     def begin_weights(self, weights: WeightsSpec) -> int:
