@@ -129,7 +129,6 @@ class SFTDataset(RowDataset):
             "train", "test", ...
         subset: the subset to read, if a directory or `hf://datasets/...` has several.
         format: the format of a row. "auto" detects it from the columns; the log and the preview report the result.
-        format: what a row is. "auto" goes by its columns, and the log and the preview say what it found.
             "prompt_answer": texts `prompt` and `answer`, joined as they are.
             "chat": `prompt` and `answer` as a conversation of two messages, with `system` if there is one.
             "messages": `messages`, a list of {role, content, ...} or JSON text of one, with `tools`.

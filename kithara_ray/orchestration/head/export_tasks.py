@@ -29,12 +29,16 @@ MAX_RETRIES = 3  # after the loss of a node; writing a file again writes the sam
 
 
 def write_on_cluster(parts: Sequence[Part], max_files: int | None = None) -> Iterator[Written]:
-    """Run the parts, a bounded number at a time, in whatever order they end.
+    """Run the parts, a bounded number at a time, and yield each result as it is ready.
 
-    max_files: in flight at once; two a node by default. When one fails, or the caller stops, those in flight are
-    cancelled and waited for: nothing is put any more after this has ended.
+    If one part fails, or the caller stops, this cancels the tasks in flight and waits for their end. Nothing is written
+    after that.
 
-    Raises: what `write_part` raises; ExportError when a task was lost more often than it is retried.
+    Args:
+        max_files: maximum tasks in flight; two per node by default.
+
+    Raises:
+        ExportError: a task was lost more often than it is retried; also the errors of `write_part`.
     """
     anywhere = all(part.runs_anywhere for part in parts)
     write = ray.remote(write_part).options(max_retries=MAX_RETRIES, **_placement(anywhere))
@@ -54,7 +58,7 @@ def write_on_cluster(parts: Sequence[Part], max_files: int | None = None) -> Ite
 
 
 def prove_logits_here(base: str, config: LoraConfig, tensors: dict[str, np.ndarray], merged: Path) -> str:
-    """See `kithara_ray.model.proof`: in a process of its own on the head node, whose memory it gives back."""
+    """Run `kithara_ray.model.proof` in a separate process on the head node, so that its memory is freed afterwards."""
     prove = ray.remote(max_calls=1)(_prove_logits).options(max_retries=0, **_placement(False))
     return remote_get(prove.remote(base, config, tensors, merged))
 
@@ -81,7 +85,7 @@ def _result(done: ray.ObjectRef, name: str) -> Written:
 
 
 def _placement(anywhere: bool) -> dict:
-    """Options of the tasks. The head may have no CPU to give, and then takes them all the same."""
+    """Return the options of the tasks. The head node takes them even if it has no CPU to offer."""
     if anywhere:
         has_cpus = ray.cluster_resources().get("CPU", 0) >= 1
         return {"num_cpus": 1 if has_cpus else 0, "scheduling_strategy": "SPREAD"}
@@ -95,7 +99,7 @@ def _cpu_nodes() -> int:
 
 
 def _cancel(references: list[ray.ObjectRef]) -> None:
-    """By force: a worker that copies gigabytes does not look for exceptions. Its temporary files are in /tmp."""
+    """Cancel by force: a worker that copies gigabytes does not look for exceptions. Its temporary files are in /tmp."""
     for reference in references:
         ray.cancel(reference, force=True)
     if references:

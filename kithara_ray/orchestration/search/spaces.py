@@ -109,7 +109,7 @@ def describe(value: Any) -> Any:
 
 
 def check_searcher(searcher: str | Searcher, domains: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a wrong searcher, and UnsupportedError for one that is not installed."""
+    """Raise ConfigError for a wrong searcher, and UnsupportedError for one that is not installed."""
     if isinstance(searcher, Searcher):
         return
     if searcher not in ("random", "optuna"):
@@ -157,7 +157,7 @@ def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
 
 
 def check_scheduler(scheduler: str | TrialScheduler | None, reduction_factor: float) -> None:
-    """Raises ConfigError for a wrong scheduler, and UnsupportedError for one that does more than stop trials."""
+    """Raise ConfigError for a wrong scheduler, and UnsupportedError for one that does more than stop trials."""
     if isinstance(scheduler, str) and scheduler not in ("asha", *_PAUSING):
         raise ConfigError(f'search: scheduler must be "asha", None or one of Ray Tune\'s, got {scheduler!r}')
     stops = scheduler is None or scheduler == "asha" or type(scheduler) is FIFOScheduler

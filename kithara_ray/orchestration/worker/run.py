@@ -155,7 +155,7 @@ class Run:
     # --- the steps ---------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run all steps, without waiting for the device between logged steps. The next batch is placed during a step."""
+        """Run all steps. Only logged steps wait for the device. The next batch is placed while a step runs."""
         began, first = time.monotonic(), self.number + 1
         self.window = Window(self.number)
         while not self.is_finished and not self.left:

@@ -52,7 +52,7 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything a worker needs.
+    """All inputs of a worker.
 
     Attributes:
         steps, epochs: length of the run; one of them is None.
