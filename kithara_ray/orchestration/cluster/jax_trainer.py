@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptibleTrainer(HookedJaxTrainer):
-    """Attributes: coordinator: receives the request to stop; set before `fit`. With None an interrupt ends the run."""
+    """A JaxTrainer whose first interrupt stops the run in order.
+
+    Attributes:
+        coordinator: receives the request to stop; set before `fit`. With None, an interrupt ends the run at once.
+    """
 
     coordinator: ray.actor.ActorHandle | None
     interrupts = 0

@@ -22,9 +22,11 @@ terminated = threading.Event()
 
 @dataclass
 class WorkerBackend(JaxConfig):
-    """Attributes:
-    initialize_timeout_s: seconds until all processes must have met.
-    heartbeat_timeout_s: seconds without a sign of life from a process, after which JAX ends the others.
+    """Ray's JaxConfig with time limits.
+
+    Attributes:
+        initialize_timeout_s: seconds until all processes must have met.
+        heartbeat_timeout_s: seconds without a sign of life from a process, after which JAX ends the others.
     """
 
     # Ray's switch for jax.distributed, also on CPUs. Without it N workers are N independent runs.

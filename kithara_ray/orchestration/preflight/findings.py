@@ -14,11 +14,13 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
 @dataclass(frozen=True)
 class Finding:
-    """Attributes:
-    name: name of the check.
-    state: "ok", "warning", "failed" or "skipped".
-    text: the result of the check; if it is not ok, also what to do.
-    error: the error of a failed check.
+    """The result of one check.
+
+    Attributes:
+        name: name of the check.
+        state: "ok", "warning", "failed" or "skipped".
+        text: the result of the check; if it is not ok, also what to do.
+        error: the error of a failed check.
     """
 
     name: str

@@ -27,9 +27,11 @@ _SURE = 0.6
 
 @dataclass(frozen=True)
 class Fit:
-    """Attributes:
-    rows_per_device: rows per device of one micro-batch.
-    plan: plan of the slice, as plain data; None if the run is not planned.
+    """The rows per device that fit a run, and the plan that found them.
+
+    Attributes:
+        rows_per_device: rows per device of one micro-batch.
+        plan: plan of the slice, as plain data; None if the run is not planned.
     """
 
     rows_per_device: int

@@ -21,12 +21,14 @@ TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """Attributes:
-    versions: package -> version, and "python"; a package that is not installed is absent.
-    ram_bytes, ram_free_bytes: memory of the host, or of the container's limit.
-    cache_free_bytes: free disk in the cache of bases from object stores.
-    tpu_files: device files of TPUs.
-    holders: (device file, pid, process name) of processes that have one open, as far as this user may see.
+    """The facts of one node.
+
+    Attributes:
+        versions: package -> version, and "python"; a package that is not installed is absent.
+        ram_bytes, ram_free_bytes: memory of the host, or of the container's limit.
+        cache_free_bytes: free disk in the cache of bases from object stores.
+        tpu_files: device files of TPUs.
+        holders: (device file, pid, process name) of processes that have one open, as far as this user may see.
     """
 
     host: str

@@ -13,10 +13,13 @@ _FLOPS_PER_PARAMETER = {True: 4, False: 6}
 
 
 class Figures:
-    """Args:
-    parameters: number N of the whole model's parameters; 4N FLOPs per token to train an adapter, 6N for all weights.
-    is_lora: True if an adapter is trained.
-    devices: number of devices of all hosts.
+    """A run's use of the chips, computed from its speed.
+
+    Args:
+        parameters: number N of the whole model's parameters; 4N FLOPs per token to train an adapter, 6N for all
+            weights.
+        is_lora: True if an adapter is trained.
+        devices: number of devices of all hosts.
     """
 
     def __init__(self, parameters: int, is_lora: bool, devices: int):

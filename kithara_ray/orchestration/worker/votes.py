@@ -22,11 +22,13 @@ _SHOWN_ROWS = 16
 
 
 class Outcomes:
-    """Args:
-    ballot: combines votes and outcomes of all ranks.
-    on_nan: "stop" or "skip".
-    rows_of: a step's number -> the rows of its batch, as numbered in the source.
-    on_skip: called with the step and its rows, on every rank.
+    """The outcomes of steps and the votes of ranks, read some steps later.
+
+    Args:
+        ballot: combines votes and outcomes of all ranks.
+        on_nan: "stop" or "skip".
+        rows_of: a step's number -> the rows of its batch, as numbered in the source.
+        on_skip: called with the step and its rows, on every rank.
     """
 
     def __init__(
