@@ -99,7 +99,7 @@ class KerasHubModel:
         quantize: str | None = None,
         **unknown: Any,
     ) -> "KerasHubModel":
-        r"""Describe a model in a Hugging Face directory. For LoRA, `lora_rank=16` is enough.
+        r"""Create a model from a Hugging Face directory. For LoRA, `lora_rank=16` is enough.
 
         Args:
             preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.

@@ -19,9 +19,9 @@ class TrainResult:
             step_time_s, input_wait_s (per step), epoch; on a TPU also mfu, hbm_bytes and hbm_limit_bytes of rank 0.
         eval_history: one dict per evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
-        path: the run's directory, on the head node or a URL. `adapter/` in it is the trained PEFT adapter, or
-            `model/` the trained weights as a Hugging Face model, in the dtype that they were trained in.
-            run.json describes the run.
+        path: the run's directory, on the head node or a URL. `adapter/` in it is the trained PEFT adapter. If all
+            weights were trained, `model/` is a Hugging Face model with them, in the dtype of the training. run.json
+            describes the run.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
         stopped: reason for the end: "steps", "early_stopping", "callback" (a callback ended the run) or "interrupt".
         skipped: steps that on_nan="skip" left out, each with step and rows.

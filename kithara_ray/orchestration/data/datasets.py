@@ -114,7 +114,7 @@ class SFTDataset(RowDataset):
     Args:
         source: a path, URL, directory or pattern, or a list of these (.jsonl, .json, .csv, .tsv, .parquet, .arrow,
             .txt); the output of `save_to_disk`; a list of dicts; a Ray Dataset; a Hugging Face dataset; a pandas
-            DataFrame; or an Arrow table. Rows are as iterating over the source shows them.
+            DataFrame; or an Arrow table. Rows have the values that iterating over the source gives.
         tokenizer: a transformers tokenizer. Give this or tokenizer_handle.
         tokenizer_handle: location to load a tokenizer from: `hf://...`, a local directory, `gs://...`.
         column_mapping: the format's column -> the source's column: {"prompt": <the source's column>, "answer": ...}
@@ -192,7 +192,7 @@ def mix(datasets: Sequence[tuple[RowDataset, float]], epoch: str = "all") -> Mix
     Args:
         datasets: (dataset, weight > 0) pairs with one tokenizer. Their order affects the sequence that a seed gives.
         epoch: end of an epoch. "all" ends it when every dataset has been seen once; shorter ones repeat meanwhile.
-            "first" ends it when the first dataset has been seen once; of the others a part is seen.
+            "first" ends it when the first dataset has been seen once, however much of the others has been.
     """
     if not datasets or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in datasets):
         raise ConfigError("mix takes a list of (dataset, weight)")
