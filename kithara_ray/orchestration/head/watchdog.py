@@ -1,8 +1,8 @@
 """Find the rank that has stopped making progress. Ranks report their state to the coordinator; the watchdog judges it.
 
 An actor that is stuck in a collective still answers Ray, and its peers are stuck with it. So the watchdog names one
-culprit: a rank that sends no more beats; else the rank that is behind; else the rank that is not in a step, waiting for
-the others.
+culprit: a rank that sends no more beats; else the rank that is behind; else a rank outside a step, as ranks in a step
+wait for the others.
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,5 @@
 """The loop that runs in each Ray Train actor, one per host; all ranks run the same program in step.
 
-Each other concern of a run has its own module: how it starts (`start`) and leaves (`leaving`), its data, evaluation,
 Each other concern of a run has its own module: its start (`start`) and end (`leaving`), its data, evaluation,
 checkpoints (`checkpointing`), adapters exported on the way (`snapshots`), votes and losses that are not finite
 (`votes`), callbacks (`callback_runner`), and events (`event_log`). This module puts them together and calls them in an
@@ -256,7 +255,7 @@ class Run:
         which then restarts under `max_preemption_failures`.
 
         Raises:
-            TrainingError: the run was preempted; the failure policy decides on a restart.
+            TrainingError: the run was preempted. The failure policy decides on a restart.
         """
         saved = "nothing was saved: give Trainer(checkpointer=...)"
         if self.saving is not None:
