@@ -1,4 +1,4 @@
-"""A loaded model that continues prompts; imported in the process that decodes, after `runtime.prepare`."""
+"""A loaded model that continues prompts. Import this only in the process that decodes, after `runtime.prepare`."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from kithara_ray.sharding.shape import MeshShape
 
 
 class Decoding:
-    """One loaded model. Of a group, all ranks hold one and are asked together."""
+    """One loaded model. In a group, every rank holds one, and all ranks are called together."""
 
     def __init__(self, weights: Weights, mesh: MeshShape | None = None):
         checkpoint = BaseCheckpoint.open(fetch(weights.base))
@@ -43,7 +43,7 @@ class Decoding:
 
 
 def generate_loop(config: dict[str, Any]) -> list[str] | list[list[int]]:
-    """A worker's loop, see `worker.entry`: load, answer, end. The answer of the group is rank 0's."""
+    """Run a worker's loop, see `worker.entry`: load the weights, answer and end. The group's answer is rank 0's."""
     spec: GroupSpec = config["spec"]
     process_setup.check_process_group(spec.num_workers, spec.platform)
     return Decoding(spec.weights, spec.mesh).generate(spec.request)

@@ -1,4 +1,4 @@
-"""Behind `KerasHubModel.generate`: one actor on one CPU device, or a group of workers that share the weights."""
+"""The workers behind `KerasHubModel.generate`: one actor on one CPU device, or a group that shares the weights."""
 
 import functools
 import logging
@@ -17,18 +17,18 @@ from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.worker.entry import Entry, Loop, imported
 from kithara_ray.sharding.shape import MeshShape
 
-# What every worker of a group runs, imported there. Tests put a loop of their own.
+# The loop that each worker of a group imports and runs. Tests substitute their own loop.
 GENERATE_LOOP: str | Loop = "kithara_ray.orchestration.decoding:generate_loop"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What is decoded with.
+    """The weights to decode with.
 
     Attributes:
         base: handle or directory of the weights.
-        lora, adapter: what is put beside them; without tensors nothing is.
+        lora, adapter: settings and tensors of the adapter applied to them. Without tensors the base decodes as it is.
     """
 
     base: str
@@ -42,8 +42,8 @@ class Request:
     """The arguments of `KerasHubModel.generate`.
 
     Attributes:
-        tokenizer: one, or its handle.
-        chat_template, ends: as of `kithara_ray.sft.tokens.prompts.Prompting`.
+        tokenizer: a tokenizer, or its handle.
+        chat_template, ends: see `kithara_ray.sft.tokens.prompts.Prompting`.
     """
 
     inputs: Any
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """One request to a group of workers; `platform` and `num_workers` as of `spec.RunSpec`."""
+    """One request to a group of workers; for `platform` and `num_workers` see `spec.RunSpec`."""
 
     weights: Weights
     request: Request
@@ -69,7 +69,7 @@ class GroupSpec:
 
 
 class Generator:
-    """An actor's model, or this process' own: loads it and continues prompts with it."""
+    """The model of an actor or of this process: it loads the weights and continues prompts with them."""
 
     def __init__(self, weights: Weights, mesh: MeshShape | None = None):
         runtime.prepare()
@@ -81,7 +81,7 @@ class Generator:
 
 
 def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape | None):
-    """`GENERATE_LOOP` in every worker of a group; returns what rank 0 answers."""
+    """Run `GENERATE_LOOP` in every worker of a group, and return rank 0's answer."""
     group.wait()
     spec = GroupSpec(weights, request, mesh, group.platform, group.num_workers)
     return group.run(Entry(GENERATE_LOOP), {"spec": spec}).return_value
@@ -89,12 +89,12 @@ def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, me
 
 @functools.lru_cache(maxsize=64)
 def tell_generation(base: str) -> None:
-    """Name, once a process, what the base's generation_config.json asks for and `generate` does not do."""
+    """Log, once per process, the settings of the base's generation_config.json that `generate` ignores."""
     for text in describe_not_done(read_generation(BaseCheckpoint.at(base).directory)):
         logger.warning("%s", text)
 
 
 def start_generator(weights: Weights) -> ray.actor.ActorHandle:
-    """The actor, on any node; it asks for no CPU of the scheduler, so it starts beside a full cluster."""
+    """Start the actor on any node. It requests no CPU from the scheduler, so it also starts on a full cluster."""
     env = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "XLA_FLAGS": ""}
     return ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote(weights)

@@ -1,4 +1,4 @@
-"""The model handle of the public API. It holds where the base is and what was trained, never the base's weights."""
+"""The model handle of the public API. It holds the base's location and the trained tensors, never base weights."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -41,20 +41,20 @@ logger = logging.getLogger(__name__)
 
 
 class KerasHubModel:
-    """A KerasHub causal LM to be fine-tuned. Made by `from_preset`.
+    """A KerasHub causal LM to fine-tune. Create one with `from_preset`.
 
     Attributes:
-        preset_handle: where the base is.
-        lora: what is adapted; None trains all weights.
+        preset_handle: location of the base.
+        lora: LoRA settings; None trains all weights.
         precision: Keras dtype policy of the computation.
-        quantize: what the frozen kernels are held as while the adapter is trained: "int8", or None as in the base.
-        adapter: the trained tensors by name, float32, A (r, in), B (out, r) and DoRA's magnitudes (out,); None before
+        quantize: storage of the frozen kernels while the adapter is trained: "int8", or None for the base's dtype.
+        adapter: the trained tensors by name, float32: A (r, in), B (out, r) and DoRA's magnitudes (out,). None before
             training.
-        run: what the last training was made of (run.json), carried into exports; None before training.
-        run_directory: of that training, whose report is told of exports.
-        prompting: tokenizer, chat template and ends of answers for `generate`: of the training, or what the base has.
-        tokenizer: where that tokenizer is kept as files, for exports; None takes the base's.
-        trained: of a model whose weights are trained, the directory that holds them; None before training.
+        run: description of the last training (run.json), which exports carry. None before training.
+        run_directory: directory of the last training. Exports are added to its report.
+        prompting: tokenizer, chat template and end tokens for `generate`, from the last training or else from the base.
+        tokenizer: location of that tokenizer's files, for exports. None takes the base's.
+        trained: directory of the trained weights, if all weights were trained. None before training.
     """
 
     def __init__(self, preset_handle: str, lora: LoraConfig | None, precision: str, quantize: str | None = None):
@@ -99,46 +99,46 @@ class KerasHubModel:
         quantize: str | None = None,
         **unknown: Any,
     ) -> "KerasHubModel":
-        r"""A model from a Hugging Face directory; `lora_rank=16` is all that LoRA takes.
+        r"""Create a model from a Hugging Face directory. For LoRA, `lora_rank=16` is enough.
 
         Args:
             preset_handle: `hf://org/name`, a local Hugging Face directory, or one in `gs://` or `s3://`.
             lora_rank: rank of the factors; None trains all weights.
             precision: "mixed_bfloat16" (activations bfloat16), "bfloat16" or "float32". The frozen base keeps its
-                checkpoint's dtype in memory; factors and optimizer state are float32. Weights that are trained, and
-                their optimizer state, are float32 too; with "bfloat16" they are bfloat16, in which small updates round
+                checkpoint's dtype in memory; factors and optimizer state are float32. If all weights are trained, they
+                and their optimizer state are float32 too. With "bfloat16" they are bfloat16, which rounds small updates
                 away.
-            lora_alpha: the update is scaled by alpha / rank; the default is alpha = rank, as in Kithara.
-            lora_dropout: share of what the side paths are given that is dropped in training.
-            target_modules: the layers to adapt, as PEFT names them: a list of names or of dotted endings
-                ("layers.3.mlp.up_proj"), a regular expression that matches whole names as one string
-                (r".*\.(q|v)_proj"), or "all-linear" for all but embeddings and head and, of a mixture of experts,
-                for its attention. One plain name may be a string.
+            lora_alpha: the update is scaled by alpha / rank. The default is alpha = rank, as in Kithara.
+            lora_dropout: fraction of the side paths' inputs that is dropped in training.
+            target_modules: the layers to adapt, as PEFT names them. Give a list of names or of dotted endings
+                ("layers.3.mlp.up_proj"), or one string with a regular expression that matches whole names
+                (r".*\.(q|v)_proj"). "all-linear" adapts all layers but embeddings and head; of a mixture of experts it
+                adapts the attention only. One plain name may be a string.
             use_rslora: scale by alpha / sqrt(rank).
-            use_dora: train the length of each row of the weights apart from its direction (arXiv:2402.09353).
+            use_dora: train the length of each weight row separately from its direction (arXiv:2402.09353).
             rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
             init_lora_weights: True draws A as PEFT does (kaiming), "gaussian" from a normal of deviation 1 / rank.
-            exclude_modules: modules that are left out of the targets, given as target_modules are.
-            layers_to_transform: the number of the one block that is adapted, or a list of such numbers.
-            layers_pattern: the name of the list that layers_to_transform counts in, where a module's name has several
-                numbers; the first is taken if not given.
+            exclude_modules: modules to leave out of the targets, in the same form as target_modules.
+            layers_to_transform: number of the one block to adapt, or a list of such numbers.
+            layers_pattern: name of the list that layers_to_transform indexes, for modules with several numbers in their
+                name. By default the first number counts.
             bias: "all" trains the base's biases too, "lora_only" those of the adapted layers.
-            lora_bias: train a bias of lora_B. Where a layer of the base has no bias, there is no merged export.
-            modules_to_save: "embed_tokens", "lm_head" or both, trained as a whole beside the factors.
-            trainable_token_indices: ids of tokens whose rows of the embedding are trained, and of a head that is the
-                embedding; or such lists by "embed_tokens" and "lm_head".
-            ensure_weight_tying: train modules_to_save as one weight where the head is the embedding.
-            adapter: a PEFT adapter to go on from, or only to export: a directory, `hf://` or `gs://`. It brings all
-                LoRA settings; give none of them beside it.
-            allow_other_base: take an adapter that was trained on another base, by its fingerprint, revision or name.
+            lora_bias: train a bias of lora_B. If a layer of the base has no bias, there is no merged export.
+            modules_to_save: "embed_tokens", "lm_head" or both, trained in full besides the factors.
+            trainable_token_indices: ids of tokens whose embedding rows are trained, and whose head rows are if the head
+                is the embedding. A mapping gives such lists for "embed_tokens" and "lm_head".
+            ensure_weight_tying: train modules_to_save as one weight if the head is the embedding.
+            adapter: a PEFT adapter to train further, or only to export: a directory, `hf://` or `gs://`. It brings all
+                LoRA settings, so give none of them with it.
+            allow_other_base: accept an adapter whose base differs from this one in fingerprint, revision or name.
             quantize: "int8" holds the frozen kernels of linear layers as int8 with a scale for each output channel
                 while the adapter is trained: a quarter of float32's memory, half of bfloat16's. Embedding, head and
-                norms stay. Exports and `generate` are of the base as it is.
+                norms keep their dtype. Exports and `generate` use the base as it is.
 
         Raises:
-            ConfigError: an argument is wrong; a target matches nothing.
+            ConfigError: an argument is wrong, or a target matches nothing.
             AdapterError: `adapter` is not complete, does not fit this base or was trained on another.
-            UnsupportedError: the family, or a field of its config, cannot be honoured.
+            UnsupportedError: the model family, or a field of its config, is not supported.
             CheckpointError: there is no base at the handle, or its config.json and tensors do not belong together.
         """
         check_known(unknown)
@@ -164,7 +164,7 @@ class KerasHubModel:
             "ensure_weight_tying": ensure_weight_tying,
         }
         handle = absolute(preset_handle)
-        # Of an object store the headers alone: no weight comes to the driver.
+        # An object store is asked for the headers only: no weight comes to the driver.
         base = BaseCheckpoint.at(handle)
         family_of(base.config)
         check_tensors(base)
@@ -181,7 +181,7 @@ class KerasHubModel:
 
     @property
     def vocabulary(self) -> int | None:
-        """How many tokens the base knows: the rows of its embedding."""
+        """Number of tokens the base knows: the rows of its embedding."""
         return embedding_rows(BaseCheckpoint.at(self.preset_handle))
 
     @classmethod
@@ -206,7 +206,7 @@ class KerasHubModel:
         return model
 
     def take_tokenizer(self, location: str | None) -> None:
-        """Prompt and export with the tokenizer that a run has kept, or an adapter has beside it; None: the base's."""
+        """Use the tokenizer files at `location` for prompts and exports; None takes the base's own."""
         self.tokenizer = location
         self.prompting = Prompting.at(location) if location is not None else Prompting(self.preset_handle)
 
@@ -223,33 +223,34 @@ class KerasHubModel:
         check_logits: bool = False,
         resume: bool = False,
     ) -> str:
-        """Write the trained model for transformers, PEFT and vLLM; the coordinator on the head node does it.
+        """Write the trained model for transformers, PEFT and vLLM. The coordinator does this on the head node.
 
             only_save_adapters=True          a PEFT adapter
             save_adapters_separately=True    the base, and the adapter in `<output_dir>/adapter`
             neither                          base and adapter merged into one model
 
-        Where all weights were trained there is no adapter: they are written as the base's files are.
+        If all weights were trained there is no adapter. The coordinator then writes them in the layout of the base's
+        files.
 
         Args:
             output_dir: a new or empty directory, local to the head node, or `gs://...`, `s3://...`.
-            dtype: of the written base; "auto" keeps the base's.
-            parallel_threads: weight files that are written at once; two a node by default. Each takes disk for two of
-                them in its node's TMPDIR where a URL is involved.
-            max_shard_size: bytes, or text like "5GB", of a weight file; as in the base by default.
-            check_finite: refuse a NaN or an infinity in a written weight, the base's own too.
-            check_logits: of a small merged model in a local directory: refuse it unless it computes what the base with
-                the adapter does. Computes both on the head node in float32, one after the other: some seconds, and
-                memory for the model.
-            resume: go on from what a killed or failed export of the same left there: weight files that are proven are
-                kept. If this one fails, it leaves what there is.
+            dtype: dtype of the written base; "auto" keeps the base's.
+            parallel_threads: number of weight files written at once; two per node by default. If a URL is involved,
+                each thread needs disk for two of these files in its node's TMPDIR.
+            max_shard_size: maximum size of a weight file, in bytes or as text like "5GB". By default as in the base.
+            check_finite: refuse a NaN or an infinity in a written weight, including the base's own.
+            check_logits: refuse a merged model unless its logits match those of the base with the adapter. For small
+                models in a local directory: the head node computes both in float32, one after the other. This takes
+                some seconds, and memory for the model.
+            resume: continue a killed or failed export of the same model in `output_dir`. Weight files that are verified
+                are kept. If this export fails too, it leaves its files there.
 
-        Returns: where it was written.
+        Returns: the location of the written model.
 
         Raises:
             ConfigError: nothing has been trained, or there is no adapter.
             DestinationError: `output_dir` exists and is not empty, or cannot be written.
-            ExportError: what was written did not prove itself; nothing is left behind.
+            ExportError: the written files failed verification; nothing is left behind.
         """
         layout = (only_save_adapters, save_adapters_separately)
         how = (parallel_threads, max_shard_size, check_finite, check_logits, resume)
@@ -266,7 +267,7 @@ class KerasHubModel:
         if self.run_directory is not None:
             try:
                 ray.get(coordinator.add_export.remote(self.run_directory, written), timeout=120)
-            except Exception as error:  # the export is there and proven
+            except Exception as error:  # the export itself is written and verified
                 logger.warning("the report in %s was not told of %s: %s", self.run_directory, written, error)
         return written
 
@@ -282,24 +283,24 @@ class KerasHubModel:
         return adapters.ask(export, self.adapter_ref(self.run_directory), self.adapter)
 
     def adapter_ref(self, directory: str | None) -> AdapterRef:
-        """What the coordinator knows the adapter by; `directory` is the run's."""
+        """Return the coordinator's reference to the adapter; `directory` is the run's."""
         return AdapterRef(self.preset_handle, self.lora, adapters.digest_of(self.adapter), directory)
 
     def check_destination(self, output_dir: str) -> None:
-        """Ask before a long training whether `save_in_hf_format` could write there, by creating and deleting an object.
+        """Check before a long training that `save_in_hf_format` could write there, by creating and deleting an object.
 
-        Raises DestinationError: it is there and not empty, or cannot be written.
+        Raises DestinationError: `output_dir` exists and is not empty, or cannot be written.
         """
         start_ray()
         HeadProbes({absolute(str(output_dir)): check_destination}).check()
 
     @property
     def weights_handle(self) -> str:
-        """Where the weights are that an adapter is put beside, or that training goes on from."""
+        """Location of the weights that an adapter applies to, or that training continues from."""
         return self.trained or self.preset_handle
 
     def coordinator(self) -> ray.actor.ActorHandle:
-        """This model's coordinator, started when first asked for or when Ray was restarted."""
+        """Return this model's coordinator; start it on the first call, or if Ray was restarted."""
         start_ray()
         self._coordinator = living_coordinator(self._coordinator)
         return self._coordinator
@@ -321,28 +322,29 @@ class KerasHubModel:
         mesh: MeshShape | None = None,
         cluster_timeout_s: float = 300.0,
     ) -> list[str] | list[list[int]]:
-        """Greedy continuation of prompts by the base with what has been trained so far.
+        """Continue prompts greedily with the base and the training so far.
 
-        Runs in one actor, on the CPU of one node, which keeps the model until training changes it or `release()` is
-        called: for looking at small models. With `scaling_config` it runs on a group of workers as training does, which
-        share the weights and the cache, and which end with the answer; give it all prompts at once.
+        By default one actor decodes on the CPU of one node. It keeps the model until training changes it or `release()`
+        is called. This suits small models. With `scaling_config`, a group of workers decodes, as in training. The
+        workers share the weights and the cache, and end after the answer, so give them all prompts at once.
 
         Args:
             inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the chat template), or a list
-                of these. They become ids as the rows of training do.
-            max_length: prompt and continuation together, in tokens.
-            stop_token_ids: where to stop; "auto" takes the tokenizer's EOS, those of generation_config.json and
-                those that ended the answers of the training. A warning names all else that generation_config.json asks
-                for: it is not done.
-            strip_prompt: give the continuation alone.
+                of these. They are tokenised as the rows of training are.
+            max_length: maximum tokens of prompt and continuation together.
+            stop_token_ids: tokens to stop at. "auto" takes the tokenizer's EOS, those of generation_config.json and
+                those that ended the answers in training. A warning names each other setting of generation_config.json,
+                which is ignored.
+            strip_prompt: return the continuation only.
             tokenizer, tokenizer_handle: by default those of the last training, with its chat template; else the
                 base's own.
-            return_decoded: texts; False gives token ids.
-            scaling_config, run_config, cpu_devices_per_worker, mesh, cluster_timeout_s: of the workers, as `Trainer`'s.
+            return_decoded: return texts; False returns token ids.
+            scaling_config, run_config, cpu_devices_per_worker, mesh, cluster_timeout_s: as in `Trainer`, for the
+                workers.
 
-        Returns: one text, or list of token ids, a prompt.
+        Returns: one text, or one list of token ids, per prompt.
 
-        Raises DataError: a prompt is empty, or has an id that no row of the embedding stands for.
+        Raises DataError: a prompt is empty, or has an id for which the embedding has no row.
         """
         start_ray()
         tell_generation(self.preset_handle)
@@ -367,21 +369,21 @@ class KerasHubModel:
         return remote_get(self._generator.generate.remote(request))
 
     def release(self) -> None:
-        """Give back the memory of `generate`'s actor."""
+        """Free the memory of `generate`'s actor."""
         if self._generator is not None:
             ray.kill(self._generator)
             self._generator = None
 
     def detach(self) -> None:
-        """Leave the actors that this handle knows to those who have a copy of it."""
+        """Forget this handle's actors without ending them, so that a copy of the handle can go on using them."""
         self._coordinator = self._generator = None
 
     def set_adapter(self, tensors: dict[str, np.ndarray]) -> None:
-        """What training ended with."""
+        """Store the adapter that training ended with."""
         self.release()
         self.adapter = tensors
 
     def set_trained(self, directory: str) -> None:
-        """The same where all weights were trained: where they are."""
+        """Store the directory of the trained weights, if all weights were trained."""
         self.release()
         self.trained = directory

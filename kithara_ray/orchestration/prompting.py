@@ -1,4 +1,4 @@
-"""A run's tokenizer from its data to the model's handle and the run's files."""
+"""Carry a run's tokenizer from its data to the model's handle and the run's files."""
 
 import dataclasses
 from typing import Any
@@ -10,13 +10,13 @@ from kithara_ray.orchestration.worker.spec import RunSpec
 
 
 def keep_tokenizer(model: KerasHubModel, dataset: Any, spec: RunSpec, directory: str | None) -> dict[str, Any]:
-    """Keep the tokenizer wherever exports of the run are made from; the model prompts and exports with it.
+    """Keep the tokenizer in each place that exports are made from, and set it as the model's own.
 
     Args:
-        dataset: that is trained on.
-        directory: the run's, as the head node reaches it; None where it does not.
+        dataset: the dataset of the training.
+        directory: the run's directory, as the head node reaches it; None if the head node cannot.
 
-    Returns: what run.json says of the tokenizer.
+    Returns: the tokenizer's entry in run.json.
     """
     ends = learned_ends(spec.train.store, dataset)
     model.prompting = dataclasses.replace(kept_tokenizer.prompting_of(dataset), ends=ends)

@@ -1,4 +1,4 @@
-"""What a run ended with, read out of what its ranks told."""
+"""The result of a run, read from the events that its ranks reported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,22 +11,22 @@ from kithara_ray.orchestration.worker.spec import RunSpec
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
-        metrics: the last logged step's, with the last evaluation's.
-        history: a dict a logged step: step, loss, learning_rate, grad_norm, tokens_per_s (real tokens, no padding),
-            step_time_s, input_wait_s (a step), epoch; on a TPU also mfu, hbm_bytes and hbm_limit_bytes of rank 0.
-        eval_history: a dict an evaluation: step, eval_loss, eval_perplexity, eval_tokens.
+        metrics: metrics of the last logged step and of the last evaluation.
+        history: one dict per logged step: step, loss, learning_rate, grad_norm, tokens_per_s (real tokens, no padding),
+            step_time_s, input_wait_s (per step), epoch; on a TPU also mfu, hbm_bytes and hbm_limit_bytes of rank 0.
+        eval_history: one dict per evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
-        path: the run's directory, on the head node or a URL; `adapter/` in it is the trained PEFT adapter, or
-            `model/` the trained weights as a Hugging Face model, in the dtype that they were trained in;
-            run.json says what the run was made of.
+        path: the run's directory, on the head node or a URL. `adapter/` in it is the trained PEFT adapter. If all
+            weights were trained, `model/` is a Hugging Face model with them, in the dtype of the training. run.json
+            describes the run.
         checkpoint, best_checkpoint: the newest, and the best by the checkpointer's `score_attribute`.
-        stopped: why the run ended: "steps", "early_stopping", "callback" (one asked for it) or "interrupt".
-        skipped: the steps that were left out by on_nan="skip": step, rows.
-        exports: a dict an adapter that was written while the run went on: step, path, error (None: it is there).
-        dropped: callbacks that the run went on without, and why.
+        stopped: reason for the end: "steps", "early_stopping", "callback" (a callback ended the run) or "interrupt".
+        skipped: steps that on_nan="skip" left out, each with step and rows.
+        exports: one dict per adapter written during the run: step, path, error (None if it was written).
+        dropped: callbacks that failed and that the run went on without, with the reason.
     """
 
     metrics: dict[str, float]
@@ -43,11 +43,11 @@ class TrainResult:
 
 
 def result_of(events: list[Event], path: str, summary: Mapping[str, Any]) -> TrainResult:
-    """The result of a run that has ended in order.
+    """Return the result of a run that has ended in order.
 
     Args:
-        events: of all attempts.
-        summary: what rank 0's loop returned.
+        events: the events of all attempts.
+        summary: the value that rank 0's loop returned.
     """
     events = one_history(events)
     history, evaluations, started = (rows_of(events, kind) for kind in ("step", "eval", "started"))
@@ -71,7 +71,7 @@ def result_of(events: list[Event], path: str, summary: Mapping[str, Any]) -> Tra
 
 
 def about(spec: RunSpec, events: list[Event]) -> dict[str, Any]:
-    """How a model was trained, as plain data: for run.json and the model card of its exports."""
+    """Describe how a model was trained, as plain data: for run.json and the model card of its exports."""
     events = one_history(events)
     steps, evaluations = rows_of(events, "step"), rows_of(events, "eval")
     last = steps[-1] if steps else {}
@@ -96,10 +96,10 @@ def about(spec: RunSpec, events: list[Event]) -> dict[str, Any]:
 
 
 def raise_for_end(summary: Mapping[str, Any], path: str) -> None:
-    """Of a run that was left in order before its end, the error that it was left for, if one it was.
+    """Raise the error that ended an early-stopped run, if there was one.
 
     Args:
-        path: where what was trained is, if no checkpoint holds it.
+        path: location of the trained tensors, if no checkpoint holds them.
     """
     saved = f"saved: {summary.get('checkpoint') or path}"
     if summary["stopped"] == "interrupt":

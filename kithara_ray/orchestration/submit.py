@@ -1,8 +1,8 @@
-"""A run on another cluster, through Ray's job API: pack the working directory, start, follow, stop.
+"""Run a job on another cluster through Ray's job API: pack the working directory, start, follow, stop.
 
-The job is `python -m kithara_ray train CONFIG`, or `tune`, in a copy of the directory. Its token, where the cluster
-asks for one, comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN): it is
-never an argument.
+The job is `python -m kithara_ray train CONFIG`, or `tune`, in a copy of the directory. If the cluster asks for a token,
+it comes from Ray's own settings (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN). It is never an
+argument.
 """
 
 import asyncio
@@ -31,21 +31,21 @@ from kithara_ray.yaml_file import override, read_yaml
 
 logger = logging.getLogger(__name__)
 
-LIMIT_BYTES = 100 * 1024**2  # of Ray's packages
+LIMIT_BYTES = 100 * 1024**2  # maximum size of Ray's packages
 EXCLUDED = (".git", ".venv", "venv", "__pycache__", ".pytest_cache", ".ruff_cache", "runs", "*.safetensors")
 _ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-_ZIPPED_TO_SEE = 10  # times the limit, beyond which no packing helps
+_ZIPPED_TO_SEE = 10  # above this multiple of the limit, no compression is enough
 _RETRY_S = 2.0
-_QUIET_S = 120.0  # after which a log that says nothing is asked for again
-# What requests, aiohttp and Ray raise for a server that is gone, refuses or answers nonsense.
+_QUIET_S = 120.0  # seconds without output after which the log is requested again
+# Errors of requests, aiohttp and Ray for a server that is gone, refuses or sends an invalid answer.
 _FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, asyncio.TimeoutError, ray.exceptions.RayError)
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the job server at `http://HEAD:8265`. Raises ConfigError: it is no such URL; ClusterError."""
+    """Connect to the job server at `http://HEAD:8265`. Raises ConfigError for any other URL form; ClusterError."""
     if problem := _not_an_address(address):
         raise ConfigError(f"--address: {problem}; give the dashboard's URL, e.g. http://HEAD:8265")
-    # Ray lets this variable win over what was asked for.
+    # Ray would otherwise prefer these variables to the given address.
     with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         try:
             return JobSubmissionClient(address)
@@ -54,7 +54,7 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def _not_an_address(address: str) -> str | None:
-    """Say what keeps a text from being the URL of a dashboard. It is not quoted: it may hold a password."""
+    """Return why a text is not the URL of a dashboard, or None. The reason never quotes it: it may hold a password."""
     if not address.startswith(("http://", "https://")):
         return "no URL of http:// or https://"
     if any(character.isspace() or not character.isprintable() for character in address):
@@ -73,7 +73,7 @@ def _not_an_address(address: str) -> str | None:
 
 
 class _without:
-    """Variables of the environment taken away for a while."""
+    """Remove variables from the environment for a while."""
 
     def __init__(self, *names: str):
         self._names = names
@@ -98,7 +98,7 @@ def _reason(error: BaseException) -> str:
 
 
 def package_files(directory: Path) -> dict[Path, int]:
-    """Size of each file that Ray would pack, by its own rules: EXCLUDED, .gitignore and .rayignore."""
+    """Return the size of each file that Ray would pack, by Ray's own rules: EXCLUDED, .gitignore and .rayignore."""
     sizes: dict[Path, int] = {}
 
     def note(path: Path) -> None:
@@ -110,7 +110,7 @@ def package_files(directory: Path) -> dict[Path, int]:
 
 
 def check_size(directory: Path) -> int:
-    """Bytes of the files to be packed. Raises ConfigError where the package would be beyond Ray's limit."""
+    """Return the total bytes of the files to pack. Raises ConfigError if the package would exceed Ray's limit."""
     sizes = package_files(directory)
     total = packed = sum(sizes.values())
     if LIMIT_BYTES < total < _ZIPPED_TO_SEE * LIMIT_BYTES:
@@ -140,17 +140,17 @@ def submit(
     python: str = "python",
     command: str = "train",
 ) -> str:
-    """Start the run; returns the job's id.
+    """Start the run, and return the job's id.
 
     Args:
         config: a file under `working_dir`.
-        overrides: `--set` of the run. They are part of the job's command, which the dashboard shows.
+        overrides: `--set` options of the run. They are part of the job's command, which the dashboard shows.
         python: the interpreter on the head node.
         command: "train" or "tune".
 
     Raises:
-        ConfigError: the configuration is outside the directory; the job's copy will lack it, or what it reads; or the
-            directory is too large.
+        ConfigError: the configuration is outside the directory; the job's copy would lack it or a file that it reads;
+            or the directory is too large.
         ClusterError: the job server refused.
     """
     working_dir = working_dir.resolve()
@@ -172,7 +172,7 @@ def submit(
 
 
 def _check_reads(config: Path, overrides: Sequence[str], working_dir: Path) -> None:
-    """Raises ConfigError where the job's copy lacks the configuration, or what it reads."""
+    """Raise ConfigError if the job's copy lacks the configuration, or a file that it reads."""
     packed = package_files(working_dir)
     raw, _ = read_yaml(config)
     for change in overrides:
@@ -187,12 +187,13 @@ def _check_reads(config: Path, overrides: Sequence[str], working_dir: Path) -> N
 
 
 def start(client: JobSubmissionClient, command: str, runtime_env: dict[str, Any], wait_s: float = 120.0) -> str:
-    """Start a command as a job; returns its id. A cluster that has just come up takes none before its agents are there.
+    """Start a command as a job, and return its id. Retry while a new cluster's agents are not there yet.
 
     Raises:
         ClusterError: the job server refused, or had no agent for `wait_s`.
     """
-    # Chosen here: where the connection drops before the answer comes, whether the job was taken can still be asked.
+    # The id is chosen here, so that the server can be asked about the job even if the connection drops before it
+    # answers.
     job = f"kithara_ray_{secrets.token_hex(6)}"
     deadline = time.monotonic() + wait_s
     while True:
@@ -215,16 +216,16 @@ def _is_there(client: JobSubmissionClient, job: str) -> bool:
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], lost_after_s: float = 300.0) -> None:
-    """Write the job's log as it comes until the job ends, over connections that drop.
+    """Write the job's log as it arrives, until the job ends. Reconnect if the connection drops.
 
     Raises:
         TrainingError: the job failed or was stopped.
-        ClusterError: no answer for `lost_after_s`; the job may well go on.
+        ClusterError: no answer for `lost_after_s`; the job may still be running.
     """
     written, deadline = 0, time.monotonic() + lost_after_s
     while True:
         try:
-            client.get_job_status(job)  # the log's own refusal does not say that there is no such job
+            client.get_job_status(job)  # raises if there is no such job; the log request would not say so
             deadline = time.monotonic() + lost_after_s
             for text in _tail(client, job, written):
                 written += len(text)
@@ -249,14 +250,14 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], 
 
 
 def _tail(client: JobSubmissionClient, job: str, skip: int) -> Iterator[str]:
-    """The log from character `skip` on; each connection begins at the log's start."""
+    """Yield the log from character `skip` on; each connection starts at the beginning of the log."""
     lines = client.tail_job_logs(job)
     loop = asyncio.new_event_loop()
     try:
         seen = 0
         while True:
             try:
-                # A connection that is cut without a word would be waited on for ever.
+                # Without a timeout, a connection that drops silently would block forever.
                 text = loop.run_until_complete(asyncio.wait_for(anext(lines), _QUIET_S))
             except StopAsyncIteration:
                 return
@@ -270,7 +271,7 @@ def _tail(client: JobSubmissionClient, job: str, skip: int) -> Iterator[str]:
 
 
 def stop(client: JobSubmissionClient, job: str) -> bool:
-    """Ask a job to end; returns whether it was running. Raises ConfigError for a job that there is not."""
+    """Ask a job to end; return True if it was running. Raises ConfigError if there is no such job."""
     try:
         return client.stop_job(job)
     except _FAILURES as error:

@@ -1,7 +1,7 @@
-"""The Trainer of the public API: handles in, a trained adapter out.
+"""The Trainer of the public API: it takes the model and data handles, and leaves a trained adapter in the model.
 
-The driver tokenises, starts the coordinator and one Ray Train actor per host, shows progress, and takes the gathered
-adapter. It needs no accelerator.
+The driver tokenises the data, starts the coordinator and one Ray Train actor per host, shows progress, and receives the
+gathered adapter. It needs no accelerator.
 """
 
 import dataclasses
@@ -46,51 +46,51 @@ from kithara_ray.train.optimizer_config import portable
 
 logger = logging.getLogger(__name__)
 
-# What every worker runs, imported there; the driver needs none of it. Tests put a loop of their own.
+# The loop that each worker imports and runs; the driver never imports it. Tests substitute their own loop.
 TRAIN_LOOP: str | Loop = "kithara_ray.orchestration.worker.run:train_loop"
 
 
 class Trainer:
-    """Trains a model on a Ray cluster.
+    """Train a model on a Ray cluster.
 
     Args:
-        model: what to train; afterwards it holds the trained adapter, or knows where the trained weights are.
+        model: the model to train. After training it holds the adapter, or the location of the trained weights.
         optimizer: a `keras.optimizers.Optimizer` or an `optax.GradientTransformation`.
-        train_dataloader: rows and batch size; the global batch is `per_device_batch_size` x all devices
+        train_dataloader: rows and batch size. The global batch is `per_device_batch_size` x all devices
             x `gradient_accumulation_steps`.
-        eval_dataloader: evaluated every `eval_steps_interval` steps or `eval_epochs_interval` epochs (each epoch by
-            default), and at the end. Or give train_dataloader an `eval_fraction`.
-        steps, epochs: how long; one epoch by default.
-        log_steps_interval: steps between two rows of the history.
-        max_eval_samples: evaluate on the first so many rows only.
-        tensorboard_dir: where TensorBoard's event files go: on rank 0's host, or `gs://...`, `s3://...`.
-        profiler: a `Profiler`: which steps are traced, and where the trace goes.
-        checkpointer: saves the run, and lets it go on from where it ended; None saves nothing, unless run_config's
-            failure_config or checkpoint_config ask for it.
-        scaling_config: Ray's; one worker per host. None is one local worker.
-        run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
-        cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
-        mesh: axes of the device mesh; by default the devices of a TPU slice on `fsdp`, the slices on `data`.
-        remat: what the blocks keep for the backward pass: "block", their input alone, the rest is computed again;
-            "dots", also the results of products with weights, faster where the memory is there; "nested", the inputs
-            of a few blocks, slower by a forward pass, for the largest models.
-        gradient_accumulation_steps: forward and backward passes of one step. The loss is the mean over the tokens of
-            all of them together, so 1 x 8 rows and 8 x 1 row train alike.
-        seed: of the initial factors and of dropout.
-        on_nan: what to do with a step whose loss or gradient is not finite: "stop" names its rows and ends the run,
-            "skip" leaves parameters and optimizer as they were.
-        step_timeout_s: without progress for so long, the run is ended by the name of the rank that holds it up; None
-            waits for ever.
-        startup_timeout_s: the same, for each phase before the first step.
-        export_every_steps: write the adapter of every so many steps while training goes on, as a PEFT directory.
-        export_dir: where these go, `<export_dir>/step-000100`: local to the head node, or `gs://...`, `s3://...`;
-            `adapters` in the run's directory by default.
-        cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
-        callbacks: `kithara_ray.Callback` objects, told on rank 0 what happens; they may end the run.
+        eval_dataloader: evaluation rows. Evaluation runs every `eval_steps_interval` steps or `eval_epochs_interval`
+            epochs (each epoch by default), and at the end. Alternatively, give train_dataloader an `eval_fraction`.
+        steps, epochs: length of the run; one epoch by default.
+        log_steps_interval: number of steps between two rows of the history.
+        max_eval_samples: evaluate on the first `max_eval_samples` rows only.
+        tensorboard_dir: directory for TensorBoard's event files, on rank 0's host or at `gs://...`, `s3://...`.
+        profiler: a `Profiler`, which sets the steps to trace and the trace's location.
+        checkpointer: saves the run and lets it resume. With None nothing is saved, unless run_config's failure_config
+            or checkpoint_config ask for it.
+        scaling_config: Ray's ScalingConfig, with one worker per host. None means one local worker.
+        run_config: Ray's RunConfig: name, storage_path, failure_config, worker_runtime_env.
+        cpu_devices_per_worker: number of CPU devices in each worker when there is no accelerator.
+        mesh: axes of the device mesh. By default the devices of a TPU slice are on `fsdp`, the slices on `data`.
+        remat: values that the blocks keep for the backward pass. "block" keeps each block's input only and recomputes
+            the rest. "dots" also keeps the results of products with weights: faster, if memory allows. "nested" keeps
+            the inputs of a few blocks only: one forward pass slower, for the largest models.
+        gradient_accumulation_steps: forward and backward passes per step. The loss is the mean over the tokens of all
+            of them together, so 1 x 8 rows and 8 x 1 row train alike.
+        seed: seed of the initial factors and of dropout.
+        on_nan: response to a step whose loss or gradient is not finite. "stop" names the step's rows and ends the run;
+            "skip" leaves parameters and optimizer unchanged.
+        step_timeout_s: seconds without progress after which the run ends with an error that names the rank holding it
+            up. None waits forever.
+        startup_timeout_s: the same limit for each phase before the first step.
+        export_every_steps: during training, write the adapter as a PEFT directory every `export_every_steps` steps.
+        export_dir: parent of these directories, `<export_dir>/step-000100`: local to the head node, or `gs://...`,
+            `s3://...`. The default is `adapters` in the run's directory.
+        cluster_timeout_s: seconds to wait until the cluster has the resources of scaling_config, and has them free.
+        callbacks: `kithara_ray.Callback` objects. Rank 0 calls them, and they may end the run.
         report_prompts: texts or chats that `generate` continues before and after training, for report.html in the
-            run's directory. It decodes on one CPU: for small models.
-        report_max_length: tokens of prompt and continuation there.
-        progress: show a progress bar, or lines where the output is not a terminal.
+            run's directory. Decoding runs on one CPU, so use this for small models.
+        report_max_length: maximum tokens of prompt and continuation in the report.
+        progress: show a progress bar, or lines if the output is not a terminal.
     """
 
     def __init__(
@@ -170,28 +170,29 @@ class Trainer:
         )
 
     def adopt(self, request: RunRequest) -> None:
-        """Train as `request` says from now on: for what makes one of this Trainer's own, as a search does."""
+        """Replace this Trainer's request with `request`; a search uses this to place each trial's run."""
         self.request = request
 
     def train(self, exports: Sequence[Mapping[str, Any]] = ()) -> TrainResult:
-        """Run to the end; `model` has what was trained afterwards.
+        """Run to the end, and leave the trained adapter or weights in `model`.
 
         Args:
-            exports: arguments of the `save_in_hf_format` calls that will follow. Nothing is written; that it can be is
-                checked before anything is trained.
+            exports: arguments of the `save_in_hf_format` calls that will follow. Nothing is written for them; the
+                driver checks before training that each can be written.
 
         Raises:
-            DataError: a bad row, or nothing to train on.
-            ConfigError: the step does not fit the chips of the TPU slice; what to try.
+            DataError: a row is bad, or there is nothing to train on.
+            ConfigError: the step does not fit the chips of the TPU slice. The message says what to try.
             DestinationError: the run's directory, an export's or `export_dir` cannot be written, or holds adapters of
                 another run.
-            ClusterError: the cluster lacks what `scaling_config` asks for.
-            TrainingError: a worker failed; names its cause. Or a callback did; the adapter of that step is in `model`.
-            KeyboardInterrupt: the run was interrupted; the adapter so far is in `model`, and saved.
+            ClusterError: the cluster lacks the resources that `scaling_config` asks for.
+            TrainingError: a worker failed, and the message names the cause; or a callback failed, and `model` holds the
+                adapter of that step.
+            KeyboardInterrupt: the run was interrupted. The adapter so far is in `model`, and saved.
         """
         start_ray()
         self.model.release()
-        # An earlier training may have changed the model.
+        # An earlier training may have changed the model since the request was made.
         request = dataclasses.replace(self.request, model=_asked_of(self.model))
         manifest = RunManifest(request)
         self.model.prompting = prompting_of(request.train.dataset)
@@ -228,8 +229,8 @@ class Trainer:
         samples: Samples,
         progress: Progress,
     ) -> RunSpec:
-        """From checks that passed to the workers: samples, tokens, a plan; run.json is there, and so is room."""
-        begun = coordinator.start_run.remote()  # its process starts meanwhile
+        """Prepare the run after its checks: take samples, tokenise, plan, wait for room and write run.json."""
+        begun = coordinator.start_run.remote()  # starts the coordinator's process in the meantime
         if request.reporting.prompts:
             progress.phase("sample")
             samples.take("before")
@@ -253,7 +254,7 @@ class Trainer:
         result: TrainResult,
         summary: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """run.json of the run that has ended."""
+        """Return run.json of the run that has ended."""
         problem = summary.get("callback_error")
         more = {name: getattr(result, name) for name in ("path", "metrics", "phases", "stopped")}
         failed = {"error": problem} if problem else {}
@@ -262,10 +263,10 @@ class Trainer:
     def _take(
         self, coordinator: ray.actor.ActorHandle, spec: RunSpec, summary: Mapping[str, Any], directory: str
     ) -> str:
-        """Hand what was trained from the coordinator to the model; returns where it is written.
+        """Hand the trained tensors from the coordinator to the model, and return where they are written.
 
         Args:
-            directory: the run's. One that only the user's own file system reaches gets no adapter.
+            directory: the run's directory. No adapter is written to one that only the user's own file system reaches.
         """
         model = self.model
         if model.lora is None:
@@ -279,7 +280,7 @@ class Trainer:
 
 
 def _asked_of(model: KerasHubModel) -> ModelRequest:
-    """The model as it is now."""
+    """Return a request for the model as it is now."""
     return ModelRequest(
         preset_handle=model.preset_handle,
         weights_handle=model.weights_handle,
@@ -291,7 +292,7 @@ def _asked_of(model: KerasHubModel) -> ModelRequest:
 
 
 def _events_so_far(coordinator: ray.actor.ActorHandle) -> list[Event]:
-    """Of a run that has failed."""
+    """Return the events of a run that has failed."""
     try:
         return one_history(ray.get(coordinator.events.remote(0), timeout=30))
     except ray.exceptions.RayError as error:

@@ -1,4 +1,4 @@
-"""What the cluster has, and has free, for a group of workers; and waiting for it."""
+"""The total and free resources of the cluster for a group of workers, and a wait for them."""
 
 import logging
 import time
@@ -16,7 +16,7 @@ _POLL_S = 1.0
 
 
 def placeable(workers: int, needs: Mapping[str, float], nodes: list[Mapping[str, float]]) -> int:
-    """How many of `workers` equal workers fit onto nodes with these resources."""
+    """Return how many of `workers` equal workers fit onto nodes with these resources."""
     fits = 0
     for node in nodes:
         per_node = [int(node.get(name, 0) / amount + 1e-9) for name, amount in needs.items() if amount > 0]
@@ -25,15 +25,15 @@ def placeable(workers: int, needs: Mapping[str, float], nodes: list[Mapping[str,
 
 
 def wait_for_cluster(workers: int, needs: Mapping[str, float], timeout_s: float, extra: Mapping[str, float]) -> None:
-    """Wait until the cluster has nodes for all workers, and that what they need is free.
+    """Wait until the cluster has nodes for all workers, with the needed resources free.
 
     Args:
         needs: resources of one worker.
-        timeout_s: how long nodes may take to come (an autoscaler, another job that ends).
+        timeout_s: seconds to wait for nodes (from an autoscaler, or from another job that ends).
         extra: resources that must exist once, e.g. the head of a TPU slice.
 
     Raises:
-        ClusterError: what is missing.
+        ClusterError: resources are missing; the message names them.
     """
     deadline = time.monotonic() + timeout_s
     told = False
@@ -76,13 +76,13 @@ def _busy(workers: int, needs: Mapping[str, float]) -> str | None:
 
 
 def show(resources: Mapping[str, Any]) -> str:
-    """Resources as a person reads them."""
+    """Format resources for a person to read."""
     shown = {k: v for k, v in resources.items() if not k.startswith(("node:", "memory", "object_store_memory"))}
     return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(shown.items())) or "nothing"
 
 
 def slice_heads(scaling: Any) -> dict[str, float]:
-    """The resources that mark whole TPU slices of the asked-for shape, one each; none without `use_tpu`."""
+    """Return the resources that mark whole TPU slices of the requested shape, one per slice; none without `use_tpu`."""
     if not (scaling.use_tpu and scaling.topology and scaling.accelerator_type):
         return {}
     from ray.util.tpu import get_tpu_num_slices_for_workers

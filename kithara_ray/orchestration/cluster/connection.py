@@ -12,21 +12,21 @@ _ANSWER_S = 20.0
 
 
 def start_ray() -> None:
-    """Join the cluster of RAY_ADDRESS, or of the job this runs in, or start a local one.
+    """Join the cluster of RAY_ADDRESS, or the cluster of the job that this runs in, or start a local one.
 
     Raises:
-        ClusterError: there is none at RAY_ADDRESS.
+        ClusterError: there is no cluster at RAY_ADDRESS.
     """
     if not ray.is_initialized():
         check_address()
         with warnings.catch_warnings():
-            # Ray starts its processes by fork and exec, which leaves nothing of this process' threads behind.
+            # Ray starts its processes by fork and exec, so they inherit nothing of this process's threads.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
             ray.init(log_to_driver=False, logging_level="ERROR")
 
 
 def check_address() -> None:
-    """Raises ClusterError where nothing answers at RAY_ADDRESS: Ray itself would try for minutes."""
+    """Raise ClusterError if nothing answers at RAY_ADDRESS. Ray itself would retry for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
     place = address.removeprefix("ray://")
     if place in ("", "auto", "local") or "://" in place:

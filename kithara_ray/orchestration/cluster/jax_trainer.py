@@ -1,6 +1,6 @@
-"""Ray's JaxTrainer started for a run: what ends it, and by what name.
+"""Run Ray's JaxTrainer: handle interrupts, and name the cause of a failure.
 
-A first Ctrl-C asks the ranks to save and leave at the same step; a second ends the run at once.
+The first Ctrl-C asks the ranks to save and leave at the same step. The second ends the run at once.
 """
 
 import contextlib
@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptibleTrainer(HookedJaxTrainer):
-    """Attributes: coordinator: asked to stop the run, set before `fit`; None: an interrupt ends it at once."""
+    """A JaxTrainer whose first interrupt stops the run in order.
+
+    Attributes:
+        coordinator: receives the request to stop; set before `fit`. With None, an interrupt ends the run at once.
+    """
 
     coordinator: ray.actor.ActorHandle | None
     interrupts = 0
@@ -38,7 +42,7 @@ class InterruptibleTrainer(HookedJaxTrainer):
 
 @contextlib.contextmanager
 def sigint_kept() -> Iterator[None]:
-    """Ctrl-C does afterwards what it did before."""
+    """Restore the handler of Ctrl-C afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -53,7 +57,7 @@ def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle | None
     """Run to the end.
 
     Raises:
-        KitharaRayError: what the run failed with, by its cause.
+        KitharaRayError: the run failed; the error names the cause.
     """
     trainer.coordinator = coordinator
     try:
@@ -69,7 +73,7 @@ def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle | None
 
 
 def _stalled(coordinator: ray.actor.ActorHandle | None) -> str | None:
-    """Why the watchdog ended the last attempt, if it did."""
+    """Return why the watchdog ended the last attempt; None if it did not."""
     if coordinator is None:
         return None
     try:
@@ -86,9 +90,10 @@ def _stalled(coordinator: ray.actor.ActorHandle | None) -> str | None:
 
 
 def named(error: TrainingFailedError, stalled: str | None = None) -> KitharaRayError:
-    """The cause of a failed run: the watchdog's verdict, an error of ours, else the rank that failed by itself.
+    """Return the cause of a failed run: the watchdog's verdict, an error of this library, else the rank that failed
+    first.
 
-    Where one rank dies, the others fail with JAX's errors about it: these are named last.
+    If one rank dies, the others fail with JAX's errors about it. Such errors are chosen last.
     """
     if stalled is not None:
         return TrainingError(f"no progress, so the run was ended: {stalled}")
@@ -106,7 +111,7 @@ def named(error: TrainingFailedError, stalled: str | None = None) -> KitharaRayE
 
 
 def _collateral(failure: BaseException) -> int:
-    """How likely a failure is but the consequence of another rank's."""
+    """Rate how likely a failure is only the consequence of another rank's failure."""
     cause = error_of_worker(failure)
     if type(cause).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return 2

@@ -1,8 +1,8 @@
-"""How a worker's process is set up before the training loop: Ray's JAX backend, with limits and signals of ours; and
-what tells the loop that its process is to go.
+"""Set up a worker's process before the training loop: Ray's JAX backend with this library's time limits and signals.
+It also reports to the loop that its process must leave.
 
-Ray passes no time limits to `jax.distributed.initialize`, and a process that waits in a collective for a peer that is
-gone waits for as long as JAX thinks right; here that is said.
+Ray passes no time limits to `jax.distributed.initialize`. A process that waits in a collective for a dead peer would
+then wait for JAX's default time; this module sets the limits.
 """
 
 import functools
@@ -16,18 +16,20 @@ from ray.train.v2.jax.config import JaxConfig
 from kithara_ray.errors import ClusterError
 from kithara_ray.orchestration.cluster.ray_train_compat import JaxBackend, preemption_notice
 
-# Set by SIGTERM: what a machine that is taken away gets some seconds before.
+# Set by SIGTERM, which a preempted machine receives some seconds before its end.
 terminated = threading.Event()
 
 
 @dataclass
 class WorkerBackend(JaxConfig):
-    """Attributes:
-    initialize_timeout_s: until all processes have met.
-    heartbeat_timeout_s: after so long without a sign of life from a process, JAX ends the others.
+    """Ray's JaxConfig with time limits.
+
+    Attributes:
+        initialize_timeout_s: seconds until all processes must have met.
+        heartbeat_timeout_s: seconds without a sign of life from a process, after which JAX ends the others.
     """
 
-    # Ray's switch for jax.distributed, on CPUs too; without it N workers are N independent runs.
+    # Ray's switch for jax.distributed, also on CPUs. Without it N workers are N independent runs.
     use_tpu: bool = True
     initialize_timeout_s: int = 300
     heartbeat_timeout_s: int = 100
@@ -42,17 +44,17 @@ class _Backend(JaxBackend):
         limits = (backend_config.initialize_timeout_s, backend_config.heartbeat_timeout_s)
         ray.get(worker_group.execute_async(_set_up_process, *limits))
         super().on_start(worker_group, backend_config)
-        # Afterwards: JAX may have taken the signal for a service of its own.
+        # This comes after JAX's start, as JAX may have taken the signal for a service of its own.
         ray.get(worker_group.execute_async(_listen))
 
     def on_shutdown(self, worker_group, backend_config: WorkerBackend):
-        """Ray waits here for JAX's farewell, 30 s where a process is dead; a loop that ends well says it itself."""
+        """Skip Ray's wait for JAX's shutdown, 30 s if a process is dead: a loop that ends well does it itself."""
 
 
 def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int) -> None:
     import jax
 
-    # It would handle SIGTERM by itself, and tell nobody here.
+    # JAX's preemption service would handle SIGTERM itself, and report it to nobody here.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize = functools.partial(
         jax.distributed.initialize,
@@ -62,12 +64,12 @@ def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int) -> None
 
 
 def _listen() -> None:
-    """In the main thread of the worker's process, which alone may handle signals; the loop runs in another."""
+    """Install the signal handler in the worker's main thread. Only that thread may; the loop runs in another thread."""
     signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 def _on_sigterm(signum, frame) -> None:
-    """The first is a notice: the loop saves and leaves. The second ends the process."""
+    """Take the first signal as a notice, on which the loop saves and leaves. The second ends the process."""
     if terminated.is_set():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
@@ -75,15 +77,18 @@ def _on_sigterm(signum, frame) -> None:
 
 
 def is_draining() -> bool:
-    """Whether Ray has been told that the node of one of the ranks will go."""
+    """Return True if Ray has announced that the node of one of the ranks will go."""
     return preemption_notice() is not None
 
 
 def check_process_group(num_workers: int, platform: str, num_devices: int | None = None) -> None:
-    """In a worker: all processes have met, and JAX runs on what was asked for, on as many devices (None: unknown).
+    """Check in a worker that all processes have met, and that JAX has the requested platform and number of devices.
+
+    Args:
+        num_devices: devices of all processes together; None skips the check.
 
     Raises:
-        ClusterError: independent one-process runs, or a silent fall-back to another platform.
+        ClusterError: the processes run independently, or JAX fell back to another platform.
     """
     import jax
 

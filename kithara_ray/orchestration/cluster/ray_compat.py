@@ -1,10 +1,10 @@
-"""Every private name of Ray that this library uses: one function each, its reason in its docstring.
+"""Every private name of Ray that this library uses: one function each, with the reason in its docstring.
 
-Those of Ray Train, whose import takes a second in each process, are in `ray_train_compat`. No other module may touch
-one; tests/test_private_names.py holds that. tests/orchestration/cluster/test_ray_compat.py says in words which name is
-gone when Ray drops it, and what it was for.
+The private names of Ray Train, whose import takes a second in each process, are in `ray_train_compat`. No other module
+may touch a private name; tests/test_private_names.py enforces that. If Ray drops a name,
+tests/orchestration/cluster/test_ray_compat.py reports which one is gone, and its purpose.
 
-What is imported of Ray here is imported where it is used: a task that reads rows needs none of it.
+Each function imports its part of Ray when it is called, because a task that reads rows needs none of it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ from typing import Any
 
 import ray
 
-# The resource that marks the head node. `ray._common.constants` has it; no public name does, and no public call says
-# which node is the head.
+# The resource that marks the head node. `ray._common.constants` defines it. No public name does, and no public call
+# identifies the head node.
 HEAD_NODE_RESOURCE = "node:__internal_head__"
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
 
 
 def free_by_node() -> dict[str, dict[str, float]]:
-    """Node id -> the resources that are free there now.
+    """Return node id -> the free resources of the node.
 
     Needed to find the room for whole workers; `ray.available_resources()` is the sum over all nodes.
     """
@@ -29,9 +29,9 @@ def free_by_node() -> dict[str, dict[str, float]]:
 
 
 def tpu_pod_type(topology: str, accelerator_type: str) -> str | None:
-    """The name that Ray gives a TPU slice of this shape in the resource of its head.
+    """Return Ray's name for a TPU slice of this shape, which appears in the resource of the slice's head.
 
-    Needed to ask for whole slices before a group is started; Ray Train makes the same name inside.
+    Needed to request whole slices before a group is started; Ray Train makes the same name internally.
     """
     from ray._private.accelerators.tpu import infer_tpu_pod_type_from_topology
 
@@ -39,9 +39,9 @@ def tpu_pod_type(topology: str, accelerator_type: str) -> str | None:
 
 
 def host_memory() -> tuple[int, int]:
-    """(all, used) bytes of this host's memory, within a container's limit.
+    """Return (total, used) bytes of this host's memory, within a container's limit.
 
-    Needed because psutil and /proc do not know the limit, and Ray's dashboard, which does, may be absent.
+    Needed because psutil and /proc do not know the limit. Ray's dashboard does, but it may be absent.
     """
     from ray._common.utils import get_system_memory
     from ray._private.utils import get_used_memory
@@ -50,9 +50,9 @@ def host_memory() -> tuple[int, int]:
 
 
 def resources_per_worker(scaling: Any) -> Mapping[str, float]:
-    """What a worker of a ScalingConfig asks for, Ray's defaults filled in.
+    """Return the resources that a worker of a ScalingConfig requests, with Ray's defaults filled in.
 
-    Needed to compare with what nodes have; the public `resources_per_worker` is None where a user left it out.
+    Needed to compare with the nodes' resources; the public `resources_per_worker` is None if the user left it out.
     """
     return scaling._resources_per_worker_not_none
 
@@ -61,9 +61,9 @@ def resources_per_worker(scaling: Any) -> Mapping[str, float]:
 
 
 def placement_group_table() -> list[Any]:
-    """The cluster's placement groups as Ray's own records, those that were removed left out.
+    """Return the cluster's placement groups as Ray's own records, without removed ones.
 
-    Needed because `ray.util.placement_group_table` does not say whether a group's creator is dead.
+    Needed because `ray.util.placement_group_table` does not report whether a group's creator is dead.
     """
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
@@ -73,9 +73,10 @@ def placement_group_table() -> list[Any]:
 
 
 def placement_group_of(group_id: bytes) -> Any:
-    """A handle on a placement group that another process made.
+    """Return a handle on a placement group that another process made.
 
-    Needed to remove one whose creator is dead; the public `get_placement_group` finds groups by name, these have none.
+    Needed to remove a group whose creator is dead. The public `get_placement_group` finds groups by name; these have
+    none.
     """
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup
@@ -87,9 +88,9 @@ def placement_group_of(group_id: bytes) -> Any:
 
 
 def block_refs(dataset: Any) -> Iterator[tuple[Any, int, int]]:
-    """(reference, rows, bytes) of each block of a dataset, in order, as they are made.
+    """Yield (reference, rows, bytes) of each block of a dataset, in order, as the blocks are made.
 
-    Needed to hand blocks to tasks without bringing them here; `get_internal_block_refs` is no less internal and gives
+    Needed to hand blocks to tasks without bringing them here. `get_internal_block_refs` is no less internal, gives
     neither rows nor sizes, and makes all blocks first.
     """
     for bundle in dataset.iter_internal_ref_bundles():
@@ -101,33 +102,33 @@ def block_refs(dataset: Any) -> Iterator[tuple[Any, int, int]]:
 
 
 def limits_by_itself(limiter: Any) -> bool:
-    """Whether a ConcurrencyLimiter counts trials, and not its searcher.
+    """Return True if a ConcurrencyLimiter counts trials itself, instead of its searcher.
 
-    Needed to pass on what a trial reports as the limiter does; it keeps this to itself.
+    Needed to pass on a trial's reports as the limiter does; the limiter does not expose this.
     """
     return limiter._limit_concurrency
 
 
 def only_stops(rule: Any) -> bool:
-    """Whether a MedianStoppingRule stops trials, and does not pause them; true of a scheduler without that choice.
+    """Return True if a MedianStoppingRule stops trials instead of pausing them; also True for other schedulers.
 
-    Needed to refuse what pauses trials; the rule's `hard_stop` is not readable after it is made.
+    Needed to refuse rules that pause trials; the rule's `hard_stop` cannot be read after it is made.
     """
     return getattr(rule, "_hard_stop", True)
 
 
 def set_time_slice(rule: Any, seconds: float) -> None:
-    """Let a MedianStoppingRule run a trial for so long before another may take its place.
+    """Let a MedianStoppingRule run a trial for `seconds` before another trial may take its place.
 
-    Needed for a rule that the user made; its `min_time_slice` is an argument of the constructor alone.
+    Needed for a rule that the user made; `min_time_slice` is an argument of the constructor only.
     """
     rule._min_time_slice = seconds
 
 
 def rungs_of(asha: Any) -> list[list[dict[str, float]]]:
-    """What an ASHAScheduler has recorded, trial -> metric, by bracket and rung: its own dicts, which may be updated.
+    """Return an ASHAScheduler's records, trial -> metric, by bracket and rung: its own dicts, which may be updated.
 
-    Needed to go on with a search; Ray Tune saves the trials and not what their scheduler has seen.
+    Needed to resume a search; Ray Tune saves the trials but not the scheduler's records of them.
     """
     return [[recorded for _, recorded in bracket._rungs] for bracket in asha._brackets]
 
@@ -138,7 +139,8 @@ def rungs_of(asha: Any) -> list[list[dict[str, float]]]:
 def walk_package(directory: Path, excludes: Sequence[str], visit: Callable[[Path], None]) -> None:
     """Call `visit` with each path that Ray would put into the package of a working directory.
 
-    Needed to say what is too large before anything is sent; Ray itself says so after it has packed all, without sizes.
+    Needed to report files that are too large before anything is sent. Ray reports this only after packing, without
+    sizes.
     """
     from ray._private.runtime_env import packaging
 
@@ -147,9 +149,9 @@ def walk_package(directory: Path, excludes: Sequence[str], visit: Callable[[Path
 
 
 def write_package(directory: Path, excludes: Iterable[str], target: Path) -> None:
-    """The package itself, as a zip file.
+    """Write the package itself, as a zip file.
 
-    Needed to know its size; `JobSubmissionClient` makes it only on the way to the cluster.
+    Needed to know the package's size; `JobSubmissionClient` makes it only while it uploads.
     """
     from ray._private.runtime_env import packaging
 

@@ -1,6 +1,6 @@
-"""The private names of Ray Train: see `ray_compat`, of which this is the part that imports Ray Train.
+"""The private names of Ray Train: the part of `ray_compat` that imports Ray Train.
 
-Two classes turn private hooks of Ray Train into public methods; what a run does there is in `jax_trainer`.
+Two classes turn private hooks of Ray Train into public methods; `jax_trainer` implements a run's behaviour in them.
 """
 
 import signal
@@ -15,43 +15,44 @@ from ray.train.v2.jax.config import _JaxBackend as JaxBackend
 
 __all__ = ["HookedJaxTrainer", "JaxBackend", "error_of_worker", "preemption_notice"]
 
-# `JaxBackend`, Ray's own, is needed as a base class: `JaxConfig` is public and what it starts on the workers is not.
+# Ray's `JaxBackend` is needed as a base class: `JaxConfig` is public, but the backend it starts on the workers is not.
 
 
 class HookedJaxTrainer(JaxTrainer):
-    """Ray's JaxTrainer without its data-sharing actor, and with a say in what an interrupt does."""
+    """Ray's JaxTrainer without its data-sharing actor, and with a hook for interrupts."""
 
     def on_sigint(self, controller: ray.actor.ActorHandle) -> None:
         """Handle one SIGINT of the driver, in a signal handler."""
         raise NotImplementedError
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Ray's callbacks without the actor by which workers share datasets: here each worker reads its own rows.
+        """Return Ray's callbacks without the actor through which workers share datasets: here each worker reads its own
+        rows.
 
-        Needed because `RunConfig(callbacks=...)` adds callbacks and takes none away.
+        Needed because `RunConfig(callbacks=...)` adds callbacks and removes none.
         """
         return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
     def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
         """Hand SIGINT to `on_sigint`.
 
-        Needed because Ray's own handler aborts at the first signal and loses what was trained since the last save.
+        Needed because Ray's own handler aborts at the first signal and loses all training since the last save.
         """
         on_interrupt: Callable = lambda signum, frame: self.on_sigint(controller)  # noqa: E731
         signal.signal(signal.SIGINT, on_interrupt)
 
 
 def preemption_notice() -> Any:
-    """What Ray has told this worker about nodes of the run that will go; None while none will.
+    """Return Ray's notice to this worker about nodes of the run that will go; None if there is none.
 
-    Needed because `ray.train.get_preemption_info()` is a barrier of all ranks, by way of an actor; what this process
-    knows is enough.
+    Needed because `ray.train.get_preemption_info()` is a barrier of all ranks, through an actor; the notice that this
+    process has is enough.
     """
     return get_train_context().preemption_context.preemption_info
 
 
 def error_of_worker(failure: BaseException) -> BaseException:
-    """The exception that a worker raised, out of the wrapper that Ray Train puts around it.
+    """Return the exception that a worker raised, out of Ray Train's wrapper.
 
     Needed to name the cause of a failed run; the wrapper's text is a whole traceback.
     """

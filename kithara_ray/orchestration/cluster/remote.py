@@ -1,4 +1,4 @@
-"""Calls to actors and tasks whose errors are our own."""
+"""Calls to actors and tasks that raise this library's own errors."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from kithara_ray.orchestration.cluster.ray_compat import HEAD_NODE_RESOURCE
 
 
 def remote_get(reference: Any) -> Any:
-    """`ray.get`, with an error of our own raised as itself and not as Ray's wrapper of it."""
+    """Call `ray.get`, and raise this library's errors as themselves, not in Ray's wrapper."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -19,6 +19,6 @@ def remote_get(reference: Any) -> Any:
 
 
 def head_node_id() -> str | None:
-    """Of the cluster's head; None when it has none by that name."""
+    """Return the id of the cluster's head node; None if no node is marked as the head."""
     nodes = (node for node in ray.nodes() if node["Alive"])
     return next((node["NodeID"] for node in nodes if HEAD_NODE_RESOURCE in node["Resources"]), None)

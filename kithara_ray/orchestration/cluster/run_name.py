@@ -1,21 +1,21 @@
-"""The names that a run may have: each is a directory below the storage path, and a name in Ray's own state."""
+"""The valid names of a run: each is a directory below the storage path, and a name in Ray's own state."""
 
 from pathlib import PurePosixPath
 from typing import Any
 
 from kithara_ray.errors import ConfigError
 
-_MAX_BYTES = 255  # of a file's name, on Linux and on object stores' local mirrors
+_MAX_BYTES = 255  # limit of a file's name, on Linux and on object stores' local mirrors
 
 
 def check_run_name(name: Any) -> None:
-    """Refuse a name that Ray Train fails on when it has started: other than ASCII, or too long; and one that leaves
-    the storage path.
+    """Refuse a name that is not ASCII or is too long, on which Ray Train fails only after its start. Also refuse one
+    that leaves the storage path.
 
     Raises:
-        ConfigError: says what is wrong with it.
+        ConfigError: the name is not valid; the message has the reason.
     """
-    if name is None:  # Ray makes one
+    if name is None:  # Ray makes a name
         return
     wrong = None
     if not isinstance(name, str) or not name.strip():

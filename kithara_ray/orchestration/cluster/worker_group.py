@@ -1,4 +1,4 @@
-"""One worker a host: what Ray is asked for, for training and for decoding alike."""
+"""A group with one worker per host, and its request to Ray: the same for training and for decoding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ class WorkerGroup:
     """A group of workers before it is started.
 
     Attributes:
-        scaling_config: Ray's; one worker per host.
-        run_config: Ray's: name, storage_path, failure_config, worker_runtime_env.
-        cpu_devices_per_worker: without an accelerator, so many CPU devices in each worker.
-        cluster_timeout_s: how long to wait for the cluster to have, and to have free, what scaling_config asks for.
+        scaling_config: Ray's ScalingConfig, with one worker per host.
+        run_config: Ray's RunConfig: name, storage_path, failure_config, worker_runtime_env.
+        cpu_devices_per_worker: number of CPU devices in each worker when there is no accelerator.
+        cluster_timeout_s: seconds to wait until the cluster has the resources of scaling_config, and has them free.
     """
 
     scaling_config: ScalingConfig
@@ -50,17 +50,17 @@ class WorkerGroup:
 
     @property
     def platform(self) -> str:
-        """What JAX must run on; JAX_PLATFORMS given in the run's environment is what was asked for."""
+        """The platform that JAX must run on. JAX_PLATFORMS in the run's environment counts as the request."""
         return self.env()["JAX_PLATFORMS"].split(",")[0]
 
     @property
     def storage(self) -> str:
-        """Where the run's directory is made."""
+        """The storage path, under which the run's directory is made."""
         return absolute(str(self.run_config.storage_path))
 
     def env(self) -> dict[str, str]:
-        """The workers' environment: the run's own, over what no accelerator needs."""
-        # JAX_PLATFORMS is always given: workers of a local cluster inherit the driver's, which may keep off the TPU.
+        """Return the workers' environment: this library's defaults, overridden by the run's own variables."""
+        # JAX_PLATFORMS is always set: workers of a local cluster inherit the driver's value, which may exclude the TPU.
         env = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu" if self.scaling_config.use_tpu else "cpu"}
         if not self.scaling_config.use_tpu:
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
@@ -68,7 +68,7 @@ class WorkerGroup:
         return env | dict(runtime_env.get("env_vars", {}))
 
     def wait(self) -> None:
-        """Until the cluster has what it takes. Raises ClusterError."""
+        """Wait until the cluster has the resources of the group. Raises ClusterError."""
         capacity.wait_for_cluster(
             self.num_workers,
             ray_compat.resources_per_worker(self.scaling_config),
@@ -79,14 +79,15 @@ class WorkerGroup:
     def run(
         self, loop: Callable[[dict], Any], config: dict[str, Any], coordinator: Any = None, heartbeat_s: float = 120.0
     ) -> Result:
-        """`loop(config)` in every worker, to its end.
+        """Run `loop(config)` in every worker, to its end.
 
         Args:
-            coordinator: is asked to stop the run when the driver is interrupted; None: an interrupt ends it at once.
-            heartbeat_s: without a sign of life for so long, JAX ends the peers of a process that is gone.
+            coordinator: receives the request to stop when the driver is interrupted. With None, an interrupt ends the
+                run.
+            heartbeat_s: seconds without a sign of life from a process, after which JAX ends its peers.
 
         Raises:
-            KitharaRayError: what a worker failed with, by its cause.
+            KitharaRayError: a worker failed; the error names the cause.
         """
         runtime_env = dict(self.run_config.worker_runtime_env or {})
         runtime_env["env_vars"] = self.env()

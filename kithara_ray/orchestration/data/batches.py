@@ -1,4 +1,4 @@
-"""The global batches of a tokenised dataset, and of them what this host's devices own.
+"""The global batches of a tokenised dataset, split over the devices of each host.
 
     B  rows of the global batch    T  positions    K  predictions of a row
 
@@ -20,14 +20,14 @@ from kithara_ray.sft.batches.order import Order
 
 
 class HostStream:
-    """The global batches of a store, of which this process reads what its devices own.
+    """The global batches of a store. This process reads only the parts that its devices own.
 
     Args:
         store: the tokenised dataset.
-        order: which rows are in which batch.
-        shapes: (T, K) that batches may have, ascending; a batch has the first that holds its rows.
-        sharding: of the batch; rows are split, positions whole.
-        ahead: batches that a thread makes before they are asked for, as long as steps are asked for in turn.
+        order: the assignment of rows to batches.
+        shapes: (T, K) that batches may have, ascending. A batch takes the first shape that holds its rows.
+        sharding: sharding of the batch; rows are split, positions are not.
+        ahead: number of batches that a thread makes in advance, as long as steps are requested in order.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class HostStream:
         self.shapes = shapes
         self.ahead = ahead
         self._made: Prefetched | None = None
-        self._next: int | None = None  # the step that comes next out of `_made`
+        self._next: int | None = None  # the step of the next batch in `_made`
         self._rows = Rows(store)
 
     def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
-        """The arrays of one global batch, and how many real tokens it has over all hosts."""
+        """Return the arrays of one global batch, and its number of real tokens over all hosts."""
         if not self.ahead:
             return self._make(step)
         if self._next != step:
@@ -59,11 +59,11 @@ class HostStream:
         return next(self._made)
 
     def source_rows(self, step: int) -> list[int]:
-        """The places in the source of the rows of a step's global batch."""
+        """Return the source positions of the rows in a step's global batch."""
         return sorted(self._rows.source_row(int(row)) for row in np.concatenate(self.order.batch(step)))
 
     def close(self) -> None:
-        """No more is asked for."""
+        """Stop making batches; none is requested after this."""
         if self._made is not None:
             self._made.close()
 
@@ -79,6 +79,6 @@ class HostStream:
         return place(part, len(packs), (seq_len, predictions), self.sharding), sum(tokens)
 
     def _shape(self, packs: list[np.ndarray], tokens: list[int]) -> tuple[int, int]:
-        """The same on every host: it knows the sizes of all rows of the batch."""
+        """Choose the batch's shape. All hosts choose alike, because each knows the sizes of all rows of the batch."""
         trained = max(int(self.store.trained[pack].sum()) for pack in packs)
         return next(shape for shape in self.shapes if shape[0] >= max(tokens) and shape[1] >= trained)

@@ -1,4 +1,4 @@
-"""What the driver has decided about one dataset of a run: plain data that is carried to every worker's process."""
+"""The driver's decisions about one dataset of a run: plain data that is sent to every worker process."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class DataSpec:
     """One tokenised dataset and how it is cut into batches.
 
     Attributes:
-        rows_per_device: of one step, all its micro-batches together.
+        rows_per_device: rows per device in one step, over all its micro-batches.
         packed_len: tokens of a row into which several samples are packed; None packs nothing.
-        buckets: without packing, to how many lengths batches may be padded; each is a program to compile.
+        buckets: without packing, the maximum number of padded batch lengths. Each length compiles a program.
         shuffle_rows: see `kithara_ray.sft.batches.order`.
     """
 

@@ -1,4 +1,4 @@
-"""The dataset handles of the public API: what a user writes about data, before anything is read."""
+"""The dataset handles of the public API: a user's description of the data, made before any row is read."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +18,12 @@ from kithara_ray.sft.tokens.tokenize import RowTokenizer
 from kithara_ray.sft.tokens.tokenizer_files import read_template
 from kithara_ray.storage.urls import absolute
 
-# Rows of a source without an end that a preview reads.
+# Rows that a preview reads of a source without an end.
 _PREVIEWED = 1000
 
 
 class RowDataset:
-    """What SFTDataset and TextCompletionDataset share: all but the format of a row."""
+    """The part that SFTDataset and TextCompletionDataset share: everything except the format of a row."""
 
     _format_class: type[PromptAnswer] | type[Text]
 
@@ -59,76 +59,76 @@ class RowDataset:
         self.chat_template = read_template(chat_template)
         self.format = format
         self.packed = False
-        self.name = ""  # in messages
+        self.name = ""  # shown in messages
         self.row_tokenizer()
 
     def row_tokenizer(self) -> RowTokenizer:
-        """What turns this dataset's rows into tokens; picklable."""
+        """Return the callable that turns this dataset's rows into tokens; picklable."""
         how = self.column_mapping, self.custom_formatting_fn, self.formatting_style, self.format
         text_format = self._format_class(*how)
         return RowTokenizer(self.tokenizer, text_format, self.max_seq_len, self.on_bad_row, self.chat_template)
 
     @property
     def is_endless(self) -> bool:
-        """Whether nobody knows how many rows the source has: a streaming Hugging Face dataset."""
+        """True if the source's number of rows is unknown, as in a streaming Hugging Face dataset."""
         source = self.source
         return hasattr(source, "features") and hasattr(source, "__iter__") and not hasattr(source, "__len__")
 
     def head(self, rows: int):
-        """The same dataset of the source's first rows alone, which are read now."""
+        """Return the same dataset limited to the source's first rows, which are read now."""
         taken = copy.copy(self)
         taken.source = next((work.rows() for work in sources.stream(self.source, rows)), [])
         return taken
 
     def tokenized_rows(self) -> Iterator[TokenizedRow]:
-        """What is trained on, row by row in the source's order, tokenised in this process and without a cluster.
+        """Yield the rows to train on, in the source's order, tokenised in this process and without a cluster.
 
-        Each row has `token_ids`, `loss_mask` and `place`, where the row stands in the source. A source that streams is
-        gone through once; a Ray Dataset alone needs Ray.
+        Each row has `token_ids`, `loss_mask` and `place`, its position in the source. A streaming source is read once.
+        Only a Ray Dataset needs Ray.
 
         Raises:
-            DataError: as training does: a bad row, or nothing to train on.
+            DataError: a row is bad, or there is nothing to train on; the same as in training.
         """
         return tokenized_rows(self)
 
     def preview(self, rows: int = 3) -> Preview:
-        """Tokenise the dataset, on the cluster or a local Ray, and show its first rows and what they amount to.
+        """Tokenise the dataset, on the cluster or a local Ray, and show its first rows and its token statistics.
 
-        `print(dataset.preview())` marks what is learned by «»; `.render()` is for rich.
+        `print(dataset.preview())` marks trainable tokens by «»; `.render()` is for rich.
         """
         return preview(self, rows)
 
     def to_packed_dataset(self):
-        """The same dataset, of which a Dataloader packs several rows into one sequence."""
+        """Return the same dataset, for a Dataloader that packs several rows into one sequence."""
         packed = copy.copy(self)
         packed.packed = True
         return packed
 
 
 class SFTDataset(RowDataset):
-    """Prompts and answers, or conversations; the loss is on what is answered and on its end alone.
+    """Prompts and answers, or conversations. The loss covers only the answers and their end tokens.
 
-    Rows have columns `prompt` and `answer`, or those of another format; conversations go through the tokenizer's chat
-    template. docs/data.md has an example of each format, and says what is learned of a conversation.
+    Rows have columns `prompt` and `answer`, or those of another format. Conversations go through the tokenizer's chat
+    template. docs/data.md has an example of each format, and lists the trainable tokens of a conversation.
 
     Args:
         source: a path, URL, directory or pattern, or a list of these (.jsonl, .json, .csv, .tsv, .parquet, .arrow,
-            .txt), or what `save_to_disk` wrote; a list of dicts; a Ray Dataset; a Hugging Face dataset; a pandas
-            DataFrame; an Arrow table. Rows are as iterating the source shows them.
-        tokenizer: a transformers tokenizer, or
-        tokenizer_handle: where to load one from: `hf://...`, a local directory, `gs://...`.
-        column_mapping: {"prompt": <the source's column>, "answer": ...} or {"messages": ...}: the format's column ->
-            the source's.
-        max_seq_len: rows are cut on the right at so many tokens; one whose answer is cut off entirely is dropped and
-            counted.
-        custom_formatting_fn: applied to the raw rows first; takes a row or a batch, as in Kithara.
-        on_bad_row: "error" names source and row and stops; "skip" counts it.
-        formatting_style: "row" or "batch", what custom_formatting_fn takes; "auto" finds out on the first row.
-        chat_template: Jinja in place of the tokenizer's own template, or the path of a .jinja file.
-        split: which split to read, of a directory, `hf://datasets/...`, a pattern or a DatasetDict that has several:
+            .txt); the output of `save_to_disk`; a list of dicts; a Ray Dataset; a Hugging Face dataset; a pandas
+            DataFrame; or an Arrow table. Rows have the values that iterating over the source gives.
+        tokenizer: a transformers tokenizer. Give this or tokenizer_handle.
+        tokenizer_handle: location to load a tokenizer from: `hf://...`, a local directory, `gs://...`.
+        column_mapping: the format's column -> the source's column: {"prompt": <the source's column>, "answer": ...}
+            or {"messages": ...}.
+        max_seq_len: maximum tokens of a row. Longer rows are cut on the right. A row whose answer is cut off entirely
+            is dropped and counted.
+        custom_formatting_fn: function applied to the raw rows first; it takes a row or a batch, as in Kithara.
+        on_bad_row: "error" stops and names source and row; "skip" counts the row and goes on.
+        formatting_style: the input of custom_formatting_fn: "row" or "batch". "auto" detects it on the first row.
+        chat_template: a Jinja template that replaces the tokenizer's own, or the path of a .jinja file.
+        split: the split to read, if a directory, `hf://datasets/...`, a pattern or a DatasetDict has several:
             "train", "test", ...
-        subset: which subset to read, of a directory or `hf://datasets/...` that has several.
-        format: what a row is. "auto" goes by its columns, and the log and the preview say what it found.
+        subset: the subset to read, if a directory or `hf://datasets/...` has several.
+        format: the format of a row. "auto" detects it from the columns; the log and the preview report the result.
             "prompt_answer": texts `prompt` and `answer`, joined as they are.
             "chat": `prompt` and `answer` as a conversation of two messages, with `system` if there is one.
             "messages": `messages`, a list of {role, content, ...} or JSON text of one, with `tools`.
@@ -144,14 +144,14 @@ class SFTDataset(RowDataset):
 class TextCompletionDataset(RowDataset):
     """Plain text, for continued pretraining; the loss is on every token.
 
-    Args: as SFTDataset, with `column_mapping={"text": <the source's column>}`.
+    Args: the same as SFTDataset's, with `column_mapping={"text": <the source's column>}`.
     """
 
     _format_class = Text
 
 
 class MixedDataset:
-    """Several datasets as one; see `mix`."""
+    """Several datasets used as one; see `mix`."""
 
     is_endless = False
 
@@ -163,11 +163,11 @@ class MixedDataset:
         self.packed = any(dataset.packed for dataset in datasets)
 
     def preview(self, rows: int = 3) -> Preview:
-        """As a dataset's; every row counts once."""
+        """Preview the mixture like a single dataset; every row counts once."""
         return preview(self, rows)
 
     def tokenized_rows(self) -> Iterator[TokenizedRow]:
-        """As a dataset's: the rows of each dataset once, one dataset after the other."""
+        """Yield the rows of each dataset once, one dataset after the other; see `RowDataset.tokenized_rows`."""
         return tokenized_rows(self)
 
     def to_packed_dataset(self) -> "MixedDataset":
@@ -176,23 +176,23 @@ class MixedDataset:
         return packed
 
     def draws(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Rows that an epoch takes of datasets of so many rows."""
+        """Return the number of rows that an epoch takes from each dataset, given the datasets' sizes."""
         choose = max if self.epoch == "all" else min
         share = choose(size / weight for size, weight in zip(sizes, self.weights, strict=True))
         return tuple(max(1, round(weight * share)) for weight in self.weights)
 
 
 def mix(datasets: Sequence[tuple[RowDataset, float]], epoch: str = "all") -> MixedDataset:
-    """Datasets mixed by weight, for a Dataloader.
+    """Mix datasets by weight, for a Dataloader.
 
-    In any stretch of an epoch a dataset has about its share of the rows, weight / sum of weights. Each is gone through
-    in orders of its own, none of its rows again before all have come, across epochs. Which rows come when is a function
-    of the Dataloader's seed. Evaluated on, a mixture is every row of each dataset once.
+    In any stretch of an epoch, a dataset has about its share of the rows: weight / sum of weights. Each dataset is read
+    in its own shuffled orders. None of its rows repeats before all of them have come, even across epochs. The sequence
+    of rows is a function of the Dataloader's seed. An evaluation on a mixture takes every row of each dataset once.
 
     Args:
-        datasets: (dataset, weight > 0), in an order that matters to the seed; with one tokenizer.
-        epoch: "all" ends an epoch when every dataset has been seen once, others again meanwhile; "first" when the first
-            has, which sees a part of the others.
+        datasets: (dataset, weight > 0) pairs with one tokenizer. Their order affects the sequence that a seed gives.
+        epoch: end of an epoch. "all" ends it when every dataset has been seen once; shorter ones repeat meanwhile.
+            "first" ends it when the first dataset has been seen once, however much of the others has been.
     """
     if not datasets or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in datasets):
         raise ConfigError("mix takes a list of (dataset, weight)")
@@ -211,7 +211,7 @@ def mix(datasets: Sequence[tuple[RowDataset, float]], epoch: str = "all") -> Mix
 
 
 def preview(dataset: RowDataset | MixedDataset, rows: int = 3) -> Preview:
-    """A dataset's first rows as the model sees them, and what its tokens amount to."""
+    """Show a dataset's first rows as the model sees them, and its token statistics."""
     start_ray()
     if dataset.is_endless:
         dataset = dataset.head(_PREVIEWED)
@@ -226,24 +226,24 @@ def preview(dataset: RowDataset | MixedDataset, rows: int = 3) -> Preview:
 
 
 class Dataloader:
-    """How a dataset is cut into batches.
+    """A dataset and its division into batches.
 
     Args:
         dataset: SFTDataset, TextCompletionDataset, or a `mix` of them.
         per_device_batch_size: rows per device; the global batch is this x all devices. "auto" takes the largest
-            power of two that fits the TPU slice of the run, see `kithara_ray.plan`; in an evaluation, the training's
-            rows.
-        shuffle: each epoch in an order of its own, a function of (seed, epoch).
-        seed: of the shuffle.
-        packing: put as many rows of the dataset as fit into each sequence of `max_seq_len` tokens. They do not see each
-            other; what is computed of each is what it gives alone. `dataset.to_packed_dataset()` says the same.
-        length_buckets: without packing, rows of like length share a batch, and batches are padded to at most so many
-            lengths; a further one is taken where it saves a tenth of the work and is worth its compiling. 1 pads every
-            batch to the longest row.
-        shuffle_rows: shuffle within so many rows, stretches of which are first spread over the dataset; for a dataset
-            that does not fit into the object stores' memory. None shuffles all rows.
-        eval_fraction: hold this share of the rows out of training, and evaluate on them instead of an eval_dataloader;
-            of a mixture, this share of each dataset. Which rows is a function of the data and `seed`.
+            power of two that fits the TPU slice of the run, see `kithara_ray.plan`. In an evaluation, "auto" takes
+            the training's rows per device.
+        shuffle: give each epoch its own order, a function of (seed, epoch).
+        seed: seed of the shuffle.
+        packing: put as many rows of the dataset as fit into each sequence of `max_seq_len` tokens. The rows do not see
+            each other, so each gives the same result as on its own. `dataset.to_packed_dataset()` has the same effect.
+        length_buckets: maximum number of lengths that batches are padded to, without packing. Rows of similar length
+            share a batch. Another length is added only if it saves a tenth of the work and is worth its compile time.
+            1 pads every batch to the longest row.
+        shuffle_rows: for a dataset that does not fit into the object stores' memory. Short stretches of rows are first
+            shuffled over the whole dataset, then rows within windows of `shuffle_rows`. None shuffles all rows.
+        eval_fraction: fraction of the rows to hold out of training and evaluate on, instead of an eval_dataloader. Of
+            a mixture, this fraction of each dataset. The choice of rows is a function of the data and `seed`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Hold a part of a dataset out of training, to evaluate on: which rows is a function of the data and the seed."""
+"""Hold part of a dataset out of training, for evaluation. The choice is a function of the data and the seed."""
 
 import dataclasses
 import logging
@@ -14,20 +14,20 @@ from kithara_ray.sft.batches.told import NOTHING
 
 logger = logging.getLogger(__name__)
 
-# Sets the draw apart from those of the shuffle, which are keyed by the seed and the epoch.
+# Separates this draw from those of the shuffle, which are keyed by the seed and the epoch.
 _STREAM = 0x4E1D
 
 
 def tokenize_and_hold_out(
     dataset: Described | Mixture, fraction: float, seed: int, vocabulary: int | None = None
 ) -> tuple[TokenStore, TokenStore]:
-    """(what is trained on, what is held out) of a dataset, or of each dataset of a mixture.
+    """Return (training rows, held-out rows) of a dataset, or of each dataset of a mixture.
 
-    `fraction` of the rows that can be trained on is held out, rounded, and at least one. Both keep the dataset's order,
-    and no row is in both.
+    The number held out is `fraction` of the trainable rows, rounded, and at least one. Both parts keep the dataset's
+    order, and no row is in both.
 
     Raises:
-        DataError: as `tokenize`; or a dataset has too few rows for both.
+        DataError: see `tokenize`; or a dataset has too few rows for both parts.
         UnsupportedError: the dataset streams.
     """
     if isinstance(dataset, Mixture):
@@ -47,7 +47,7 @@ def tokenize_and_hold_out(
 
 
 def chosen(num_rows: int, fraction: float, seed: int) -> np.ndarray:
-    """Which rows are held out, bool (num_rows,). Raises DataError where none would be left."""
+    """Return the mask of held-out rows, bool (num_rows,). Raises DataError if no row would be left to train on."""
     count = max(1, round(fraction * num_rows))
     if count >= num_rows:
         raise DataError(
@@ -62,7 +62,7 @@ def chosen(num_rows: int, fraction: float, seed: int) -> np.ndarray:
 
 @ray.remote(num_returns=3, num_cpus=1)
 def _divide(block: TokenizedBlock, held: np.ndarray):
-    """(rows not held out, rows held out, the two's contents)."""
+    """Return (rows not held out, held-out rows, the two parts' contents)."""
     parts = block.where(~held), block.where(held)
     return *parts, tuple(part.content() for part in parts)
 
@@ -84,5 +84,5 @@ def _divided(store: TokenStore, held: np.ndarray) -> tuple[TokenStore, TokenStor
             )
         )
     train, evaluation = stores
-    # What became of the other rows is told of once.
+    # The dropped and skipped rows are reported once, with the training part.
     return train, dataclasses.replace(evaluation, counts=dict.fromkeys(store.counts, 0), unread=(), told=NOTHING)

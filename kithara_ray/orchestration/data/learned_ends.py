@@ -1,4 +1,4 @@
-"""The tokens that end what is learned in a tokenised dataset: where a trained model stops."""
+"""The tokens that end the trained part of rows in a tokenised dataset. A trained model stops at them."""
 
 from collections.abc import Collection
 from typing import Any
@@ -11,16 +11,16 @@ from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.tokens.tokenizer import SpecialTokens
 
-# Rows of a source without an end that are looked at.
+# Rows to inspect of a source without an end.
 _LOOKED_AT = 64
 
 
 def learned_ends(store: Any, dataset: Any) -> tuple[int, ...]:
-    """Ids of the special tokens with which rows that were not cut end, ascending.
+    """Return the ids of the special tokens that end rows which were not cut, ascending.
 
     Args:
         store: the tokenised dataset.
-        dataset: its description; of a source without an end, the first rows are read and tokenised here.
+        dataset: its description. If the source has no end, its first rows are read and tokenised here.
     """
     if not isinstance(store, TokenStore):
         store = tokenize(dataset.head(_LOOKED_AT))
@@ -36,10 +36,10 @@ def _last_tokens(block: TokenizedBlock, cut: Collection[int]) -> set[int]:
 
 
 def last_tokens(block: TokenizedBlock, cut: Collection[int]) -> set[int]:
-    """The last tokens of a block's rows, where they are learned.
+    """Return the last tokens of a block's rows, if they are trainable.
 
     Args:
-        cut: lengths at which rows may have been truncated; such rows tell nothing.
+        cut: lengths at which rows may have been truncated; rows of such a length are ignored.
     """
     last = np.cumsum(block.lengths, dtype=np.int64) - 1
     tells = ~np.isin(block.lengths, list(cut)) & (block.loss_mask[last] == 1)

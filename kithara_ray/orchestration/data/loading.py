@@ -1,4 +1,4 @@
-"""A run's data as the workers read it: a DataSpec to the global batches that every rank takes its rows of."""
+"""A run's data as the workers read it: from a DataSpec to the global batches that every rank reads its rows of."""
 
 from jax.sharding import Mesh
 
@@ -10,19 +10,19 @@ from kithara_ray.orchestration.data.unbounded_batches import EndlessStream
 from kithara_ray.sft.batches.order import BatchOrder, PackedOrder
 from kithara_ray.sharding.mesh import batch_sharding
 
-# Batches that are made while steps run.
+# Batches to make in advance while steps run.
 _AHEAD = 2
 
 
 def training_batches(data: DataSpec, mesh: Mesh, platform: str) -> HostStream | EndlessStream:
-    """The batches that are trained on, made ahead of their steps."""
+    """Open the training batches, made in advance of their steps."""
     if isinstance(data.store, EndlessStore):
         return _endless(data, mesh, platform)
     return _stream(data, data.store, mesh, platform, data.store.parts, _AHEAD)
 
 
 def held_out_batches(data: DataSpec, max_samples: int | None, mesh: Mesh, platform: str) -> HostStream:
-    """The batches of one pass over the evaluation's rows, or the first so many of them; of a mixture, over all."""
+    """Open the batches of one pass over all evaluation rows, a mixture's included, or over the first `max_samples`."""
     store = data.store.head(max_samples) if max_samples else data.store
     return _stream(data, store, mesh, platform, parts=(), ahead=0)
 

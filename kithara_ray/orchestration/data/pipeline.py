@@ -1,4 +1,4 @@
-"""A described dataset to a tokenised one: the source's blocks go through tokenising tasks on the cluster's CPUs."""
+"""Turn a described dataset into a tokenised one: tasks on the cluster's CPUs tokenise the source's blocks."""
 
 import collections
 import copy
@@ -23,12 +23,12 @@ from kithara_ray.sft.tokens.tokenize import RowTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Tokenising tasks in flight beyond which the source is not read further.
+# Maximum tokenising tasks in flight; beyond it, reading the source pauses.
 _MAX_TASKS = 16
 
 
 class Described(Protocol):
-    """A dataset of the public API, see `datasets`: where its rows are, and how they become tokens."""
+    """A dataset of the public API, see `datasets`: the location of its rows, and the way to tokenise them."""
 
     source: Any
     choice: Choice
@@ -43,7 +43,7 @@ class Described(Protocol):
 
 @runtime_checkable
 class Mixture(Protocol):
-    """Several datasets as one."""
+    """Several datasets used as one."""
 
     datasets: Sequence[Described]
 
@@ -54,10 +54,10 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
     """Tokenise a dataset, or those of a mixture, by tasks on the cluster's CPUs.
 
     Args:
-        vocabulary: tokens the model knows; a row with others is bad.
+        vocabulary: number of tokens the model knows. A row with a token outside it is bad.
 
     Raises:
-        DataError: a bad row (its source, number and column), or no row that trains anything.
+        DataError: a row is bad (the error gives its source, number and column), or no row has a trainable token.
     """
     if isinstance(dataset, Mixture):
         stores = [tokenize(part, vocabulary) for part in named(dataset.datasets)]
@@ -86,12 +86,12 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
 
 
 def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
-    """The rows that a dataset, or those of a mixture, trains on, in its order, tokenised in this process.
+    """Yield the training rows of a dataset or a mixture, in order, tokenised in this process.
 
-    A source that streams is gone through once; only a Ray Dataset needs Ray.
+    A streaming source is read once; only a Ray Dataset needs Ray.
 
     Raises:
-        DataError: as `tokenize`.
+        DataError: see `tokenize`.
     """
     if isinstance(dataset, Mixture):
         for part in named(dataset.datasets):
@@ -113,14 +113,14 @@ def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
 
 
 def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tuple[str, ...], Told]:
-    """Counts over all rows, the columns that nothing reads, and what else is told; all of it in the log.
+    """Sum up and log all rows: return counts, unread columns and other messages.
 
     Args:
-        kept: rows that are trained on.
+        kept: number of rows to train on.
         outcomes: see `sources.outcome`.
 
     Raises:
-        DataError: no row is.
+        DataError: there is no row to train on.
     """
     counts = {name: sum(outcome[0][name] for outcome in outcomes) for name in COUNTS}
     samples = [sample for outcome in outcomes for sample in outcome[1]][:3]
@@ -140,7 +140,7 @@ def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tu
 
 
 def named(datasets: Sequence[Described]) -> Iterator[Described]:
-    """Each knowing which of the mixture it is."""
+    """Yield each dataset, named by its position in the mixture."""
     for number, dataset in enumerate(datasets):
         named = copy.copy(dataset)
         named.name = f"dataset {number} of the mixture"

@@ -1,4 +1,4 @@
-"""The global arrays of a batch, of which this process makes what its own devices hold.
+"""The global arrays of a batch. This process makes only the parts that its own devices hold.
 
 B  rows of the global batch    T  positions    K  predictions of a row
 """
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 def place(
     part: Callable[[int, int], dict[str, np.ndarray]], rows: int, shape: tuple[int, int], sharding: NamedSharding
 ) -> dict[str, jax.Array]:
-    """The global arrays of a batch of so many rows and of (T, K), of which `part(start, stop)` makes what is needed."""
+    """Return the global arrays of a batch, given its `rows` and shape (T, K); `part(start, stop)` makes rows."""
     made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def own(index: tuple[slice, ...], name: str) -> np.ndarray:

@@ -9,9 +9,9 @@ Item = TypeVar("Item")
 
 
 class Prefetched(Generic[Item]):
-    """`make(number)` of each number in turn, up to `depth` of them ahead of what has been taken.
+    """Results of `make(number)` for each number in turn, with up to `depth` made in advance.
 
-    An error in `make` is raised where its item would have been. Leave by `close`, or the thread waits for ever.
+    An error in `make` is raised in the place of its item. Call `close` to leave, or the thread waits forever.
     """
 
     def __init__(self, make: Callable[[int], Item], numbers: Iterable[int], depth: int = 2):
@@ -26,12 +26,12 @@ class Prefetched(Generic[Item]):
     def __next__(self) -> Item:
         item, error = self._queue.get()
         if error is not None:
-            self._queue.put((item, error))  # for whoever asks again
+            self._queue.put((item, error))  # so that a repeated call raises it again
             raise error
         return item
 
     def close(self) -> None:
-        """Stop; what has been made and not taken is dropped."""
+        """Stop, and drop the results that were not taken."""
         self._closed.set()
 
     def _fill(self, make: Callable[[int], Item], numbers: Iterable[int]) -> None:

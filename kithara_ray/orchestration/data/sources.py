@@ -1,6 +1,6 @@
-"""Cut the rows of any source into work for tokenising tasks, in an order that is the data's own.
+"""Cut the rows of any source into work for tokenising tasks, in the data's own order.
 
-`sft.rows.files` cuts and reads files; the driver hands over what it holds a slice at a time; a Ray Dataset is streamed
+`sft.rows.files` cuts and reads files. The driver sends in-memory rows a slice at a time. A Ray Dataset is streamed
 block by block. Every kind of source goes through the same normalisation, `sft.rows.values`.
 """
 
@@ -25,7 +25,7 @@ from kithara_ray.sft.rows.files import Piece
 from kithara_ray.sft.rows.listing import Choice, chosen
 from kithara_ray.sft.tokens.tokenize import Made, RowTokenizer
 
-# Of what the driver holds, or of a block of Ray Data, in one task.
+# Maximum rows and bytes of one task, taken from rows in the driver or from a block of Ray Data.
 _SLICE_ROWS = 2048
 _SLICE_BYTES = 2 * files.PIECE_BYTES
 COUNTS = {
@@ -36,7 +36,7 @@ COUNTS = {
 }
 
 
-# Formats of a Hugging Face dataset that put the same values into other containers; others make other rows.
+# Formats of a Hugging Face dataset that only change the container of a value; other formats change the rows.
 _CONTAINERS = (None, "python", "numpy", "torch", "tensorflow", "jax", "pandas", "arrow", "polars")
 
 
@@ -45,11 +45,11 @@ class Work:
     """Rows for one task.
 
     Attributes:
-        name: of the source, for messages; empty for the only one.
-        piece: of a file; None for rows in memory.
-        payload: what the piece loads, if the driver has loaded it; else rows as a list, or an Arrow table.
-        first_row: the number of the first row in the source, or of the first line of the piece in its file.
-        keep_nulls, shapes: of rows that are a list, see `sft.rows.values.plain`.
+        name: name of the source, for messages; empty for the only source.
+        piece: part of a file; None for rows in memory.
+        payload: the piece's content, if the driver has loaded it; else rows as a list, or an Arrow table.
+        first_row: number of the first row in the source, or of the piece's first line in its file.
+        keep_nulls, shapes: for rows that are a list, see `sft.rows.values.plain`.
     """
 
     name: str
@@ -60,21 +60,21 @@ class Work:
     shapes: Mapping[str, Any] | None = None
 
     def tokenize(self, tokenize: RowTokenizer, block: Any = None, start: int = 0, stop: int = 0) -> TokenizedBlock:
-        """`block`, `start` and `stop`: rows of a block of Ray Data, where they are not in the payload."""
+        """Tokenise the rows. `block`, `start` and `stop` give rows of a Ray Data block, if the payload has none."""
         return self._made(tokenize, block, start, stop).block()
 
     def tokenized_rows(
         self, tokenize: RowTokenizer, block: Any = None, start: int = 0, stop: int = 0
     ) -> tuple[TokenizedBlock, Iterator[TokenizedRow]]:
-        """As `tokenize`; and its rows, each with its place."""
+        """Tokenise the rows; return the block, and its rows with their positions in the source."""
         made = self._made(tokenize, block, start, stop)
         return made.block(), made.rows()
 
     def rows(self, block: Any = None, start: int = 0, stop: int = 0) -> list[Any]:
-        """The normalised rows of what is in memory; an exception for one that cannot be read.
+        """Return the normalised rows in memory; an exception stands in for each row that cannot be read.
 
         Raises:
-            DataError: two columns have one name.
+            DataError: two columns have the same name.
         """
         if block is not None:
             return _rows_of_block(block, start, stop)
@@ -89,7 +89,7 @@ class Work:
         else:
             rows, first, where = self.rows(block, start, stop), self.first_row, self._where
         made = tokenize.made(map(columns.watched, rows), first, where)
-        # A formatting function is given all columns, and may read any.
+        # A formatting function receives all columns, and may read any.
         made.columns = columns.found() if tokenize.format.custom_formatting_fn is None else ()
         return made
 
@@ -125,26 +125,26 @@ class Work:
 
 @ray.remote(num_returns=2, num_cpus=1)
 def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
-    """Some rows of the source, tokenised; and what the driver must know of them."""
+    """Tokenise some rows of the source; return them and the facts that the driver needs about them."""
     tokenized = work.tokenize(tokenize, block, start, stop)
     summary = tokenized.lengths, tokenized.trained(), outcome(tokenized), tokenized.content()
     return tokenized, summary
 
 
 def outcome(block: TokenizedBlock) -> tuple[dict[str, int], tuple[str, ...], tuple[tuple[str, bool], ...], Told]:
-    """What became of a block's rows: counts, examples, columns, and what is told of them."""
+    """Summarise a block's rows for the driver: counts, examples, columns and messages."""
     told = Told(block.formats, block.notes)
     return {name: getattr(block, name) for name in COUNTS}, block.samples, block.columns, told
 
 
 def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[tuple[Work, tuple]]:
-    """The source's rows, a task's at a time: the work, and the block and rows of it where Ray Data holds them.
+    """Yield the source's rows as work for one task each, with the Ray Data block and row range that hold the rows.
 
     Args:
-        choice: of a split and a subset, for files.
+        choice: the split and subset to take, for files.
 
     Raises:
-        DataError: nothing rows can be read from.
+        DataError: the source is not something to read rows from.
     """
     if isinstance(source, (str, Path)) or files.as_sequence(source):
         yield from _of_files(source, name, choice)
@@ -175,7 +175,7 @@ def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[
 
 
 def stream(source: Any, rows: int) -> Iterator[Work]:
-    """One pass over a stream, so many rows at a time.
+    """Yield one pass over a stream, `rows` rows at a time.
 
     Raises:
         DataError: the stream fails.
@@ -197,13 +197,13 @@ def _stream_rows(source: Any) -> Iterator[Any]:
             return
         except DataError:
             raise
-        except Exception as error:  # of whoever made the stream; nothing comes after it
+        except Exception as error:  # raised by the user's stream; nothing follows it
             raise DataError(
                 f"row {number} of the stream: cannot be read: {type(error).__name__}: {values.short(error)}; mend the "
                 "source, or leave the row out there"
             ) from error
         number += 1
-        if isinstance(row, pa.Table):  # of a stream with a format: tables and frames of a row each
+        if isinstance(row, pa.Table):  # a stream with a format yields tables and frames of one row each
             yield from values.rows_of(row)
         elif hasattr(row, "to_dict") and hasattr(row, "iloc"):
             yield from row.to_dict(orient="records")
@@ -212,12 +212,12 @@ def _stream_rows(source: Any) -> Iterator[Any]:
 
 
 def is_splits(source: Any) -> bool:
-    """A DatasetDict, or a dict like one."""
+    """True for a DatasetDict, or a dict like one."""
     return isinstance(source, dict) and bool(source) and all(hasattr(part, "features") for part in source.values())
 
 
 def part_of(source: Any, choice: Choice) -> Any:
-    """The source itself, or of several splits the one that is chosen. Files are chosen among when they are listed.
+    """Return the source itself, or the chosen one of its splits. For files, the listing applies the choice.
 
     Raises:
         DataError: there is no such split.
@@ -238,7 +238,7 @@ def part_of(source: Any, choice: Choice) -> Any:
 
 
 def is_ray_dataset(source: Any) -> bool:
-    """Whoever holds one has loaded ray.data, which takes a second and is not for each process of a run."""
+    """True for a Ray Dataset. Does not import ray.data, which takes a second: whoever holds a dataset has loaded it."""
     loaded = sys.modules.get("ray.data")
     return loaded is not None and isinstance(source, loaded.Dataset)
 
@@ -249,11 +249,11 @@ def _of_files(source: Any, name: str, choice: Choice | None) -> Iterator[tuple[W
         if not files.is_local(piece.url):
             yield Work(name, piece, None, 0), ()
             continue
-        # Only this node surely has the file. As the driver reads all of it, it knows the lines as well.
+        # Only this node is certain to have the file. The driver reads all of it, so it also knows the line numbers.
         try:
             payload = piece.load()
         except DataError:
-            payload = None  # the task finds the same, and knows what to do about it
+            payload = None  # the task meets the same error, and handles it
         before = lines.get(piece.url, 0)
         if piece.kind in files.LINES and payload is not None:
             lines[piece.url] = before + payload.count(b"\n")
@@ -266,7 +266,7 @@ def _slices(count: int, cut: Callable, name: str, **how: Any) -> Iterator[tuple[
 
 
 def _of_hugging_face(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:
-    """The rows that the dataset shows: with its transform, and of its columns those that its format leaves."""
+    """Yield the rows that the dataset shows: with its transform applied, and only the columns that its format keeps."""
     shown = source.format
     if shown["type"] in _CONTAINERS:
         columns = None if shown["output_all_columns"] else shown["columns"]
@@ -277,7 +277,7 @@ def _of_hugging_face(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:
     def row(number: int) -> Any:
         try:
             return source[number]
-        except Exception as error:  # the user's code: whatever it raises belongs to this row
+        except Exception as error:  # from the user's code: any error belongs to this row
             return ValueError(f"the dataset's transform failed: {type(error).__name__}: {values.short(error)}")
 
     cut = lambda start, stop: [row(number) for number in range(start, stop)]  # noqa: E731
@@ -285,16 +285,16 @@ def _of_hugging_face(source: Any, name: str) -> Iterator[tuple[Work, tuple]]:
 
 
 def _shapes(features: Any) -> dict[str, Any]:
-    """The shapes of columns, of the features of a Hugging Face dataset."""
+    """Return the shapes of columns, from the features of a Hugging Face dataset."""
     return {name: values.shape_of_feature(feature) for name, feature in features.to_dict().items()}
 
 
 def _of_ray(dataset: Any, name: str) -> Iterator[tuple[Work, tuple]]:
-    """Blocks as Ray Data makes them, in order, each in parts."""
-    # The default lets blocks come as they are ready; then the same data has another order every time.
+    """Yield blocks as Ray Data makes them, in order, each in parts."""
+    # By default Ray Data yields blocks as they become ready, so the same data would have a different order each time.
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
-    # Ray Data tells of its progress bars and of each execution; what a user must know is in the run's own progress.
+    # Ray Data logs its progress bars and each execution; the run's own progress shows all that a user needs.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     first = 0
     for block, count, nbytes in ray_compat.block_refs(dataset):
@@ -306,10 +306,10 @@ def _of_ray(dataset: Any, name: str) -> Iterator[tuple[Work, tuple]]:
 
 
 def _rows_of_block(block: Any, start: int, stop: int) -> list[Any]:
-    """Rows of a block as Ray Data itself gives them."""
+    """Return the rows of a block exactly as Ray Data gives them."""
     if isinstance(block, list):
         return [values.plain_row(row) for row in block[start:stop]]
-    # Deferred: it takes a second, and only a Ray Dataset has blocks.
+    # Imported here because it takes a second, and only a Ray Dataset has blocks.
     from ray.data.block import BlockAccessor
 
     is_arrow = isinstance(block, pa.Table)
@@ -320,12 +320,12 @@ def _rows_of_block(block: Any, start: int, stop: int) -> list[Any]:
 
 
 def _readable(accessor: Any, start: int, stop: int) -> list[Any]:
-    """Rows of a block; where they cannot be read together, a ValueError for each that cannot be read at all."""
+    """Return rows of a block. If they cannot be read together, a ValueError stands in for each unreadable row."""
     from ray.data.block import BlockAccessor  # as above
 
     try:
         return list(BlockAccessor.for_block(accessor.slice(start, stop)).iter_rows(public_row_format=True))
-    except Exception as error:  # a value that Python cannot hold
+    except Exception as error:  # a value that Python cannot represent
         if stop - start == 1:
             return [ValueError(f"cannot be read: {type(error).__name__}: {values.short(error)}")]
         return [row for number in range(start, stop) for row in _readable(accessor, number, number + 1)]

@@ -9,10 +9,10 @@ from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
 
 
 class Rows:
-    """Rows of a store by their number, their blocks read when needed and the last used kept.
+    """Rows of a store by their number. Blocks are read when needed, and the last used are kept.
 
-    Blocks are the object store's own memory, mapped. What is kept of them is bounded, and rows are copied out: a block
-    that is mapped cannot leave the store for the disk.
+    Blocks are mapped from the object store's own memory, and a mapped block cannot be spilled to disk. So the amount
+    kept is bounded, and rows are copied out.
     """
 
     def __init__(self, store: TokenStore, kept_bytes: int | None = None):
@@ -21,7 +21,7 @@ class Rows:
         self._bytes = 0
 
     def source_row(self, row: int) -> int:
-        """A row's place in the source."""
+        """Return a row's position in the source."""
         number = int(np.searchsorted(self.store.starts, row, side="right")) - 1
         return int(self._block(number)[0].row_ids[row - int(self.store.starts[number])])
 

@@ -2,7 +2,7 @@
 
     T  positions    K  predictions of a row
 
-The driver keeps references to the tokenised blocks; they stay in the object store, which spills to disk by itself.
+The driver keeps references to the tokenised blocks. They stay in the object store, which spills to disk by itself.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from kithara_ray.sft.batches.buckets import bucket_lengths
 from kithara_ray.sft.batches.order import Part
 from kithara_ray.sft.batches.told import NOTHING, Told
 
-# Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU padding is only work.
+# Sequence lengths are multiples of this: a TPU register has 128 lanes; on a CPU, padding only adds work.
 _LENGTH_MULTIPLE = {"tpu": 128}
 _CPU_LENGTH_MULTIPLE = 8
-# Room for predictions in a pack, over the mean: the head's work grows with it, and rows with much to learn fill it
-# before the tokens' room. Of real chat pairs in packs of 1,024, a margin of 1.15 fills 85 to 94 %, 1.5 98 %.
+# Room for predictions in a pack, relative to the mean. The head's work grows with it. Rows with many trainable tokens
+# fill it before the room for tokens. Of real chat pairs in packs of 1,024, a margin of 1.15 fills 85 to 94 %, 1.5 98 %.
 _PREDICTIONS_MARGIN = 1.5
-# Of blocks that a process keeps mapped, at most.
+# Maximum bytes of blocks that a process keeps mapped.
 _KEPT_BYTES = 2**28
 
 
@@ -36,15 +36,15 @@ class TokenStore:
 
     Attributes:
         blocks: references to `TokenizedBlock`s, in the dataset's order.
-        lengths: tokens of every row, int32 (N,), over all blocks; row numbers are positions in it.
+        lengths: tokens of every row, int32 (N,), over all blocks; row numbers are indices into it.
         trained: trained tokens of every row, int32 (N,).
-        starts: the number of the first row of each block, and the total, int64 (len(blocks) + 1,).
-        pad_id: the tokenizer's.
-        content: a hash of all tokens and masks in their order, however they are cut into blocks.
-        counts: rows that were dropped, skipped, truncated.
+        starts: number of the first row of each block, and the total, int64 (len(blocks) + 1,).
+        pad_id: the tokenizer's padding id.
+        content: a hash of all tokens and masks in their order, independent of the division into blocks.
+        counts: numbers of dropped, skipped and truncated rows.
         unread: columns of the source that nothing reads.
-        told: as which formats rows were read, and what has no effect in them.
-        parts: of a mixture.
+        told: messages about the formats that rows were read as, and about parts of them without effect.
+        parts: the datasets of a mixture.
     """
 
     blocks: tuple[ray.ObjectRef, ...]
@@ -63,7 +63,7 @@ class TokenStore:
         return len(self.lengths)
 
     def block(self, number: int) -> TokenizedBlock:
-        """One of the blocks; its arrays are the object store's own memory, mapped."""
+        """Return one of the blocks; its arrays are mapped from the object store's own memory."""
         return ray.get(self.blocks[number])
 
     def kept_bytes(self) -> int:
@@ -74,9 +74,10 @@ class TokenStore:
         return min(_KEPT_BYTES, int(resources.get("object_store_memory", _KEPT_BYTES * 8)) // 8)
 
     def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
-        """The shapes (T, K) that batches may have, ascending; the last holds every row.
+        """Return the shapes (T, K) that batches may have, ascending; the last holds every row.
 
-        Packed, one. Else up to `buckets`: T a length to pad to, K the most trained tokens of a row that is no longer.
+        With packing there is one. Without, there are up to `buckets`: T is a length to pad to, K the largest number of
+        trained tokens in a row of at most T tokens.
         """
         if packed_len is not None:
             return (self.packed_shape(platform, packed_len),)
@@ -84,19 +85,19 @@ class TokenStore:
         return tuple((t, rounded(int(self.trained[self.lengths <= t].max()), platform)) for t in bounds)
 
     def packed_shape(self, platform: str, max_seq_len: int) -> tuple[int, int]:
-        """(T, K) of packed batches: `max_seq_len`, and a little more than the share of its tokens that is trained."""
+        """Return (T, K) of packed batches: T is `max_seq_len`, K slightly above the share of tokens that is trained."""
         seq_len = rounded(max_seq_len, platform)
         share = self.trained.sum(dtype=np.int64) / self.lengths.sum(dtype=np.int64)
         predictions = max(int(self.trained.max()), int(_PREDICTIONS_MARGIN * share * seq_len))
         return seq_len, min(seq_len, rounded(predictions, platform))
 
     def head(self, num_rows: int) -> "TokenStore":
-        """The first rows alone."""
+        """Return a store of the first `num_rows` rows only."""
         return dataclasses.replace(self, lengths=self.lengths[:num_rows], trained=self.trained[:num_rows], parts=())
 
     @classmethod
     def joined(cls, stores: Sequence["TokenStore"], draws: Sequence[int]) -> "TokenStore":
-        """One after the other, as the parts of a mixture of which an epoch takes so many rows each."""
+        """Join stores as the parts of a mixture, one after the other; an epoch takes `draws` rows of each."""
         if len({store.pad_id for store in stores}) > 1:
             raise DataError("the datasets of a mixture have tokenizers with different padding")
         offsets = np.cumsum([0] + [store.num_rows for store in stores])

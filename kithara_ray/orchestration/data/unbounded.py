@@ -1,11 +1,11 @@
-"""Sources whose length nobody knows, such as a streaming Hugging Face dataset: batches as the rows come.
+"""Batches from sources of unknown length, such as a streaming Hugging Face dataset.
 
-One actor reads the source, has the rows tokenised by tasks, shuffles them within consecutive windows, packs them if
-that is asked for, and hands the same global batches to all hosts. Where the source ends, it begins again.
+One actor reads the source and has tasks tokenise its rows. It shuffles the rows within consecutive windows, packs them
+if requested, and hands the same global batches to all hosts. When the source ends, it begins again.
 
-The sequence of batches is a function of what the source gives, the batch size, the seed and the step. To go on at step
-k the source is read and tokenised again from its start: its rows cannot be numbered without being read. That is all
-that resuming promises here, and only if the source gives the same rows in the same order again.
+The sequence of batches is a function of the source's rows, the batch size, the seed and the step. To resume at step k,
+the actor reads and tokenises the source again from its start, because its rows cannot be numbered without reading
+them. Resuming therefore repeats the sequence only if the source gives the same rows in the same order.
 """
 
 import itertools
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 
 # Rows of a stream in one task.
 SLICE_ROWS = 256
-# The log's line about columns, once for each.
+# The log's line about unread columns, written once for each.
 UNREAD = "columns that nothing reads: %s; if one should be, name it in column_mapping"
 _MAX_TASKS = 4
-# Rows that are shuffled with each other, where the Dataloader says nothing.
+# Rows shuffled with each other, if the Dataloader sets no number.
 WINDOW_ROWS = 4096
-# Batches that the actor keeps for hosts that are behind.
+# Batches that the actor keeps for slower hosts.
 _KEPT_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class EndlessOrder:
-    """What is known of the sequence of batches."""
+    """The known parameters of the sequence of batches."""
 
     batch_rows: int
     seed: int
@@ -61,7 +61,7 @@ class EndlessOrder:
 
 @dataclass(frozen=True)
 class EndlessStore:
-    """In the place of a TokenStore: who reads the source."""
+    """The counterpart of a TokenStore for a stream: it holds the actor that reads the source."""
 
     reader: ray.actor.ActorHandle
     pad_id: int
@@ -70,17 +70,17 @@ class EndlessStore:
 
     @property
     def num_rows(self) -> None:
-        """Nobody knows."""
+        """The number of rows is unknown."""
 
     def shapes(self, platform: str, packed_len: int | None, buckets: int) -> tuple[tuple[int, int], ...]:
-        """(T, K) of batches: `max_seq_len`, and without packing its halves; any token may be one to be learned."""
+        """Return (T, K) of batches: `max_seq_len` and, without packing, its halves. Any token may be trainable."""
         lengths = {rounded(self.max_seq_len >> i, platform) for i in range(buckets if packed_len is None else 1)}
         return tuple((length, length) for length in sorted(lengths))
 
 
 @ray.remote(num_cpus=0)
 class Reader:
-    """Reads one source, from its start, as far as batches are asked for."""
+    """Reads one source from its start, as far as batches are requested."""
 
     def __init__(self, source: Any, tokenizer: RowTokenizer):
         self._source, self._tokenizer = source, ray.put(tokenizer)
@@ -90,7 +90,7 @@ class Reader:
         self._told = Told()
 
     def batch(self, step: int, order: EndlessOrder, shape: tuple[int, int] | None) -> list[list[TokenizedRow]]:
-        """The packs of a step's global batch.
+        """Return the packs of a step's global batch.
 
         Args:
             shape: (T, K) of packs; None packs nothing.
@@ -128,7 +128,7 @@ class Reader:
             yield from window
 
     def _rows(self) -> Iterator[TokenizedRow]:
-        """Of one pass over the source after another."""
+        """Yield the rows of one pass over the source after another."""
         while True:
             found = 0
             for row in self._once():
@@ -167,7 +167,7 @@ class Reader:
 
 
 def start_reader(source: Any, max_seq_len: int, tokenizer: RowTokenizer) -> EndlessStore:
-    """Raises DataError: the source cannot be carried to an actor."""
+    """Start the actor that reads the source. Raises DataError if the source cannot be sent to an actor."""
     try:
         reader = Reader.remote(source, tokenizer)
     except TypeError as error:

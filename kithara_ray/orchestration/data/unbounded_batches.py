@@ -1,4 +1,4 @@
-"""The global batches of an endless source, and of them what this host's devices own."""
+"""The global batches of an endless source, split over the devices of each host."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from kithara_ray.sft.batches.collate import collate
 
 
 class EndlessStream:
-    """The global batches of an endless source, of which this process places what its devices own; see HostStream."""
+    """The global batches of an endless source. This process places only its own devices' parts; see HostStream."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class EndlessStream:
         return next(self._made)
 
     def source_rows(self, step: int) -> list[int]:
-        """None are known by number: the source streams."""
+        """Return no rows: the source streams, so no row has a known number."""
         return []
 
     def close(self) -> None:
-        """No more is asked for."""
+        """Stop making batches; none is requested after this."""
         if self._made is not None:
             self._made.close()
 

@@ -1,6 +1,6 @@
-"""The tokenizer that a run trains with, kept as files beside what it trains.
+"""The tokenizer of a run, kept as files beside the trained weights.
 
-Exports take it from there: those of the run itself, those made while it goes on, and those of `kithara-ray export`.
+Exports take it from there: the run's own exports, exports during the run, and those of `kithara-ray export`.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ DIRECTORY = "tokenizer"
 
 
 def prompting_of(dataset: Any) -> Prompting:
-    """The tokenizer and the chat template of a dataset, or of a mixture."""
+    """Return the tokenizer and the chat template of a dataset, or of a mixture."""
     parts = getattr(dataset, "datasets", (dataset,))
     templates = list(dict.fromkeys(part.chat_template for part in parts if part.chat_template is not None))
     if len(templates) > 1:
@@ -34,13 +34,13 @@ def prompting_of(dataset: Any) -> Prompting:
 
 
 def keep(prompting: Prompting, base: str, directories: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Write the tokenizer's files into `tokenizer/` of each directory; by the head node, whose directories they are.
+    """Have the head node write the tokenizer's files into `tokenizer/` of each directory; the directories are its own.
 
     Args:
-        base: the base's handle, whose generation settings gain the ends of the answers.
-        directories: paths or URLs; without any the head node keeps the files among its temporary ones.
+        base: the base's handle. The end tokens of the answers are added to its generation settings.
+        directories: paths or URLs. If there are none, the head node keeps the files in its temporary directory.
 
-    Returns: where they are, and what run.json says of them.
+    Returns: the files' location, and the tokenizer's entry in run.json.
 
     Raises:
         DataError: there is no tokenizer.
@@ -62,7 +62,7 @@ def _keep(prompting: Prompting, base: str, directories: tuple[str, ...]) -> tupl
 
 
 def _facts(prompting: Prompting, files: dict[str, bytes]) -> dict[str, Any]:
-    """Hashes of vocabulary, chat template and files, and the ends of trained answers."""
+    """Return hashes of vocabulary, chat template and files, and the ends of trained answers."""
     tokenizer, template = prompting.loaded(), prompting.chat_template
     template = getattr(tokenizer, "chat_template", None) if template is None else template
     handle = prompting.tokenizer

@@ -1,4 +1,4 @@
-"""Check that a job's copy of the working directory holds what its configuration reads."""
+"""Check that a job's copy of the working directory holds the files that its configuration reads."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 Keys = tuple[str | int, ...]
 
-# Keys that name a Hugging Face directory, and which of its files a run reads.
+# Keys that name a Hugging Face directory, and the suffixes of the files that a run reads there.
 _DIRECTORIES = {
     "preset_handle": (".json", ".safetensors", ".model", ".jinja", ".txt"),
     "adapter": (".json", ".safetensors"),
@@ -24,16 +24,16 @@ _INSTEAD = "give a URL such as gs://..., or an absolute path of the head node"
 
 
 def check_packed(raw: Mapping[str, Any], directory: Path, packed: Collection[Path], left_out: str) -> None:
-    """Check what a configuration reads from relative paths, which a job looks for in its copy of the directory.
+    """Check the relative paths in a configuration. The job looks for them in its copy of the directory.
 
     Args:
         raw: the configuration's content.
-        directory: what is packed, absolute.
-        packed: the files of it that are.
-        left_out: what decides that a file is not packed, for messages.
+        directory: the directory to pack, absolute.
+        packed: its files that are packed.
+        left_out: the reason why a file is not packed, for messages.
 
     Raises:
-        ConfigError: lists all that the job would miss.
+        ConfigError: lists every file that the job would miss.
     """
     problems = []
     for keys, path, needed in _reads(raw, directory):
@@ -52,12 +52,12 @@ def check_packed(raw: Mapping[str, Any], directory: Path, packed: Collection[Pat
 
 
 def _reads(raw: Mapping[str, Any], directory: Path) -> Iterator[tuple[Keys, str, Any]]:
-    """(keys, path, what lists its files) of all that is read from the copy."""
+    """Yield (keys, path, function that lists its files) for each path that the job reads from the copy."""
     for keys, section in _sections(raw, ()):
         for name, suffixes in _DIRECTORIES.items():
             for path in _paths(section.get(name), (*keys, name), directory):
                 yield (*keys, name), path, lambda path=path, suffixes=suffixes: _in_directory(directory, path, suffixes)
-        template = section.get("chat_template")  # Jinja, or the file that holds it
+        template = section.get("chat_template")  # Jinja text, or the path of a file with it
         if (
             isinstance(template, str)
             and "\n" not in template
@@ -97,7 +97,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _paths(value: Any, keys: Keys, directory: Path) -> Iterator[str]:
-    """The relative paths of a value. Others are the head node's: nobody here knows what it has."""
+    """Yield the relative paths in a value. Absolute ones are on the head node, and cannot be checked here."""
     for path in as_sequence(value) or ([value] if isinstance(value, str) else ()):
         local = path.removeprefix("file://").removeprefix("local://")
         if not is_local(path) or "${" in path:

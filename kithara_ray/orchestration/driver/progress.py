@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+"""The display of a run's progress: a bar on a terminal, lines elsewhere."""
 
 import datetime
 import threading
@@ -26,7 +26,7 @@ _PHASES = {
 
 
 def figures_of(event: dict[str, Any]) -> str:
-    """A logged step's figures, `name=value` each: of MFU and device memory what the backend tells."""
+    """Format a logged step's figures as `name=value`; MFU and device memory only if the backend reports them."""
     share = event["input_wait_s"] / max(event["step_time_s"], 1e-9)
     figures = [f"loss={event['loss']:.4f}", f"lr={event['learning_rate']:.3g}"]
     figures += [f"tokens_per_s={event['tokens_per_s']:.0f}", f"input_wait={share:.1%}"]
@@ -39,7 +39,7 @@ def figures_of(event: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Shows the driver's phases and, once `follow` names a coordinator, its events; from `with` to its end."""
+    """Shows the driver's phases and, once `follow` names a coordinator, its events. Use it in a `with` block."""
 
     def __init__(self, enabled: bool = True):
         self._coordinator: ray.actor.ActorHandle | None = None
@@ -139,15 +139,15 @@ class Progress:
             self._note(f"trained in {event['training_s']:.0f} s, of which {share:.1%} waited for input")
 
     def _remaining(self, event: dict[str, Any]) -> str:
-        """By the pace of the last logged steps."""
+        """Estimate the remaining time from the pace of the last logged steps."""
         left = (self._total_steps or 0) - event["step"]
         return f" eta={datetime.timedelta(seconds=round(left * event['step_time_s']))}" if left > 0 else ""
 
     def _say(self, line: str) -> None:
-        """Where there is no bar."""
+        """Print a line if there is no bar."""
         if self._bar.disable:
             self._console.print(line, soft_wrap=True)
 
     def _note(self, line: str) -> None:
-        """Above the bar, or as a line."""
+        """Print a line, above the bar if there is one."""
         self._console.print(line, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""run.json: what a run was made of, enough to repeat it; without secrets.
+"""run.json: the description of a run, complete enough to repeat it, and without secrets.
 
-It stands in the run's directory from the start (status "running") to the end ("finished" or "failed"), and goes
-into every export.
+It is in the run's directory from the start (status "running") to the end ("finished" or "failed"). Every export gets a
+copy.
 """
 
 import copy
@@ -33,14 +33,14 @@ from kithara_ray.redact import HIDDEN, redact, secret_values
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-GIT_VARIABLE = "KITHARA_RAY_GIT"  # what `git_revision` gave where the job was submitted
-# Environment variables whose values change what is computed; of all others the names alone are written.
+GIT_VARIABLE = "KITHARA_RAY_GIT"  # holds the result of `git_revision` on the machine that submitted the job
+# Environment variables whose values affect the computation; of all others only the names are written.
 _COMPUTES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "KERAS_", "OMP_", "NCCL_")
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _base_facts(handle: str) -> dict[str, Any]:
-    """Where the base is and what it is; its weights are hashed by samples where they are local."""
+    """Return the base's location and identity; if its weights are local, samples of them are hashed."""
     base = BaseCheckpoint.at(handle)
     name, revision = split_reference(handle)[0], identity_of(base, handle).revision
     fingerprint = None if base.source else base.fingerprint()
@@ -48,17 +48,16 @@ def _base_facts(handle: str) -> dict[str, Any]:
 
 
 class RunManifest:
-    """One run's manifest, filled as the run goes on.
+    """One run's manifest, filled during the run.
 
     Args:
-        request: what the run is made of. Tasks find out what takes time; they are awaited when the manifest is first
-            written.
+        request: the request that the run carries out. Tasks gather the slow facts; the first write waits for them.
     """
 
     def __init__(self, request: RunRequest):
         self._request = request
         env = (request.group.run_config.worker_runtime_env or {}).get("env_vars", {})
-        # A value given to the workers alone is a secret as well, if its name says so.
+        # A value that only the workers receive is also a secret, if its name suggests so.
         self._secrets = sorted({*secret_values(), *secret_values(env)}, key=len, reverse=True)
         self._base = _base_facts.remote(request.model.preset_handle)
         self.content: dict[str, Any] = {
@@ -76,15 +75,15 @@ class RunManifest:
 
     @property
     def directory(self) -> str | None:
-        """The run's directory on the head node, or a URL; None where only Ray's own file system reaches it."""
+        """The run's directory on the head node, or a URL; None if only Ray's own file system reaches it."""
         return None if self._request.group.run_config.storage_filesystem else self._request.directory
 
     def begin(self, coordinator: ray.actor.ActorHandle, spec: RunSpec, tokenizer: Mapping[str, Any]) -> None:
-        """Write it before the first step.
+        """Write the manifest before the first step.
 
         Args:
             spec: the run's RunSpec, with its tokenised datasets.
-            tokenizer: as of `kept_tokenizer.keep`.
+            tokenizer: see `kept_tokenizer.keep`.
         """
         self.content["base"] = _of_task(self._base)
         self.content["tokenizer"] = tokenizer
@@ -98,12 +97,12 @@ class RunManifest:
         self._write(coordinator)
 
     def end(self, coordinator: ray.actor.ActorHandle, status: str, **more: Any) -> dict[str, Any]:
-        """Write it of a run that has ended, "finished" or "failed"; returns what was written."""
+        """Write the manifest of a run that has ended, "finished" or "failed"; return the written content."""
         self.content |= {"status": status, "ended": _now(), **more}
         return self._write(coordinator)
 
     def write_report(self, coordinator: ray.actor.ActorHandle, history: Mapping[str, Any]) -> None:
-        """report.html beside run.json. It is told, and never ends a run, that it could not be written."""
+        """Write report.html beside run.json. A failure is logged, and never ends a run."""
         if self.directory is None:
             return
         content = redact(json.loads(json.dumps(history, default=str)), self._secrets)
@@ -113,7 +112,7 @@ class RunManifest:
             logger.warning("the report of the run in %s was not written: %s", self.directory, error)
 
     def told(self) -> dict[str, Any]:
-        """What it says as plain data, without secrets."""
+        """Return the manifest as plain data, without secrets."""
         return redact(json.loads(json.dumps(self.content, default=str)), self._secrets)
 
     def _write(self, coordinator: ray.actor.ActorHandle) -> dict[str, Any]:
@@ -121,7 +120,7 @@ class RunManifest:
         if self.directory is not None:
             try:
                 ray.get(coordinator.write_run.remote(self.directory, content), timeout=60)
-            except (ray.exceptions.RayError, OSError) as error:  # a run is worth more than its description
+            except (ray.exceptions.RayError, OSError) as error:  # a missing description must not end the run
                 logger.warning("%s in %s was not written: %s", RUN, self.directory, error)
         return content
 
@@ -139,7 +138,7 @@ def _data(store: Any) -> dict[str, Any]:
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int]:
-    """Of the rows' tokens."""
+    """Return quantiles of the rows' token counts."""
     if not len(lengths):
         return {}
     found = np.quantile(lengths, (0, 0.5, 0.95, 1), method="nearest")
@@ -147,7 +146,7 @@ def _quantiles(lengths: np.ndarray) -> dict[str, int]:
 
 
 def _of_task(reference: ray.ObjectRef) -> dict[str, Any]:
-    """A manifest tells what is known; that something could not be found out must not end a run."""
+    """Return a task's facts, or the error as an "unknown" entry: a missing fact must not end a run."""
     try:
         return ray.get(reference, timeout=120)
     except ray.exceptions.RayError as error:
@@ -159,7 +158,7 @@ def _now() -> str:
 
 
 def _without_environment(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A configuration whose workers' variables are written as `environment` writes them."""
+    """Return a configuration with its workers' variables masked as `environment` masks them."""
     config = copy.deepcopy(dict(config)) if config is not None else None
     runtime_env = ((config or {}).get("run_config") or {}).get("worker_runtime_env") or {}
     if isinstance(runtime_env.get("env_vars"), dict):
@@ -168,12 +167,12 @@ def _without_environment(config: Mapping[str, Any] | None) -> dict[str, Any] | N
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
-    """The workers' variables: values of those that change what is computed, *** for all others."""
+    """Return the workers' variables: the value if it affects the computation, *** for all others."""
     return {name: value if name.startswith(_COMPUTES) else HIDDEN for name, value in sorted(env.items())}
 
 
 def git_revision(directory: Path) -> dict[str, Any] | None:
-    """{"revision", "dirty"} of the work tree that holds `directory`; None where there is none, or no git."""
+    """Return {"revision", "dirty"} of the work tree that holds `directory`; None without a work tree or git."""
 
     def git(*arguments: str) -> str:
         env = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
@@ -190,7 +189,7 @@ def git_revision(directory: Path) -> dict[str, Any] | None:
 
 
 def settings(request: RunRequest) -> dict[str, Any]:
-    """What the handles say, also of a run that was written in Python: JSON-like, objects by their names."""
+    """Return the handles' settings as JSON-like data, objects by their names; also for a run written in Python."""
     model, step, group, reporting = request.model, request.step, request.group, request.reporting
     kind, optimizer = step.optimizer
     when = request.evaluation
@@ -266,6 +265,6 @@ def _value(value: Any) -> Any:
 
 
 def _name(value: Any) -> str:
-    """What an object is, without its content: rows of a dataset are not written down."""
+    """Name an object without its content, so that rows of a dataset are not written down."""
     name = getattr(value, "__qualname__", None) or getattr(value, "name_or_path", None)
     return f"{type(value).__name__} {name}" if name else f"{type(value).__name__}"

@@ -1,4 +1,4 @@
-"""From a request to the workers' RunSpec: tokenised data first, then rows a device, then the spec."""
+"""Turn a request into the workers' RunSpec: first tokenised data, then rows per device, then the spec."""
 
 import time
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from kithara_ray.orchestration.worker.channel import Channel
 from kithara_ray.orchestration.worker.heartbeat import Limits
 from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec
 
-# A process sends a beat each second. A frozen process sends none, nor does one whose host is gone.
+# A process sends a beat each second. A frozen process sends none, and neither does one whose host is gone.
 SILENCE_TIMEOUT_S = 60.0
 
 
@@ -31,8 +31,8 @@ class Tokenized:
     """A run's data as tokens.
 
     Attributes:
-        eval: None where the run evaluates nothing.
-        began, ended: of the tokenising, in seconds since the epoch.
+        eval: the evaluation data; None if the run evaluates nothing.
+        began, ended: start and end of the tokenising, in seconds since the epoch.
     """
 
     train: TokenStore | EndlessStore
@@ -41,7 +41,7 @@ class Tokenized:
     ended: float
 
     def largest_shape(self, request: RunRequest) -> tuple[int, int]:
-        """(T, K), positions and predictions of a row, of the largest training batch."""
+        """Return (T, K), positions and predictions of a row, of the largest training batch."""
         loader = request.train
         return self.train.shapes(request.group.platform, loader.packed_len, loader.length_buckets)[-1]
 
@@ -68,13 +68,13 @@ def run_spec(
     settings: Mapping[str, Any],
     channel: Channel,
 ) -> RunSpec:
-    """The workers' spec.
+    """Return the workers' spec.
 
     Args:
-        fit: rows a device, and the plan that found them.
-        adapter: tensors to go on from; None starts from PEFT's initial factors.
-        settings: the run's arguments as run.json has them.
-        channel: to the head.
+        fit: rows per device, and the plan that found them.
+        adapter: tensors to continue from; None starts from PEFT's initial factors.
+        settings: the run's arguments, as in run.json.
+        channel: the channel to the head.
     """
     model, group, reporting = request.model, request.group, request.reporting
     board = [TensorBoard(reporting.tensorboard_dir)] if reporting.tensorboard_dir else []
@@ -104,7 +104,7 @@ def run_spec(
 
 
 def limits_of(request: RunRequest) -> Limits:
-    """When the watchdog ends the run."""
+    """Return the watchdog's time limits for the run."""
     save_timeout_s = request.checkpointer.save_timeout_s if request.checkpointer else 0.0
     return Limits(request.timeouts.step_s, request.timeouts.startup_s, save_timeout_s, SILENCE_TIMEOUT_S)
 

@@ -1,4 +1,4 @@
-"""What a model says before and after training, for the run's report."""
+"""Samples of a model's output before and after training, for the run's report."""
 
 import logging
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ class Samples:
     """Continuations of some prompts by `generate`.
 
     Attributes:
-        rows: a dict a prompt: prompt, before, after; for history.json.
+        rows: one dict per prompt: prompt, before, after; for history.json.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Any], max_length: int):
@@ -19,7 +19,7 @@ class Samples:
         self.rows: list[dict[str, str]] = [{"prompt": _shown(prompt)} for prompt in self._prompts]
 
     def take(self, when: str) -> None:
-        """Ask the model now, and give its memory back; when: "before" or "after". A failure is told in the rows."""
+        """Generate now, `when` being "before" or "after", then free the model's memory. The rows record a failure."""
         if not self._prompts:
             return
         try:
@@ -34,7 +34,7 @@ class Samples:
 
 
 def _shown(prompt: Any) -> str:
-    """A text, or a chat with a line a message."""
+    """Return a text, or a chat with one line per message."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)

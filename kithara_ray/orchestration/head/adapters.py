@@ -1,7 +1,7 @@
-"""Adapters that the coordinator already has, so that they are not sent to it again.
+"""Adapters that the coordinator already holds, so that the driver need not send them again.
 
-The driver names an adapter by its content. A coordinator that was started again, or a directory that was changed
-since, holds nothing of that name: the driver then sends the tensors.
+The driver names an adapter by a hash of its content. After a restart of the coordinator, or a change in the directory,
+no adapter there matches the hash. The driver then sends the tensors.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ DIRECTORY = "adapter"
 
 
 class NotHeldError(KitharaRayError):
-    """The coordinator has no adapter of that content."""
+    """The coordinator has no adapter with that content."""
 
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """An adapter by its content.
+    """An adapter identified by its content.
 
     Attributes:
-        base, config: what it adapts, and how.
-        digest: of its tensors, as of `digest_of`.
+        base, config: the adapted base, and the adapter's settings.
+        digest: hash of its tensors, see `digest_of`.
         directory: the run's directory, where `adapter/` may hold it; None if there is none.
-        tensors: the tensors themselves, where the coordinator does not have them.
+        tensors: the tensors themselves, if the coordinator does not have them.
     """
 
     base: str
@@ -56,11 +56,11 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class AdapterExport:
-    """What `Coordinator.export` writes; the fields are those of `kithara_ray.hf.exports.request.ExportRequest`.
+    """The order for `Coordinator.export`; the fields are those of `kithara_ray.hf.exports.request.ExportRequest`.
 
     Attributes:
-        max_files: weight files that are written at once; None: two a node.
-        options: of `kithara_ray.hf.exports.export.export`.
+        max_files: number of weight files written at once; None means two per node.
+        options: options of `kithara_ray.hf.exports.export.export`.
     """
 
     adapter: AdapterRef
@@ -72,7 +72,7 @@ class AdapterExport:
 
 
 def digest_of(tensors: Mapping[str, np.ndarray]) -> str:
-    """A hash of names, dtypes, shapes and bits; the order of the names does not count."""
+    """Return a hash of names, dtypes, shapes and bits; the order of the names does not matter."""
     digest = hashlib.sha256()
     for name, array in sorted(tensors.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -81,10 +81,10 @@ def digest_of(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def ask(call: Callable[[AdapterRef], Any], adapter: AdapterRef, tensors: Tensors) -> Any:
-    """On the driver: the result of a remote call, with the tensors sent only if the coordinator does not have them.
+    """Call the coordinator from the driver, and send the tensors only if the coordinator does not have them.
 
     Args:
-        call: starts it and returns its reference.
+        call: starts the remote call and returns its reference.
     """
     try:
         return remote_get(call(adapter))
@@ -93,20 +93,20 @@ def ask(call: Callable[[AdapterRef], Any], adapter: AdapterRef, tensors: Tensors
 
 
 def tensors_of(adapter: AdapterRef, held: Tensors | None) -> Tensors:
-    """The tensors of an adapter: those that were sent, else those in memory, else those in the run's directory.
+    """Return an adapter's tensors: those that were sent, else those in memory, else those in the run's directory.
 
     Args:
-        held: what the coordinator has in memory, of whatever content.
+        held: the coordinator's tensors in memory, with any content.
 
     Raises:
-        NotHeldError: none of them are of that content.
+        NotHeldError: none of them has that content.
     """
     if adapter.tensors is not None:
         return adapter.tensors
     if held is not None and digest_of(held) == adapter.digest:
         return held
     if adapter.directory is not None and not is_url(adapter.directory):
-        # Whatever is wrong with the files, the driver still has the tensors.
+        # The files may be damaged in any way; the driver still has the tensors.
         with contextlib.suppress(KitharaRayError, OSError, ValueError):
             written = Adapter.read(Path(adapter.directory) / DIRECTORY).tensors
             if digest_of(written) == adapter.digest:
@@ -115,7 +115,7 @@ def tensors_of(adapter: AdapterRef, held: Tensors | None) -> Tensors:
 
 
 def _named(handle: str) -> tuple[str, str | None, str | None]:
-    """Name, revision and fingerprint of a base. A trained adapter is written even where its base is gone."""
+    """Return a base's name, revision and fingerprint. An adapter can be written even if its base is gone."""
     name, revision = split_reference(handle)
     try:
         base = BaseCheckpoint.at(handle)
@@ -126,15 +126,15 @@ def _named(handle: str) -> tuple[str, str | None, str | None]:
 
 
 def write_adapter(adapter: AdapterRef, tensors: Tensors) -> str:
-    """The PEFT directory `adapter/` in the run's directory, file by file; returns its path or URL.
+    """Write the PEFT directory `adapter/` into the run's directory, file by file; return its path or URL.
 
     Raises:
-        DestinationError: it cannot be written.
+        DestinationError: the directory cannot be written.
     """
     place = Place(adapter.directory)
     with place.scratch() as scratch:
         Adapter(adapter.config, tensors).write(scratch / DIRECTORY, *_named(adapter.base))
-        # The weights first: readers look for the configuration.
+        # The weights come first, because readers look for the configuration.
         for path in sorted((scratch / DIRECTORY).iterdir(), key=lambda path: path.suffix == ".json"):
             place.put(path, DIRECTORY, path.name)
     return place.url(DIRECTORY)

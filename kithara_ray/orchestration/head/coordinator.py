@@ -1,4 +1,4 @@
-"""The actor on the head node: gathers what the ranks send, checks that it is complete, writes it out.
+"""The actor on the head node: it gathers the ranks' data, checks that it is complete, and writes it out.
 
 It needs no accelerator, no JAX and no model: shards are numpy arrays, and an export is a file operation.
 """
@@ -39,12 +39,12 @@ from kithara_ray.storage.places import Place
 logger = logging.getLogger(__name__)
 
 
-# Calls that a coordinator which is started again answers as the one before would have: they wait for it.
+# Calls that Ray repeats after a restart of the coordinator: the new one gives the same answers, and the caller waits.
 _asked_again = ray.method(max_task_retries=10)
 
 
 class Coordinator:
-    """State of one model's life on the cluster: progress of the run, the gathered adapter, exports."""
+    """The state of one model: progress of the run, the gathered adapter, exports."""
 
     def __init__(self):
         self._watcher: threading.Thread | None = None
@@ -54,7 +54,7 @@ class Coordinator:
 
     @_asked_again
     def start_run(self) -> None:
-        """Forget what an earlier run has sent."""
+        """Forget all data that an earlier run has sent."""
         self._events: list[Event] = []
         self._shards: dict[int, list[Shard]] = {}
         self._adapter: Tensors | None = None
@@ -65,11 +65,11 @@ class Coordinator:
 
     @_asked_again
     def ask(self, what: str) -> None:
-        """Ask all ranks for something with the answers to their beats: "interrupt"."""
+        """Pass a request to all ranks, with the answers to their beats: "interrupt"."""
         self._asked = what
 
     def beat(self, beat: Beat, limits: Limits) -> str | None:
-        """A rank is alive; see watchdog. Returns what is asked of the ranks."""
+        """Record that a rank is alive, see `watchdog`; return the current request to the ranks."""
         with self._lock:
             if self._watch is None:
                 self._watch = Watch(limits)
@@ -80,7 +80,7 @@ class Coordinator:
         return self._asked
 
     def stop_watching(self) -> None:
-        """The run has ended, however it did; its ranks are silent from now on."""
+        """Stop the watchdog: the run has ended, in any way, and its ranks are silent from now on."""
         with self._lock:
             self._watch = None
 
@@ -99,36 +99,36 @@ class Coordinator:
 
     @_asked_again
     def record(self, event: Event) -> None:
-        """One event of rank 0: a logged step, a phase of start-up."""
+        """Record one event of rank 0, such as a logged step or a phase of start-up."""
         if event["kind"] == "begin":
             self._snapshots.forget()
         self._events.append(event)
 
     @_asked_again
     def events(self, start: int) -> list[Event]:
-        """The events from number `start` on."""
+        """Return the events from number `start` on."""
         return self._events[start:]
 
     @_asked_again
     def put_shards(self, rank: int, shards: list[Shard]) -> None:
-        """What one rank held of the adapter."""
+        """Take one rank's shards of the adapter."""
         self._shards[rank] = shards
 
     def put_snapshot(self, part: SnapshotPart) -> None:
-        """What one rank held of the adapter after a step; see `SnapshotWriter.put`."""
+        """Take one rank's shards of the adapter after a step; see `SnapshotWriter.put`."""
         event = self._snapshots.put(part)
         if event is not None:
             self._events.append(event)
 
     @_asked_again
     def adapter(self, spec: AdapterSpec, saved: str | None = None) -> Tensors:
-        """The whole trained adapter, kept for exports. The coordinator checks that its shards tile every tensor once.
+        """Return the whole trained adapter, and keep it for exports. Check that its shards tile every tensor once.
 
         Args:
-            saved: the run's last checkpoint, for a coordinator that was started again since the shards were sent.
+            saved: the run's last checkpoint, in case the coordinator was restarted after the shards were sent.
 
         Raises:
-            AdapterError: names the tensor, the slice and the rank.
+            AdapterError: a tensor is not tiled; the message names the tensor, the slice and the rank.
         """
         if self._adapter is None:
             if len(self._shards) < spec.num_ranks and saved is not None:
@@ -141,27 +141,27 @@ class Coordinator:
         return self._adapter
 
     def write_adapter(self, adapter: AdapterRef) -> str:
-        """Write the trained adapter into the run's directory; returns where. Raises NotHeldError, DestinationError."""
+        """Write the adapter into the run's directory; return its path. Raises NotHeldError, DestinationError."""
         return adapters.write_adapter(adapter, adapters.tensors_of(adapter, self._adapter))
 
     def begin_weights(self, weights: WeightsSpec) -> int:
-        """Make ready for trained weights; returns the token that they are to be sent with."""
+        """Prepare to receive trained weights; return the token that the ranks must send them with."""
         self._forget_weights()
         base = BaseCheckpoint.at(weights.base)
         self._weights = Receiver(base, weights.names, weights.dtype, weights.directory)
         return self._weights.token
 
     def put_slice(self, token: int, part: TensorSlice) -> None:
-        """A slice of one of them."""
+        """Take a slice of a trained weight."""
         if self._weights is None or self._weights.token != token:
             raise ExportError(f"rank {part.rank} sent {part.name} of an attempt that is over")
         self._weights.put(part)
 
     def publish_weights(self, num_ranks: int) -> str:
-        """Where the trained weights are, all of them, from here on.
+        """Put the complete trained weights in their final place, and return it.
 
         Raises:
-            ExportError: names the tensor that is missing and the ranks that were not heard.
+            ExportError: a tensor is missing; the message names it and the ranks that sent nothing.
         """
         if self._weights is None:
             raise ExportError("the coordinator was started again after the ranks had sent their weights; run once more")
@@ -175,18 +175,18 @@ class Coordinator:
     def export_trained(
         self, base: str, weights: str, destination: str, max_files: int | None = None, **options: Any
     ) -> str:
-        """Write trained weights as the base's files are written; see `kithara_ray.hf.exports.trained_export`."""
+        """Write trained weights in the layout of the base's files; see `kithara_ray.hf.exports.trained_export`."""
         opened = BaseCheckpoint.at(base), BaseCheckpoint.at(weights)
         write = functools.partial(write_on_cluster, max_files=max_files)
         return export_trained(*opened, destination, base_name=base, write=write, **options)
 
     def export(self, order: AdapterExport) -> str:
-        """Write one of the three layouts, each weight file in a task of its own; see `kithara_ray.hf.exports.export`.
+        """Write one of the three layouts, each weight file in its own task; see `kithara_ray.hf.exports.export`.
 
-        Of a base on an object store or the Hub, headers are all that is read here.
+        If the base is on an object store or the Hub, this actor reads only its headers.
 
         Raises:
-            NotHeldError: the adapter's tensors must be sent.
+            NotHeldError: the coordinator lacks the adapter's tensors; the driver must send them.
         """
         base, config = order.adapter.base, order.adapter.config
         tensors = adapters.tensors_of(order.adapter, self._adapter)
@@ -204,30 +204,30 @@ class Coordinator:
         )
 
     def write_run(self, directory: str, content: dict[str, Any]) -> None:
-        """run.json of the run."""
+        """Write run.json of the run."""
         write_manifest(directory, content)
 
     def write_report(self, directory: str, history: dict[str, Any]) -> str:
-        """history.json and report.html of the run whose run.json is there; returns where the page is."""
+        """Write history.json and report.html of the run beside its run.json; return the page's location."""
         return report.write(directory, history)
 
     def add_export(self, directory: str, destination: str) -> None:
-        """Tell the report of an export."""
+        """Add an export to the report."""
         report.add_export(directory, destination)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _kill(pid: int) -> None:
-    """End a worker's process of this node that no longer answers; its number may be another's by now."""
+    """End a worker's process on this node that no longer answers. Its id may belong to another process by now."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
             os.kill(pid, signal.SIGKILL)
 
 
 def start_coordinator() -> ray.actor.ActorHandle:
-    """A coordinator on the head node, which holds no CPU: it must start beside a full cluster."""
+    """Start a coordinator on the head node. It holds no CPU, because it must also start on a full cluster."""
     head = head_node_id()
-    # Started again if it dies: what it holds of a run, rank 0 and the checkpoints hold too.
+    # Ray restarts it if it dies: rank 0 and the checkpoints also hold all that it holds of a run.
     options = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}, "max_concurrency": 8}
     options["max_restarts"] = -1
     if head is not None:
@@ -236,7 +236,7 @@ def start_coordinator() -> ray.actor.ActorHandle:
 
 
 def living_coordinator(known: ray.actor.ActorHandle | None) -> ray.actor.ActorHandle:
-    """The known coordinator if it answers, else a new one: the cluster may have been restarted."""
+    """Return the known coordinator if it answers, else a new one: the cluster may have been restarted."""
     if known is not None:
         try:
             ray.get(known.__ray_ready__.remote(), timeout=30)

@@ -1,8 +1,8 @@
-"""The weight files of an export as Ray tasks: one a file, straight from the base to the destination.
+"""The weight files of an export as Ray tasks: one task per file, straight from the base to the destination.
 
-A part that has a URL at both ends runs on any node with a free CPU; one that needs a directory of the head node runs
-there. What passes through the caller is a part's headers and factors on the way out, and digests on the way back: its
-memory does not grow with the model.
+A part with a URL at both ends runs on any node with a free CPU. A part that needs a directory of the head node runs
+there. The caller sends each part's headers and factors and receives digests, so its memory does not grow with the
+model.
 """
 
 import logging
@@ -24,17 +24,21 @@ from kithara_ray.orchestration.worker.entry import imported
 
 logger = logging.getLogger(__name__)
 
-FILES_PER_NODE = 2  # each takes a core, about 150 MB, and disk for up to two weight files where a URL is involved
-MAX_RETRIES = 3  # of a node that is lost; putting a file again puts the same bytes
+FILES_PER_NODE = 2  # each takes a core, about 150 MB, and if a URL is involved, disk for up to two weight files
+MAX_RETRIES = 3  # after the loss of a node; writing a file again writes the same bytes
 
 
 def write_on_cluster(parts: Sequence[Part], max_files: int | None = None) -> Iterator[Written]:
-    """Run the parts, a bounded number at a time, in whatever order they end.
+    """Run the parts, a bounded number at a time, and yield each result as it is ready.
 
-    max_files: in flight at once; two a node by default. When one fails, or the caller stops, those in flight are
-    cancelled and waited for: nothing is put any more after this has ended.
+    If one part fails, or the caller stops, this cancels the tasks in flight and waits for their end. Nothing is written
+    after that.
 
-    Raises: what `write_part` raises; ExportError when a task was lost more often than it is retried.
+    Args:
+        max_files: maximum tasks in flight; two per node by default.
+
+    Raises:
+        ExportError: a task was lost more often than it is retried; also the errors of `write_part`.
     """
     anywhere = all(part.runs_anywhere for part in parts)
     write = ray.remote(write_part).options(max_retries=MAX_RETRIES, **_placement(anywhere))
@@ -54,7 +58,7 @@ def write_on_cluster(parts: Sequence[Part], max_files: int | None = None) -> Ite
 
 
 def prove_logits_here(base: str, config: LoraConfig, tensors: dict[str, np.ndarray], merged: Path) -> str:
-    """See `kithara_ray.model.proof`: in a process of its own on the head node, whose memory it gives back."""
+    """Run `kithara_ray.model.proof` in a separate process on the head node, so that its memory is freed afterwards."""
     prove = ray.remote(max_calls=1)(_prove_logits).options(max_retries=0, **_placement(False))
     return remote_get(prove.remote(base, config, tensors, merged))
 
@@ -81,7 +85,7 @@ def _result(done: ray.ObjectRef, name: str) -> Written:
 
 
 def _placement(anywhere: bool) -> dict:
-    """Options of the tasks. The head may have no CPU to give, and then takes them all the same."""
+    """Return the options of the tasks. The head node takes them even if it has no CPU to offer."""
     if anywhere:
         has_cpus = ray.cluster_resources().get("CPU", 0) >= 1
         return {"num_cpus": 1 if has_cpus else 0, "scheduling_strategy": "SPREAD"}
@@ -95,7 +99,7 @@ def _cpu_nodes() -> int:
 
 
 def _cancel(references: list[ray.ObjectRef]) -> None:
-    """By force: a worker that copies gigabytes does not look for exceptions. Its temporary files are in /tmp."""
+    """Cancel by force: a worker that copies gigabytes does not look for exceptions. Its temporary files are in /tmp."""
     for reference in references:
         ray.cancel(reference, force=True)
     if references:

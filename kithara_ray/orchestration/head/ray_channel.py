@@ -1,4 +1,4 @@
-"""A rank's channel to the coordinator by way of Ray."""
+"""A rank's channel to the coordinator, through Ray."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from kithara_ray.orchestration.worker.channel import Event, SnapshotPart, Wait, 
 from kithara_ray.orchestration.worker.heartbeat import Beat, Limits
 from kithara_ray.sharding.gather import Shard
 
-# Slices of a rank's trained weights on the way, each of `layout.SLICE_BYTES`; Ray's object store carries them.
+# Slices of a rank's trained weights in flight, each of `layout.SLICE_BYTES`; Ray's object store carries them.
 _IN_FLIGHT = 2
 _BEAT_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
 class RayChannel:
-    """See `worker.channel.Channel`. Goes to the workers as part of their RunSpec.
+    """A channel through Ray, see `worker.channel.Channel`. It goes to the workers as part of their RunSpec.
 
     Attributes:
-        coordinator: the actor; Ray starts it again where it dies.
+        coordinator: the actor; Ray restarts it if it dies.
     """
 
     coordinator: ray.actor.ActorHandle

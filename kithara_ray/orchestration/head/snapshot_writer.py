@@ -1,4 +1,4 @@
-"""The coordinator's part of adapters written while training goes on; `worker.snapshots` has the ranks' part."""
+"""The coordinator's part in exporting adapters during training; `worker.snapshots` has the ranks' part."""
 
 import logging
 import threading
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 
 
 class SnapshotWriter:
-    """Puts the ranks' slices together and writes them. Calls may come from several threads."""
+    """Joins the ranks' slices and writes them. Several threads may call it."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._parts: dict[int, dict[int, SnapshotPart]] = {}
 
     def forget(self) -> None:
-        """What an earlier attempt has sent."""
+        """Forget the parts that an earlier attempt has sent."""
         with self._lock:
             self._parts = {}
 
     def put(self, part: SnapshotPart) -> dict[str, Any] | None:
-        """Keep one rank's part. The last part of a step has the adapter written: returns an event that says how that
-        went."""
+        """Keep one rank's part. The last part of a step causes the adapter to be written. Return an event with the
+        outcome, or None before the last part."""
         with self._lock:
             ranks = self._parts.setdefault(part.step, {})
             ranks[part.rank] = part
@@ -39,7 +39,7 @@ class SnapshotWriter:
             del self._parts[part.step]
         event = {"kind": "export", "step": part.step, "path": part.destination, "error": None}
         try:
-            if ADAPTER_CONFIG not in Place(part.destination).files(""):  # else of this run, before it was resumed
+            if ADAPTER_CONFIG not in Place(part.destination).files(""):  # else this run wrote it before it resumed
                 _write(part, [shard for sent in ranks.values() for shard in sent.shards])
         except (KitharaRayError, OSError) as error:
             logger.warning("the adapter of step %d was not written: %s", part.step, error)
@@ -48,7 +48,7 @@ class SnapshotWriter:
 
 
 def _write(part: SnapshotPart, shards: list[Shard]) -> None:
-    """All ranks' shards as an adapter, described by any of their parts."""
+    """Write all ranks' shards as one adapter; the settings are the same in each part."""
     adapter = part.adapter
     tensors = assemble(adapter.shapes, shards, adapter.num_ranks)
     export(

@@ -1,8 +1,8 @@
-"""Who has stopped making progress. Ranks tell the coordinator what they are doing; here that is judged.
+"""Find the rank that has stopped making progress. Ranks report their state to the coordinator; the watchdog judges it.
 
-An actor that is stuck in a collective still answers Ray, and its peers are stuck with it: of all that wait, the one to
-name is the one that no longer tells anything, else the one that is behind, else the one that does something else than
-to wait for the others in a step.
+An actor that is stuck in a collective still answers Ray, and its peers are stuck with it. So the watchdog names one
+culprit: a rank that sends no more beats; else the rank that is behind; else a rank outside a step, as ranks in a step
+wait for the others.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from kithara_ray.orchestration.worker.heartbeat import BEAT_S, Beat, Limits
 
 @dataclass
 class Watch:
-    """The last beat of every rank, and when it came."""
+    """The last beat of every rank, and its time of arrival."""
 
     limits: Limits
     beats: dict[int, tuple[Beat, float]] = field(default_factory=dict)
-    # Processes that are being ended; what they still tell does not count.
+    # Processes that are being ended; their further beats do not count.
     condemned: set[tuple[str, int]] = field(default_factory=set)
 
     def hear(self, beat: Beat, now: float) -> None:
@@ -24,12 +24,12 @@ class Watch:
             return
         known = self.beats.get(beat.rank)
         if known is not None and known[0].pid != beat.pid:
-            # Another attempt: its peers of the last one are gone.
+            # A new attempt: its peers of the last attempt are gone.
             self.beats.clear()
         self.beats[beat.rank] = (beat, now)
 
     def verdict(self, now: float) -> str | None:
-        """Why the run must be ended, or None."""
+        """Return the reason why the run must be ended, or None."""
         if not self.beats:
             return None
         silent = [(now - came, beat) for beat, came in self.beats.values() if beat.phase != "end"]
@@ -53,7 +53,7 @@ class Watch:
         return f"{where} {what}" + (f"; {shown}" if others else "")
 
     def condemn(self) -> list[tuple[str, int]]:
-        """(node, process) of all ranks, which are to be ended; the next attempt begins with an empty table."""
+        """Return (node, process) of all ranks, for the caller to end; the next attempt starts with an empty table."""
         processes = [(beat.node_id, beat.pid) for beat, _ in self.beats.values()]
         self.condemned.update(processes)
         self.beats.clear()

@@ -1,7 +1,7 @@
 """The checks before a run, each with a name and one finding: for `kithara-ray doctor` and for every run's start.
 
-They look at what can be known before an accelerator is reserved, at all nodes side by side, and take a second or two.
-They start tasks and no actor: a run that fails here leaves nothing on the cluster.
+They cover all that can be known before an accelerator is reserved, on all nodes in parallel, and take a second or two.
+They start tasks and no actor, so a run that fails here leaves nothing on the cluster.
 """
 
 import math
@@ -20,7 +20,7 @@ from kithara_ray.orchestration.request.run_request import RunRequest
 
 
 def check_cluster() -> list[Finding]:
-    """Of the cluster alone, without a run."""
+    """Check the cluster only, without a run."""
     nodes = Nodes.of_cluster()
     return [find("nodes", nodes.show), find("versions", nodes.check_versions)]
 
@@ -28,21 +28,21 @@ def check_cluster() -> list[Finding]:
 def check_run(
     request: RunRequest, exports: Sequence[Mapping[str, Any]], wait_s: float, tokenize: bool = False
 ) -> list[Finding]:
-    """All checks of a run.
+    """Run all checks of a run.
 
     Args:
         exports: arguments of the `save_in_hf_format` calls that will follow.
-        wait_s: how long the cluster may take to have, and to have free, what the run asks for.
-        tokenize: load the tokenizer and tokenise the first rows too: seconds, which a run that tokenises next need not
-            spend.
+        wait_s: seconds to wait until the cluster has the resources of the run, and has them free.
+        tokenize: also load the tokenizer and tokenise the first rows. This takes seconds, which a run that tokenises
+            next need not spend.
 
     Raises:
-        ConfigError: an export that could not be made of this model, whatever was trained.
+        ConfigError: an export is impossible for this model, whatever the training.
     """
     probes = Probes(request, requests_of(exports, request.model.lora))
     cluster = find("cluster", lambda: wait_for_cluster(request, wait_s))
-    nodes = Nodes.of_cluster()  # those that came meanwhile too
-    # Reading rows takes a free CPU, for which Ray Data would wait without end.
+    nodes = Nodes.of_cluster()  # after the wait, so nodes that joined meanwhile are included
+    # Reading rows takes a free CPU; without one, Ray Data would wait forever.
     rows = FirstRows(request, tokenize) if cluster.state == OK else None
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", nodes.check_versions),
@@ -58,7 +58,7 @@ def check_run(
 
 
 def wait_for_cluster(request: RunRequest, wait_s: float) -> str:
-    """Wait until the cluster has, and has free, what the run asks for; returns what that is. Raises ClusterError."""
+    """Wait until the cluster has the run's resources, and has them free; return their list. Raises ClusterError."""
     scaling = request.group.scaling_config
     needs, heads = ray_compat.resources_per_worker(scaling), capacity.slice_heads(scaling)
     capacity.wait_for_cluster(scaling.num_workers, needs, wait_s, heads)
@@ -67,7 +67,7 @@ def wait_for_cluster(request: RunRequest, wait_s: float) -> str:
 
 
 def check_devices(request: RunRequest) -> str:
-    """The mesh fits the devices, and an "auto" batch can be found for them; what the global batch is."""
+    """Check that the mesh fits the devices, and that an "auto" batch can be found for them; return the global batch."""
     rows = request.train.per_device_batch_size
     if rows == "auto":
         memory_fit.check_auto(request)
@@ -80,7 +80,7 @@ def check_devices(request: RunRequest) -> str:
 
 
 def _check_disk(request: RunRequest, nodes: Nodes, probes: Probes) -> str:
-    """Room for a base that each host fetches, and for exports of the base's size."""
+    """Check for room for a base that each host fetches, and for exports of the base's size."""
     texts = []
     for destination, free in probes.free().items():
         total = weight_bytes(request)
@@ -90,12 +90,12 @@ def _check_disk(request: RunRequest, nodes: Nodes, probes: Probes) -> str:
                 "free room or choose another destination"
             )
         texts.append(f"{gb(free)} free at {destination}")
-    cache = nodes.check_cache(request)  # only warns, so it comes after what fails
+    cache = nodes.check_cache(request)  # this check only warns, so it runs after those that fail
     return "; ".join(filter(None, [cache, *texts])) or "nothing of the base's size is written"
 
 
 def check_length(request: RunRequest) -> str:
-    """Rows are no longer than what the base was made for."""
+    """Check that rows are no longer than the base was made for."""
     positions = positions_of(request)
     if positions is None:
         raise Skipped("the base's config.json does not say for how long a sequence it was made")

@@ -1,4 +1,4 @@
-"""A check's finding: a name, a state, a text that says what to do."""
+"""A check's finding: a name, a state, and a text that says what to do."""
 
 import logging
 import time
@@ -14,11 +14,13 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 
 @dataclass(frozen=True)
 class Finding:
-    """Attributes:
-    name: of the check.
-    state: "ok", "warning", "failed" or "skipped".
-    text: what was found; of what is not ok, with what to do.
-    error: of a failed check.
+    """The result of one check.
+
+    Attributes:
+        name: name of the check.
+        state: "ok", "warning", "failed" or "skipped".
+        text: the result of the check; if it is not ok, also what to do.
+        error: the error of a failed check.
     """
 
     name: str
@@ -28,15 +30,15 @@ class Finding:
 
 
 class Warned(Exception):
-    """Raised by a check that lets the run go on."""
+    """The warning of a check that lets the run go on."""
 
 
 class Skipped(Exception):
-    """Raised by a check that does not apply."""
+    """The reason why a check does not apply."""
 
 
 def find(name: str, check: Callable[[], str]) -> Finding:
-    """Run a check. Its text is what it returns, or the message of what it raises."""
+    """Run a check. The finding's text is the check's return value, or the message of its exception."""
     started = time.monotonic()
     try:
         return Finding(name, OK, check())
@@ -52,12 +54,12 @@ def find(name: str, check: Callable[[], str]) -> Finding:
 
 
 def raise_for(findings: Sequence[Finding]) -> None:
-    """Raise what failed: an error of the first one's class, with all messages."""
+    """Raise the failures as one error: it has the class of the first, and all messages."""
     failed = [finding for finding in findings if finding.state == FAILED]
     if failed:
         raise type(failed[0].error)("\n".join(finding.text for finding in failed))
 
 
 def gb(count: float) -> str:
-    """Bytes as a person reads them."""
+    """Format bytes for a person to read."""
     return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"

@@ -1,4 +1,4 @@
-"""Plans on a cluster: a run is checked before its workers are asked for, and a sweep is planned in tasks."""
+"""Plans on a cluster: check a run before its workers are requested, and plan a sweep in tasks."""
 
 import dataclasses
 import logging
@@ -19,17 +19,19 @@ from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
 
-# What one compile of a large model takes of a node.
+# Memory of a node that one compile of a large model takes.
 _TASK_BYTES = 3 * 2**30
-# An estimate is compiled where it comes nearer to the chip's memory than this share of it.
+# Above this share of the chip's memory, an estimate is not trusted and the step is compiled.
 _SURE = 0.6
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Attributes:
-    rows_per_device: of one micro-batch.
-    plan: of the slice, as plain data; None where the run is not planned.
+    """The rows per device that fit a run, and the plan that found them.
+
+    Attributes:
+        rows_per_device: rows per device of one micro-batch.
+        plan: plan of the slice, as plain data; None if the run is not planned.
     """
 
     rows_per_device: int
@@ -37,7 +39,7 @@ class Fit:
 
 
 def slice_of_run(scaling: ScalingConfig, platform: str) -> tuple[Slice, int] | None:
-    """The slice of a run's `ScalingConfig` and how many of them; None where it is not a known TPU slice."""
+    """Return the slice of a run's `ScalingConfig` and the number of slices; None if it is not a known TPU slice."""
     if platform != "tpu" or not (scaling.use_tpu and scaling.topology and scaling.accelerator_type):
         return None
     from ray.util.tpu import get_tpu_num_slices_for_workers
@@ -55,14 +57,14 @@ def slice_of_run(scaling: ScalingConfig, platform: str) -> tuple[Slice, int] | N
 
 
 def _planned_on(request: RunRequest) -> tuple[Slice, int] | None:
-    """The slice that a run is planned for, and how many; None for a run that is not planned."""
+    """Return the slice that a run is planned for, and the number of slices; None for a run that is not planned."""
     if request.model.lora is None or request.model.quantize is not None:
         return None
     return slice_of_run(request.group.scaling_config, request.group.platform)
 
 
 def check_auto(request: RunRequest) -> None:
-    """Raises ConfigError for a run whose batch the planner cannot find."""
+    """Raise ConfigError for a run whose "auto" batch the planner cannot find."""
     if _planned_on(request) is not None:
         return
     if request.model.lora is None or request.model.quantize is not None:
@@ -75,13 +77,13 @@ def check_auto(request: RunRequest) -> None:
 
 
 def fit(request: RunRequest, shape_TK: tuple[int, int]) -> Fit:
-    """Rows a device of the run, which fit its slice as far as a plan tells; with "auto", as many as do.
+    """Return the run's rows per device, checked against the slice's memory; with "auto", the largest that fits.
 
     Args:
         shape_TK: positions and predictions of a row of the largest training batch.
 
     Raises:
-        ConfigError: the run does not fit, and what to try; or "auto" where the slice is not known.
+        ConfigError: the run does not fit (the message says what to try), or "auto" with an unknown slice.
     """
     rows, found = request.train.per_device_batch_size, _planned_on(request)
     if rows == "auto":
@@ -101,14 +103,14 @@ def fit(request: RunRequest, shape_TK: tuple[int, int]) -> Fit:
 
 
 def check(base: Any, where: Slice, seq_len: int, rows: int, settings: Mapping[str, Any]) -> Plan:
-    """The plan of a run that fits, by an estimate where that is plain, else compiled.
+    """Return the plan of a run that fits: an estimate if that is clear enough, else a compiled plan.
 
     Raises:
-        ConfigError: what it needs, what there is and what to try.
+        ConfigError: the run does not fit; the message has the memory it needs, the memory there is and what to try.
     """
     made = plan(base, where, seq_len, rows, compile=False, **settings)
     hbm = made.hbm_bytes_per_chip
-    # The weights alone are exact; the rest of an estimate decides nothing.
+    # Only the weights' size is exact; the rest of an estimate decides nothing.
     if hbm["frozen"] > hbm["available"]:
         raise ConfigError(_refusal(made))
     if hbm["total"] > _SURE * hbm["available"]:
@@ -126,7 +128,7 @@ def _refusal(made: Plan) -> str:
 
 
 def settings_of(request: RunRequest, shape_TK: tuple[int, int], slices: int = 1) -> dict[str, Any]:
-    """The arguments of `plan` that a run decides; of one slice where it runs on several."""
+    """Return the arguments of `plan` that a run sets; for a run on several slices, those of one slice."""
     step = request.step
     mesh = step.mesh or MeshShape()
     if slices > 1 and mesh.data % slices == 0:
@@ -143,10 +145,10 @@ def settings_of(request: RunRequest, shape_TK: tuple[int, int], slices: int = 1)
 
 
 def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Plan]:
-    """`largest_batch` of every point in parallel tasks.
+    """Find `largest_batch` of every point in parallel tasks.
 
     Args:
-        points: each with slice, seq_len and rank.
+        points: points of the sweep, each with slice, seq_len and rank.
     """
 
     @ray.remote(num_cpus=1, memory=_TASK_BYTES, max_retries=0)

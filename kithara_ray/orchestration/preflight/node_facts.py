@@ -1,4 +1,4 @@
-"""What one node of the cluster has: versions, memory, disk, accelerators and who holds them; no jax, no keras."""
+"""The facts of one cluster node: versions, memory, disk, accelerators and their holders. Imports no jax, no keras."""
 
 import glob
 import importlib.metadata
@@ -14,19 +14,21 @@ import ray
 from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.storage.urls import cache_dir
 
-# What must be equal on all nodes: pickles, protocols and private interfaces cross between them.
+# These must be equal on all nodes: pickles, protocols and private interfaces cross between nodes.
 PACKAGES = ("ray", "jax", "jaxlib", "keras", "keras-hub", "kithara-ray", "numpy", "transformers")
 TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """Attributes:
-    versions: package -> version, and "python"; a package that is not installed is absent.
-    ram_bytes, ram_free_bytes: of the host, or of the container's limit.
-    cache_free_bytes: where bases from object stores are kept.
-    tpu_files: device files of TPUs.
-    holders: (device file, pid, process name) of processes that have one open, as far as this user may see.
+    """The facts of one node.
+
+    Attributes:
+        versions: package -> version, and "python"; a package that is not installed is absent.
+        ram_bytes, ram_free_bytes: memory of the host, or of the container's limit.
+        cache_free_bytes: free disk in the cache of bases from object stores.
+        tpu_files: device files of TPUs.
+        holders: (device file, pid, process name) of processes that have one open, as far as this user may see.
     """
 
     host: str
@@ -39,7 +41,7 @@ class NodeFacts:
 
 
 def look() -> NodeFacts:
-    """The facts of the node that this process runs on."""
+    """Return the facts of the node that this process runs on."""
     total, free = _memory()
     files = tuple(sorted(path for pattern in TPU_FILES for path in glob.glob(pattern)))
     return NodeFacts(
@@ -54,7 +56,7 @@ def look() -> NodeFacts:
 
 
 def versions() -> dict[str, str]:
-    """Of this process' environment, without importing any of them."""
+    """Return the versions in this process's environment, without importing any of the packages."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -65,13 +67,13 @@ def versions() -> dict[str, str]:
 
 
 def _memory() -> tuple[int, int]:
-    """(total, available) bytes."""
+    """Return (total, available) bytes."""
     total, used = ray_compat.host_memory()
     return total, max(0, total - used)
 
 
 def free_disk(path: str | Path) -> int:
-    """Free bytes where `path` is, or will be made."""
+    """Return the free bytes at `path`, which may not exist yet."""
     path = Path(path).expanduser().absolute()
     while not path.exists():
         path = path.parent
@@ -79,7 +81,7 @@ def free_disk(path: str | Path) -> int:
 
 
 def holders_of(files: tuple[str, ...]) -> tuple[tuple[str, int, str], ...]:
-    """(file, pid, process name) of every process that has one of the files open, from /proc."""
+    """Return (file, pid, process name) of every process that has one of the files open, from /proc."""
     wanted, found = set(files), set()
     for link in glob.glob("/proc/[0-9]*/fd/*") if wanted else ():
         try:
@@ -87,12 +89,12 @@ def holders_of(files: tuple[str, ...]) -> tuple[tuple[str, int, str], ...]:
             if target in wanted:
                 pid = int(link.split("/")[2])
                 found.add((target, pid, Path(f"/proc/{pid}/comm").read_text().strip()))
-        except OSError:  # the process ended meanwhile, or belongs to somebody else
+        except OSError:  # the process ended meanwhile, or belongs to another user
             continue
     return tuple(sorted(found))
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def look_there() -> NodeFacts:
-    """`look`, as a task."""
+    """Run `look` as a task."""
     return look()

@@ -22,10 +22,10 @@ class Nodes:
     """The living nodes of a cluster.
 
     Args:
-        nodes: Ray's description of each, by node id.
-        look: their facts by node id; called by the first check that needs them. Raises ClusterError for a node that
-            does not answer, or cannot.
-        free: node id -> resources that nobody holds now.
+        nodes: Ray's description of each node, by node id.
+        look: returns the nodes' facts by node id. The first check that needs them calls it. Raises ClusterError for a
+            node that does not answer, or cannot run this library.
+        free: returns the free resources of each node, by node id.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Nodes:
 
     @classmethod
     def of_cluster(cls) -> "Nodes":
-        """Those of the cluster that this process is connected to; all are asked for their facts at once, here."""
+        """Return the nodes of the connected cluster, after requesting the facts of all of them at once."""
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         asked = {
             node_id: look_there.options(
@@ -50,18 +50,18 @@ class Nodes:
         return cls(nodes, lambda: _answers(nodes, asked), ray_compat.free_by_node)
 
     def facts(self) -> dict[str, NodeFacts]:
-        """By node id."""
+        """Return the nodes' facts by node id."""
         if self._facts is None:
             self._facts = self._look()
         return self._facts
 
     def show(self) -> str:
-        """Their resources."""
+        """List the nodes' resources."""
         resources = [capacity.show(node["Resources"]) for node in self._nodes.values()]
         return f"{len(resources)}: {'; '.join(resources)}"
 
     def check_versions(self) -> str:
-        """Every node has the driver's versions."""
+        """Check that every node has the driver's versions."""
         facts = self.facts()
         here = versions()
         wrong = different_versions(here, {self._name(node_id): found.versions for node_id, found in facts.items()})
@@ -71,7 +71,7 @@ class Nodes:
         return f"{shown} on {len(facts)} node(s) and here"
 
     def check_tpus(self, request: RunRequest) -> str:
-        """Chips are there, and no process holds one that Ray has free."""
+        """Check that there are chips, and that no process holds a chip that Ray counts as free."""
         if request.group.platform != "tpu":
             raise Skipped(f"the run asks for {request.group.platform}")
         free, chips = self._free(), 0
@@ -87,7 +87,7 @@ class Nodes:
         return f"{chips} device file(s), held by nobody where Ray has them free"
 
     def check_memory(self, request: RunRequest) -> str:
-        """Host memory for the weights that workers on CPUs keep."""
+        """Check the host memory for the weights that workers on CPUs keep."""
         workers, total = request.group.num_workers, weight_bytes(request)
         if request.group.platform != "cpu":
             return f"{gb(total / workers)} of the base read by each host, kept on its accelerator"
@@ -104,7 +104,7 @@ class Nodes:
         return f"{gb(each)} of weights a worker, {gb(free)} free"
 
     def check_cache(self, request: RunRequest) -> str:
-        """Room for a base that each host fetches; nothing where no host does."""
+        """Check the room for a base that each host fetches; return "" if no host fetches one."""
         handle = request.model.preset_handle
         if not urls.is_url(handle) or handle.startswith(("hf://", "file://")):
             return ""
@@ -126,7 +126,7 @@ def _name(nodes: Mapping[str, Mapping[str, Any]], node_id: str) -> str:
 
 
 def _answers(nodes: Mapping[str, Mapping[str, Any]], asked: Mapping[str, ray.ObjectRef]) -> dict[str, NodeFacts]:
-    """Raises ClusterError for a node that does not answer, or where this library does not run."""
+    """Collect the nodes' facts. Raises ClusterError for a node that does not answer, or cannot run this library."""
     late = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_TASK_TIMEOUT_S)[1]
     if late:
         slow = [_name(nodes, node_id) for node_id, reference in asked.items() if reference in late]
@@ -148,7 +148,7 @@ def _answers(nodes: Mapping[str, Mapping[str, Any]], asked: Mapping[str, ray.Obj
 
 
 def different_versions(here: Mapping[str, str], there: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """What differs, a text each, between the versions here and those of nodes by name."""
+    """Describe each difference between the versions here and those of the nodes, which are given by name."""
 
     def release(name: str, version: str) -> str:
         return ".".join(version.split(".")[:2]) if name == "python" else version
@@ -162,7 +162,7 @@ def different_versions(here: Mapping[str, str], there: Mapping[str, Mapping[str,
 
 
 def tpu_problem(facts: NodeFacts, count: float, free: float) -> str | None:
-    """What is wrong on a node where Ray counts `count` TPU chips, `free` of them free."""
+    """Return the problem of a node on which Ray counts `count` TPU chips, `free` of them free; None if it has none."""
     if not facts.tpu_files:
         return (
             f"Ray counts {count:g} TPU, and there is no /dev/accel* or /dev/vfio/*; start Ray on a TPU host, and give "

@@ -1,4 +1,4 @@
-"""What a run reads and writes, tried before it: destinations on the head node, the first rows of its data."""
+"""Try a run's inputs and outputs before it starts: destinations on the head node, the first rows of its data."""
 
 import functools
 import itertools
@@ -25,13 +25,13 @@ _TIMEOUT_S = 60.0
 _FIRST_ROWS = 2
 
 
-# What is wrong with a place to write to, and the free bytes of a local one.
+# The problem of a place to write to, or None, and the free bytes of a local one.
 _Found = tuple[KitharaRayError | None, int | None]
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _probe(path: str, check: Callable[[str], None]) -> _Found:
-    """One place, as the node that this runs on finds it. `check` raises DestinationError."""
+    """Try one place from the node that this runs on. `check` raises DestinationError."""
     try:
         check(path)
     except KitharaRayError as error:
@@ -40,12 +40,12 @@ def _probe(path: str, check: Callable[[str], None]) -> _Found:
 
 
 def probe_directory(path: str) -> None:
-    """Raises DestinationError unless files can be written and deleted under `path`, which may exist or not."""
+    """Raise DestinationError unless files can be written and deleted under `path`, which may exist or not."""
     check_destination(urls.join(path, f".kithara_ray_probe_{uuid.uuid4().hex[:8]}"))
 
 
 def check_snapshots(directory: str, may_resume: bool) -> None:
-    """Raises DestinationError unless adapters can be written there, and those that are there are of this run."""
+    """Raise DestinationError unless adapters can be written there, and existing ones belong to this run."""
     probe_directory(directory)
     found = sorted(name for name in Place(directory).directories() if name.startswith(PREFIX))
     if found and not may_resume:
@@ -56,7 +56,7 @@ def check_snapshots(directory: str, may_resume: bool) -> None:
 
 
 class HeadProbes:
-    """Places to write to, each tried by a task on the head node, which will write there.
+    """Places to write to. A task on the head node tries each, because the head node will write there.
 
     Args:
         places: path -> its check, which raises DestinationError.
@@ -71,7 +71,7 @@ class HeadProbes:
         self._found: dict[str, _Found] | None = None
 
     def results(self) -> dict[str, _Found]:
-        """By path. Raises DestinationError for those that do not answer."""
+        """Return the results by path. Raises DestinationError for places that do not answer."""
         if self._found is None:
             late = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_TIMEOUT_S)[1]
             slow = [path for path, asked in self._asked.items() if asked in late]
@@ -84,7 +84,7 @@ class HeadProbes:
         return self._found
 
     def check(self) -> str:
-        """All can be written."""
+        """Check that all places can be written."""
         errors = [error for error, _ in self.results().values() if error is not None]
         if errors:
             raise DestinationError("; ".join(map(str, errors)))
@@ -92,26 +92,26 @@ class HeadProbes:
 
 
 class Probes(HeadProbes):
-    """Everything that a run, and the exports after it, write to."""
+    """Every place that a run, and the exports after it, write to."""
 
     def __init__(self, request: RunRequest, exports: Sequence[ExportRequest]):
         self._exports = exports
         super().__init__(places_of(request, exports))
 
     def free(self) -> dict[str, int]:
-        """Free bytes at each local directory that base or merged weights are exported to."""
+        """Return the free bytes at each local directory that base or merged weights are exported to."""
         whole = {export.output_dir for export in self._exports if not export.only_save_adapters}
         found = {path: self.results()[path][1] for path in sorted(whole)}
         return {path: free for path, free in found.items() if free is not None}
 
 
 def places_of(request: RunRequest, exports: Sequence[ExportRequest]) -> dict[str, Callable[[str], None]]:
-    """Path -> its check, of everything that a run, and the exports after it, write to."""
-    # An export that resumes a killed one finds something there.
+    """Return path -> check for every place that a run, and the exports after it, write to."""
+    # An export that resumes a killed one finds files there.
     places = {export.output_dir: probe_directory if export.resume else check_destination for export in exports}
     run_config = request.group.run_config
     storage_path = absolute(str(run_config.storage_path))
-    # Ray writes to other stores with a library of its own, which asks for other credentials than fsspec's.
+    # Ray writes to other stores through its own library, which needs other credentials than fsspec does.
     ours = not urls.is_url(storage_path) or storage_path.startswith("gs://")
     if run_config.storage_filesystem is None and ours:
         places[storage_path] = probe_directory
@@ -125,7 +125,7 @@ def places_of(request: RunRequest, exports: Sequence[ExportRequest]) -> dict[str
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _tokenize_first(tokenize: Any, rows: list[dict]) -> tuple[KitharaRayError | None, str]:
-    """The tokenizer loads, and the first rows are what the format expects."""
+    """Check that the tokenizer loads, and that the first rows have the expected format."""
     try:
         block = tokenize(rows, 0)
     except KitharaRayError as error:
@@ -156,7 +156,7 @@ class FirstRows:
             self._asked.append((name, _tokenize_first.remote(row_tokenizer, rows)))
         elif row_tokenizer.on_bad_row == "error":
             for where, row in found:
-                if not isinstance(row, Exception):  # what could not be read is told of when all is
+                if not isinstance(row, Exception):  # unreadable rows are reported when all rows are read
                     row_tokenizer.read(row, where)
         columns = ", ".join(map(str, rows[0])) if rows and isinstance(rows[0], Mapping) else "none"
         self._formatted.append(f"{name}: {len(rows)} row(s) read, columns {columns}")
@@ -179,10 +179,10 @@ class FirstRows:
 
 
 def first_rows(dataset: Any) -> list[tuple[str, Any]]:
-    """(where it stands, row) of the first rows of a source; none of a stream, which could not be read again.
+    """Return (place, row) of the first rows of a source; none for a stream, which could not be read again.
 
     Raises:
-        DataError: it cannot be read or has none.
+        DataError: the source cannot be read, or has no rows.
     """
     if dataset.is_endless:
         return []

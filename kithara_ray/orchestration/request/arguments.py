@@ -1,4 +1,4 @@
-"""The Trainer's arguments, checked and made into parts of a `RunRequest`."""
+"""Check the Trainer's arguments, and turn them into parts of a `RunRequest`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,27 +15,27 @@ from kithara_ray.storage.urls import absolute, join
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raises ConfigError for a number that is given and is not an integer >= 1."""
+    """Raise ConfigError for a number that is given and is not an integer >= 1."""
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
 
 
 def check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ConfigError for a value that is not among the choices."""
+    """Raise ConfigError for a value that is not among the choices."""
     if value not in choices:
         raise ConfigError(f"Trainer: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_at_most_one(**given: Any) -> None:
-    """Raises ConfigError where both of two arguments are given."""
+    """Raise ConfigError if both of two arguments are given."""
     if all(value is not None for value in given.values()):
         values = " and ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(f"Trainer takes one of {' and '.join(given)}, got {values}")
 
 
 def check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int | None, rows: int | None) -> None:
-    """Raises ConfigError for a stream without the number that says when to stop reading it."""
+    """Raise ConfigError for a stream without the number at which to stop reading it."""
     if train.dataset.is_endless and steps is None:
         raise ConfigError("the training data streams, so nobody knows when an epoch ends; give steps=")
     if evaluation is not None and evaluation.dataset.is_endless and rows is None:
@@ -43,7 +43,7 @@ def check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int |
 
 
 def evaluated_of(train: Dataloader, evaluation: Dataloader | None) -> Dataloader | None:
-    """Where the rows to evaluate on come from: train's own, if it has an eval_fraction; None evaluates nothing."""
+    """Return the source of the evaluation rows: train itself, if it has an eval_fraction; None evaluates nothing."""
     if evaluation is not None and evaluation.eval_fraction is not None:
         raise ConfigError("Trainer: eval_fraction belongs to train_dataloader; eval_dataloader is evaluated on whole")
     if evaluation is not None and train.eval_fraction is not None:
@@ -54,7 +54,7 @@ def evaluated_of(train: Dataloader, evaluation: Dataloader | None) -> Dataloader
 def evaluation_of(
     loader: Dataloader | None, every_steps: int | None, every_epochs: int | None, max_samples: int | None
 ) -> EvalRequest | None:
-    """The evaluation, of each epoch by default; None without evaluation data."""
+    """Return the evaluation, after each epoch by default; None without evaluation data."""
     if loader is None:
         return None
     if every_steps is None and every_epochs is None:
@@ -63,10 +63,10 @@ def evaluation_of(
 
 
 def checkpointer_of(given: Any, run_config: RunConfig, evaluates: bool) -> Checkpointer | None:
-    """The run's checkpointer: the one given, or one that Ray's configurations ask for, or none.
+    """Return the run's checkpointer: the one given, one that Ray's configurations ask for, or None.
 
-    Ray's `CheckpointConfig` speaks of checkpoints that are reported to Ray. This library reports none, since a report
-    costs 2 s; its numbers are taken for our own checkpoints, in `<storage_path>/<name>/checkpoints`.
+    Ray's `CheckpointConfig` describes checkpoints that are reported to Ray. This library reports none, since a report
+    costs 2 s. It applies those numbers to its own checkpoints, in `<storage_path>/<name>/checkpoints`.
     `FailureConfig(max_failures=...)` without a `CheckpointConfig` also asks for checkpoints there.
     """
     asked, checkpointer = run_config.checkpoint_config, given
@@ -100,7 +100,10 @@ def checkpointer_of(given: Any, run_config: RunConfig, evaluates: bool) -> Check
 
 
 def snapshots_of(every: int | None, directory: str | None, run_config: RunConfig, has_lora: bool) -> Snapshots | None:
-    """Adapters on the way, into the run's directory by default; None without `export_every_steps`."""
+    """Return the settings of adapters exported during training; None without `export_every_steps`.
+
+    The default directory is in the run's own.
+    """
     if every is None:
         if directory is not None:
             raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
@@ -117,7 +120,7 @@ def snapshots_of(every: int | None, directory: str | None, run_config: RunConfig
 
 
 def profiler_of(given: Any) -> Profiler | None:
-    """The profiler, its directory as the driver means it."""
+    """Return the profiler, with its directory resolved on the driver."""
     if given is None:
         return None
     if not isinstance(given, Profiler):
@@ -129,7 +132,7 @@ def profiler_of(given: Any) -> Profiler | None:
 
 
 def prompts_of(given: Any) -> tuple[Any, ...]:
-    """The report's prompts. A single text would be taken for its letters."""
+    """Return the report's prompts. A single text is refused, as it would be split into letters."""
     if isinstance(given, str):
         raise ConfigError(f"Trainer: report_prompts must be a list of prompts, got the text {given[:40]!r}")
     return tuple(given)

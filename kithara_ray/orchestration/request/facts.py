@@ -1,4 +1,4 @@
-"""Facts that follow from a request alone: devices, mesh, bytes of the base. None of them asks a cluster."""
+"""Facts that follow from the request only: devices, mesh, bytes of the base. None of them asks a cluster."""
 
 import re
 
@@ -8,12 +8,12 @@ from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.sharding.shape import MeshShape
 
-# A chip of these is one JAX device.
+# Accelerators on which one chip is one JAX device.
 _ONE_DEVICE_A_CHIP = ("TPU-V4", "TPU-V5P", "TPU-V5LITEPOD", "TPU-V6E")
 
 
 def count_devices(request: RunRequest) -> int | None:
-    """JAX devices of the run; None where only the accelerator knows."""
+    """Return the number of JAX devices of the run; None if only the accelerator knows."""
     scaling, env = request.group.scaling_config, request.group.env()
     if env["JAX_PLATFORMS"].split(",")[0] == "cpu":
         found = re.search(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))
@@ -24,7 +24,7 @@ def count_devices(request: RunRequest) -> int | None:
 
 
 def mesh_axes(request: RunRequest) -> dict[str, int] | None:
-    """Sizes of the mesh's axes, as the workers will lay it out; None where the devices are not known.
+    """Return the sizes of the mesh's axes, as the workers will lay it out; None if the devices are not known.
 
     Raises:
         ConfigError: the mesh does not fit the devices.
@@ -38,16 +38,16 @@ def mesh_axes(request: RunRequest) -> dict[str, int] | None:
 
 
 def weight_bytes(request: RunRequest) -> int:
-    """Bytes of the base's weight files, by their headers."""
+    """Return the bytes of the base's weight files, from their headers."""
     base = BaseCheckpoint.at(request.model.preset_handle)
     return sum(info.nbytes for info in base.tensors.values())
 
 
 def vocabulary(request: RunRequest) -> int | None:
-    """Tokens that the base knows, by its config.json."""
+    """Return the number of tokens that the base knows, from its config.json."""
     return BaseCheckpoint.at(request.model.preset_handle).config.get("vocab_size")
 
 
 def positions_of(request: RunRequest) -> int | None:
-    """Tokens of the longest row that the base was made for; None where its config.json does not say."""
+    """Return the longest row, in tokens, that the base was made for; None if its config.json does not say."""
     return max_positions(BaseCheckpoint.at(request.model.preset_handle).config)

@@ -1,4 +1,4 @@
-"""Arguments of `KerasHubModel.from_preset` that are refused: unknown ones, wrong ones, and contradictions."""
+"""Refuse wrong arguments of `KerasHubModel.from_preset`: unknown ones, invalid values and contradictions."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from kithara_ray.errors import ConfigError
 
-# Kithara's arguments that mean nothing here, and what to do instead.
+# Kithara's arguments that have no meaning here, with their replacement.
 _ELSEWHERE = {
     "sharding_strategy": "give Trainer(mesh=MeshShape(data=..., fsdp=..., tensor=...))",
     "scan_layers": "leave it out",
@@ -16,7 +16,7 @@ _ELSEWHERE = {
 
 
 def check_unset(function: Callable, given: dict[str, Any], why: str) -> None:
-    """An argument that contradicts another, or does nothing beside it, is refused."""
+    """Refuse an argument that contradicts another, or has no effect with it."""
     defaults = inspect.signature(function).parameters
     for name, value in given.items():
         if value != defaults[name].default:
@@ -24,7 +24,7 @@ def check_unset(function: Callable, given: dict[str, Any], why: str) -> None:
 
 
 def check_known(unknown: Iterable[str]) -> None:
-    """An argument that is not taken is refused, with what is given in its place."""
+    """Refuse an unknown argument, and name its replacement."""
     for name in unknown:
         raise ConfigError(
             f"KerasHubModel.from_preset takes no argument {name!r}"
@@ -33,6 +33,6 @@ def check_known(unknown: Iterable[str]) -> None:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ConfigError for a value that is not among the choices."""
+    """Raise ConfigError for a value that is not among the choices."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

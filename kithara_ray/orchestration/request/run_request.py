@@ -1,7 +1,7 @@
-"""Everything a user asked of one run, as a frozen value that the Trainer makes of its arguments.
+"""The user's complete request for one run: a frozen value that the Trainer makes from its arguments.
 
-Checks, probes, the plan, run.json and the trials of a search take it; none of them sees a Trainer. What follows from it
-is in `facts`; what the driver decides later, about rows and tokens, is in the worker's `RunSpec`.
+Checks, probes, the plan, run.json and the trials of a search take it; none of them sees a Trainer. `facts` computes
+values that follow from it. The worker's `RunSpec` holds the driver's later decisions about rows and tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ class ModelRequest:
     """The model to train, without its tensors.
 
     Attributes:
-        preset_handle: where the base is.
-        weights_handle: where training reads weights from: the base, or weights that an earlier run trained.
-        lora: what is adapted; None trains all weights.
+        preset_handle: location of the base.
+        weights_handle: location that training reads weights from: the base, or weights that an earlier run trained.
+        lora: LoRA settings; None trains all weights.
         precision: Keras dtype policy.
-        quantize: what the frozen kernels are held as: "int8", or None as in the base.
-        starts_from_adapter: training goes on from an adapter; without one it starts from PEFT's initial factors.
+        quantize: storage of the frozen kernels: "int8", or None for the base's dtype.
+        starts_from_adapter: True if training continues an adapter; otherwise it starts from PEFT's initial factors.
     """
 
     preset_handle: str
@@ -45,10 +45,10 @@ class StepSettings:
 
     Attributes:
         optimizer: ("keras", config) or ("optax", transformation).
-        mesh: axes of the device mesh; None lays it out by the devices.
-        remat: what the blocks keep for the backward pass, one of `kithara_ray.model.options.REMAT`.
+        mesh: axes of the device mesh; None derives the layout from the devices.
+        remat: values that the blocks keep for the backward pass, one of `kithara_ray.model.options.REMAT`.
         micro_batches: parts of a step's rows that go through the model one after the other.
-        seed: of the initial factors and of dropout.
+        seed: seed of the initial factors and of dropout.
         on_nan: "stop" or "skip", for a step whose loss or gradient is not finite.
     """
 
@@ -62,10 +62,10 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """The evaluation data, and when it is evaluated; besides, always after the last step.
+    """The evaluation data, and the times of evaluation. The run also evaluates after the last step.
 
     Attributes:
-        every_steps, every_epochs: one of them is None.
+        every_steps, every_epochs: interval of evaluations; one of them is None.
         max_samples: evaluate on the first rows only, up to this many; None takes all.
     """
 
@@ -80,8 +80,8 @@ class Timeouts:
     """Seconds without progress after which the run is ended.
 
     Attributes:
-        step_s: between two steps; None waits for ever.
-        startup_s: of each phase before the first step.
+        step_s: limit between two steps; None waits forever.
+        startup_s: limit of each phase before the first step.
     """
 
     step_s: float | None
@@ -90,16 +90,16 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Reporting:
-    """Who is told about the run, and how often.
+    """The outputs that report on the run, and their intervals.
 
     Attributes:
-        log_steps_interval: steps between two rows of the history.
-        callbacks: called on rank 0.
-        tensorboard_dir: where TensorBoard's event files go; None writes none.
-        profiler: which steps rank 0 traces; None traces none.
-        prompts: what `generate` continues before and after training, for report.html.
-        max_length: tokens of a prompt and its continuation.
-        progress: show a progress bar, or lines where the output is not a terminal.
+        log_steps_interval: number of steps between two rows of the history.
+        callbacks: callbacks that rank 0 calls.
+        tensorboard_dir: directory for TensorBoard's event files; None writes none.
+        profiler: the profiler, which sets the steps that rank 0 traces; None traces none.
+        prompts: prompts that `generate` continues before and after training, for report.html.
+        max_length: maximum tokens of a prompt and its continuation.
+        progress: show a progress bar, or lines if the output is not a terminal.
     """
 
     log_steps_interval: int
@@ -113,20 +113,20 @@ class Reporting:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run, as the user asked for it.
+    """One run, as the user requested it.
 
     Attributes:
         model: handle, LoRA, precision.
-        train: training data, and how it is cut into batches.
-        evaluation: None evaluates nothing.
-        steps, epochs: how long; one of them is None.
-        step: what a step computes.
+        train: training data, and its division into batches.
+        evaluation: the evaluation; None evaluates nothing.
+        steps, epochs: length of the run; one of them is None.
+        step: the computation of a step.
         group: workers, storage, failure policy.
-        checkpointer: where the run is saved and resumes from; None saves nothing.
-        snapshots: adapters written while training goes on; None writes none.
-        timeouts: when a run without progress is ended.
+        checkpointer: saves the run and resumes it; None saves nothing.
+        snapshots: adapters to export during training; None exports none.
+        timeouts: limits on a run without progress.
         reporting: callbacks, logs, samples.
-        config: the YAML that the run was made of; None for a run written in Python.
+        config: the YAML that describes the run; None for a run written in Python.
     """
 
     model: ModelRequest
@@ -148,7 +148,7 @@ class RunRequest:
         return join(self.group.storage, self.group.run_config.name)
 
     def loaders(self) -> Iterator[tuple[str, Dataloader]]:
-        """Each Dataloader under the name of its argument."""
+        """Yield each Dataloader under the name of its argument."""
         yield "train_dataloader", self.train
         if self.evaluation is not None and self.evaluation.loader is not self.train:
             yield "eval_dataloader", self.evaluation.loader

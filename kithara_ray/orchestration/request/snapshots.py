@@ -1,4 +1,4 @@
-"""Adapters that a run writes while training goes on, as `export_every_steps` and `export_dir` ask for them."""
+"""Adapters that a run exports during training, as set by `export_every_steps` and `export_dir`."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,16 @@ PREFIX = "step-"
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Attributes: every: steps between two. directory: path or URL; `step-000100` in it is the adapter of step 100."""
+    """The interval and the place of these exports.
+
+    Attributes:
+        every: steps between two exports.
+        directory: path or URL; `step-000100` in it is the adapter of step 100.
+    """
 
     every: int
     directory: str
 
     def path(self, step: int) -> str:
-        """Where the adapter of a step goes."""
+        """Return the location of a step's adapter."""
         return join(self.directory, f"{PREFIX}{step:06d}")

@@ -1,8 +1,8 @@
-"""Placement groups of this job whose creator is gone: what the workers of a killed trial held, and nobody will free.
+"""Placement groups of this job whose creator is dead: workers of a killed trial held them, and nothing frees them.
 
 Ray frees a placement group when its job ends, or when its creator frees it. A trial that is stopped or killed takes the
-controller of its run with it. Ray Train has an actor that looks for that, through the dashboard's server, which may be
-absent or the wrong one's; the table of groups says it at once.
+controller of its run with it. An actor of Ray Train looks for such groups through the dashboard's server. That server
+may be absent or belong to another cluster; the table of groups is always available.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ _POLL_S = 0.2
 
 
 def groups() -> dict[bytes, bool]:
-    """The placement groups that this job has: id -> whether an actor made it that is dead."""
-    nobody = ray.ActorID.nil().binary()  # of a group that the driver made, whose maker Ray calls dead as well
+    """Return the placement groups of this job: id -> True if a dead actor created it."""
+    nobody = ray.ActorID.nil().binary()  # creator of a group that the driver made; Ray reports it as dead as well
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     table = ray_compat.placement_group_table()
     kept = [group for group in table if group.creator_job_id == job and not group.is_detached]
@@ -29,7 +29,7 @@ def groups() -> dict[bytes, bool]:
 
 
 def free() -> None:
-    """Remove those whose creator is dead."""
+    """Remove the groups whose creator is dead."""
     for group, orphaned in groups().items():
         if orphaned:
             with contextlib.suppress(ray.exceptions.RayError):
@@ -37,7 +37,7 @@ def free() -> None:
 
 
 def settle(before: set[bytes], timeout_s: float) -> bool:
-    """Until no group is left but those `before`, or the time is over; returns whether none is."""
+    """Wait until only the groups in `before` are left, or `timeout_s` is over; return True if none else is left."""
     deadline = time.monotonic() + timeout_s
     while True:
         free()

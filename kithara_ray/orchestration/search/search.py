@@ -1,6 +1,6 @@
-"""A search over the settings of runs, by Ray Tune: each trial is a run of its own, with its own checkpoints.
+"""A search over the settings of runs, by Ray Tune. Each trial is a full run with its own checkpoints.
 
-Ray Tune chooses points, starts, stops and retries trials and keeps its state; see `trial` for what runs in one of them.
+Ray Tune chooses points, starts, stops and retries trials and keeps its state. `trial` describes a single trial.
 """
 
 import contextlib
@@ -54,16 +54,16 @@ _SETTLE_S = 15.0
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How one trial ended.
+    """The end of one trial.
 
     Attributes:
-        id: by Ray Tune; the trial's directory is called so.
-        point: of the space.
+        id: Ray Tune's id, also the name of the trial's directory.
+        point: the trial's point in the space.
         state: "finished"; "stopped" by the scheduler; "refused", it cannot be run or has diverged; "failed".
-        metrics: the last reported.
+        metrics: the last reported metrics.
         path: the run's directory: `adapter/` (or the trained weights), `checkpoints/`, run.json.
-        error: why it was refused or has failed.
-        weights: of a run that trains all weights, where they are.
+        error: the reason, if the trial was refused or failed.
+        weights: location of the trained weights, if the run trains all weights.
     """
 
     id: str
@@ -77,13 +77,15 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Attributes:
-    best: the finished trial with the best last metric.
-    trials: all, by their ids.
-    metric, mode: what they were compared by.
-    path: the search's directory.
-    model: the best trial's model, as `Trainer.train` leaves it.
-    grid: Ray's own result, with data frames of all reports.
+    """The result of a search.
+
+    Attributes:
+        best: the finished trial with the best last metric.
+        trials: all trials, in the order of their ids.
+        metric, mode: the metric that ranks the trials, and its direction.
+        path: the search's directory.
+        model: the best trial's model, as `Trainer.train` leaves it.
+        grid: Ray's own result, with data frames of all reports.
     """
 
     best: TrialResult
@@ -111,36 +113,36 @@ def search(
     seed: int = 0,
     progress: bool = True,
 ) -> SearchResult:
-    """Train a run for each of several points of a space; the best of them is kept ready to be exported.
+    """Train a run for each of several points of a space, and keep the best model ready for export.
 
-    A search whose directory holds the same search goes on: trials that have finished stay, the others go on from their
-    checkpoints.
+    If the directory holds the same search already, that search resumes: finished trials stay, the others continue from
+    their checkpoints.
 
     Args:
-        trainer_factory: a point of the space, {name: value}, -> a Trainer. It is called here once, and in a process of
-            each trial. The run_config's name and storage_path say where the search is kept; what the Trainer writes is
-            put below it. All trials have one scaling_config.
-        space: name -> how it is chosen: `ray.tune.loguniform(1e-5, 1e-2)`, or the same as data,
+        trainer_factory: function from a point of the space, {name: value}, to a Trainer. It is called once here, and
+            in a process of each trial. The run_config's name and storage_path set the search's directory; the
+            Trainer's output goes below it. All trials have one scaling_config.
+        space: name -> a way to choose its value: `ray.tune.loguniform(1e-5, 1e-2)`, or the same as data,
             {"loguniform": [1e-5, 1e-2]}; {"choice": [8, 16]}; {"grid_search": [8, 16]}, which tries each value.
-        num_samples: trials; of each point of the grid, where there is one.
-        metric: what trials are compared by, as the history calls it, e.g. "eval_loss" or "loss".
-        mode: "min" or "max", which is better.
-        scheduler: "asha" stops trials early that are worse than the others were after as many steps; it looks whenever
-            the metric is logged. Or one of Ray's that only stops trials.
-        grace_steps, reduction_factor: of "asha": after how many steps it first looks, and which part goes on, 1 of so
-            many.
-        searcher: "random", "optuna" where it is installed, or one of Ray's.
-        max_concurrent_trials: at most so many at once; in any case no more than the cluster has free workers for. A
-            search that goes on begins with all trials that are to go on.
-        max_failures: how often a trial whose processes died or failed is tried again. It goes on from its checkpoint.
-        seed: of the points.
-        progress: show a line a report.
+        num_samples: number of trials; with a grid, trials of each point of the grid.
+        metric: the metric that ranks the trials, by its name in the history, e.g. "eval_loss" or "loss".
+        mode: "min" or "max": the better direction of the metric.
+        scheduler: "asha" stops a trial early if it is worse than the others were after as many steps. It checks
+            whenever the metric is logged. Or one of Ray's schedulers that only stop trials.
+        grace_steps, reduction_factor: for "asha": the steps before its first check, and the factor F of its cut: one
+            trial in F goes on.
+        searcher: "random", "optuna" if it is installed, or one of Ray's searchers.
+        max_concurrent_trials: maximum trials at once; never more than the cluster has free workers for. A resumed
+            search starts all its unfinished trials first.
+        max_failures: retries of a trial whose processes died or failed. Each retry resumes from the checkpoint.
+        seed: seed of the choice of points.
+        progress: show one line per report.
 
     Raises:
-        ConfigError: an argument, or the directory holds another search.
+        ConfigError: an argument is wrong, or the directory holds another search.
         ClusterError: the cluster cannot hold a single trial.
         TrainingError: no trial has finished.
-        KeyboardInterrupt: the search was interrupted; the same call goes on with it.
+        KeyboardInterrupt: the search was interrupted; the same call resumes it.
     """
     domains = spaces.domains_of(space)
     _check_count("num_samples", num_samples)
@@ -190,7 +192,7 @@ def search(
 
 
 def _run(trial: Any, chosen: Any, shown: "_Shown", goes_on: bool, **arguments: Any) -> Any:
-    """Ray Tune, to the end, and until nothing of a trial is left on the cluster. Raises KeyboardInterrupt."""
+    """Run Ray Tune to the end, and wait until no trial holds anything on the cluster. Raises KeyboardInterrupt."""
     resume = ray.tune.ResumeConfig(errored=ray.tune.ResumeConfig.ResumeType.RESUME) if goes_on else None
     before = set(placement_groups.groups())
     with sigint_kept(), _quiet():
@@ -221,7 +223,7 @@ def _check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def room_for(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many trials find workers, and whole TPU slices, at once on nodes with these resources."""
+    """Return how many trials find workers, and whole TPU slices, at once on nodes with these resources."""
     workers = capacity.placeable(10**6, ray_compat.resources_per_worker(scaling), list(nodes))
     rooms = [workers // scaling.num_workers]
     for name, count in capacity.slice_heads(scaling).items():
@@ -230,17 +232,17 @@ def room_for(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> in
 
 
 def _room(group: WorkerGroup) -> int:
-    """Of the cluster, by what is free now; waits for the first trial's as a run does. Raises ClusterError."""
+    """Return the room for trials in the free part of the cluster; wait until one fits. Raises ClusterError."""
     group.wait()
     free = ray_compat.free_by_node()
     return max(1, room_for(group.scaling_config, list(free.values())))
 
 
 def _begin(directory: str, about: dict[str, Any], config: Mapping[str, Any] | None) -> bool:
-    """Write search.json; whether the directory holds this search already, with trials.
+    """Write search.json; return True if the directory already holds this search, with trials.
 
     Raises:
-        ConfigError: it holds another one; by what differs.
+        ConfigError: the directory holds another search; the message names the difference.
     """
     about = json.loads(json.dumps({**about, "config": config}, default=str))
     place = Place(directory)
@@ -260,7 +262,7 @@ def _begin(directory: str, about: dict[str, Any], config: Mapping[str, Any] | No
 
 
 def _has_trials(state: bytes) -> bool:
-    """Of what Ray Tune has kept; what cannot be read is told of when Ray has tried."""
+    """Return True if Ray Tune's saved state has trials. An unreadable state is reported later, when Ray reads it."""
     try:
         return bool(json.loads(state)["trial_data"])
     except (ValueError, KeyError, TypeError):
@@ -272,7 +274,7 @@ def _has_trials(state: bytes) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune without tables and tracebacks of its own, for which it has no other switches; errors are in error.txt."""
+    """Silence Tune's tables and tracebacks, for which it has no other switches; errors are in error.txt."""
     switches = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
     ours = {name: value for name, value in switches.items() if name not in os.environ}
     os.environ.update(ours)
@@ -286,7 +288,7 @@ def _quiet() -> Iterator[None]:
 def _pickled(make: Callable[[dict[str, Any]], Any]) -> bytes:
     try:
         return ray.cloudpickle.dumps(make)
-    except Exception as error:  # whatever its captured objects raise
+    except Exception as error:  # any error that its captured objects raise
         raise ConfigError(
             f"search: the trainer_factory cannot be sent to the trials ({type(error).__name__}: {error}); make models, "
             "datasets and optimizers inside it"
@@ -294,12 +296,12 @@ def _pickled(make: Callable[[dict[str, Any]], Any]) -> bytes:
 
 
 class _Shown(ray.tune.Callback):
-    """A line a report; what dead trials held is freed; and how many trials were left when the search ended.
+    """Show one line per report, free the groups of dead trials, and count the trials left when the search ended.
 
-    Its state, which Tune keeps with the search's, is what the scheduler has seen.
+    Its state is the scheduler's record of the trials. Tune saves it with the search.
 
     Args:
-        goes_on: there must be trials from the beginning.
+        goes_on: True for a resumed search, which must have trials from the beginning.
     """
 
     def __init__(self, metric: str, scheduler: Any, goes_on: bool, console: Console):
@@ -316,7 +318,7 @@ class _Shown(ray.tune.Callback):
 
     def on_step_begin(self, iteration, trials, **info) -> None:
         if self._goes_on and not trials:
-            # Ray Tune says why, and would begin anew beside what the trials have left.
+            # Ray Tune logs the reason. It would then start a new search among the files of the old trials.
             raise ConfigError(
                 "search: the state that Ray Tune had written cannot be read, so the search cannot go on; give another "
                 "run_config name. Adapters of trials that finished are in their directories"
@@ -353,7 +355,7 @@ def _id_of(trial: Any) -> str:
 
 
 def _error_of(trial: Any) -> str:
-    """What a trial last failed with: here while the search runs, else where it is kept."""
+    """Return a trial's last error: from this node while the search runs, else from the saved state."""
     here = trial.pickled_error_file
     error = pickle.loads(Path(here).read_bytes()) if here and os.path.exists(here) else trial.get_pickled_error()
     cause = getattr(error, "cause", None) or error
@@ -374,7 +376,7 @@ def _result(trial: Any, directory: str) -> TrialResult:
 
 
 def best_of(trials: Sequence[TrialResult], metric: str, mode: str) -> TrialResult:
-    """The best of those that finished. Raises TrainingError where none has."""
+    """Return the best of the finished trials. Raises TrainingError if there is none."""
     finished = [trial for trial in trials if trial.state == "finished" and math.isfinite(trial.metrics[metric])]
     if not finished:
         errors = [f"{trial.id} {trial.point}: {trial.error}" for trial in trials if trial.error]
@@ -383,7 +385,7 @@ def best_of(trials: Sequence[TrialResult], metric: str, mode: str) -> TrialResul
 
 
 def _trained_model(make: Callable[[dict[str, Any]], Any], best: TrialResult) -> KerasHubModel:
-    """The best trial's model with what its run has left in files."""
+    """Return the best trial's model, with the trained tensors from its run's files."""
     model = make(best.point).model
     if model.lora is None:
         model.set_trained(best.weights)

@@ -1,4 +1,4 @@
-"""How a search's points are chosen and its trials stopped: spaces, searchers and schedulers of Ray Tune, checked."""
+"""Check Ray Tune's spaces, searchers and schedulers: they choose a search's points and stop its trials."""
 
 import importlib.util
 import itertools
@@ -17,7 +17,7 @@ from kithara_ray.errors import ConfigError, KitharaRayError, UnsupportedError
 from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.orchestration.trainer import Trainer
 
-# Ways to choose a value, by the names of Ray Tune's functions.
+# Ways to choose a value, named as Ray Tune's functions.
 WAYS = (
     "choice", "grid_search", "uniform", "quniform", "loguniform", "qloguniform", "randint", "qrandint", "lograndint",
     "qlograndint", "randn", "qrandn",
@@ -37,7 +37,7 @@ _STEPS_WITHOUT_END = 10**9
 
 
 def domains_of(space: Mapping[str, Any]) -> dict[str, Any]:
-    """The space in Ray's own terms. Raises ConfigError for what does not say how a value is chosen."""
+    """Return the space in Ray's own terms. Raises ConfigError for a value that is no way to choose."""
     if not space:
         raise ConfigError('search: space is empty; give {"name": {"loguniform": [1e-5, 1e-2]}} or the like')
     return {name: _domain(name, value) for name, value in space.items()}
@@ -61,15 +61,15 @@ def _domain(name: str, value: Any) -> Any:
 
 
 def plain(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A point without numpy's scalars, which configurations refuse."""
+    """Return a point without numpy's scalars, which configurations refuse."""
     return {name: value.item() if isinstance(value, np.generic) else value for name, value in point.items()}
 
 
 def first_trainer(make: Callable[[dict[str, Any]], Trainer], domains: Mapping[str, Any], seed: int) -> Trainer:
-    """The Trainer of a point, for what all have in common. A point that cannot be trained is its trial's concern.
+    """Return the Trainer of one point, for the settings that all trials share. Points that make no Trainer are skipped.
 
     Raises:
-        KitharaRayError: no point of many can; of the last.
+        KitharaRayError: none of `_TRIED_POINTS` points makes a Trainer; this is the last one's error.
     """
     refused = None
     for point in itertools.islice(_variants(domains, seed), _TRIED_POINTS):
@@ -88,7 +88,7 @@ def _variants(domains: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]
 
 
 def describe(value: Any) -> Any:
-    """A way to choose values, a searcher or a scheduler as plain data, alike for what is alike."""
+    """Return a way to choose values, a searcher or a scheduler as plain data; equal ones give equal data."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
@@ -109,7 +109,7 @@ def describe(value: Any) -> Any:
 
 
 def check_searcher(searcher: str | Searcher, domains: Mapping[str, Any]) -> None:
-    """Raises ConfigError, and UnsupportedError for what is not installed."""
+    """Raise ConfigError for a wrong searcher, and UnsupportedError for one that is not installed."""
     if isinstance(searcher, Searcher):
         return
     if searcher not in ("random", "optuna"):
@@ -123,27 +123,27 @@ def check_searcher(searcher: str | Searcher, domains: Mapping[str, Any]) -> None
 
 
 class _Here:
-    """A search that goes on in another cluster takes that cluster's concurrency."""
+    """Keeps this cluster's concurrency when a search resumes, in place of the saved one."""
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state | {"max_concurrent": self.max_concurrent})
 
 
 class Points(_Here, BasicVariantGenerator):
-    """Grid and random points."""
+    """Chooses grid and random points."""
 
 
 class Limited(_Here, ConcurrencyLimiter):
-    """A searcher's points."""
+    """Limits the trials of a searcher that run at once."""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        # To the searcher a trial that had failed is over, and it would warn of all that its next try reports.
+        # For the searcher a failed trial is over, so it would warn about every report of the retry.
         if not ray_compat.limits_by_itself(self) or trial_id in self.live_trials:
             super().on_trial_result(trial_id, result)
 
 
 def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
-    """Ray's search algorithm, with at most `at_once` trials under way."""
+    """Return Ray's search algorithm, with at most `at_once` trials in progress."""
     if searcher == "random":
         return Points(max_concurrent=at_once, random_state=seed)
     if searcher == "optuna":
@@ -157,7 +157,7 @@ def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
 
 
 def check_scheduler(scheduler: str | TrialScheduler | None, reduction_factor: float) -> None:
-    """Raises ConfigError, and UnsupportedError for one that does more than stop trials."""
+    """Raise ConfigError for a wrong scheduler, and UnsupportedError for one that does more than stop trials."""
     if isinstance(scheduler, str) and scheduler not in ("asha", *_PAUSING):
         raise ConfigError(f'search: scheduler must be "asha", None or one of Ray Tune\'s, got {scheduler!r}')
     stops = scheduler is None or scheduler == "asha" or type(scheduler) is FIFOScheduler
@@ -170,27 +170,27 @@ def check_scheduler(scheduler: str | TrialScheduler | None, reduction_factor: fl
 
 
 def scheduler_of(scheduler: str | TrialScheduler | None, grace_steps: int, reduction_factor: float) -> Any:
-    """Ray's scheduler."""
+    """Return Ray's scheduler."""
     if isinstance(scheduler, MedianStoppingRule):
-        # While it knows too few trials it would pause one as soon as another waits, and start its run again later.
+        # With few trials it would pause one as soon as another waits, and start its run again later.
         ray_compat.set_time_slice(scheduler, math.inf)
     if scheduler != "asha":
         return scheduler
-    # A trial ends by itself at its last step; the rungs beyond are never reached.
+    # A trial ends by itself at its last step, so it never reaches the rungs beyond.
     return ASHAScheduler(
         time_attr="step", max_t=_STEPS_WITHOUT_END, grace_period=grace_steps, reduction_factor=reduction_factor
     )
 
 
 def seen_by(scheduler: Any) -> list[list[dict[str, float]]] | None:
-    """What ASHA has seen: trial -> metric, by bracket and rung. Ray Tune does not keep it. None of other schedulers."""
+    """Return ASHA's record, trial -> metric, by bracket and rung, which Ray Tune does not save; None for others."""
     if not isinstance(scheduler, ASHAScheduler):
         return None
     return [[dict(recorded) for recorded in rungs] for rungs in ray_compat.rungs_of(scheduler)]
 
 
 def show_again(scheduler: Any, seen: Sequence[Sequence[Mapping[str, float]]]) -> None:
-    """Let ASHA know what one with the same settings had seen."""
+    """Restore into ASHA the record of an earlier one with the same settings."""
     for own, rungs in zip(ray_compat.rungs_of(scheduler), seen, strict=True):
         for recorded, known in zip(own, rungs, strict=True):
             recorded.update(known)

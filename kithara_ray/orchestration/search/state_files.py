@@ -1,7 +1,7 @@
-"""A local file system that shows whole files only, for the state of a search.
+"""A local file system for the state of a search, on which only complete files are visible.
 
-Ray Tune writes its state over the one before. A process that is killed while it writes would leave half of it, and Ray
-would begin such a search anew. Object stores show an object when it is whole.
+Ray Tune overwrites its previous state. If the process is killed during the write, half a state is left, and Ray would
+start the search from scratch. Object stores need none of this: they show an object only when it is complete.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ from kithara_ray.storage.atomic import AtomicFile
 
 
 def whole_files() -> PyFileSystem:
-    """For pyarrow, as Ray takes it."""
+    """Return the file system for pyarrow, as Ray expects it."""
     return PyFileSystem(FSSpecHandler(WholeFiles()))
 
 
 class WholeFiles(LocalFileSystem):
-    """What is written has another name until it is closed."""
+    """A local file system that writes each file under a temporary name until the file is closed."""
 
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
-        """A file of another name where one is written.
+        """Open a file; for writing, open one under a temporary name.
 
         Needed because this is the method that fsspec asks file systems to define; its public `open` calls it.
         """

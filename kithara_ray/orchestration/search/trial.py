@@ -1,9 +1,9 @@
-"""One trial of a search: a whole run, driven by an actor of its own and watched by a trainable of Ray Tune.
+"""One trial of a search: a full run. An actor drives it, and a trainable of Ray Tune watches that actor.
 
-Tune puts all that a trial starts into the trial's placement group, where tokenising, reading and a run's other tasks
-would wait for ever: it has room for the trainable alone. So the trainable holds a sliver of the head node, no CPU, and
-the run is driven by an actor outside the group, as a script would drive it. Ray ends what an actor has started when the
-actor is gone, so a trial that is stopped or killed leaves nothing behind.
+Tune puts everything that a trial starts into the trial's placement group. That group has room for the trainable only,
+so a run's tasks, such as tokenising and reading, would wait there forever. The trainable therefore holds a sliver of
+the head node and no CPU. An actor outside the group drives the run, as a script would. Ray ends an actor's children
+with the actor, so a trial that is stopped or killed leaves nothing behind.
 """
 
 import contextlib
@@ -29,26 +29,27 @@ from kithara_ray.orchestration.trainer import Trainer
 from kithara_ray.redact import redact
 from kithara_ray.storage.urls import join
 
-RUN = "run"  # the run's directory in the trial's
+RUN = "run"  # name of the run's directory in the trial's directory
 FINISHED, REFUSED = "finished", "refused"  # keys of a trial's last report, with path and reason
 _POLL_S = 1.0
 _SLIVER = 0.001
-_SHOWN = 200  # characters of what Ray says of a process that died
-_TURN_S = 30 * 24 * 3600.0  # for its turn a trial waits; that the cluster can hold one at all is known before the first
+_SHOWN = 200  # maximum characters of Ray's message about a process that died
+_TURN_S = 30 * 24 * 3600.0  # a trial's wait for its turn; the first trial has shown that the cluster can hold one
 # The driver computes nothing, and must not take an accelerator from the workers of its host.
 _DRIVER_ENV = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What all trials of a search share.
+    """The settings that all trials of a search share.
 
     Attributes:
-        make: a point of the space -> its Trainer, by cloudpickle: a trial's process says what it lacks to load it.
-        directory: the search's.
-        metric, mode: what trials are compared by; "min" or "max".
-        workers: what each trial asks the cluster for, as `workers_of` tells it.
-        cwd: where relative paths begin.
+        make: function from a point to its Trainer, in cloudpickle bytes, so that the trial reports a failure to load
+            it.
+        directory: the search's directory.
+        metric, mode: the metric that ranks the trials, and "min" or "max".
+        workers: each trial's request to the cluster, as returned by `workers_of`.
+        cwd: directory that relative paths start from.
     """
 
     make: bytes
@@ -60,21 +61,21 @@ class TrialSettings:
 
 
 def workers_of(scaling: ScalingConfig) -> tuple:
-    """What a run asks the cluster for; alike for trials that take equal room."""
+    """Return a run's request to the cluster; equal for trials that take equal room."""
     needs = tuple(sorted(ray_compat.resources_per_worker(scaling).items()))
     return scaling.num_workers, needs, scaling.topology, scaling.accelerator_type
 
 
 def trial_directory(search: str, trial_id: str) -> str:
-    """The run's directory of a trial."""
+    """Return the run's directory of a trial."""
     return join(search, trial_id, RUN)
 
 
 def placed(request: RunRequest, directory: str, metric: str, mode: str) -> RunRequest:
-    """The request with everything that it writes put below its trial's directory; it waits for its turn.
+    """Return the request with all its output placed below the trial's directory, and with a long wait for its turn.
 
     Args:
-        directory: of the run, as of `trial_directory`.
+        directory: the run's directory, see `trial_directory`.
     """
     parent, _, name = directory.rpartition("/")
     trial_id = parent.rpartition("/")[2]
@@ -96,7 +97,7 @@ def placed(request: RunRequest, directory: str, metric: str, mode: str) -> RunRe
 
 
 def _checkpointer(given: Checkpointer | None, directory: str, metric: str, mode: str) -> Checkpointer:
-    """The trial's; by default each evaluation is saved, so that a killed trial goes on from what it last reported."""
+    """Return the trial's checkpointer. By default it saves at each evaluation, so a killed trial resumes there."""
     if given is not None:
         return dataclasses.replace(given, checkpoint_dir=directory)
     score = metric if metric.startswith("eval_") else None
@@ -104,16 +105,16 @@ def _checkpointer(given: Checkpointer | None, directory: str, metric: str, mode:
 
 
 class TrialDriver:
-    """The process that does for a trial what a script does for a run."""
+    """The process that drives a trial's run, as a script would."""
 
     def __init__(self, settings: TrialSettings):
         self._settings = settings
-        # Relative paths mean what they mean to the search's own process, where its directory is here too.
+        # Relative paths start from the search's own working directory, if that directory exists here too.
         with contextlib.suppress(OSError):
             os.chdir(settings.cwd)
 
     def prepare(self, point: Mapping[str, Any], directory: str) -> ray.actor.ActorHandle:
-        """Make the Trainer; returns the run's coordinator. Raises what the Trainer's parts refuse."""
+        """Make the Trainer; return the run's coordinator. Raises the errors of the Trainer and its parts."""
         settings = self._settings
         try:
             make = ray.cloudpickle.loads(settings.make)
@@ -126,7 +127,7 @@ class TrialDriver:
         return self._trainer.model.coordinator()
 
     def _placed(self, trainer: Trainer, directory: str) -> Trainer:
-        """The Trainer below its trial's directory, without the actors of the process that it comes from."""
+        """Return the Trainer moved below its trial's directory, without actors of the process that made it."""
         workers = workers_of(trainer.request.group.scaling_config)
         if workers != self._settings.workers:
             raise ConfigError(
@@ -138,7 +139,7 @@ class TrialDriver:
         return trainer
 
     def train(self) -> dict[str, Any]:
-        """Run to the end; the trial's last report."""
+        """Run to the end; return the trial's last report."""
         trainer, metric = self._trainer, self._settings.metric
         result = trainer.train()
         if metric not in result.metrics:
@@ -148,9 +149,10 @@ class TrialDriver:
 
 
 class Reports:
-    """A run's events as reports to Tune: what is known when the metric is, but for the end of the run.
+    """Turn a run's events into reports to Tune, one each time the metric is known, except at the end of the run.
 
-    The last report is made when all has been written, so that a scheduler that stops a trial for it stops nothing.
+    The last report waits until everything is written. A scheduler that stops a trial for that report interrupts
+    nothing.
     """
 
     def __init__(self, metric: str):
@@ -170,19 +172,20 @@ class Reports:
 
 
 def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
-    """What Tune runs once a trial. What cannot get better by trying again is reported as the worst metric there is."""
+    """Return the function that Tune runs per trial. It reports an error that no retry can fix as the worst metric."""
 
     def trial(point: dict[str, Any]) -> None:
         directory = trial_directory(settings.directory, ray.tune.get_context().get_trial_id())
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        # The address is for what Ray Train asks its dashboard: of several clusters on a machine it would take none.
+        # Ray Train asks the dashboard at this address. Without it, Ray Train picks none of several clusters on a
+        # machine.
         env = {**_DRIVER_ENV, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": env}}
         driver = ray.remote(TrialDriver).options(**options).remote(settings)
         try:
             last = _watched(driver, point, directory, settings.metric)
         except ray.exceptions.RayActorError as error:
-            # Tune would take it for the death of this process, and not write down that the trial has failed.
+            # Tune would take this error for the death of its own process, and not record that the trial failed.
             raise TrainingError(f"a process of the trial died: {' '.join(str(error).split())[:_SHOWN]}") from None
         except KitharaRayError as error:
             if isinstance(error, (ClusterError, TrainingError)) and not isinstance(error, DivergedError):
@@ -193,12 +196,12 @@ def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
             ray.kill(driver)
         ray.tune.report(last)
 
-    # Beside the driver of a submitted job, on a node that may have no CPU to give.
+    # Runs beside the driver of a submitted job, on a node that may have no free CPU.
     return ray.tune.with_resources(trial, ray.tune.PlacementGroupFactory([{ray_compat.HEAD_NODE_RESOURCE: _SLIVER}]))
 
 
 def _watched(driver: ray.actor.ActorHandle, point: Mapping[str, Any], directory: str, metric: str) -> dict[str, Any]:
-    """Drive a trial to its end and report on the way; its last report."""
+    """Drive a trial to its end, with reports to Tune on the way; return its last report."""
     coordinator = remote_get(driver.prepare.remote(point, directory))
     running = driver.train.remote()
     reports, seen = Reports(metric), 0

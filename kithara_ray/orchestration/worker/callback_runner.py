@@ -1,4 +1,4 @@
-"""A run's callbacks on rank 0: told in order, and what becomes of their errors."""
+"""Run a run's callbacks on rank 0, in order, and handle their errors."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def checked(callbacks: Any) -> tuple[Callback, ...]:
-    """The callbacks as they can be carried to a worker.
+    """Return the callbacks in a form that can be sent to a worker.
 
     Raises:
-        ConfigError: names the one that is no Callback, or that cannot be pickled.
+        ConfigError: one is no Callback, or cannot be pickled; the message names it.
     """
     if isinstance(callbacks, Callback) or not isinstance(callbacks, Sequence):
         raise ConfigError(f"Trainer: callbacks must be a list, got {type(callbacks).__name__}")
@@ -43,11 +43,11 @@ class Calls:
     """Rank 0's callbacks; other ranks have none.
 
     Attributes:
-        info: what they are told of the run; None before `start`.
-        problem: what a required callback has raised, with its name and the step.
+        info: the run's description for the callbacks; None before `start`.
+        problem: the error of a required callback, with its name and the step.
 
     Args:
-        on_drop: told the same of one that the run goes on without.
+        on_drop: called with the same text for a callback that failed and that the run goes on without.
     """
 
     def __init__(self, callbacks: Sequence[Callback], on_drop: Callable[[str], None] = lambda problem: None):
@@ -58,13 +58,13 @@ class Calls:
 
     @property
     def vote(self) -> int:
-        """What the callbacks want of all ranks."""
+        """Return the callbacks' vote on what all ranks do next."""
         if self.problem is not None:
             return FAILED
         return STOP if self.info is not None and self.info.is_asked_to_stop else GO_ON
 
     def start(self, info: RunInfo) -> str:
-        """Tell them of the run; returns what one of them raised, or nothing."""
+        """Call `on_start` of the callbacks; return the error of one of them, or nothing."""
         self.info = info
         self._tell("on_start", info.step)
         return self.problem or ""
@@ -76,13 +76,13 @@ class Calls:
         self._tell("on_eval", number, number, dict(metrics))
 
     def checkpoint(self, number: int, path: str) -> None:
-        # That of the last step may be committed again, as the run's end.
+        # The last step's checkpoint may be committed a second time, as the end of the run.
         if path != self._checkpoint:
             self._checkpoint = path
             self._tell("on_checkpoint", number, number, path)
 
     def end(self, number: int, outcome: str, error: str | None = None) -> None:
-        """The last that they are told."""
+        """Make the last call to the callbacks."""
         if self.info is not None:
             self._tell("on_end", number, outcome, error)
         self._callbacks = []
@@ -115,7 +115,7 @@ _GAUGES = {
 
 
 class RayMetrics(Callback):
-    """The last logged step as gauges of Ray's dashboard and of its Prometheus endpoints: ray_kithara_ray_loss, ..."""
+    """Gauges of the last logged step, on Ray's dashboard and its Prometheus endpoints: ray_kithara_ray_loss, ..."""
 
     required = False
 

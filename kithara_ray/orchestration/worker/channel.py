@@ -1,6 +1,6 @@
-"""The one way from a rank to the head: what a rank reports, sends and waits for.
+"""The only way from a rank to the head: it carries a rank's reports, data and requests.
 
-A run on a cluster has a `head.ray_channel.RayChannel`. Nothing else in a rank's loop knows that there is a cluster.
+A run on a cluster has a `head.ray_channel.RayChannel`. Nothing else in a rank's loop knows about the cluster.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kithara_ray.hf.exports.trained import TensorSlice
 
 Event = dict[str, Any]
-# Waits until the head has done with what was sent. Raises what the head raised.
+# Waits until the head has processed the data sent. Raises the head's error.
 Wait = Callable[[], None]
 
 
@@ -25,9 +25,9 @@ class AdapterSpec:
 
     Attributes:
         base: handle of the base.
-        config: of the adapter.
-        shapes: of every tensor, by name.
-        num_ranks: how many ranks hold a part of it.
+        config: the adapter's settings.
+        shapes: shape of every tensor, by name.
+        num_ranks: number of ranks that hold a part of it.
     """
 
     base: str
@@ -41,7 +41,7 @@ class SnapshotPart:
     """One rank's shards of the adapter after a step.
 
     Attributes:
-        destination: where the whole adapter of that step is written, a path or URL.
+        destination: the path or URL to which the whole adapter of that step is written.
     """
 
     adapter: AdapterSpec
@@ -56,10 +56,10 @@ class WeightsSpec:
     """The trained weights that the slices of all ranks make up.
 
     Attributes:
-        base: handle of the base that they were trained from; the head opens it on its own host.
-        names: of the tensors.
-        dtype: that they come in.
-        directory: the run's; they are written into a new directory below it.
+        base: handle of the base that training started from; the head opens it on its own host.
+        names: names of the tensors.
+        dtype: dtype in which the ranks send them.
+        directory: the run's directory; the head writes them into a new directory below it.
     """
 
     base: str
@@ -69,34 +69,34 @@ class WeightsSpec:
 
 
 class Channel(Protocol):
-    """A rank's end of it. Methods may be called from several threads."""
+    """A rank's end of the channel. Several threads may call its methods."""
 
     @property
     def node_id(self) -> str:
-        """The node that this process runs on, as the head names it."""
+        """Return the id of this process's node, as the head names it."""
 
     def record(self, event: Event, wait: bool = False) -> None:
-        """Report an event. With `wait`, return when the head has it; without, at once."""
+        """Report an event. With `wait`, return when the head has it; without, return at once."""
 
     def beat(self, beat: Beat, limits: Limits) -> str | None:
-        """Give a sign of life; returns what the head asks of all ranks. Raises where the head does not answer soon."""
+        """Give a sign of life; return the head's request to all ranks. Raises if the head does not answer soon."""
 
     def is_draining(self) -> bool:
-        """Whether the cluster has announced that the node of one of the ranks will go."""
+        """Return True if the cluster has announced that the node of one of the ranks will go."""
 
     def put_shards(self, rank: int, shards: Sequence[Shard]) -> None:
-        """Send what a rank holds of the trained adapter; returns when the head has it."""
+        """Send a rank's shards of the trained adapter; return when the head has them."""
 
     def put_snapshot(self, part: SnapshotPart) -> Wait:
-        """Send what a rank holds of the adapter now. The wait ends when the head has written it, or has kept it for
-        the other ranks' parts."""
+        """Send a rank's shards of the current adapter. The returned wait ends when the head has written the adapter, or
+        has kept this part until the other ranks' parts arrive."""
 
     def begin_weights(self, weights: WeightsSpec) -> int:
-        """Have the head make room for trained weights; returns the token that their slices are sent with."""
+        """Have the head prepare for trained weights; return the token that their slices are sent with."""
 
     def put_slices(self, token: int, slices: "Iterable[TensorSlice]") -> None:
-        """Send slices of trained weights, a bounded number of them on the way; returns when the head has written all.
+        """Send slices of trained weights, with a bounded number in flight; return when the head has written all.
 
         Raises:
-            ExportError: the token is of an attempt that is over, or a slice does not fit.
+            ExportError: the token is from an attempt that is over, or a slice does not fit.
         """

@@ -1,4 +1,4 @@
-"""One rank's view of a run's checkpoints: what to go on from, when to save, when to stop early."""
+"""One rank's view of a run's checkpoints: it finds the one to resume from, saves, and detects an early stop."""
 
 import collections
 import dataclasses
@@ -22,25 +22,25 @@ from kithara_ray.storage.places import Place
 
 logger = logging.getLogger(__name__)
 
-# Kinds of events that are a run's history; the others tell of one attempt's start and end.
+# Kinds of events that make up a run's history; the others describe one attempt's start and end.
 HISTORY = ("step", "eval", "skipped")
 
 
 @dataclass
 class Saving:
-    """What `Run` asks about checkpoints; all ranks call its methods together.
+    """The checkpoints of a `Run`; all ranks call its methods together.
 
     Attributes:
         settings: the run's Checkpointer.
-        rank, num_ranks: of this process.
-        tensors: array of a state -> the adapter tensors it is made of.
-        base: handle of the base, for whoever exports a checkpoint later.
-        step: how many steps the state that the run begins with has seen.
-        finished: why the run that was found has ended; None: it goes on.
-        events: the history up to now; rank 0's is written.
-        evaluations: those up to now, alike on every rank.
-        notes: damaged checkpoints that were passed over.
-        committed: rank 0: (step, URL) of checkpoints as they become whole, for whoever takes them out.
+        rank, num_ranks: rank of this process, and number of ranks.
+        tensors: function from an array of the state to the adapter tensors that it is made of.
+        base: handle of the base, for later exports of a checkpoint.
+        step: number of steps in the state that the run begins with.
+        finished: the reason why the run that was found has ended; None if it goes on.
+        events: the history so far; rank 0's is written.
+        evaluations: the evaluations so far, equal on every rank.
+        notes: messages about damaged checkpoints that were skipped.
+        committed: on rank 0, (step, URL) of each checkpoint when it becomes complete; a consumer takes them out.
     """
 
     settings: Checkpointer
@@ -72,7 +72,7 @@ class Saving:
         self._check_shared(attempt)
 
     def _check_shared(self, attempt: str) -> None:
-        """All hosts must write to one place; a directory of the same name on each host's own disk would lose parts."""
+        """Check that all hosts write to one place: equal directory names on separate disks would lose parts."""
         name = f"{saver.PROBE}{attempt}"
         problem = ""
         try:
@@ -97,14 +97,14 @@ class Saving:
     # --- the start ---------------------------------------------------------------------------------------------------
 
     def look(self, identity: Callable[[], Mapping[str, Any]]) -> None:
-        """Find what to go on from, and what of the run it knows.
+        """Find the checkpoint to resume from, and the run's facts in it.
 
         Args:
-            identity: what makes this run the same as another; asked of rank 0 alone.
+            identity: returns the values that identify this run; called on rank 0 only.
 
         Raises:
-            ConfigError: the checkpoints there are of another run.
-            CheckpointError: none of them is whole.
+            ConfigError: the checkpoints there belong to another run.
+            CheckpointError: none of them is complete.
         """
         self._identity = json.loads(agree(json.dumps(identity()) if self.rank == 0 else "")[0])
         found = saver.find(self.place, self.rank, self.num_ranks, agree)
@@ -130,14 +130,14 @@ class Saving:
 
     @property
     def resumed(self) -> str | None:
-        """Where the run goes on from."""
+        """Location of the checkpoint that the run resumes from."""
         return None if self._found is None else self._found.url
 
     def restore(self, state: Any) -> Any:
-        """The state found, split as `state` is; `state` itself where nothing was found."""
+        """Return the found state, split as `state` is; `state` itself if nothing was found."""
         if self._found is None:
             return state
-        # The rate is a variable of Keras' optimizers: one that was changed on purpose must not be undone.
+        # Keras' optimizers hold the learning rate as a variable. A deliberate change of the rate must not be undone.
         changed = self._found.manifest["identity"].get("optimizer") != self._identity["optimizer"]
         state = saver.restore(
             self._found, state, skip=lambda name: changed and name.rpartition("/")[2] == "learning_rate"
@@ -148,7 +148,7 @@ class Saving:
     # --- while it runs -----------------------------------------------------------------------------------------------
 
     def note(self, event: dict[str, Any]) -> None:
-        """A logged step or an evaluation; every rank notes the same."""
+        """Record a logged step or an evaluation; every rank records the same."""
         if event["kind"] not in HISTORY:
             return
         if self.rank == 0:
@@ -182,10 +182,11 @@ class Saving:
             self.settle()
 
     def settle(self) -> None:
-        """Until what was saved is committed, and every rank knows: none may leave before, the group would be ended.
+        """Wait until the last save is committed and every rank knows it. If one rank left before, Ray would end the
+        group.
 
         Raises:
-            TrainingError: on all ranks, what one of them met.
+            TrainingError: saving failed on a rank; every rank raises an error.
         """
         problem, own = "", None
         try:
@@ -200,7 +201,7 @@ class Saving:
                 raise TrainingError(f"rank {rank} could not save: {text}")
 
     def has_stopped_improving(self) -> bool:
-        """Whether `early_stopping_patience` evaluations have gone by without a better score."""
+        """Return True if `early_stopping_patience` evaluations have passed without a better score."""
         patience, keep = self.settings.early_stopping_patience, self.settings.keep
         if patience is None:
             return False
@@ -211,17 +212,17 @@ class Saving:
 
     @property
     def newest(self) -> str | None:
-        """Rank 0: where the newest committed checkpoint is."""
+        """On rank 0, return the location of the newest committed checkpoint."""
         return self.saver.newest
 
     @property
     def best(self) -> str | None:
-        """Rank 0: where the best one is, by `score_attribute`."""
+        """On rank 0, return the location of the best checkpoint, by `score_attribute`."""
         return self.saver.best
 
 
 def identity_of(spec: RunSpec, base: BaseCheckpoint, order: Any) -> dict[str, Any]:
-    """What makes a run the same as another, by the names of `checkpointer.IDENTITY`."""
+    """Return the values that identify a run, by the names of `checkpointer.IDENTITY`."""
     return {
         "base": base.fingerprint(),
         "precision": spec.model.precision,
@@ -234,7 +235,7 @@ def identity_of(spec: RunSpec, base: BaseCheckpoint, order: Any) -> dict[str, An
 
 
 def optimizer_identity(kind: str, value: Any) -> str:
-    """What two runs' optimizers are compared by. An optax transformation is a closed function: its state must fit."""
+    """Return a text to compare two runs' optimizers by. An optax transformation is opaque, so its state must fit."""
     if kind != "keras":
         return kind
     config = {**value, "config": {**value["config"], "name": None}}
@@ -242,7 +243,7 @@ def optimizer_identity(kind: str, value: Any) -> str:
 
 
 def sequence_identity(order: Any, content: str, packed_len: int | None) -> dict[str, Any]:
-    """What the sequence of batches is a function of."""
+    """Return the values that the sequence of batches is a function of."""
     return {
         "content": content,
         "rows": order.num_rows,

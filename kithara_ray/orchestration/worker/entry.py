@@ -1,7 +1,7 @@
-"""A worker's first function: it sets the process up, then imports the loop that runs there.
+"""The first function of a worker: it sets the process up, then imports the loop to run there.
 
-Ray carries an `Entry` to the workers, so this module imports nothing that must wait for the set-up: Keras reads its
-backend when it is imported, and a driver needs none of what a loop imports.
+Ray sends an `Entry` to the workers, so this module imports nothing that must wait for the set-up. Keras reads its
+backend when it is imported, and a driver needs none of a loop's imports.
 """
 
 import importlib
@@ -22,8 +22,8 @@ class Entry:
     Attributes:
         loop: "package.module:function", imported in the worker; or the function itself.
 
-    The loop is given Ray Train's config, whose "spec" says `platform`, and in it "started": when this process began,
-    by `time.monotonic`.
+    The loop receives Ray Train's config. Its "spec" has the `platform`. Its "started" is the time at which this process
+    began, by `time.monotonic`.
     """
 
     loop: str | Loop
@@ -34,12 +34,12 @@ class Entry:
         runtime.keep_compiled(config["spec"].platform)
         loop = imported(self.loop) if isinstance(self.loop, str) else self.loop
         ended = loop({**config, "started": started})
-        # Where a process is dead Ray would wait 30 s for this; a loop that ends well has all its peers.
+        # Ray would wait 30 s for this if a process is dead; after a loop that ends well, all peers are alive.
         imported("jax:distributed").shutdown()
         return ended
 
 
 def imported(path: str) -> Any:
-    """What "package.module:name" names. For modules that import Keras, after `runtime.prepare`."""
+    """Import the object that "package.module:name" names. If it imports Keras, call `runtime.prepare` first."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -1,11 +1,11 @@
-"""What a run tells while it goes on, and what of it is the run's history.
+"""The events that a run reports, and the part of them that is its history.
 
 An event is a dict of plain data with a "kind":
 
-    begin, phase, fetch, resumed, started, first_step      of one attempt's start, by rank 0
+    begin, phase, fetch, resumed, started, first_step      start of one attempt, by rank 0
     step, eval, skipped                                    the history, by rank 0
-    dropped                                                a callback that the run goes on without
-    finished                                               with all events of the attempt
+    dropped                                                a callback that failed; the run goes on without it
+    finished                                               end of the attempt, with all its events
     export, stalled                                        by the coordinator itself
 """
 
@@ -25,12 +25,12 @@ class EventLog:
 
     Attributes:
         phases: seconds of each phase.
-        events: rank 0's, of this attempt and, where it goes on from a checkpoint, of those before.
-        heart: tells the watchdog what this rank does.
-        also: is given every event too, on every rank.
+        events: rank 0's events of this attempt; after a resume also those before the checkpoint.
+        heart: reports this rank's state to the watchdog.
+        also: callable that also receives every event, on every rank.
 
     Args:
-        phases: those that were over before there was a log.
+        phases: phases that ended before the log existed.
     """
 
     def __init__(self, rank: int, channel: Channel, limits: Limits, phases: Mapping[str, float]):
@@ -41,7 +41,7 @@ class EventLog:
         self._channel, self._fetch_reported = channel, 0.0
 
     def record(self, kind: str, **values: Any) -> None:
-        """One event. All ranks record the same; rank 0's is told."""
+        """Record one event. All ranks record the same; only rank 0 reports it."""
         event = {"kind": kind, **values}
         self.also(event)
         if self.rank:
@@ -54,7 +54,7 @@ class EventLog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """One phase of start-up: told when it begins, and timed."""
+        """Report the beginning of one phase of start-up, and time it."""
         self.record("phase", name=name)
         self.heart.at(name)
         started = time.monotonic()
@@ -64,7 +64,7 @@ class EventLog:
             self.phases[name] = round(time.monotonic() - started, 2)
 
     def fetched(self, here: int, total: int) -> None:
-        """Now and then, how many bytes of the base have been fetched onto rank 0's host."""
+        """Report, at intervals, how many bytes of the base have been fetched onto rank 0's host."""
         now = time.monotonic()
         if now - self._fetch_reported >= _FETCH_REPORT_S or here == total:
             self._fetch_reported = now
@@ -73,7 +73,7 @@ class EventLog:
 
 
 def one_history(events: list[Event]) -> list[Event]:
-    """The events of all attempts as one sequence: an attempt begins with what had been saved, and forgets the rest."""
+    """Join the events of all attempts: an attempt begins with the saved events, and replaces all others before it."""
     kept: list[Event] = []
     for event in events:
         if event["kind"] == "begin":
@@ -81,7 +81,7 @@ def one_history(events: list[Event]) -> list[Event]:
         elif event["kind"] == "resumed":
             kept = list(event["events"])
         elif event["kind"] == "finished":
-            # Adapters that were written meanwhile are told by the coordinator alone.
+            # Only the coordinator reports adapters written meanwhile, so they are kept.
             kept = list(event["events"]) + [told for told in kept if told["kind"] == "export"]
         else:
             kept.append(event)
@@ -89,7 +89,7 @@ def one_history(events: list[Event]) -> list[Event]:
 
 
 def rows_of(events: list[Event], kind: str) -> list[Event]:
-    """The events of one kind, without it."""
+    """Return the events of one kind, without the kind."""
     return [
         {name: value for name, value in event.items() if name != "kind"} for event in events if event["kind"] == kind
     ]

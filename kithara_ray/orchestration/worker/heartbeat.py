@@ -1,4 +1,4 @@
-"""A rank's signs of life: what it does, since when, told to the head once a second."""
+"""A rank's signs of life: once a second it reports its phase, and the time since its last progress, to the head."""
 
 import os
 import socket
@@ -16,11 +16,11 @@ class Limits:
     """Seconds without progress after which a run is ended.
 
     Attributes:
-        step_timeout_s: between two steps, batches of an evaluation, or batches of data, or in the callbacks of a step.
-            None never ends a run.
-        startup_timeout_s: of each phase before the first step.
-        save_timeout_s: how long a save may take, beyond step_timeout_s.
-        silence_timeout_s: without any word from a process.
+        step_timeout_s: limit between two steps, batches of an evaluation, or batches of data, and for the callbacks of
+            a step. None never ends a run.
+        startup_timeout_s: limit of each phase before the first step.
+        save_timeout_s: extra time for a save, beyond step_timeout_s.
+        silence_timeout_s: limit without any beat from a process.
     """
 
     step_timeout_s: float | None
@@ -38,12 +38,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Beat:
-    """What one rank tells: who and where it is, what it does, since when.
+    """One report of a rank: its identity, its phase and the time since its last progress.
 
     Attributes:
         phase: "data", "step", "eval", "save", "callback", or one of start-up's.
-        step: the step it is at; 0 before the first.
-        since_s: seconds since it last made progress, by its own clock.
+        step: the step in progress; 0 before the first.
+        since_s: seconds since the rank last made progress, by its own clock.
     """
 
     rank: int
@@ -61,11 +61,11 @@ class Beat:
 
 
 class Heart:
-    """A rank's thread that tells the head what the rank is doing, and hears what it is asked to do.
+    """A rank's thread that reports the rank's phase to the head, and receives the head's requests.
 
     Args:
-        node_id: where the rank runs.
-        send: takes (Beat, Limits), returns what the head asks of all ranks: "interrupt" or nothing.
+        node_id: the rank's node.
+        send: takes (Beat, Limits), returns the head's request to all ranks: "interrupt" or nothing.
     """
 
     def __init__(self, rank: int, node_id: str, limits: Limits, send: Callable[[Beat, Limits], str | None]):
@@ -78,11 +78,11 @@ class Heart:
         self._thread.start()
 
     def at(self, phase: str, step: int = 0) -> None:
-        """The rank makes progress: it begins this now."""
+        """Record progress: the rank begins this phase now."""
         self._at = (phase, step, time.monotonic())
 
     def stop(self) -> None:
-        """The loop has ended well; silence is no failure from now on."""
+        """Stop the beats: the loop has ended well, and silence is no failure from now on."""
         self._stop.set()
         self._thread.join(timeout=5)
 
@@ -96,5 +96,5 @@ class Heart:
         try:
             self.asked = self._send(beat, self._limits) or self.asked
         except Exception:
-            # The head does not answer: Ray starts its actor again, and training needs it only at the end.
+            # The head does not answer. Ray restarts its actor, and training needs it only at the end.
             return

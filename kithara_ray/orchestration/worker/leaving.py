@@ -1,4 +1,4 @@
-"""Why a rank leaves its run, and what it hands over to the head when it does."""
+"""The reasons for which a rank leaves its run, and the hand-over of its data to the head."""
 
 import socket
 
@@ -15,17 +15,17 @@ from kithara_ray.orchestration.worker.spec import RunSpec
 from kithara_ray.orchestration.worker.votes import FAILED, GO_ON, INTERRUPT, PREEMPTED, SAVE, STOP
 from kithara_ray.sharding.agree import agree
 
-# The highest vote of all ranks -> why they leave in order.
+# The highest vote of all ranks -> the reason for which they leave in order.
 REASONS = {STOP: "callback", FAILED: "callback_error", INTERRUPT: "interrupt"}
 
 
 def own_vote(asked: str | None, callbacks: int, drains: bool) -> int:
-    """What this rank wants after a step.
+    """Return this rank's vote after a step.
 
     Args:
-        asked: by the head, of all ranks.
-        callbacks: their vote.
-        drains: whether the state must be saved for a node that will go.
+        asked: the head's request to all ranks.
+        callbacks: the callbacks' vote.
+        drains: True if the state must be saved because a node will go.
     """
     if terminated.is_set():
         return PREEMPTED
@@ -35,7 +35,7 @@ def own_vote(asked: str | None, callbacks: int, drains: bool) -> int:
 
 
 def preempted(rank: int, saved: str) -> TrainingError:
-    """Names the ranks whose machines are taken away; all ranks call this."""
+    """Return an error that names the ranks whose machines are taken away; all ranks call this."""
     told = agree(f"rank {rank} on {socket.gethostname()} got SIGTERM" if terminated.is_set() else "")
     return TrainingError(f"preempted: {', '.join(text for text in told if text)}; {saved}")
 
@@ -54,7 +54,7 @@ def _send_weights(
     channel: Channel, weights: WeightsSpec, rank: int, base: BaseCheckpoint, model: CausalLM, params: Params
 ) -> None:
     token = channel.begin_weights(weights) if rank == 0 else 0
-    # Nobody sends before there is somewhere to write; and what a rank of an earlier attempt sends is known by it.
+    # No rank sends before there is a place to write to. The token also exposes a rank of an earlier attempt.
     token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
     slices = local_slices(base, model.slots, [params[slot.key] for slot in model.slots], rank)
     channel.put_slices(token, slices)

@@ -1,9 +1,9 @@
 """The loop that runs in each Ray Train actor, one per host; all ranks run the same program in step.
 
-Each other concern of a run has its own module: how it starts (`start`) and leaves (`leaving`), its data, evaluation,
-checkpoints (`checkpointing`), adapters on the way (`snapshots`), votes and losses that are not finite (`votes`),
-callbacks (`callback_runner`), and what it reports (`event_log`). Here they are put together and told what happens, in
-an order that is the same on every rank.
+Each other concern of a run has its own module: its start (`start`) and end (`leaving`), its data, evaluation,
+checkpoints (`checkpointing`), adapters exported on the way (`snapshots`), votes and losses that are not finite
+(`votes`), callbacks (`callback_runner`), and events (`event_log`). This module puts them together and calls them in an
+order that is the same on every rank.
 """
 
 import logging
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """A worker's loop, see `worker.entry`. The run's summary is what rank 0 returns."""
+    """Run a worker's loop, see `worker.entry`. Rank 0 returns the run's summary."""
     return carry_out(Run(config["spec"], config["started"]))
 
 
 def carry_out(run: "Run") -> dict[str, Any]:
-    """A run to its end; returns its summary."""
+    """Carry a run out to its end; return its summary."""
     try:
         run.build()
         run.train()
@@ -50,20 +50,20 @@ class Run:
     """One rank's run, from an empty process to the adapter sent to the head.
 
     Attributes:
-        spec: what the driver decided.
-        rank: of this process.
-        number: how many steps the state has seen.
-        total_steps: how many there will be.
+        spec: the driver's decisions.
+        rank: rank of this process.
+        number: number of steps in the state.
+        total_steps: number of steps of the whole run.
         log: events, phases and signs of life.
-        calls, tracer: callbacks and the profiler, which are rank 0's; other ranks have empty ones.
-        saving, snapshots, evaluation: None where the run has none.
-        left: why the run was left before its end; None: it was not.
+        calls, tracer: callbacks and the profiler of rank 0; other ranks have empty ones.
+        saving, snapshots, evaluation: None if the run has none.
+        left: the reason for leaving the run before its end; None if it was not left.
 
-    From `build` on: base, mesh, model, optimizer, data (the training batches), state, frozen and step, as of
-    `kithara_ray.train.step`; a run that has ended before has no step.
+    From `build` on: base, mesh, model, optimizer, data (the training batches), state, frozen and step, see
+    `kithara_ray.train.step`. A run that ended earlier has no step.
 
     Args:
-        started: when the process began with this run, by `time.monotonic`.
+        started: the time at which the process began with this run, by `time.monotonic`.
     """
 
     def __init__(self, spec: RunSpec, started: float):
@@ -71,7 +71,7 @@ class Run:
         importing = time.monotonic() - started
         phases = {
             "tokenize": round(spec.submitted - spec.called, 2),
-            # By two hosts' clocks.
+            # This compares two hosts' clocks.
             "schedule": round(max(0.0, time.time() - importing - spec.submitted), 2),
             "import": round(importing, 2),
         }
@@ -87,7 +87,7 @@ class Run:
     # --- the start ---------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Model, data, arrays and compiled steps. Of a run that has ended before, no steps."""
+        """Build model, data, arrays and compiled steps; a run that ended earlier gets no steps."""
         spec, log = self.spec, self.log
         parts = self._parts = start.open_parts(spec, log)
         self.base, self.mesh, self.model, self.optimizer = parts.base, parts.mesh, parts.model, parts.optimizer
@@ -128,7 +128,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """A run that ended is not trained again; one that is given more steps goes on."""
+        """True if the run ended in an earlier attempt, and was given no more steps since."""
         stopped = self.saving is not None and self.saving.finished in ("early_stopping", "callback")
         return self.number >= self.total_steps or stopped
 
@@ -142,7 +142,7 @@ class Run:
         return AdapterSpec(how.base, how.lora, self.model.adapter_shapes, self.spec.num_workers)
 
     def _start_callbacks(self) -> None:
-        """Raises TrainingError, on all ranks, what a callback cannot start with."""
+        """Start the callbacks. If one raises, all ranks raise TrainingError."""
         spec, counts = self.spec, self._counts
         name = spec.directory.rstrip("/").rpartition("/")[2]
         info = RunInfo(name, spec.directory, self.number, self.total_steps, **counts, settings=spec.settings)
@@ -154,7 +154,7 @@ class Run:
     # --- the steps ---------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """All steps. Nothing waits for the device between logged steps; the next batch is placed while a step runs."""
+        """Run all steps. Only logged steps wait for the device. The next batch is placed while a step runs."""
         began, first = time.monotonic(), self.number + 1
         self.window = Window(self.number)
         while not self.is_finished and not self.left:
@@ -184,7 +184,7 @@ class Run:
         return self.number == self.total_steps
 
     def _start_step(self) -> dict[str, jax.Array]:
-        """Step `number` is started and the next batch placed; the step's metrics, as they will be."""
+        """Start step `number` and place the next batch; return the step's metrics, which may still be computing."""
         number, heart = self.number, self.log.heart
         heart.at("step", number)
         self.tracer.before(number, self.state)
@@ -200,7 +200,7 @@ class Run:
         return metrics
 
     def _log(self, metrics: dict[str, jax.Array]) -> None:
-        """A row of the history; waits for the step."""
+        """Add a row to the history; this waits for the step."""
         values = {name: float(value) for name, value in metrics.items()}
         self.outcomes.look(self.number, take_votes=False)
         speed = self.window.close(self.number)
@@ -214,7 +214,7 @@ class Run:
         self._tell(self.calls.step, self.number, row)
 
     def _evaluate_if_due(self, metrics: dict[str, jax.Array]) -> bool:
-        """Whether it was."""
+        """Evaluate if an evaluation is due; return True if it was."""
         if self.evaluation is None or not (self._is_last or self.evaluation.is_due(self.number, self.data.order)):
             return False
         jax.block_until_ready(metrics)
@@ -234,7 +234,7 @@ class Run:
         stops = evaluated and not self._is_last and self.saving.has_stopped_improving()
         if not (self._is_last or stops or self.saving.is_due(self.number, evaluated)):
             return
-        # What is saved must be whole: no step of it may turn out to be not finite.
+        # A save must be sound: none of its steps may turn out to be not finite.
         self.outcomes.look(self.number, take_votes=False)
         with self.window.paused():
             self.log.heart.at("save", self.number)
@@ -246,16 +246,16 @@ class Run:
     # --- leaving -----------------------------------------------------------------------------------------------------
 
     def _vote(self) -> int:
-        """What this rank has been asked for since the last step."""
+        """Return this rank's vote on the requests since the last step."""
         drains = self.spec.channel.is_draining() and not self._saved_for_drain
         return leaving.own_vote(self.log.heart.asked, self.calls.vote, drains)
 
     def _heed(self, vote: int) -> None:
-        """All ranks save at this step, and leave; of a node that Ray drains they go on until Ray ends the group, which
-        then starts again by `max_preemption_failures`.
+        """Save on all ranks at this step, and leave. If Ray drains a node, the ranks go on until Ray ends the group,
+        which then restarts under `max_preemption_failures`.
 
         Raises:
-            TrainingError: preempted; whether the run then starts again is the failure policy's.
+            TrainingError: the run was preempted. The failure policy decides on a restart.
         """
         saved = "nothing was saved: give Trainer(checkpointer=...)"
         if self.saving is not None:
@@ -271,11 +271,11 @@ class Run:
         self.left = leaving.REASONS[vote]
 
     def finish(self) -> dict[str, Any]:
-        """Send this rank's part of the adapter, or of the weights; returns the run's summary."""
+        """Send this rank's part of the adapter, or of the weights; return the run's summary."""
         self.log.heart.at("save", self.number)
         self.data.close()
         if self.saving is not None and self.number == self.saving.step:
-            # Nothing was trained; what is there may be of a run that was to be longer or shorter.
+            # Nothing was trained. The checkpoint there may come from a run with another number of steps.
             self.saving.save(self.number, self.state, finished=self.saving.finished or "steps")
         leaving.hand_over(self.spec, self.rank, self.base, self.model, self.state["params"])
         stopped = self.left or (self.saving.finished if self.saving is not None else None) or "steps"
@@ -283,7 +283,7 @@ class Run:
         problem = self.calls.problem
         self._tell(self.calls.end, self.number, "failed" if problem else stopped, problem)
         times = {"input_wait_s": self.window.total_input_wait_s, "training_s": self._training_s}
-        # With all events: a head that was started again has lost them.
+        # This sends all events, because a restarted head has lost them.
         self.log.record("finished", **times, events=list(self.log.events))
         summary = {"shapes": self.model.adapter_shapes, "stopped": stopped, "callback_error": self.calls.problem}
         if self.saving is not None:
@@ -294,7 +294,7 @@ class Run:
     # --- callbacks ---------------------------------------------------------------------------------------------------
 
     def _tell(self, call: Callable, number: int, *arguments: Any) -> None:
-        """Rank 0's callbacks; where one does not come back, the watchdog says so."""
+        """Call rank 0's callbacks; if one does not return, the watchdog reports it."""
         if self.rank == 0:
             self.log.heart.at("callback", self.number)
             call(number, *arguments)

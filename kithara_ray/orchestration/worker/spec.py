@@ -1,4 +1,4 @@
-"""What the driver has decided about a run: plain data that is carried to every worker's process."""
+"""The driver's decisions about a run: plain data that is sent to every worker process."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ from kithara_ray.orchestration.worker.heartbeat import Limits
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is trained, and from where on.
+    """The model to train, and its starting point.
 
     Attributes:
-        base: handle or directory of the base checkpoint, or of weights that were trained before.
-        lora: what is adapted; None trains all weights.
+        base: handle or directory of the base checkpoint, or of weights from an earlier training.
+        lora: LoRA settings; None trains all weights.
         precision: Keras dtype policy.
-        quantize: what the frozen kernels are held as: "int8", or None as in the base.
-        adapter: tensors by name to go on from; None starts from PEFT's initial factors.
+        quantize: storage of the frozen kernels: "int8", or None for the base's dtype.
+        adapter: tensors by name to continue from; None starts from PEFT's initial factors.
     """
 
     base: str
@@ -37,11 +37,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What is evaluated, and when; beside that always after the last step.
+    """The evaluation data, and the times of evaluation. The run also evaluates after the last step.
 
     Attributes:
-        every_steps, every_epochs: one of them is None.
-        max_samples: the first so many rows alone; None takes all.
+        every_steps, every_epochs: interval of evaluations; one of them is None.
+        max_samples: evaluate on the first `max_samples` rows only; None takes all.
     """
 
     data: DataSpec
@@ -52,25 +52,25 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything a worker needs.
+    """All inputs of a worker.
 
     Attributes:
-        steps, epochs: how long; one of them is None.
-        eval: None evaluates nothing.
-        platform: what JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
-        num_workers: processes that must have met.
-        num_devices: that they must have together; None where only the accelerator knows.
-        directory: the run's.
-        checkpointer: where the run is saved and goes on from; None saves nothing.
-        snapshots: adapters written while it goes on; None writes none.
-        log_steps_interval: steps between two rows of the history.
+        steps, epochs: length of the run; one of them is None.
+        eval: the evaluation; None evaluates nothing.
+        platform: platform that JAX must run on, e.g. "tpu" or "cpu"; a silent fall-back is an error.
+        num_workers: number of processes that must meet.
+        num_devices: number of devices that they must have together; None if only the accelerator knows.
+        directory: the run's directory.
+        checkpointer: saves the run and resumes it; None saves nothing.
+        snapshots: adapters to export during training; None exports none.
+        log_steps_interval: number of steps between two rows of the history.
         limits: seconds without progress that end the run.
-        callbacks: told on rank 0 what happens.
-        profiler: which steps are traced on rank 0; None traces none.
-        settings: the run's arguments as run.json has them, for callbacks.
-        plan: what was planned for the slice; None without a plan.
-        called, submitted: when the driver began, and when it asked for the workers, in seconds since the epoch.
-        channel: what the ranks tell the head by, and send to it.
+        callbacks: callbacks that rank 0 calls.
+        profiler: the profiler, which sets the steps that rank 0 traces; None traces none.
+        settings: the run's arguments as in run.json, for callbacks.
+        plan: the plan for the slice; None without a plan.
+        called, submitted: start of the driver, and its request for the workers, in seconds since the epoch.
+        channel: the channel of the ranks to the head.
     """
 
     model: ModelSpec

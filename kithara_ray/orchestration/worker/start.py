@@ -29,14 +29,14 @@ State = dict[str, Any]
 
 @dataclass
 class Parts:
-    """A run's parts before there is a value in any of them.
+    """A run's parts before any of them holds a value.
 
     Attributes:
         base: the base checkpoint, on this host.
-        mesh: of all ranks' devices.
+        mesh: the mesh of all ranks' devices.
         data: the training batches.
-        evaluation: None where the run has none.
-        total_steps: how many steps there will be.
+        evaluation: the evaluation; None if the run has none.
+        total_steps: number of steps of the whole run.
     """
 
     base: BaseCheckpoint
@@ -49,7 +49,7 @@ class Parts:
 
 
 def open_parts(spec: RunSpec, log: EventLog) -> Parts:
-    """The base fetched, the model built with shapes and no values, the data opened."""
+    """Fetch the base, build the model with shapes and no values, and open the data."""
     model, step = spec.model, spec.step
     with log.phase("fetch"):
         base = BaseCheckpoint.open(fetch(model.base, log.fetched))
@@ -74,7 +74,7 @@ def open_parts(spec: RunSpec, log: EventLog) -> Parts:
 
 
 def find_checkpoint(spec: RunSpec, rank: int, parts: Parts) -> Saving:
-    """The run's checkpoints, of which the newest has been found; all ranks call this."""
+    """Find the newest of the run's checkpoints; all ranks call this."""
     tensors = {f"params/{slot.key}": slot.names for slot in parts.model.adapter_slots}
     saving = Saving(spec.checkpointer, rank, spec.num_workers, tensors, spec.model.base)
     saving.look(lambda: identity_of(spec, parts.base, parts.data.order))
@@ -84,14 +84,14 @@ def find_checkpoint(spec: RunSpec, rank: int, parts: Parts) -> Saving:
 
 
 def load_state(spec: RunSpec, parts: Parts, saving: Saving | None, is_finished: bool) -> tuple[State, Frozen | None]:
-    """(what is trained, the frozen weights), each rank reading what its devices own; a checkpoint's in their place.
+    """Return (trained state, frozen weights). Each rank reads what its devices own, from a checkpoint if there is one.
 
     Args:
-        is_finished: whether no step will be trained; the frozen weights are then left out.
+        is_finished: True if no step will be trained; the frozen weights are then left out.
     """
     model = parts.model
     if spec.model.lora is None:
-        # A run that has ended needs them too: a checkpoint is read into their place.
+        # A run that has ended needs the parameters too: a checkpoint is read into their place.
         params, frozen = model.as_params(model.load(parts.base)), []
     else:
         frozen = None if is_finished else model.load(parts.base)
@@ -107,7 +107,7 @@ def _factors(spec: RunSpec, model: CausalLM, frozen: Frozen | None) -> Params:
 
 
 def compile_steps(spec: RunSpec, parts: Parts, state: State, frozen: Frozen) -> ByLength:
-    """The step, and where there is one the evaluation, a program for each length of a batch."""
+    """Compile the step and, if there is one, the evaluation: a program for each length of a batch."""
     how = spec.step
 
     def compiled(batch: Mapping[str, Any]):

@@ -1,4 +1,4 @@
-"""How fast steps are, what that is against the chips, and what a step holds in their memory."""
+"""The speed of steps, their share of the chips' peak, and their use of the chips' memory."""
 
 import contextlib
 import time
@@ -8,15 +8,18 @@ import jax
 
 from kithara_ray.plan.chips import chip_of_kind
 
-# Forward and backward pass; a frozen weight needs no gradient of its own, only that of what it is given.
+# Forward and backward pass. A frozen weight needs no gradient of its own, only the gradient of its input.
 _FLOPS_PER_PARAMETER = {True: 4, False: 6}
 
 
 class Figures:
-    """Args:
-    parameters: of the whole model, N; 4N FLOPs a token where an adapter is trained, 6N for all weights.
-    is_lora: whether an adapter is trained.
-    devices: of all hosts.
+    """A run's use of the chips, computed from its speed.
+
+    Args:
+        parameters: number N of the whole model's parameters; 4N FLOPs per token to train an adapter, 6N for all
+            weights.
+        is_lora: True if an adapter is trained.
+        devices: number of devices of all hosts.
     """
 
     def __init__(self, parameters: int, is_lora: bool, devices: int):
@@ -25,8 +28,8 @@ class Figures:
         self._peak = chip.flops_per_s * devices if chip is not None else None
 
     def of(self, tokens_per_s: float) -> dict[str, float]:
-        """mfu, of real tokens, where the chip is known; hbm_bytes, the most that a device of this host has held, and
-        hbm_limit_bytes, where the backend tells."""
+        """Return mfu, from real tokens, if the chip is known; and if the backend reports them, hbm_bytes, the peak of a
+        device of this host, and hbm_limit_bytes."""
         figures = {}
         if self._peak is not None:
             figures["mfu"] = tokens_per_s * self._flops_per_token / self._peak
@@ -42,10 +45,10 @@ class Window:
     """The steps since the last logged one, by this rank's clock.
 
     Attributes:
-        total_input_wait_s: seconds that steps have waited for data, of all windows.
+        total_input_wait_s: seconds that steps have waited for data, over all windows.
 
     Args:
-        step: how many steps there have been.
+        step: number of steps so far.
     """
 
     def __init__(self, step: int):
@@ -56,12 +59,12 @@ class Window:
         self._first, self._tokens, self._wait_s, self._mark = step, 0, 0.0, time.monotonic()
 
     def add(self, tokens: int) -> None:
-        """A step of so many real tokens, of all hosts."""
+        """Add a step of `tokens` real tokens over all hosts."""
         self._tokens += tokens
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """For the next batch."""
+        """Time a wait for the next batch."""
         began = time.monotonic()
         yield
         waited = time.monotonic() - began
@@ -70,13 +73,13 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is no step; the devices must be done with those before."""
+        """Leave work out of the steps' time; the devices must have finished the steps before it."""
         began = time.monotonic()
         yield
         self._mark += time.monotonic() - began
 
     def close(self, step: int) -> dict[str, float]:
-        """Tokens a second, and seconds and seconds of waiting for data a step, up to this one; the next begins."""
+        """Return tokens per second, and seconds and input wait per step, up to `step`; then begin the next window."""
         seconds, steps = time.monotonic() - self._mark, step - self._first
         row = {
             "tokens_per_s": self._tokens / seconds,

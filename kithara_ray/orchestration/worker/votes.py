@@ -1,7 +1,7 @@
-"""What became of each step, and what the ranks want, looked at when it costs nothing.
+"""Collect each step's outcome and the ranks' votes, and look at them when it costs nothing.
 
-A step's outcome is read `LOOK_BEHIND` steps later, when the devices are done with it: they always have a step to do.
-All ranks read the same numbers at the same step, so all come to the same decision.
+A step's outcome is read `LOOK_BEHIND` steps later, when the devices have finished it, so they always have a step to
+run. All ranks read the same numbers at the same step, so all reach the same decision.
 """
 
 import logging
@@ -13,20 +13,22 @@ from kithara_ray.sharding.agree import Ballot
 
 logger = logging.getLogger(__name__)
 
-# What a rank votes for, the more urgent the higher. STOP and FAILED are of rank 0's callbacks.
+# A rank's vote; a higher one is more urgent. Rank 0's callbacks cast STOP and FAILED.
 GO_ON, SAVE, STOP, FAILED, INTERRUPT, PREEMPTED = range(6)
 LOOK_BEHIND = 2
-# With on_nan="skip": so many in a row are no bad batch but a broken run.
+# With on_nan="skip", this many in a row mean a broken run, not a bad batch.
 MAX_SKIPPED_IN_A_ROW = 10
 _SHOWN_ROWS = 16
 
 
 class Outcomes:
-    """Args:
-    ballot: brings votes and outcomes together.
-    on_nan: "stop" or "skip".
-    rows_of: a step's number -> the rows of its batch, as they are numbered in the source.
-    on_skip: told the step and its rows, on every rank.
+    """The outcomes of steps and the votes of ranks, read some steps later.
+
+    Args:
+        ballot: combines votes and outcomes of all ranks.
+        on_nan: "stop" or "skip".
+        rows_of: a step's number -> the rows of its batch, as numbered in the source.
+        on_skip: called with the step and its rows, on every rank.
     """
 
     def __init__(
@@ -41,16 +43,17 @@ class Outcomes:
         self._in_a_row = 0
 
     def cast(self, step: int, vote: int, metrics: dict[str, Any]) -> None:
-        """After a step was started: this rank's vote, and the step's metrics. Waits for nothing."""
+        """Record this rank's vote and the step's metrics after a step was started. Waits for nothing."""
         self._waiting[step] = self.ballot.cast(vote, metrics["loss"], metrics["grad_norm"])
 
     def look(self, until: int, take_votes: bool = True) -> int:
-        """Wait for the steps up to `until`; their losses must be finite. Returns the highest vote of all ranks.
+        """Wait for the steps up to `until`, and check that their losses are finite. Return the highest vote of all
+        ranks.
 
-        Without `take_votes` votes are left for the next look.
+        Without `take_votes`, votes are left for the next look.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite, with the rows of its batch.
+            TrainingError: a loss or gradient is not finite; the message names the rows of its batch.
         """
         highest = GO_ON
         for step in [step for step in sorted(self._waiting) if step <= until]:
