@@ -151,8 +151,10 @@ class Adapter:
 
     @property
     def changes(self) -> dict[str, "Change"]:
-        """Map each tensor of the base that a merge changes to its change. A part of an adapter maps only its own
-        tensors."""
+        """Map each tensor of the base that a merge changes to its change.
+
+        A part of an adapter maps only the tensors that the part changes.
+        """
         made = {m + WEIGHT_SUFFIX: Change(module=m) for m in self.modules if m + A_SUFFIX in self.tensors}
         for name, array in self.beside.items():
             made[beside.tensor_of(name)] = Change(value=array, rows=beside.rows_of(self.config, name))

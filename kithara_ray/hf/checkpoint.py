@@ -72,8 +72,7 @@ class BaseCheckpoint:
 
     @classmethod
     def at(cls, handle: str) -> "BaseCheckpoint":
-        """Open the checkpoint at a handle. Weights on an object store stay there (`source`): only their headers are
-        read."""
+        """Open the checkpoint at a handle. Weights on an object store stay there (`source`); only headers are read."""
         directory, source = fetch_headers(str(handle))
         return cls.open(directory, source=source)
 
@@ -202,7 +201,7 @@ def tensor_digest(info: TensorInfo) -> bytes:
 
 
 def sample_ranges(nbytes: int) -> list[tuple[int, int]]:
-    """Byte ranges within a tensor that its fingerprint reads."""
+    """Return the byte ranges within a tensor that its fingerprint reads."""
     if nbytes <= 2 * EDGE_BYTES + SAMPLES * SAMPLE_BYTES:
         return [(0, nbytes)]
     first, last = EDGE_BYTES, nbytes - EDGE_BYTES

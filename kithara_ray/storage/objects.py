@@ -32,8 +32,7 @@ def put_file(local: Path, target: str, name: str) -> dict[str, Any]:
 
 
 def receipt_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"bytes", "version"} of an object from its filesystem's info; a different version is a different
-    object."""
+    """Return {"bytes", "version"} of an object from its filesystem's info. Each version is another object."""
     return {"bytes": int(info["size"]), "version": version_of(info)}
 
 

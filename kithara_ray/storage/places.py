@@ -53,8 +53,7 @@ class Place:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Yield a temporary directory for files to put. For a local place it is next to the destination: a rename is
-        enough."""
+        """Yield a temporary directory for files to put. A local one is next to its destination: a rename is enough."""
         if not self.is_local:
             with tempfile.TemporaryDirectory(prefix="kithara_ray_checkpoint_") as directory:
                 yield Path(directory)

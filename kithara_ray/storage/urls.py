@@ -34,8 +34,7 @@ def cache_dir() -> Path:
 
 
 def filesystem(url: str, error: type[Exception]) -> tuple[Any, str]:
-    """Return (filesystem, root in it) of a URL, with no cached listing. Raises `error` if fsspec does not know the
-    scheme."""
+    """Return (filesystem, root in it) of a URL, without cached listings. Raises `error` for an unknown scheme."""
     import fsspec
 
     try:
@@ -47,7 +46,6 @@ def filesystem(url: str, error: type[Exception]) -> tuple[Any, str]:
 
 
 def version_of(entry: dict) -> str:
-    """Return the facts that change when an object is overwritten: generation, checksum or time, as the backend
-    reports."""
+    """Return the facts that change when an object is overwritten: generation, checksum or time, if reported."""
     fields = ("generation", "etag", "ETag", "md5Hash", "crc32c", "mtime", "updated", "LastModified", "created")
     return "|".join(f"{field}={entry[field]}" for field in fields if entry.get(field) is not None)
