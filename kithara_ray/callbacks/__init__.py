@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and to whom: the protocol, trackers, a profiler. No Ray, no JAX on import."""
+"""Callbacks to which a run reports its progress: the protocol, trackers, a profiler. No Ray, no JAX on import."""
 
 from kithara_ray.callbacks.callback import Callback, RunInfo
 from kithara_ray.callbacks.profiler import Profiler

@@ -1,4 +1,4 @@
-"""Chosen steps traced by JAX' profiler, on rank 0: an `.xplane.pb` that XProf and TensorBoard's profile plugin show."""
+"""Trace chosen steps on rank 0 with JAX's profiler, as an `.xplane.pb` for XProf and TensorBoard's profile plugin."""
 
 import logging
 import tempfile
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Profiler:
-    """Which steps are traced, and where the trace goes.
+    """The steps to trace, and the destination of the trace.
 
     Attributes:
         directory: on rank 0's host, or `gs://...`, `s3://...`; `plugins/profile/<time>/` in it holds the trace.
@@ -35,13 +35,13 @@ class Profiler:
 
 
 class Tracer:
-    """Starts and ends the trace at its steps; `settings` None traces nothing. A trace that fails ends no run."""
+    """A trace of the chosen steps; `settings` None traces nothing. A failed trace does not end the run."""
 
     def __init__(self, settings: Profiler | None):
         self._settings, self._local, self._done = settings, None, settings is None
 
     def before(self, step: int, state: Any) -> None:
-        """Step `step` is about to be started with `state`."""
+        """Start the trace if `step`, which is about to start with `state`, is the first to trace."""
         if self._done or step != self._settings.steps[0]:
             return
         import jax
@@ -55,12 +55,12 @@ class Tracer:
             self._give_up(error)
 
     def after(self, step: int, state: Any) -> None:
-        """Step `step` has been started and gives `state`."""
+        """End the trace if `step`, which has started and returns `state`, is the last to trace."""
         if not self._done and self._local is not None and step >= self._settings.steps[1]:
             self.finish(state)
 
     def finish(self, state: Any = None) -> None:
-        """End a trace that is under way; one whose last step never comes is ended with the run."""
+        """End a trace that is under way. The run calls this at its end, in case the last traced step never came."""
         if self._done or self._local is None:
             return
         import jax

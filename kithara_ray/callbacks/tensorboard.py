@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written by tensorboardX: neither TensorFlow nor torch is imported."""
+"""TensorBoard's event files, written by tensorboardX, which imports neither TensorFlow nor torch."""
 
 import shutil
 import tempfile
@@ -14,13 +14,14 @@ _FLUSH_S = 5
 
 
 class TensorBoard(Callback):
-    """`Trainer(tensorboard_dir=)`: every number of a step as `train/...`, of an evaluation as `eval/...`.
+    """The callback of `Trainer(tensorboard_dir=)`.
 
-    A run that goes on hides what was logged after the checkpoint it goes on from.
+    It logs a step's numbers as `train/...` and an
+    evaluation's as `eval/...`. A resumed run hides the entries logged after the checkpoint from which it resumes.
 
     Args:
-        directory: on rank 0's host, or `gs://...`, `s3://...`, where the file is put anew every half a minute, since
-            objects cannot be appended to.
+        directory: on rank 0's host, or `gs://...`, `s3://...`. Objects cannot be appended to, so there the file is
+            uploaded again every half a minute.
     """
 
     required = False
@@ -34,7 +35,7 @@ class TensorBoard(Callback):
         from tensorboardX import SummaryWriter
 
         place = Place(self.directory)
-        # A place that cannot be written to is told before anything is loaded.
+        # A place that cannot be written to raises before anything is loaded.
         place.put_bytes(b"", "", f".probe-{run.name}")
         place.remove("", [f".probe-{run.name}"])
         self._local = Path(place.path() if place.is_local else tempfile.mkdtemp(prefix="kithara_ray_events_"))

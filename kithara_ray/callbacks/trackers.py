@@ -1,7 +1,7 @@
-"""Trackers through their own libraries, which are imported in the worker and need not be installed elsewhere.
+"""Report to trackers through their own libraries, which only the worker imports and needs to have installed.
 
-Credentials come from where the libraries take them (WANDB_API_KEY, MLFLOW_TRACKING_TOKEN ... in the environment of the
-workers), so that none is an argument and none is written down.
+The libraries read credentials from the workers' environment (WANDB_API_KEY, MLFLOW_TRACKING_TOKEN ...). So no
+credential is an argument, and none is written down.
 """
 
 import hashlib
@@ -16,12 +16,14 @@ _LONGEST_VALUE = 500
 
 
 class WandB(Callback):
-    """Weights & Biases. A run that goes on is the same run there: its id is made of the run's directory.
+    """A callback for Weights & Biases.
+
+    A resumed run continues the same run there: its id derives from the run's directory.
 
     Args:
-        project, entity, name: as of `wandb.init`; the name is the run's by default.
+        project, entity, name: as in `wandb.init`; the default name is the run's.
         mode: "online", "offline" or "disabled".
-        directory: where the library writes on rank 0's host; the working directory by default.
+        directory: the library's directory on rank 0's host; the working directory by default.
     """
 
     required = False
@@ -50,7 +52,7 @@ class WandB(Callback):
             resume="allow",
             config=dict(run.settings),
         )
-        # By a step of our own: the library's only grows, and a run may go on from an earlier one.
+        # Our own step: the library's step only grows, but a run may resume from an earlier one.
         self._run.define_metric("*", step_metric="step")
 
     def on_step(self, run: RunInfo, step: int, metrics: Mapping[str, float]) -> None:
@@ -66,12 +68,14 @@ class WandB(Callback):
 
 
 class MLflow(Callback):
-    """MLflow tracking. A run that goes on is the same run there, found by a tag with the run's directory.
+    """A callback for MLflow.
+
+    A resumed run continues the same run there, found by a tag with the run's directory.
 
     Args:
-        experiment: made where it is not there.
-        tracking_uri: of a server, or `sqlite:///...`; by default MLFLOW_TRACKING_URI of the worker.
-        run_name: the run's by default.
+        experiment: the experiment's name; it is created if it does not exist.
+        tracking_uri: a server's URI, or `sqlite:///...`; the worker's MLFLOW_TRACKING_URI by default.
+        run_name: the run's name by default.
         tags: further tags.
     """
 
@@ -130,7 +134,7 @@ def _identity(run: RunInfo) -> str:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

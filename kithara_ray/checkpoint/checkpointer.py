@@ -1,4 +1,4 @@
-"""The Checkpointer of the public API: where a run is saved, how often, and what is kept."""
+"""The Checkpointer of the public API: the place and interval of a run's checkpoints, and how many to keep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from kithara_ray.checkpoint.disk_format import Keep
 from kithara_ray.errors import ConfigError
 from kithara_ray.storage.urls import absolute
 
-# What makes two runs the same, as the manifests name it.
+# The facts that make two runs the same, by their names in a manifest.
 IDENTITY = ("base", "precision", "lora", "optimizer", "seed", "data")
 
 
 @dataclass(frozen=True)
 class Checkpointer:
-    """Saves a run, so that it can go on after whatever ended it.
+    """Settings for saving a run, so that it can resume after any interruption.
 
     Attributes:
-        checkpoint_dir: a directory that all hosts share, or `gs://...`, `s3://...`. A run whose directory holds a whole
-            checkpoint of the same run goes on from the newest; one that has finished is not trained again.
+        checkpoint_dir: a directory that all hosts share, or `gs://...`, `s3://...`. A run resumes from the newest
+            complete checkpoint of the same run there. A run that has finished does not train again.
         save_interval_steps: steps between two checkpoints; the last step is always saved.
-        max_to_keep: how many stay, the newest among them; None keeps all.
-        score_attribute: a metric, e.g. "eval_loss": the best by it stay, and each evaluation is saved.
-        score_order: "min" or "max", which is better.
-        early_stopping_patience: end the run after so many evaluations without a better `score_attribute`.
-        allow_changes: what may differ from the run that wrote the checkpoint: "base", "precision", "lora" (alpha and
-            dropout; other shapes never fit), "optimizer", "seed", "data".
-        save_timeout_s: how long a checkpoint waits for the slowest rank.
+        max_to_keep: the number of checkpoints to keep, including the newest; None keeps all.
+        score_attribute: a metric, e.g. "eval_loss". The best checkpoints by it are kept, and each evaluation is saved.
+        score_order: "min" or "max": the direction in which a score is better.
+        early_stopping_patience: end the run after this many evaluations without a better `score_attribute`.
+        allow_changes: settings that may differ from the run that wrote the checkpoint: "base", "precision", "lora"
+            (alpha and dropout; other shapes never fit), "optimizer", "seed", "data".
+        save_timeout_s: seconds that a checkpoint waits for the slowest rank.
     """
 
     checkpoint_dir: str

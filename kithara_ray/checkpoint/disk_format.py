@@ -1,15 +1,15 @@
-"""Checkpoints of a run as files, on a disk or an object store. No JAX here: arrays are numpy, and named.
+"""Checkpoints of a run as files, on a disk or an object store. This module needs no JAX: it names numpy arrays.
 
     <checkpoint_dir>/
-      step-00000020-1f2e3d4c/                        of one step and one attempt; no other attempt writes there
-        00000-of-00002.<sha256>.safetensors          what rank 0 held: `<array>@<start>:<stop>,...` -> that slice
+      step-00000020-1f2e3d4c/                        one step of one attempt; no other attempt writes there
+        00000-of-00002.<sha256>.safetensors          rank 0's slices: `<array>@<start>:<stop>,...` -> that slice
         00001-of-00002.<sha256>.safetensors
         events.<sha256>.json                         the run's history up to this step
         manifest.json                                written last; without it the directory is no checkpoint
 
 Every file appears whole or not at all, under a name that holds its hash: locally by a rename after fsync, on an object
-store by a single put. The slices tile every array, so that a run may be resumed on another mesh or number of
-hosts, and no host ever needs to hold more than its own part.
+store by a single put. The slices tile every array, so a run can resume on another mesh or number of hosts. No host
+needs to hold more than its own part.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ FORMAT, VERSION = "kithara_ray checkpoint", 1
 MANIFEST = "manifest.json"
 _DIRECTORY = re.compile(r"step-(\d{8,})-([0-9a-f]{8})")
 _PART = re.compile(r"(\d{5})-of-(\d{5})\.([0-9a-f]{64})\.safetensors")
-# A part up to this size is read as a whole; of a larger one, the slices that are asked for.
+# A part up to this size is read as a whole; from a larger part, only the requested slices are read.
 _WHOLE_BYTES = 256_000_000
 
 
@@ -55,10 +55,10 @@ def step_of(directory: str) -> int:
 
 
 def write_part(place: Place, directory: str, shards: Sequence[Shard], rank: int, num_ranks: int) -> None:
-    """What one rank holds; every rank writes one part, if an empty one.
+    """Write the part that one rank holds; every rank writes one, even an empty one.
 
     Raises:
-        DestinationError: it could not be written.
+        DestinationError: the part cannot be written.
     """
     arrays = {f"{shard.name}@{_show(shard.bounds)}": shard.data for shard in shards}
     with place.scratch() as scratch:
@@ -70,7 +70,7 @@ def write_part(place: Place, directory: str, shards: Sequence[Shard], rank: int,
 
 
 def parts_of(place: Place, directory: str, num_ranks: int) -> dict[int, tuple[str, int]]:
-    """The parts that are there: rank -> (file name, bytes)."""
+    """Return the parts that are there: rank -> (file name, bytes)."""
     found = {}
     for name, size_bytes in place.files(directory).items():
         match = _PART.fullmatch(name)
@@ -87,15 +87,15 @@ def commit(
     document: Mapping[str, Any],
     events: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Make the directory a checkpoint; all parts are there.
+    """Make a directory that holds all parts a checkpoint.
 
     Args:
         arrays: name -> (shape, safetensors tag of the dtype), of the whole arrays.
-        document: JSON, what else the manifest says: "identity", "metrics", "evaluations", ...
+        document: JSON, the manifest's other entries: "identity", "metrics", "evaluations", ...
         events: JSON, the run's history.
 
     Raises:
-        DestinationError: it could not be written.
+        DestinationError: the checkpoint cannot be written.
     """
     files = {}
     for name, size_bytes in parts_of(place, directory, num_ranks).values():
@@ -131,30 +131,30 @@ def _show(bounds: Bounds) -> str:
 
 
 def committed(place: Place) -> list[str]:
-    """The directories with a manifest, newest step first."""
+    """List the directories with a manifest, newest step first."""
     names = [name for name in place.directories() if _DIRECTORY.fullmatch(name) and MANIFEST in place.files(name)]
     return sorted(names, key=lambda name: (step_of(name), name), reverse=True)
 
 
 def unfinished(place: Place) -> list[str]:
-    """The directories of saves that were never committed."""
+    """List the directories of saves that were never committed."""
     names = [name for name in place.directories() if _DIRECTORY.fullmatch(name)]
     return [name for name in names if MANIFEST not in place.files(name)]
 
 
 def remove(place: Place, directory: str) -> None:
-    """The manifest goes first: what is half removed is no checkpoint."""
+    """Remove a checkpoint, its manifest first: a partly removed directory is not a checkpoint."""
     names = place.files(directory)
     place.remove(directory, sorted(names, key=lambda name: (name != MANIFEST, name)))
 
 
 @dataclass
 class Checkpoint:
-    """A committed checkpoint, opened; its files are read when they are asked for.
+    """An open, committed checkpoint; it reads its files on request.
 
     Attributes:
-        url: where it is.
-        manifest: what it says of itself.
+        url: its location.
+        manifest: the content of its manifest.json.
     """
 
     place: Place
@@ -165,7 +165,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, place: Place, directory: str) -> "Checkpoint":
-        """Raises CheckpointError: the manifest is damaged or of another version."""
+        """Open a checkpoint. Raises CheckpointError if the manifest is damaged or of another version."""
         url = place.url(directory)
         try:
             manifest = json.loads(place.read(directory, MANIFEST))
@@ -194,10 +194,10 @@ class Checkpoint:
         return sorted(self.manifest["files"])
 
     def verify(self, files: Sequence[str] | None = None) -> None:
-        """Read the files (default: all) and compare their hashes.
+        """Read the files (default: all) and check their hashes.
 
         Raises:
-            CheckpointError: names the file.
+            CheckpointError: a file is damaged or cannot be read; the message names it.
         """
         for name in self.files if files is None else files:
             expected = self.manifest["files"][name]
@@ -213,10 +213,10 @@ class Checkpoint:
         return json.loads(self.place.read(self.directory, name))
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A slice of one array, or all of it.
+        """Read a slice of one array, or all of it.
 
         Raises:
-            CheckpointError: there is no such array, or its slices do not cover what was asked for.
+            CheckpointError: there is no such array, or its slices do not cover the request.
         """
         if name not in self.manifest["arrays"]:
             raise CheckpointError(f"{self.url} has no array {name!r}")
@@ -240,7 +240,7 @@ class Checkpoint:
         return out
 
     def adapter(self) -> dict[str, np.ndarray]:
-        """The adapter's tensors by their own names, from the arrays that were trained."""
+        """Return the adapter's tensors by their own names, from the arrays that were trained."""
         tensors = {}
         for name, parts in self.manifest["tensors"].items():
             whole = self.read(name)
@@ -249,7 +249,7 @@ class Checkpoint:
         return tensors
 
     def _tensors(self) -> dict[str, list[tuple[Bounds, TensorInfo]]]:
-        """array -> its slices: (bounds, where). The parts' headers, read once."""
+        """Map each array to its slices, (bounds, location), from the parts' headers, which are read once."""
         if self._slices is None:
             self._slices = {}
             with tempfile.TemporaryDirectory(prefix="kithara_ray_checkpoint_") as scratch:
@@ -278,7 +278,7 @@ class Checkpoint:
 
 
 def tag_of(dtype: np.dtype) -> str:
-    """The safetensors tag of a dtype."""
+    """Return the safetensors tag of a dtype."""
     return TAGS[np.dtype(dtype)]
 
 
@@ -286,10 +286,10 @@ def tag_of(dtype: np.dtype) -> str:
 
 
 def check_identity(checkpoint: Checkpoint, mine: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Whether a run may go on from a checkpoint: it must be the same run, but for what is allowed to differ.
+    """Refuse a checkpoint of a different run, except for the settings that may differ.
 
     Raises:
-        ConfigError: names what differs, with both values.
+        ConfigError: a setting differs; the message names it with both values.
     """
     theirs = checkpoint.manifest["identity"]
     for name, value in mine.items():
@@ -313,12 +313,12 @@ def _differs(then: Any, now: Any) -> str:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay.
+    """The rule for which checkpoints to keep.
 
     Attributes:
-        max_to_keep: how many; None keeps all.
-        score: the metric by which the best stay; None keeps the newest.
-        order: "min" or "max", which score is better.
+        max_to_keep: the number to keep; None keeps all.
+        score: the metric by which to keep the best; None keeps the newest.
+        order: "min" or "max": the direction in which a score is better.
     """
 
     max_to_keep: int | None = 5
@@ -326,7 +326,7 @@ class Keep:
     order: str = "min"
 
     def victims(self, kept: Mapping[str, Mapping[str, float]]) -> list[str]:
-        """Those to remove, of directory -> metrics. The newest always stays: a run resumes from it."""
+        """List the directories to remove from directory -> metrics. The newest always stays: a run resumes from it."""
         if self.max_to_keep is None:
             return []
         newest_first = sorted(kept, key=lambda name: (step_of(name), name), reverse=True)
@@ -338,7 +338,7 @@ class Keep:
         return ranked[self.max_to_keep - 1 :]
 
     def best(self, kept: Mapping[str, Mapping[str, float]]) -> str | None:
-        """The directory of the best score; the newest where nothing is scored."""
+        """Return the directory with the best score; the newest if nothing is scored."""
         newest_first = sorted(kept, key=lambda name: (step_of(name), name), reverse=True)
         return min(newest_first, key=lambda name: self._badness(kept[name]), default=None)
 
@@ -349,7 +349,7 @@ class Keep:
         return -value if self.order == "max" else value
 
     def since_best(self, scores: Sequence[float]) -> int:
-        """How many evaluations have gone by since the best score; all of them where none is finite."""
+        """Count the evaluations since the best score; all of them if no score is finite."""
         badness = [self._badness({self.score: score}) for score in scores]
         finite = [value for value in badness if value < math.inf]
         return len(scores) - 1 - badness.index(min(finite)) if finite else len(scores)

@@ -1,4 +1,4 @@
-"""The files of a run's directory: run.json, and the newest adapter or that of a step. No Ray, no JAX."""
+"""The files of a run's directory: run.json, and the newest adapter or a given step's. No Ray, no JAX."""
 
 import dataclasses
 import json
@@ -22,18 +22,18 @@ from kithara_ray.storage.places import Place
 log = logging.getLogger(__name__)
 
 CHECKPOINTS, ADAPTER, RUN, TOKENIZER = "checkpoints", "adapter", "run.json", "tokenizer"
-# Directories in a run's own, or in those that keep its checkpoints and exports; `tokenizer/` is beside them.
+# Directories in a run's directory, or in those for its checkpoints and exports; `tokenizer/` is next to them.
 _OF_A_RUN = re.compile(r"adapter|adapters|checkpoints|model(-\d+)?|step-\d{6,}(-[0-9a-f]{8})?")
 
 
 @dataclass
 class Trained:
-    """An adapter, and where it comes from.
+    """An adapter and its origin.
 
-    base: the handle of its base as far as the files tell; None where they do not.
-    trained_on: which base that is, as far as the files tell.
-    run: what is known of the training, for run.json.
-    tokenizer: where the tokenizer that it was trained with is kept; None where that is not known.
+    base: the handle of its base; None if the files do not say.
+    trained_on: the identity of that base, as far as the files say.
+    run: the known facts about the training, for run.json.
+    tokenizer: the location of the tokenizer that it was trained with; None if that is not known.
     """
 
     adapter: Adapter
@@ -44,8 +44,10 @@ class Trained:
 
 
 def tokenizer_of(location: str) -> str | None:
-    """Where the tokenizer is that an adapter, a checkpoint or a run was trained with: beside the adapter, or in
-    `tokenizer/` of the run's directory. None where neither holds one, or for an adapter on the Hub, which is fetched.
+    """Return the location of the tokenizer that an adapter, a checkpoint or a run was trained with.
+
+    It is next to the adapter, or in `tokenizer/` of the run's directory. None if neither holds one, or for an adapter
+    on the Hub, which is fetched.
     """
     if str(location).startswith("hf://"):
         return None
@@ -60,7 +62,7 @@ def tokenizer_of(location: str) -> str | None:
 
 
 def tokenizer_beside(adapters: Sequence[str]) -> str | None:
-    """Where the tokenizer of several adapters is; None, with a warning, where they were trained with different ones."""
+    """Return the location of several adapters' tokenizer; None, with a warning, if their tokenizers differ."""
     found = [place for adapter in adapters if (place := _beside(adapter))]
     if len(found) > 1 and any(read_tokenizer(place) != read_tokenizer(found[0]) for place in found):
         log.warning("the adapters were trained with different tokenizers; the export has the base's")
@@ -76,10 +78,12 @@ def _beside(adapter: str) -> str | None:
 
 
 def read_trained(location: str, step: int | None = None) -> Trained:
-    """The adapter at `location`: a PEFT adapter, a run's directory, its directory of checkpoints, or one checkpoint.
+    """Read the adapter at `location`.
 
-    A run that ended has `adapter/`, which is taken unless a step is asked for; else the newest checkpoint, or that of
-    `step`. Every file of the checkpoint is verified. Raises AdapterError, CheckpointError, ConfigError.
+    `location` is a PEFT adapter, a run's directory, its directory of checkpoints, or one checkpoint.
+
+    Without `step`, this takes `adapter/` of a run that ended, else the newest checkpoint. With `step`, it takes that
+    step's checkpoint. It verifies every file of the checkpoint. Raises AdapterError, CheckpointError, ConfigError.
     """
     trained = _find(location, step)
     trained.tokenizer = trained.tokenizer or tokenizer_of(location)
@@ -90,12 +94,12 @@ def read_trained(location: str, step: int | None = None) -> Trained:
 
 
 def write_manifest(directory: str, content: Mapping[str, Any]) -> None:
-    """run.json into a run's directory, whole or not at all. Raises DestinationError."""
+    """Write run.json into a run's directory, whole or not at all. Raises DestinationError."""
     Place(directory).put_bytes((json.dumps(content, indent=2) + "\n").encode(), "", RUN)
 
 
 def _manifest(location: str) -> dict[str, Any] | None:
-    """run.json of a run's directory, if that is what was given. Exports carry it on."""
+    """Read run.json if `location` is a run's directory. Exports copy it."""
     place = Place(location.rstrip("/"))
     if RUN not in place.files(""):
         return None
@@ -106,10 +110,10 @@ def _manifest(location: str) -> dict[str, Any] | None:
 
 
 def read_object(place: Place, name: str) -> dict[str, Any]:
-    """A file of a run's directory that holds named values, run.json among them.
+    """Read a file of named values, such as run.json, from a run's directory.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: the file cannot be read, or holds something else.
     """
     try:
         found = json.loads(place.read("", name))
@@ -144,7 +148,7 @@ def _find(location: str, step: int | None) -> Trained:
 
 
 def _revision_of(found: Checkpoint) -> str | None:
-    """The revision of the base, of the run.json beside a run's checkpoints."""
+    """Return the base's revision from the run.json next to a run's checkpoints."""
     run = _manifest(found.place.root.rstrip("/").rpartition("/")[0])
     base = run.get("base") if run else None
     revision = base.get("revision") if isinstance(base, dict) else None

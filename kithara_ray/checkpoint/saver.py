@@ -1,7 +1,7 @@
-"""Saving and restoring a run's state while it is on devices.
+"""Save and restore a run's state while it is on devices.
 
-The copy to host memory is made at the step; writing goes on in a thread, at most one at a time. Ranks do not talk to
-each other about it: each puts its part, rank 0 sees all parts appear, and puts the manifest.
+Each save copies the state to host memory at the step and writes it in a thread, at most one at a time. Ranks do not
+communicate: each puts its part, rank 0 sees all parts appear, and puts the manifest.
 """
 
 import logging
@@ -21,26 +21,26 @@ from kithara_ray.storage.places import Place
 
 logger = logging.getLogger(__name__)
 
-# Directories in which the ranks of an attempt find out whether they share the place.
+# Prefix of the directories in which the ranks of an attempt check that they share the place.
 PROBE = ".hosts-"
 _LOOK_S = 0.1
 _LOOK_MOST_S = 2.0
 
 
 def named_arrays(state: Any) -> dict[str, jax.Array]:
-    """A state's arrays by their paths, e.g. `params/<factor>`, `opt/<variable>`, `step`."""
+    """Return a state's arrays by their paths, e.g. `params/<factor>`, `opt/<variable>`, `step`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 class Saver:
-    """Saves one rank's part of a run.
+    """A saver of one rank's part of a run.
 
     Args:
         attempt: 8 hex digits that all ranks of this attempt share and no other attempt has.
-        keep: what stays.
-        timeout_s: how long rank 0 waits for the other ranks' parts.
-        on_commit: called on rank 0, in the writing thread, with the directory and its manifest's "metrics".
+        keep: the rule for which checkpoints to keep.
+        timeout_s: seconds that rank 0 waits for the other ranks' parts.
+        on_commit: called on rank 0, in the writing thread, with the directory's URL and the seconds that the save took.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Saver:
         self.last_step = -1
 
     def start(self) -> None:
-        """Rank 0: learn what is there, and remove what earlier attempts have not finished."""
+        """Rank 0: find the committed checkpoints, and remove those that earlier attempts did not finish."""
         if self.rank:
             return
         for directory in disk_format.committed(self.place):
@@ -78,23 +78,23 @@ class Saver:
 
     @property
     def newest(self) -> str | None:
-        """Rank 0: where the newest committed checkpoint is."""
+        """Rank 0: the URL of the newest committed checkpoint."""
         newest = max(self._committed, key=lambda name: (disk_format.step_of(name), name), default=None)
         return None if newest is None else self.place.url(newest)
 
     @property
     def best(self) -> str | None:
-        """Rank 0: where the best of those that are kept is."""
+        """Rank 0: the URL of the best checkpoint that is kept."""
         best = self.keep.best(self._committed)
         return None if best is None else self.place.url(best)
 
     def save(self, step: int, state: Any, document: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> None:
-        """Copy the state, and write it in a thread; waits for the save before this one.
+        """Wait for the previous save, copy the state, and write it in a thread.
 
         Args:
-            document, events: as in `disk_format.commit`; rank 0's count.
+            document, events: as in `disk_format.commit`; only rank 0's are used.
 
-        Raises: what the save before this one ended with.
+        Raises: the previous save's error, if it failed.
         """
         self.wait()
         arrays = named_arrays(state)
@@ -102,7 +102,7 @@ class Saver:
             for shard in array.addressable_shards:
                 if shard.replica_id == 0:
                     shard.data.copy_to_host_async()
-        # On a CPU these are views; a buffer that is seen from outside is not given to the next step to write into.
+        # On a CPU these are views. JAX does not let the next step write into a buffer that has a view.
         shards = local_shards(arrays, self.rank)
         shapes = {name: (array.shape, disk_format.tag_of(array.dtype)) for name, array in arrays.items()}
         arguments = (step, shards, shapes, dict(document), list(events))
@@ -111,13 +111,13 @@ class Saver:
         self.last_step = step
 
     def check(self) -> None:
-        """Raise what a save has ended with; does not wait."""
+        """Raise the error of a save that failed, without waiting."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Until nothing is being written; on rank 0, until it is committed."""
+        """Wait until nothing is being written, and on rank 0 until the save is committed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -162,20 +162,20 @@ class Saver:
 
 @dataclass(frozen=True)
 class Found:
-    """Attributes: notes: what was passed over, and why."""
+    """The checkpoint to resume from, if any; `notes` says which others were passed over, and why."""
 
     checkpoint: Checkpoint | None
     notes: tuple[str, ...]
 
 
 def find(place: Place, rank: int, num_ranks: int, agree: Callable[[str], list[str]]) -> Found:
-    """The newest checkpoint that is whole. All ranks call this; each verifies a share of its files.
+    """Find the newest complete checkpoint. All ranks call this; each verifies a share of its files.
 
     Args:
-        agree: gives every rank's text to every rank, in their order.
+        agree: gives every rank's text to every rank, in order of ranks.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole; or a rank does not see them.
+        CheckpointError: there are checkpoints, but none is complete; or a rank does not see them.
     """
     own = _attempt(lambda: "\n".join(disk_format.committed(place)))
     texts = agree("|".join(own))
@@ -208,7 +208,7 @@ def find(place: Place, rank: int, num_ranks: int, agree: Callable[[str], list[st
 
 
 def _attempt(call: Callable[[], str]) -> tuple[str, str]:
-    """(problem, result)."""
+    """Run `call` and return (problem, result)."""
     try:
         return "", call()
     except (CheckpointError, OSError) as error:
@@ -223,13 +223,13 @@ def _raise_first(texts: Sequence[str]) -> None:
 
 
 def restore(found: Checkpoint, state: Any, skip: Callable[[str], bool] = lambda name: False) -> Any:
-    """A state with the values of a checkpoint, split as `state` is; that one is given up.
+    """Return a state with a checkpoint's values, split like `state`; that one is no longer usable.
 
     Args:
-        skip: names of arrays that keep the values they have.
+        skip: true for the names of arrays that keep their values.
 
     Raises:
-        ConfigError: the checkpoint has other arrays, or of other shapes or dtypes.
+        ConfigError: the checkpoint has other arrays, shapes or dtypes.
     """
     names = named_arrays(state)
     entries = found.manifest["arrays"]
@@ -247,7 +247,7 @@ def restore(found: Checkpoint, state: Any, skip: Callable[[str], bool] = lambda 
         if skip(name):
             return leaf
         shape, sharding = leaf.shape, leaf.sharding
-        # One array at a time, so that a full-parameter state never is there twice.
+        # One array at a time, so that memory never holds a full-parameter state twice.
         leaf.delete()
         return jax.make_array_from_callback(shape, sharding, lambda index: found.read(name, index))
 

@@ -1,6 +1,6 @@
-"""A PEFT LoRA adapter: factors A (r, in), B (out, r) and with DoRA a magnitude (out,) per module.
+"""A PEFT LoRA adapter: factors A (r, in) and B (out, r) per module, and with DoRA a magnitude (out,).
 
-Read, checked and written as PEFT's files.
+This module reads, checks and writes PEFT's own files.
 """
 
 import dataclasses
@@ -43,9 +43,9 @@ DTYPES = ("F32", "BF16", "F16")
 
 
 def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ...]:
-    """The modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets.
+    """Return the modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets.
 
-    Tensors that transformers does not compute with are no modules: PEFT finds none there.
+    Skip tensors that transformers does not compute with: PEFT finds no module there.
     """
     used = (n for n in base.names if why_unused(n) is None and not is_beyond(base.config, n))
     modules = (n.removesuffix(WEIGHT_SUFFIX) for n in used if n.endswith(WEIGHT_SUFFIX))
@@ -54,13 +54,13 @@ def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ..
 
 @dataclass(frozen=True)
 class Change:
-    """What a merge makes of one tensor of the base.
+    """The change that a merge makes to one tensor of the base.
 
     Attributes:
-        module: whose factors are added to it.
-        value: what stands in its place, or in the place of its `rows`.
-        rows: None is all of them.
-        added: to a bias, times `scale`.
+        module: the module whose factors the merge adds, if any.
+        value: the values that replace the tensor, or only its `rows`.
+        rows: the rows that `value` replaces; None means all.
+        added: the array that the merge adds to a bias, multiplied by `scale`.
     """
 
     module: str | None = None
@@ -72,10 +72,21 @@ class Change:
 
 @dataclass
 class Adapter:
-    """`tensors` holds `<module>.lora_A.weight` (r, in) and `<module>.lora_B.weight` (out, r), where `<module>.weight`
-    (out, in) is a tensor of the base, for example `model.layers.0.self_attn.q_proj`; with `config.use_dora` also
-    `<module>.lora_magnitude_vector` (out,), with `config.lora_bias` `<module>.lora_B.bias` (out,). Whatever else there
-    is stands in `beside`. float32, bfloat16 or float16. `trained_on` is its base, as far as its files tell."""
+    """A LoRA adapter in memory.
+
+    Attributes:
+        config: the LoRA settings.
+        tensors: float32, bfloat16 or float16 arrays by name; `beside` returns those of no module.
+        trained_on: the base that it was trained on, as far as its files say.
+
+    Each module, for example `model.layers.0.self_attn.q_proj`, adapts the base's tensor `<module>.weight` (out, in). It
+    has:
+
+        <module>.lora_A.weight           (r, in)
+        <module>.lora_B.weight           (out, r)
+        <module>.lora_magnitude_vector   (out,)  with config.use_dora
+        <module>.lora_B.bias             (out,)  with config.lora_bias
+    """
 
     config: LoraConfig
     tensors: dict[str, np.ndarray]
@@ -83,17 +94,17 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names that have an A, a B, a magnitude or a bias of B, sorted."""
+        """Names of the modules that have an A, a B, a magnitude or a bias of B, sorted."""
         return tuple(sorted({_module_of(name) for name in self.tensors if name.endswith(SUFFIXES)}))
 
     @property
     def beside(self) -> dict[str, np.ndarray]:
-        """What is trained of the base itself, see `hf.beside`."""
+        """Trained tensors of the base itself; see `hf.beside`."""
         return {name: array for name, array in self.tensors.items() if not name.endswith(SUFFIXES)}
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What the names of a module's tensors end in."""
+        """Suffixes of the names of each module's tensors."""
         also = {MAGNITUDE_SUFFIX: self.config.use_dora, BIAS_SUFFIX: self.config.lora_bias}
         return (A_SUFFIX, B_SUFFIX, *(suffix for suffix, is_on in also.items() if is_on))
 
@@ -103,7 +114,7 @@ class Adapter:
 
     @property
     def is_zero(self) -> bool:
-        """Whether every B is zero and there is nothing but factors, as before training: the adapter changes nothing."""
+        """True if the adapter changes nothing, as before training: it holds only factors, and every B is zero."""
         changes = (np.any(array) for name, array in self.tensors.items() if name.endswith((B_SUFFIX, BIAS_SUFFIX)))
         return not self.config.use_dora and not self.config.has_beside and not any(changes)
 
@@ -116,22 +127,22 @@ class Adapter:
         return self.tensors[module + B_SUFFIX]
 
     def magnitude(self, module: str) -> np.ndarray:
-        """lora_magnitude_vector of a module, (out,); of a DoRA adapter alone."""
+        """lora_magnitude_vector of a module, (out,). Only a DoRA adapter has one."""
         return self.tensors[module + MAGNITUDE_SUFFIX]
 
     def b_bias(self, module: str) -> np.ndarray:
-        """The bias of a module's lora_B, (out,); of an adapter with `lora_bias` alone."""
+        """The bias of a module's lora_B, (out,). Only an adapter with `lora_bias` has one."""
         return self.tensors[module + BIAS_SUFFIX]
 
     def only(self, modules: Iterable[str]) -> "Adapter":
-        """The tensors of some of its modules, under the same config."""
+        """Return an adapter with only the tensors of these modules, under the same config."""
         names = (module + suffix for module in modules for suffix in self.suffixes)
         return dataclasses.replace(self, tensors={name: self.tensors[name] for name in names})
 
     def of_tensors(self, tensors: Collection[str]) -> "Adapter | None":
-        """What of it changes some tensors of the base; None where nothing does."""
+        """Return the part of the adapter that changes these tensors of the base; None if no part does."""
         part = self.only(m for m in self.modules if m + WEIGHT_SUFFIX in tensors)
-        # A bias may lie in another file than the weight of its module.
+        # A module's bias and weight may lie in different files.
         part.tensors = {name: array for name, array in part.tensors.items() if not name.endswith(BIAS_SUFFIX)}
         biased = [m for m in self.modules if self.config.lora_bias and m + beside.BIAS in tensors]
         part.tensors |= {m + BIAS_SUFFIX: self.b_bias(m) for m in biased}
@@ -140,7 +151,10 @@ class Adapter:
 
     @property
     def changes(self) -> dict[str, "Change"]:
-        """Tensor of the base -> what a merge makes of it. Of a part of an adapter, of what the part holds."""
+        """Map each tensor of the base that a merge changes to its change.
+
+        A part of an adapter maps only the tensors that the part changes.
+        """
         made = {m + WEIGHT_SUFFIX: Change(module=m) for m in self.modules if m + A_SUFFIX in self.tensors}
         for name, array in self.beside.items():
             made[beside.tensor_of(name)] = Change(value=array, rows=beside.rows_of(self.config, name))
@@ -156,7 +170,7 @@ class Adapter:
         return dataclasses.replace(self, tensors={name: array.astype(dtype) for name, array in self.tensors.items()})
 
     def validate(self, base: BaseCheckpoint) -> None:
-        """Raises AdapterError unless the adapter is complete, finite and fits the base tensor by tensor."""
+        """Check that the adapter is complete, finite and fits the base tensor by tensor. Raises AdapterError."""
         if not base.has_weights:
             raise CheckpointError(f"{base.directory}: opened without weights; an adapter is checked against tensors")
         self.validate_alone()
@@ -199,7 +213,7 @@ class Adapter:
             self._expect_shape(name, wanted, one.tensor, shape)
 
     def validate_alone(self) -> None:
-        """The checks that need no base: pairs, ranks, dtypes, finiteness, targets. Raises AdapterError."""
+        """Run the checks that need no base: pairs, ranks, dtypes, finiteness, targets. Raises AdapterError."""
         if not self.tensors:
             raise AdapterError("the adapter holds no tensor; train it or give another directory")
         beside.check_names(self.config, self.beside)
@@ -239,9 +253,9 @@ class Adapter:
         revision: str | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        """adapter_model.safetensors and adapter_config.json, as peft.PeftModel.save_pretrained writes them.
+        """Write adapter_model.safetensors and adapter_config.json as peft.PeftModel.save_pretrained does.
 
-        fingerprint: of the base; stands in the metadata of the weights, which PEFT and vLLM do not read.
+        fingerprint: the base's fingerprint, stored in the weights' metadata, which PEFT and vLLM do not read.
         """
         self.validate_alone()
         directory = Path(directory)
@@ -250,14 +264,14 @@ class Adapter:
         arrays = {PEFT_PREFIX + name: array for name, array in written.items()}
         metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
         write_arrays(directory / ADAPTER_WEIGHTS, arrays, metadata)
-        # PEFT refuses no entry that matches nothing, but vLLM reads the list.
+        # PEFT accepts entries that match no module, but vLLM reads the list.
         peft_config = self.config.to_peft(base_model_name_or_path, self.modules, revision)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         log.info("wrote adapter: modules=%d parameters=%d directory=%s", len(self.modules), self.parameters, directory)
 
     @classmethod
     def read(cls, directory: str | Path) -> "Adapter":
-        """A directory written by `write` or by PEFT. Raises AdapterError, or UnsupportedError for a foreign field."""
+        """Read a directory that `write` or PEFT wrote. Raises AdapterError, or UnsupportedError for a foreign field."""
         directory = Path(directory).expanduser().absolute()
         config_path, weights_path = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
         if not config_path.is_file() or not weights_path.is_file():
@@ -276,7 +290,7 @@ class Adapter:
 
 
 def _what_is_there(directory: Path) -> str:
-    """What a directory that is no PEFT adapter is instead, and what to give."""
+    """Explain what a directory that is not a PEFT adapter holds instead, and what to give."""
     if (directory / PICKLED).is_file():
         return (
             f"{ADAPTER_WEIGHTS} is missing, and {PICKLED} is a pickle, which is not read. Convert it once where you "

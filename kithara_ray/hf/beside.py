@@ -1,12 +1,13 @@
-"""What an adapter holds beside its factors: biases, rows of the embedding and of the head, and these as a whole.
+"""Tensors that an adapter holds besides its factors: biases, and the embedding and the head, whole or by row.
 
-PEFT trains weights of the base itself where a config says so, and saves their values, no differences:
+PEFT trains weights of the base itself if a config says so. It saves their values, not differences:
 
-    bias                      <module>.bias; of an adapted module <module>.base_layer.bias
+    bias                      <module>.bias, or <module>.base_layer.bias for an adapted module
     trainable_token_indices   <module>.token_adapter.trainable_tokens_delta, the rows (K, D) of K tokens
     modules_to_save           <module>.weight
 
-Where the head is the embedding, tokens are trained in both, and `ensure_weight_tying` says that of the whole module.
+If the head is tied to the embedding, PEFT trains tokens in both. `ensure_weight_tying` asks for this for the whole
+module.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,12 +30,12 @@ WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class Beside:
-    """One tensor that an adapter has beside its factors.
+    """One tensor that an adapter has besides its factors.
 
     Attributes:
-        name: in the adapter.
-        tensor: of the base, whose values these are.
-        rows: the rows of it that they are; None is all.
+        name: its name in the adapter.
+        tensor: the base's tensor for which it holds values.
+        rows: the rows of that tensor for which it holds values; None means all.
     """
 
     name: str
@@ -43,20 +44,20 @@ class Beside:
 
 
 def tensor_of(name: str) -> str:
-    """The tensor of the base that an adapter's tensor beside its factors stands for."""
+    """Return the base's tensor that a tensor of the adapter, other than a factor, stands for."""
     if name.endswith(TOKENS):
         return name.removesuffix(TOKENS) + WEIGHT
     return name.removesuffix(BASE_BIAS) + BIAS if name.endswith(BASE_BIAS) else name
 
 
 def rows_of(config: LoraConfig, name: str) -> tuple[int, ...] | None:
-    """The rows of it that are given; None is all."""
+    """Return the rows of the base's tensor that the adapter's tensor gives; None means all."""
     module = name.removesuffix(TOKENS)
     return config.trainable_token_indices[module.rpartition(".")[2]] if module != name else None
 
 
 def bias_name(config: LoraConfig, bias: str) -> str | None:
-    """What the adapter calls a bias of the base, `<module>.bias`; None where it is not trained."""
+    """Return the adapter's name for a bias of the base, `<module>.bias`; None if the bias is not trained."""
     module = bias.removesuffix(BIAS)
     if config.bias == "none" or (not (is_target := config.matches(module)) and config.bias != "all"):
         return None
@@ -64,10 +65,10 @@ def bias_name(config: LoraConfig, bias: str) -> str | None:
 
 
 def tables_of(config: LoraConfig, modules: Iterable[str]) -> list[Beside]:
-    """What it has of embedding and head.
+    """List the adapter's tensors for the embedding and the head.
 
     Args:
-        modules: their names, `model.embed_tokens` and, where it has a weight of its own, `lm_head`.
+        modules: their names: `model.embed_tokens`, and `lm_head` if it has a weight of its own.
     """
     made = []
     for module in modules:
@@ -80,7 +81,7 @@ def tables_of(config: LoraConfig, modules: Iterable[str]) -> list[Beside]:
 
 
 def of_base(config: LoraConfig, base: BaseCheckpoint) -> list[Beside]:
-    """All that an adapter of this config has beside its factors."""
+    """List all tensors that an adapter of this config has besides its factors."""
     biases = ((bias_name(config, name), name) for name in base.names if name.endswith(BIAS))
     tables = (n.removesuffix(WEIGHT) for n in base.names if n.endswith((f"{EMBEDDING}{WEIGHT}", f"{HEAD}{WEIGHT}")))
     tied = is_tied(base)
@@ -89,16 +90,16 @@ def of_base(config: LoraConfig, base: BaseCheckpoint) -> list[Beside]:
 
 
 def is_tied(base: BaseCheckpoint) -> bool:
-    """Whether the head is the embedding."""
+    """True if the head is the embedding."""
     return tied_head.is_tied(base.config) or f"{HEAD}{WEIGHT}" not in base.names
 
 
 def normal(config: LoraConfig, base: BaseCheckpoint) -> dict[str, Any]:
-    """The fields of a config that tying changes, as PEFT understands them for this base.
+    """Return the config fields that weight tying changes, as PEFT interprets them for this base.
 
     Raises:
-        UnsupportedError, ConfigError: PEFT would train the head and the embedding of a tied model apart, or there is
-            no such thing in this base.
+        UnsupportedError, ConfigError: PEFT would train the head and the embedding of a tied model separately, or the
+            base lacks what the config names.
     """
     tokens, saved = dict(config.trainable_token_indices), set(config.modules_to_save)
     vocabulary = next((i.shape[0] for n, i in base.tensors.items() if n.endswith(f"{EMBEDDING}{WEIGHT}")), None)
@@ -134,7 +135,7 @@ def normal(config: LoraConfig, base: BaseCheckpoint) -> dict[str, Any]:
 
 
 def check_names(config: LoraConfig, names: Iterable[str]) -> None:
-    """Raises AdapterError for a tensor of an adapter that its config does not say."""
+    """Refuse a tensor that the adapter's config does not name. Raises AdapterError."""
     for name in names:
         leaf = name.removesuffix(TOKENS).removesuffix(WEIGHT).rpartition(".")[2]
         if name.endswith(TOKENS):
@@ -151,10 +152,10 @@ def check_names(config: LoraConfig, names: Iterable[str]) -> None:
 
 
 def without_copies(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a file without the head that PEFT writes beside the embedding that it is.
+    """Return a file's tensors without the head, which PEFT writes as a copy of the embedding.
 
     Raises:
-        AdapterError: it is another.
+        AdapterError: the head is not a copy of the embedding.
     """
     kept, head = dict(tensors), f"{HEAD}{WEIGHT}"
     if not copies_head(config) or head not in kept:
@@ -166,7 +167,7 @@ def without_copies(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dic
 
 
 def with_copies(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse."""
+    """Add the head that `without_copies` removes."""
     if not copies_head(config):
         return dict(tensors)
     embedding = next(array for name, array in tensors.items() if name.endswith(f"{EMBEDDING}{WEIGHT}"))

@@ -1,4 +1,4 @@
-"""A base checkpoint: config.json and the tensors of one or many safetensors files, validated, read lazily."""
+"""A base checkpoint: config.json and the tensors of one or more safetensors files, validated and read lazily."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 
-# Fields of config.json that no logit depends on. The tensors' own dtypes are hashed, the config's claim is not.
+# Fields of config.json that do not affect the logits. The hash covers the tensors' own dtypes, not the config's claim.
 NOT_MATHEMATICS = frozenset(
     {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
     | {"output_attentions", "output_hidden_states", "return_dict", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -35,7 +35,7 @@ SAMPLES = 64
 
 
 def read_json(path: Path, error: type[Exception] = CheckpointError) -> dict:
-    """One JSON object; raises `error` with the path when it is not one."""
+    """Read one JSON object. Raises `error` with the path if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as cause:  # not Unicode, not JSON, a number of thousands of digits
@@ -50,8 +50,8 @@ class BaseCheckpoint:
 
     directory: Path. config: config.json. tensors: name -> TensorInfo (empty when opened with weights=False).
     files: the safetensors files, sorted. names: sorted tensor names. has_weights: whether tensors were opened.
-    source: the URL where the weights' bytes are, when `directory` holds their headers alone; else None.
-    Pickles as paths and offsets; maps are opened again where they are used.
+    source: the URL of the weights' bytes if `directory` holds only their headers; else None.
+    A pickle holds paths and offsets; the unpickled checkpoint opens its maps again on use.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class BaseCheckpoint:
 
     @classmethod
     def at(cls, handle: str) -> "BaseCheckpoint":
-        """Of a handle. The weights of one on an object store stay there (`source`): headers are all that is read."""
+        """Open the checkpoint at a handle. Weights on an object store stay there (`source`); only headers are read."""
         directory, source = fetch_headers(str(handle))
         return cls.open(directory, source=source)
 
     @classmethod
     def open(cls, directory: str | Path, weights: bool = True, source: str | None = None) -> "BaseCheckpoint":
-        """Open and validate headers, offsets and index; no tensor byte is read. Raises CheckpointError."""
+        """Open and validate headers, offsets and index without reading tensor bytes. Raises CheckpointError."""
         directory = Path(directory).expanduser().absolute()
         if not directory.is_dir():
             raise CheckpointError(f"no checkpoint directory at {directory}; give a directory with {CONFIG}")
@@ -92,11 +92,11 @@ class BaseCheckpoint:
         return cls(directory, config, tensors, tuple(sorted({info.file for info in tensors.values()})), source)
 
     def part(self, file: Path) -> "BaseCheckpoint":
-        """One weight file of it alone."""
+        """Return a checkpoint of only one of its weight files."""
         return self.only(name for name, info in self.tensors.items() if info.file == file)
 
     def only(self, names: Iterable[str]) -> "BaseCheckpoint":
-        """Some of its tensors, and the files that they are in."""
+        """Return a checkpoint of some of its tensors and the files that hold them."""
         infos = {name: self.tensors[name] for name in names}
         files = tuple(sorted({info.file for info in infos.values()}))
         return BaseCheckpoint(self.directory, self.config, infos, files, self.source)
@@ -105,7 +105,7 @@ class BaseCheckpoint:
         return sorted(self.tensors.values(), key=lambda info: (info.file, info.offset, info.nbytes))
 
     def moved(self, directory: Path) -> "BaseCheckpoint":
-        """A part whose weight files are in another directory. Raises CheckpointError if they are not the same files."""
+        """Return this part with its weight files in another directory. Raises CheckpointError if the files differ."""
         expected = {
             name: dataclasses.replace(info, file=directory / info.file.name) for name, info in self.tensors.items()
         }
@@ -128,14 +128,14 @@ class BaseCheckpoint:
         return bool(self.tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Raises CheckpointError when the checkpoint has no such tensor."""
+        """Return where one tensor lies. Raises CheckpointError if the checkpoint has no such tensor."""
         try:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.directory}: no tensor {name!r} among {len(self.tensors)} tensors") from None
 
     def view(self, name: str) -> np.ndarray:
-        """Read-only zero-copy array over the memory-mapped file: slicing it touches only the pages it needs."""
+        """Return a read-only zero-copy array over the memory-mapped file; a slice touches only the pages it needs."""
         info = self.info(name)
         self._need_bytes()
         mapped = self._maps.get(info.file)
@@ -145,22 +145,22 @@ class BaseCheckpoint:
         return np.ndarray(info.shape, info.numpy_dtype, buffer=mapped, offset=info.offset)
 
     def forget_pages(self) -> None:
-        """Take what was read through `view` out of this process' memory; the views stay valid."""
+        """Drop the pages read through `view` from this process' memory; the views stay valid."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self) -> str:
-        """`sha256:<hex>` of the mathematics: equal for a re-sharded copy, different for other weights.
+        """Return `sha256:<hex>` of the mathematics: equal for a re-sharded copy, different for other weights.
 
-        Hashed: canonical JSON of config.json without the fields in NOT_MATHEMATICS (at every depth), then the digest
-        of each tensor by name. Raises CheckpointError where the weights are at a URL.
+        The hash covers canonical JSON of config.json without the fields in NOT_MATHEMATICS (at every depth), then the
+        digest of each tensor by name. Raises CheckpointError if the weights are at a URL.
         """
         if self._fingerprint is None:
             self._fingerprint = self.fingerprint_of(self.digests())
         return self._fingerprint
 
     def fingerprint_of(self, digests: Mapping[str, bytes]) -> str:
-        """The fingerprint from the tensors' digests, which several processes may have computed."""
+        """Return the fingerprint from the tensors' digests, which several processes may have computed."""
         digest = hashlib.sha256(json.dumps(_mathematics(self.config), sort_keys=True).encode())
         for name in self.names:
             digest.update(digests[name])
@@ -189,8 +189,8 @@ class BaseCheckpoint:
 def tensor_digest(info: TensorInfo) -> bytes:
     """SHA-256 of name, dtype tag, shape, the first and last 64 KiB, and 64 evenly spaced pieces of 4 KiB between them.
 
-    A tensor of up to 384 KiB is hashed whole; a larger one changed only between the sampled pieces is not noticed, as
-    the price of reading at most 384 KiB a tensor.
+    This hashes a tensor of up to 384 KiB whole. It misses a change of a larger tensor that lies between the sampled
+    pieces: the price of reading at most 384 KiB per tensor.
     """
     digest = hashlib.sha256(json.dumps([info.name, info.dtype, info.shape]).encode())
     with info.file.open("rb") as stream:
@@ -201,7 +201,7 @@ def tensor_digest(info: TensorInfo) -> bytes:
 
 
 def sample_ranges(nbytes: int) -> list[tuple[int, int]]:
-    """Byte ranges within a tensor that its fingerprint reads."""
+    """Return the byte ranges within a tensor that its fingerprint reads."""
     if nbytes <= 2 * EDGE_BYTES + SAMPLES * SAMPLE_BYTES:
         return [(0, nbytes)]
     first, last = EDGE_BYTES, nbytes - EDGE_BYTES
@@ -231,7 +231,7 @@ def _open_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 
 def _advice(directory: Path) -> str:
-    """What to give instead of a directory that is no model."""
+    """Suggest what to give instead of a directory that is not a model."""
     try:
         adapter = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         own = adapter["base_model_name_or_path"]

@@ -1,7 +1,7 @@
-"""Where models come from: local directories, hf:// and whatever fsspec knows. Where exports go: publish.py.
+"""Fetch models from local directories, hf:// and any URL that fsspec knows. publish.py publishes exports.
 
-What fsspec downloads whole is downloaded once a host, under a lock, and renamed into place when it is there. Remote
-libraries are imported where they are used.
+Each host downloads a model through fsspec once, under a lock, and renames it into place when it is complete. Functions
+import remote libraries when they use them.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from kithara_ray.storage.urls import cache_dir, cause_of, filesystem, is_url, ve
 
 log = logging.getLogger(__name__)
 
-# What is taken from a model repository: weights as safetensors, configuration, tokenizer, licence, and the model card,
+# Files taken from a model repository: weights as safetensors, configuration, tokenizer, licence, and the model card,
 # which names the licence. No pickle, no code.
 MODEL_FILES = (
     *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "README.md"),
@@ -37,24 +37,26 @@ MODEL_FILES = (
 )
 WEIGHTS = "*.safetensors"
 HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors library itself
-RANGE_BYTES = 32 << 20  # of one ranged read, held in memory
+RANGE_BYTES = 32 << 20  # one ranged read, held in memory
 
-Report = Callable[[int, int], None]  # (bytes that are here, bytes in all), called while a model is fetched
+Report = Callable[[int, int], None]  # (bytes fetched, total bytes), called during a fetch
 
 
 def is_model_file(name: str) -> bool:
-    """Whether this library takes a file of a model directory, by its path in it: of subdirectories, the few that belong
-    to a tokenizer."""
+    """True if this library takes a file of a model directory, given by its path there.
+
+    From subdirectories, it takes only the few files that belong to a tokenizer.
+    """
     directory, _, leaf = name.rpartition("/")
     return (not directory or directory in SUBDIRECTORIES) and matches(leaf, MODEL_FILES) and not is_refused(name)
 
 
 def fetch(handle: str, report: Report | None = None) -> Path:
-    """The local directory of a model: itself when local, else downloaded once per host.
+    """Return the local directory of a model: the handle itself if local, else a copy downloaded once per host.
 
     handle: a local directory, `hf://org/name[@revision]`, or an fsspec URL such as `gs://bucket/dir`.
-    report: told how far a download is; not called where nothing is downloaded.
-    Raises CheckpointError when there is nothing to fetch, UnsupportedError for a handle that cannot be honoured.
+    report: called with a download's progress; not called if nothing is downloaded.
+    Raises CheckpointError if there is nothing to fetch, UnsupportedError for a handle that is not supported.
     """
     handle = str(handle)
     scheme, _, rest = handle.partition("://")
@@ -116,8 +118,11 @@ def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
 
 
 def _reporting_bar(report: Report) -> type:
-    """The hub's own progress bar, which also reports. It has one for bytes received and one for bytes written, whose
-    totals grow as files are begun: what is reported is the one that is further."""
+    """Return the hub's own progress bar class, extended to call `report`.
+
+    The hub has one bar for bytes received and one for bytes written. Their totals grow as files begin. `report`
+    receives the one that is further ahead.
+    """
     from huggingface_hub.utils import tqdm
 
     furthest = 0
@@ -135,11 +140,11 @@ def _reporting_bar(report: Report) -> type:
 
 
 def fetch_headers(handle: str) -> tuple[Path, str | None]:
-    """(directory, source) of a model whose weights are left where they are.
+    """Return (directory, source) of a model, leaving its weights where they are.
 
-    Of a URL, the directory holds all small files, and of each weight file its header alone, in a sparse file of the
-    true size; source is the URL, of a Hub's model with the commit. A local model, or a Hub's that this host has
-    fetched already, is there as a whole: source is None.
+    For a URL, the directory holds all small files. Each weight file there is a sparse file of the true size that holds
+    only the header. source is the URL, with the commit for a Hub model. A local model, or a Hub model that this host
+    has already fetched, is complete: source is None.
     """
     if not is_url(handle) or handle.startswith("file://"):
         return fetch(handle), None
@@ -153,7 +158,7 @@ def fetch_headers(handle: str) -> tuple[Path, str | None]:
 
 
 def fetched_from_hub(handle: str) -> Path | None:
-    """Where a Hub's model lies in this host's cache with all its weights."""
+    """Return a Hub model's directory in this host's cache; None unless all its weights are there."""
     import huggingface_hub
 
     repo_id, revision = repo_of(handle)
@@ -168,7 +173,7 @@ def fetched_from_hub(handle: str) -> Path | None:
 
 
 def _with_commit(handle: str) -> str:
-    """hf://org/name@<commit>: a branch may move while files are read."""
+    """Return hf://org/name@<commit>, since a branch may move while files are read."""
     import huggingface_hub
 
     repo_id, revision = repo_of(handle)
@@ -180,12 +185,12 @@ def _with_commit(handle: str) -> str:
 
 
 def tokenizer_at(location: str) -> dict[str, bytes]:
-    """`read_tokenizer` of a directory or URL, or of a model or adapter on the Hub."""
+    """Apply `read_tokenizer` to a directory or URL, or to a model or adapter on the Hub."""
     return read_tokenizer(str(fetch(location)) if location.startswith("hf://") else location)
 
 
 def names_at(handle: str) -> list[str]:
-    """Every file of a model at a URL, by its path there, taken or not. Raises CheckpointError."""
+    """List every file of a model at a URL by its path there, including those not taken. Raises CheckpointError."""
     if handle.startswith("hf://"):
         import huggingface_hub
 
@@ -203,7 +208,7 @@ def names_at(handle: str) -> list[str]:
 
 
 def repo_of(handle: str) -> tuple[str, str | None]:
-    """(org/name, revision) of hf://org/name[@revision]."""
+    """Split hf://org/name[@revision] into (org/name, revision)."""
     repo_id, _, revision = handle.removeprefix("hf://").partition("@")
     parts = repo_id.split("/")
     if len(parts) > 2 and all(parts):
@@ -226,8 +231,11 @@ def _not_from_hub(handle: str, error: Exception) -> CheckpointError:
 
 
 def fetch_tensors(source: str, name: str, directory: Path, spans: list[tuple[int, int]]) -> Path:
-    """Of one weight file of the model at the URL `source`, the header and the byte ranges [begin, end) in ascending
-    order, into a sparse file of the same size in `directory`. Raises CheckpointError."""
+    """Fetch parts of one weight file into a sparse file of the same size in `directory`.
+
+    The model is at the URL `source`. The parts are the header and the byte ranges [begin, end), in ascending order.
+    Raises CheckpointError.
+    """
     fs, root = filesystem(source, CheckpointError)
     remote, local = f"{root}/{name}", directory / name
     try:
@@ -236,7 +244,7 @@ def fetch_tensors(source: str, name: str, directory: Path, spans: list[tuple[int
         raise CheckpointError(f"{source}/{name}: not found ({cause_of(error)}); was the base changed?") from error
     fetch_header(fs, remote, local, size_bytes)
     spans = _joined(spans)
-    if spans == [(read_header_bytes(local), size_bytes)]:  # all of it: as one stream
+    if spans == [(read_header_bytes(local), size_bytes)]:  # the whole file: as one stream
         _download(fs, remote, local, size_bytes)
         return local
     with local.open("r+b") as stream:
@@ -255,7 +263,7 @@ def fetch_tensors(source: str, name: str, directory: Path, spans: list[tuple[int
 
 
 def read_ranges(source: str, name: str, spans: list[tuple[int, int]]) -> list[bytes]:
-    """The bytes [begin, end) of one file of the model at the URL `source`, a range each. Raises CheckpointError."""
+    """Read the byte ranges [begin, end) of one file of the model at the URL `source`. Raises CheckpointError."""
     fs, root = filesystem(source, CheckpointError)
     try:
         return [fs.cat_file(f"{root}/{name}", start=begin, end=end) for begin, end in spans]
@@ -264,13 +272,13 @@ def read_ranges(source: str, name: str, spans: list[tuple[int, int]]) -> list[by
 
 
 def read_header_bytes(path: Path) -> int:
-    """Where the tensors' bytes begin in a safetensors file."""
+    """Return the offset at which the tensors' bytes begin in a safetensors file."""
     with path.open("rb") as stream:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Adjacent ranges as one; empty ones left out."""
+    """Join adjacent ranges and leave out empty ones."""
     joined: list[tuple[int, int]] = []
     for begin, end in spans:
         if joined and joined[-1][1] == begin:
@@ -281,7 +289,7 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) -> Path:
-    """Download into `<cache>/<hash of url and listing>` under a lock; renamed into place only when complete."""
+    """Download into `<cache>/<hash of url and listing>` under a lock, and rename it into place only when complete."""
     fs, root = filesystem(url, CheckpointError)
     entries = _listed(fs, root, url)
     sizes = {name: int(entry["size"]) for name, entry in sorted(entries.items()) if is_model_file(name)}
@@ -297,7 +305,7 @@ def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) 
         if target.is_dir():
             return target
         partial = cache / f".{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that died; the lock is ours
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that died; we hold the lock
         partial.mkdir()
         try:
             log.info("fetching %s: files=%d bytes=%d weights=%s", url, len(sizes), sum(sizes.values()), weights)
@@ -316,7 +324,7 @@ def _fetch_remote(url: str, weights: bool = True, report: Report | None = None) 
 
 
 def _listed(fs: Any, root: str, url: str) -> dict[str, dict]:
-    """The files at a URL and in the subdirectories that belong to a model, by their path there."""
+    """List the files at a URL, and in the subdirectories that belong to a model, by their path there."""
     found: dict[str, dict] = {}
     directories = [""]
     while directories:
@@ -337,13 +345,13 @@ def _listed(fs: Any, root: str, url: str) -> dict[str, dict]:
 
 
 def _from(before: int, sizes: dict[str, int], report: Report | None) -> Report | None:
-    """A report of one file as a part of all of them, which `before` bytes are here of."""
+    """Return a report for one file that adds the `before` bytes of earlier files and counts against all files."""
     total = sum(sizes.values())
     return report and (lambda here, _: report(before + here, total))
 
 
 def fetch_header(fs: Any, remote: str, local: Path, size_bytes: int) -> None:
-    """The header of a safetensors file into a sparse file of the same size; read_header judges what arrived."""
+    """Fetch the header of a safetensors file into a sparse file of the same size; read_header checks what arrived."""
     try:
         start = fs.cat_file(remote, start=0, end=min(8, size_bytes))
         header_bytes = min(int.from_bytes(start, "little"), HEADER_LIMIT_BYTES, max(0, size_bytes - 8))

@@ -1,6 +1,6 @@
-"""Which base an adapter was trained on, and whether a given one is the same. One rule for every path.
+"""Identify the base that an adapter was trained on, and compare it with a given one. One rule serves every path.
 
-Decided by the first of these that both sides know: the fingerprint; the place (the Hub's name at one revision, or one
+The first of these that both sides know decides: the fingerprint; the place (the Hub's name at one revision, or one
 directory); the weights themselves, where this host has both; revision; name.
 """
 
@@ -27,12 +27,12 @@ _CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What is known of a base. All None: nothing is.
+    """The known facts about a base. All fields are None if nothing is known.
 
     Attributes:
         name: `org/name` on the Hub, an absolute directory, or a URL.
-        revision: of the Hub: a commit, else a tag or a branch as it was written.
-        fingerprint: of `BaseCheckpoint.fingerprint`.
+        revision: on the Hub: a commit, else a tag or a branch as written.
+        fingerprint: the result of `BaseCheckpoint.fingerprint`.
     """
 
     name: str | None = None
@@ -45,7 +45,7 @@ class BaseIdentity:
 
     @property
     def handle(self) -> str | None:
-        """As `fetch` takes it."""
+        """The handle that `fetch` takes."""
         if not self.is_hub:
             return self.name
         return f"hf://{self.name}" + (f"@{self.revision}" if self.revision else "")
@@ -58,10 +58,10 @@ UNKNOWN = BaseIdentity()
 
 
 def named(name: str | None, revision: str | None = None, fingerprint: str | None = None) -> BaseIdentity:
-    """The identity that a handle, or an adapter_config.json, writes down.
+    """Return the identity that a handle or an adapter_config.json states.
 
-    As in transformers, a directory that exists decides between a relative path and a name on the Hub. A directory of
-    the Hub's cache is a name and a commit.
+    As in transformers, a name is a relative path if that directory exists, else a name on the Hub. A directory of the
+    Hub's cache becomes a name and a commit.
     """
     if not name:
         return BaseIdentity(None, None, fingerprint)
@@ -80,7 +80,7 @@ def named(name: str | None, revision: str | None = None, fingerprint: str | None
 
 
 def identity_of(base: BaseCheckpoint, handle: str) -> BaseIdentity:
-    """Of an opened base. The revision of one on the Hub is the commit that was opened. No weight is read."""
+    """Return an opened base's identity without reading weights. A Hub base's revision is the commit that was opened."""
     written = named(handle)
     if not written.is_hub:
         return written
@@ -90,10 +90,10 @@ def identity_of(base: BaseCheckpoint, handle: str) -> BaseIdentity:
 
 
 def read_identity(directory: Path, config: dict[str, Any], metadata: dict[str, str]) -> BaseIdentity:
-    """Of the base that an adapter in a directory was trained on.
+    """Return the identity of the base that the adapter in a directory was trained on.
 
-    The fingerprint stands in the weights' metadata; in adapters of before, in export_report.json beside them, or in
-    the run.json of the run whose `adapter` directory this is.
+    The fingerprint is in the weights' metadata. For older adapters, it is in export_report.json beside them, or in
+    run.json of the run whose `adapter` directory this is.
     """
     fingerprint = metadata.get(FINGERPRINT)
     reports = (directory / "export_report.json", directory.parent / "export_report.json", directory.parent / "run.json")
@@ -115,17 +115,17 @@ def _fingerprint_in(path: Path) -> str | None:
 def check_same_base(
     trained: BaseIdentity, base: BaseCheckpoint, handle: str, *, adapter: str, allow: bool, override: str
 ) -> None:
-    """Refuse a base that the adapter was not trained on, as far as both are known.
+    """Refuse a base that the adapter was not trained on, as far as both bases are known.
 
     Args:
-        trained: what the adapter was trained on.
-        base, handle: what it is to be used with.
-        adapter: what messages call it.
-        allow: log the difference instead.
-        override: what a user gives for that.
+        trained: the base that the adapter was trained on.
+        base, handle: the base to use it with.
+        adapter: the adapter's name in messages.
+        allow: log a difference instead of raising.
+        override: the user's setting for `allow`, for messages.
 
     Raises:
-        AdapterError: names both bases and the difference.
+        AdapterError: the bases differ; the message names both and the difference.
     """
     different = _difference(trained, base, handle)
     if different is None:
@@ -175,7 +175,7 @@ def _same_place(trained: BaseIdentity, given: BaseIdentity, asked: str | None) -
 
 
 def _same_name(one: BaseIdentity, other: BaseIdentity) -> bool:
-    """The Hub takes names in any case."""
+    """Compare two names; the Hub ignores their case."""
     if one.is_hub and other.is_hub:
         return one.name.lower() == other.name.lower()
     return one.name == other.name
@@ -186,7 +186,7 @@ def _same_directory(one: str, other: str) -> bool:
 
 
 def _on_this_host(trained: BaseIdentity) -> BaseCheckpoint | None:
-    """The base that was trained on, if this host has its weights."""
+    """Open the base that the adapter was trained on, if this host has its weights."""
     directory = fetched_from_hub(trained.handle) if trained.is_hub else Path(trained.name)
     if directory is None or is_url(trained.name) or not (directory / CONFIG).is_file():
         return None

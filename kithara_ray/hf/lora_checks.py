@@ -1,4 +1,4 @@
-"""What the fields of a `LoraConfig` may hold; each check gives the field as the config keeps it."""
+"""Checks of a `LoraConfig`'s fields; each returns the field as the config keeps it."""
 
 import re
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 
-ALL_LINEAR = "all-linear"  # PEFT's word, in any case, for every linear layer but the head
+ALL_LINEAR = "all-linear"  # PEFT's word, in upper or lower case, for every linear layer except the head
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
 def is_number(value: object) -> bool:
-    # An integer beyond float64 would be no factor of anything.
+    # An integer too large for float64 cannot scale anything.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -22,7 +22,7 @@ def checked_targets(targets: object) -> tuple[str, ...] | str:
 
 
 def checked_names(field: str, given: object) -> tuple[str, ...] | str:
-    """A regular expression as one string, or a list of names."""
+    """Check a regular expression given as one string, or a list of names."""
     if isinstance(given, str) and given:
         check_expression(field, given, given)
         return given
@@ -33,7 +33,7 @@ def checked_names(field: str, given: object) -> tuple[str, ...] | str:
 
 
 def checked_exclusions(given: object) -> tuple[str, ...] | str | None:
-    """None and, as in PEFT, what is empty exclude nothing."""
+    """Check the modules to exclude. None, and as in PEFT any empty value, excludes nothing."""
     if given is None or (isinstance(given, str | list | tuple | set | frozenset) and not given):
         return None
     checked = checked_names("exclude_modules", given)
@@ -61,7 +61,7 @@ def checked_layer_patterns(given: object) -> tuple[str, ...] | None:
 
 
 def checked_modules(given: object) -> tuple[str, ...]:
-    """Embedding and head by their last names, in this order."""
+    """Return the embedding and the head by the last part of their names, in this order."""
     entries = given if isinstance(given, list | tuple | set | frozenset) else (given,) if given else ()
     leaves = {entry.rpartition(".")[2] if isinstance(entry, str) else entry for entry in entries}
     other = sorted(map(str, leaves - {EMBEDDING, HEAD}))

@@ -23,11 +23,12 @@ from kithara_ray.hf.lora_checks import (
 
 BIASES = ("none", "all", "lora_only")
 
-# How the first factors of an adapter that is trained here are drawn.
+# Initialisations of the factors of an adapter that is trained here.
 INITIALISATIONS = (True, False, "gaussian")
-# Others of PEFT's that leave the base alone: adapters that began so are plain LoRA.
+# PEFT's other initialisations that do not change the base: such adapters are plain LoRA.
 _PLAIN = ("eva", "orthogonal")
-# Those that do not, how an adapter that began so becomes a plain one. A name may go on: pissa_niter_16.
+# Initialisations that change the base, each with the way to convert its adapter to plain LoRA. A name may have a
+# suffix: pissa_niter_16.
 _RESIDUAL = (
     "PEFT has replaced the base's weights by their residuals, so the adapter does not fit the base itself. Load it "
     "with PeftModel.from_pretrained, write get_peft_model(base, the same config) with save_pretrained(first), and "
@@ -56,8 +57,8 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-# Fields without influence on the arithmetic.
-# The settings of an initialisation say nothing beside its name: `init_lora_weights` decides.
+# Fields that do not affect the arithmetic.
+# An initialisation's settings add nothing to its name: `init_lora_weights` decides.
 _NEUTRAL = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
     | {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
@@ -72,22 +73,23 @@ _HONOURED = frozenset(
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What PEFT's LoraConfig means by these names; `lora_alpha=None` means `r` (scale 1), as in Kithara.
+    """LoRA settings with the meaning of PEFT's LoraConfig; `lora_alpha=None` means `r` (scale 1), as in Kithara.
 
     r: rank of every module that rank_pattern does not name.
     target_modules: a module is a target when its name equals an entry or ends with "." + entry; or one string, a
         regular expression that matches the whole name.
     use_dora: the update turns each row of the weight, and a trained vector gives the rows' lengths (arXiv:2402.09353).
     rank_pattern, alpha_pattern: regular expression -> value, matched as PEFT does against the end of the module name.
-    exclude_modules: modules that are no targets, given as target_modules are; None excludes nothing.
-    layers_to_transform: the blocks that are adapted, by their number; None adapts all. A target that is written out
-        from its first letter is adapted whatever its number is, as in PEFT.
-    layers_pattern: what the list of blocks is called, "layers" for example, as regular expressions; None takes the
-        first number in a module's name.
-    bias: "all" trains the base's biases too, "lora_only" those of the targets.
-    lora_bias: give lora_B a bias, which is trained, and scaled as the product is.
+    exclude_modules: modules that are not targets, in the form of target_modules; None excludes nothing.
+    layers_to_transform: numbers of the blocks to adapt; None adapts all. A target given by its full name is adapted
+        whatever its number, as in PEFT.
+    layers_pattern: names of the list of blocks, for example "layers", as regular expressions; None takes the first
+        number in a module's name.
+    bias: "all" trains the base's biases too, "lora_only" only those of the targets.
+    lora_bias: give lora_B a trained bias, scaled like the product.
     modules_to_save: "embed_tokens", "lm_head" or both, trained as a whole.
-    trainable_token_indices: tokens whose rows are trained, by "embed_tokens" and "lm_head"; a list is the embedding's.
+    trainable_token_indices: tokens whose rows are trained, keyed by "embed_tokens" and "lm_head"; a list applies to the
+        embedding.
     ensure_weight_tying: train the embedding of modules_to_save and the head that shares its weight as one.
     """
 
@@ -126,7 +128,7 @@ class LoraConfig:
             )
         object.__setattr__(self, "target_modules", checked_targets(self.target_modules))
         object.__setattr__(self, "exclude_modules", checked_exclusions(self.exclude_modules))
-        # PEFT takes an empty list of layers for none given, with its pattern.
+        # PEFT treats an empty list of layers as none, and ignores its pattern.
         pattern = None if self.layers_to_transform in ([], ()) else self.layers_pattern
         object.__setattr__(self, "layers_to_transform", checked_layers(self.layers_to_transform))
         object.__setattr__(self, "layers_pattern", checked_layer_patterns(pattern))
@@ -138,7 +140,7 @@ class LoraConfig:
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
 
     def _check_layers(self) -> None:
-        """The rules of peft.LoraConfig between these fields."""
+        """Apply the rules of peft.LoraConfig between these fields."""
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ConfigError(
@@ -149,7 +151,7 @@ class LoraConfig:
             raise ConfigError("layers_pattern says where layers_to_transform counts; give both or neither")
 
     def _check_beside(self) -> None:
-        """The rules of peft.LoraConfig, and of its injection, for what is trained beside the factors."""
+        """Apply the rules of peft.LoraConfig, and of its injection, for weights trained besides the factors."""
         if self.bias not in BIASES:
             raise ConfigError(f"bias must be one of {BIASES}, got {self.bias!r}")
         if self.lora_bias and self.use_dora:
@@ -162,12 +164,12 @@ class LoraConfig:
 
     @property
     def has_beside(self) -> bool:
-        """Whether an adapter may hold more than factors, see `beside`."""
+        """True if an adapter may hold more than factors; see `beside`."""
         return self.bias != "none" or bool(self.modules_to_save or self.trainable_token_indices)
 
     @property
     def selects_layers(self) -> bool:
-        """Whether modules that `target_modules` names are left out by the other fields."""
+        """True if other fields may leave out modules that `target_modules` names."""
         return self.exclude_modules is not None or self.layers_to_transform is not None
 
     @property
@@ -187,7 +189,7 @@ class LoraConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def matches(self, module: str) -> bool:
-        """peft.tuners.tuners_utils.check_target_module_exists."""
+        """Decide as peft.tuners.tuners_utils.check_target_module_exists does."""
         if self.exclude_modules is not None and is_named(self.exclude_modules, module):
             return False
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
@@ -198,7 +200,7 @@ class LoraConfig:
         return chosen and is_named(self.target_modules, module)
 
     def layer_of(self, module: str) -> int | None:
-        """The number that layers_to_transform goes by: the first one in a name, or the first after a pattern."""
+        """Return the number that layers_to_transform refers to: the first in a name, or the first after a pattern."""
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern or ()]
         found = (re.match(expression, module) for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
         first = next((match for match in found if match), None)
@@ -207,10 +209,10 @@ class LoraConfig:
     def to_peft(
         self, base_model_name_or_path: str, found: Iterable[str] | None = None, revision: str | None = None
     ) -> dict[str, Any]:
-        """adapter_config.json. `found` are the adapted modules, for which entries of target_modules that match none of
-        them are left out (None: as configured).
+        """Return the content of adapter_config.json.
 
-        Fields that PEFT adds by default are spelled out where other readers (vLLM) look for them.
+        `found` lists the adapted modules. Entries of target_modules that match none of them are left out; None keeps
+        all. Fields that PEFT adds by default are written out if other readers (vLLM) look for them.
         """
         targets = self.target_modules
         if not isinstance(targets, str):
@@ -250,7 +252,7 @@ class LoraConfig:
 
     @classmethod
     def from_peft(cls, peft_config: Mapping[str, Any]) -> "LoraConfig":
-        """Raises UnsupportedError for the first field whose value this library would not honour."""
+        """Read adapter_config.json. Raises UnsupportedError for the first field value that is not supported."""
         if peft_config.get("peft_type") != "LORA":
             raise UnsupportedError(f"peft_type={peft_config.get('peft_type')!r} is not supported; only LORA is")
         if peft_config.get("task_type") not in (None, "CAUSAL_LM"):
@@ -287,14 +289,14 @@ class LoraConfig:
 
 
 def is_named(entries: Iterable[str] | str, module: str) -> bool:
-    """Whether a regular expression matches a module's whole name, or one of several names is its end."""
+    """True if a regular expression matches a module's whole name, or if the name ends with one of several entries."""
     if isinstance(entries, str):
         return re.fullmatch(entries, module) is not None
     return any(module == entry or module.endswith(f".{entry}") for entry in entries)
 
 
 def _or_none(value: object) -> object:
-    """PEFT takes what is empty for nothing."""
+    """Return None for an empty value, as PEFT treats it."""
     return None if value in ([], {}) else value
 
 
@@ -303,10 +305,10 @@ def _as_json(value: tuple | str | None) -> list | str | None:
 
 
 def _initialisation(found: object) -> str | bool:
-    """What an adapter's `init_lora_weights` means for the factors as they are saved.
+    """Return the meaning of an adapter's `init_lora_weights` for the saved factors.
 
     Raises:
-        UnsupportedError: the factors do not belong to the base itself; says how to convert them.
+        UnsupportedError: the factors do not fit the base itself; the message says how to convert them.
     """
     if found is None or isinstance(found, bool):
         return bool(found)
@@ -314,7 +316,7 @@ def _initialisation(found: object) -> str | bool:
     how = next((how for prefix, how in _CONVERSIONS.items() if name.startswith(prefix)), None)
     if how is not None:
         raise UnsupportedError(f"adapter_config.json: init_lora_weights={found!r} is not supported: {how}")
-    # Saved factors are no first ones: PEFT loads them alike under the plain name.
+    # The initialisation no longer matters to saved factors: PEFT loads them the same under the plain name.
     return True if name in _PLAIN else name
 
 

@@ -1,7 +1,7 @@
-"""The files of a model directory by kind, and the ones that travel with an export.
+"""The files of a model directory by kind, and the files that an export contains.
 
 weights, configuration    written by the export
-tokenizer                 those of the training, else the base's
+tokenizer                 the training's files, else the base's
 other data                copied: processors, generation settings, quantisation settings, licences
 code and pickles          never copied; the export's report names them
 """
@@ -19,9 +19,9 @@ GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
-# Without one of these no tokenizer loads.
+# A tokenizer needs at least one of these files to load.
 _TOKENIZERS = ("tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model", "tekken.json")
-# A vocabulary, and nothing that a training may set otherwise.
+# Files that hold only a vocabulary, and nothing that training may change.
 _VOCABULARIES = ("*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt", "merges.txt", "vocab.bpe")
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", f"{TEMPLATES}/*.jinja"),
@@ -29,9 +29,9 @@ _TOKENIZER_FILES = (
 )
 _PROCESSOR_FILES = ("processor_config.json", "*preprocessor_config.json")
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-# Data that a model brings beside what is listed above.
+# Other data files of a model.
 _DATA_FILES = ("*.json", "*.jinja", "*.txt")
-# Data that says nothing of the export: what it writes itself, other adapters and formats, traces of a training.
+# Data that does not describe the export: files that it writes itself, other adapters and formats, traces of training.
 _NOT_OF_A_MODEL = (
     *("config.json", "*.index.json", "params.json", "adapter_config.json", "run.json", "export_report.json"),
     *("trainer_state.json", "training_args*", "*_results.json", "optimizer*", "scheduler*", "requirements*.txt"),
@@ -43,7 +43,7 @@ REFUSED_FILES = (
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a file's path in a model directory is one of `patterns`; `*` does not reach into a subdirectory."""
+    """True if a file's path in a model directory matches one of `patterns`; `*` does not reach into a subdirectory."""
     return any(name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -56,12 +56,12 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def is_vocabulary(name: str) -> bool:
-    """Of a tokenizer's files, one that holds a vocabulary alone."""
+    """True for a tokenizer's file that holds only a vocabulary."""
     return matches(name, _VOCABULARIES)
 
 
 def is_carried(name: str, with_model: bool) -> bool:
-    """Whether a base's file is copied into an export that holds a whole model, or an adapter alone."""
+    """True if an export copies this file of the base. The export holds a whole model, or only an adapter."""
     patterns = (*_TOKENIZER_FILES, *_PROCESSOR_FILES, *LICENCE_FILES)
     if with_model and not matches(name, _NOT_OF_A_MODEL):
         patterns = (*patterns, *_DATA_FILES)
@@ -69,19 +69,19 @@ def is_carried(name: str, with_model: bool) -> bool:
 
 
 def names_in(directory: Path) -> list[str]:
-    """Every file below a local directory, by its path in it."""
+    """List every file below a local directory, by its path in it."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def has_tokenizer(location: str) -> bool:
-    """Whether a tokenizer's files are in a directory or at a URL."""
+    """True if a tokenizer's files are in a directory or at a URL."""
     return bool(set(Place(str(location)).files("")) & set(_TOKENIZERS))
 
 
 def read_tokenizer(location: str) -> dict[str, bytes]:
-    """The tokenizer's files in a directory or at a URL, and the generation settings beside them; {} without any.
+    """Read the tokenizer's files in a directory or at a URL, and the generation settings beside them; {} without any.
 
-    These stand for the tokenizer that a model was trained with: in a run's `tokenizer/`, or beside a PEFT adapter.
+    They record the tokenizer that a model was trained with: in a run's `tokenizer/`, or beside a PEFT adapter.
     """
     place = Place(str(location))
     names = [*place.files(""), *(f"{TEMPLATES}/{name}" for name in place.files(TEMPLATES))]
@@ -92,7 +92,7 @@ def read_tokenizer(location: str) -> dict[str, bytes]:
 
 
 def write_files(location: str, files: Mapping[str, bytes]) -> None:
-    """Put files into a directory or at a URL, in place of all that is there. Raises DestinationError."""
+    """Write files to a directory or URL, replacing everything there. Raises DestinationError."""
     place = Place(str(location))
     for directory in ("", *SUBDIRECTORIES):
         stale = [name for name in place.files(directory) if f"{directory}/{name}".lstrip("/") not in files]
@@ -108,7 +108,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def same_vocabulary(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> bool:
-    """Whether two tokenizers' files give each token the same id, as far as both are written in a format read here."""
+    """True if two tokenizers' files give each token the same id, as far as this module can read both formats."""
     if "tokenizer.json" in one and "tokenizer.json" in other:
         try:
             return _vocabulary(one["tokenizer.json"]) == _vocabulary(other["tokenizer.json"])
@@ -125,7 +125,7 @@ def _vocabulary(raw: bytes) -> tuple[object, dict[str, int]]:
 
 
 def end_of_sequence(files: Mapping[str, bytes]) -> tuple[str, int] | None:
-    """The token with which a tokenizer ends sequences, and its id; None where its files do not tell."""
+    """Return the token with which a tokenizer ends sequences, and its id; None if its files do not say."""
     try:
         named = json.loads(files[TOKENIZER_CONFIG])["eos_token"]
         text = named["content"] if isinstance(named, dict) else named
@@ -137,7 +137,7 @@ def end_of_sequence(files: Mapping[str, bytes]) -> tuple[str, int] | None:
 
 
 def token_texts(files: Mapping[str, bytes], numbers: Iterable[int]) -> list[str]:
-    """Added tokens by their text; an id where the files do not tell."""
+    """Return the text of each added token; its id if the files do not say."""
     try:
         added = json.loads(files["tokenizer.json"])["added_tokens"]
         texts = {token["id"]: token["content"] for token in added}

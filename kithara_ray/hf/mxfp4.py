@@ -1,10 +1,10 @@
-"""Tensors that a checkpoint holds in MXFP4: blocks of 32 values of four bits that share a scale, a power of two.
+"""Read MXFP4 tensors of a checkpoint: blocks of 32 four-bit values that share a scale, a power of two.
 
-    <name>_blocks  (E, O, G, 16) uint8, two values a byte, the lower four bits first
+    <name>_blocks  (E, O, G, 16) uint8, two values per byte, the lower four bits first
     <name>_scales  (E, O, G) uint8, the exponent, biased by 127
 
-stand for a tensor <name> of (E, I, O) with I = 32 * G, as gpt-oss' experts. Open Compute Project, Microscaling Formats
-(MX) v1.0. Every value is one of bfloat16 too, so dequantising changes none.
+Both stand for a tensor <name> of (E, I, O) with I = 32 * G, as for gpt-oss' experts. Every value is also a bfloat16
+value, so dequantising changes none. Source: Open Compute Project, Microscaling Formats (MX) v1.0.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ _VALUES = np.concatenate([_VALUES, -_VALUES])
 
 
 class Packed:
-    """The tensor (E, I, O) in bfloat16; a slice of it reads and dequantises the groups that it touches."""
+    """A tensor (E, I, O) in bfloat16; a slice of it reads and dequantises only the groups that it touches."""
 
     dtype = NUMPY_DTYPES["BF16"]
 
@@ -49,19 +49,19 @@ class Packed:
 
 
 def names_of(base: BaseCheckpoint, name: str) -> tuple[str, ...]:
-    """The tensors of the checkpoint that hold `name`: itself, or its blocks and scales."""
+    """Return the tensors of the checkpoint that hold `name`: itself, or its blocks and scales."""
     packed = (name + BLOCKS, name + SCALES)
     return packed if name not in base.tensors and packed[0] in base.tensors else (name,)
 
 
 def view(base: BaseCheckpoint, name: str) -> np.ndarray | Packed:
-    """The tensor, unread until it is sliced, dequantised where it is sliced."""
+    """Return the tensor. Slicing it reads and dequantises only the slice."""
     tensors = [base.view(each) for each in names_of(base, name)]
     return tensors[0] if len(tensors) == 1 else Packed(name, *tensors)
 
 
 def shape_of(base: BaseCheckpoint, name: str) -> tuple[int, ...]:
-    """The tensor's shape, from headers alone."""
+    """Return the tensor's shape from headers only."""
     names = names_of(base, name)
     if len(names) == 1:
         return base.info(name).shape

@@ -1,4 +1,4 @@
-"""Names of an adapter's tensors: what wrappers and PEFT's adapter names add to them, and why a base lacks a module."""
+"""Names of an adapter's tensors without the parts that wrappers and PEFT add, and reasons why a base lacks a module."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -18,13 +18,13 @@ MAGNITUDE_SUFFIX = ".lora_magnitude_vector"
 BIAS_SUFFIX = ".lora_B.bias"
 SUFFIXES = (A_SUFFIX, B_SUFFIX, MAGNITUDE_SUFFIX, BIAS_SUFFIX)
 _BESIDE = (beside.BIAS, beside.TOKENS, beside.WEIGHT)
-# torch.compile; activation checkpointing; FSDP of torch, of torch_xla. None is a module of a model.
+# Names that torch.compile, activation checkpointing and FSDP (torch, torch_xla) add. No model has such a module.
 _WRAPPERS = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_orig_module"}
 )
 _DISTRIBUTED = "module"  # DDP, DeepSpeed: around a whole model
 _PEFT = ("base_model", "model")
-# What stands behind PEFT's name of the adapter, if there is one; "" is nothing.
+# Suffixes that follow PEFT's name of the adapter, if there is one; "" is no suffix.
 _ENDINGS = {
     "lora_A": ("weight",),
     "lora_B": ("weight", "bias"),
@@ -34,7 +34,7 @@ _ENDINGS = {
 
 
 def without_wrappers(name: str) -> str:
-    """A tensor's name without the parts that wrappers around modules add."""
+    """Return a tensor's name without the parts that wrappers around modules add."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(parts) > 1 and parts[0] == _DISTRIBUTED:
         del parts[0]
@@ -42,14 +42,14 @@ def without_wrappers(name: str) -> str:
 
 
 def adapter_names(names: Iterable[str], where: str) -> dict[str, str]:
-    """Name in an adapter's file -> `<module>.lora_A.weight`, `.lora_B.weight` or `.lora_magnitude_vector`.
+    """Map names in an adapter's file to `<module>.lora_A.weight`, `.lora_B.weight` or `.lora_magnitude_vector`.
 
-    What does not name a module is taken off: wrappers, PEFT's prefix however often it stands there, and the name of
-    PEFT's adapter ("default") behind lora_A. Names that PEFT itself would not load are logged.
+    Remove each part that does not name a module: wrappers, every copy of PEFT's prefix, and the name of PEFT's adapter
+    ("default") after lora_A. Log names that PEFT itself would not load.
 
     Raises:
-        UnsupportedError: a tensor is no LoRA factor, and nothing that PEFT trains beside them.
-        AdapterError: two tensors have one name without what was added, as in a file of two adapters.
+        UnsupportedError: a tensor is neither a LoRA factor nor a weight that PEFT trains besides the factors.
+        AdapterError: two tensors get the same name, as in a file of two adapters.
     """
     plain: dict[str, str] = {}
     adapters: set[str] = set()
@@ -77,7 +77,7 @@ def adapter_names(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def _split(name: str, where: str) -> tuple[str, str, str]:
-    """(module, suffix, PEFT's name of the adapter or "")."""
+    """Split a name into (module, suffix, PEFT's name of the adapter or "")."""
     parts = without_wrappers(name).split(".")
     at = next((at for at in reversed(range(len(parts))) if parts[at] in _ENDINGS), None)
     if at:
@@ -96,7 +96,7 @@ def _split(name: str, where: str) -> tuple[str, str, str]:
 
 
 def _without_prefix(parts: list[str]) -> list[str]:
-    """Without PEFT's prefix, which may be missing or doubled, and what wraps a whole model before, in or behind it."""
+    """Remove PEFT's prefix, which may be missing or doubled, and wrappers of a whole model before, in or after it."""
     while len(parts) > 1:
         if parts[0] == _DISTRIBUTED:
             parts = parts[1:]
@@ -115,7 +115,7 @@ def listed(suffixes: tuple[str, ...]) -> str:
 
 
 def why_absent(module: str, tensors: Iterable[str], config: Mapping) -> str:
-    """Why a base has no weight for a module of an adapter, as the end of a message: the cause, and what to do."""
+    """Explain why a base has no weight for an adapter's module, as the end of a message: the cause and what to do."""
     tensors, weight = set(tensors), module + WEIGHT_SUFFIX
     if module.rpartition(".")[2] == "lm_head" and is_tied(config):
         return "its head is tied to the token embedding and has no tensor; leave lm_head out of target_modules"
@@ -143,5 +143,5 @@ def why_absent(module: str, tensors: Iterable[str], config: Mapping) -> str:
 
 
 def _text_name(name: str) -> str:
-    """Without what tells a text model inside a multimodal one from one by itself."""
+    """Remove the parts that distinguish a text model inside a multimodal one from a standalone one."""
     return ".".join(part for part in name.split(".") if part not in ("language_model", "model", "text_model"))

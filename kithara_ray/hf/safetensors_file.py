@@ -1,6 +1,7 @@
 """The safetensors layout: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes.
 
-Own code because the merge needs absolute byte offsets to patch, and headers to stream casts behind.
+The library has its own code for it because the merge patches at absolute byte offsets, and writes a header before it
+streams casts.
 Rules (https://github.com/huggingface/safetensors#format): offsets are relative to the end of the header, tensors MUST
 cover the data section without holes or overlaps, names MUST be unique, `__metadata__` MUST map strings to strings.
 """
@@ -33,7 +34,7 @@ TAGS: Mapping[np.dtype, str] = {dtype: tag for tag, dtype in NUMPY_DTYPES.items(
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. `dtype` is the safetensors tag, `offset` the absolute byte offset in `file`."""
+    """The place of one tensor. `dtype` is the safetensors tag, `offset` the absolute byte offset in `file`."""
 
     name: str
     file: Path
@@ -48,7 +49,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors (in file order) and the metadata of one file. Raises CheckpointError for every malformation."""
+    """Read the tensors (in file order) and the metadata of one file. Raises CheckpointError for every malformation."""
     size_bytes = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)
@@ -132,7 +133,7 @@ def _check_cover(path: Path, infos: list[TensorInfo], data_start: int, size_byte
 
 
 def pack_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Length and header for (name, tag, shape) laid out one after another, padded so that data starts at 8 n."""
+    """Build length and header for consecutive (name, tag, shape), padded so that data starts at a multiple of 8."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, tag, shape in entries:
@@ -145,7 +146,7 @@ def pack_header(entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: M
 
 
 def read_array(info: TensorInfo) -> np.ndarray:
-    """A private copy of one whole tensor."""
+    """Read a private copy of one whole tensor."""
     with info.file.open("rb") as stream:
         stream.seek(info.offset)
         raw = stream.read(info.nbytes)

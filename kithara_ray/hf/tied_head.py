@@ -1,7 +1,7 @@
-"""The output head of a causal LM: tied to the token embedding, or a tensor of its own. Judged by values, not by names.
+"""The output head of a causal LM: tied to the token embedding, or a separate tensor. Values decide, not names.
 
-A checkpoint whose config.json ties the head may hold a tensor for it all the same. Where that is a copy of the
-embedding nothing depends on it. Where its values are its own, readers disagree: transformers 5 computes with the
+A checkpoint whose config.json ties the head may still hold a tensor for it. If that is
+a copy of the embedding, nothing depends on it. If its values differ, readers disagree: transformers 5 computes with the
 file's head, others with the embedding.
 """
 
@@ -15,13 +15,13 @@ from kithara_ray.hf.checkpoint import CONFIG, EDGE_BYTES, BaseCheckpoint, Tensor
 from kithara_ray.hf.fetch import read_ranges
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# transformers' value of tie_word_embeddings where config.json has none; False of any other model_type.
+# Each model_type for which transformers ties the head if config.json has no tie_word_embeddings; False for any other.
 TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "gemma4_text", "smollm3"})
 _ROWS_BYTES = 16 << 20
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that the head is the token embedding."""
+    """True if config.json says that the head is the token embedding."""
     said = config.get("tie_word_embeddings")
     return config.get("model_type") in TIED_BY_DEFAULT if said is None else bool(said)
 
@@ -29,10 +29,10 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 def check_tied_head(base: BaseCheckpoint) -> None:
     """Refuse a tied head whose tensor has values of its own.
 
-    Weights at a URL are compared at both ends and in the middle; local ones whole.
+    Weights at a URL are compared at both ends and in the middle; local weights are compared whole.
 
     Raises:
-        CheckpointError: config.json ties the head, and the file's differs from the embedding.
+        CheckpointError: config.json ties the head, and the file's head differs from the embedding.
     """
     if HEAD not in base.tensors or EMBEDDING not in base.tensors or not is_tied(base.config):
         return
@@ -64,7 +64,7 @@ def _same_values(base: BaseCheckpoint, one: TensorInfo, other: TensorInfo) -> bo
 
 
 def _edges(source: str, info: TensorInfo) -> list[bytes]:
-    """Up to 64 KiB at the start, in the middle and at the end of a tensor at a URL."""
+    """Read up to 64 KiB at the start, in the middle and at the end of a tensor at a URL."""
     size = min(EDGE_BYTES, info.nbytes)
     begins = (0, (info.nbytes - size) // 2, info.nbytes - size)
     spans = [(info.offset + begin, info.offset + begin + size) for begin in begins]

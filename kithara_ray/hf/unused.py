@@ -12,12 +12,12 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def why_unused(name: str) -> str | None:
-    """The reason why transformers leaves a tensor of any checkpoint alone; None for one that it may use."""
+    """Return the reason why transformers ignores a tensor of any checkpoint; None if it may use the tensor."""
     return next((reason for pattern, reason in _UNUSED if pattern.search(name)), None)
 
 
 def layers_of(config: Mapping[str, Any]) -> int | None:
-    """num_hidden_layers of a text model, or of the text model in a larger one."""
+    """Return num_hidden_layers of a text model, or of the text model in a larger one."""
     text = config.get("text_config")
     for settings in (config, text if isinstance(text, Mapping) else {}):
         number = settings.get("num_hidden_layers")
@@ -27,14 +27,14 @@ def layers_of(config: Mapping[str, Any]) -> int | None:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a tensor or a module belongs to."""
+    """Return the number of the layer that a tensor or a module belongs to."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
 
 
 def is_beyond(config: Mapping[str, Any], name: str) -> bool:
-    """Whether a name is of a layer that config.json does not have: transformers builds none for it."""
+    """True if a name belongs to a layer that config.json does not have: transformers does not build it."""
     layers, layer = layers_of(config), layer_of(name)
-    # Encoders beside a text model count their own layers.
+    # Encoders next to a text model count their own layers.
     plain = "text_config" not in config and "encoder_layers" not in config
     return plain and layers is not None and layer is not None and layer >= layers

@@ -1,1 +1,1 @@
-"""A run as one page: files of a run's directory to `report.html`. No Ray, no JAX."""
+"""Build `report.html`, one page about a run, from the files of its directory. No Ray, no JAX."""

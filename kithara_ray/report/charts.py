@@ -1,11 +1,11 @@
-"""Lines as SVG that stretches with the page; ticks are text beside it, so that they stay readable on a phone."""
+"""Draw lines as SVG that stretches with the page. Ticks are text beside the SVG, so they stay readable on a phone."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# More points than a screen has are averaged, with the range of each average behind the line.
+# Above this many points, a chart draws averages, with the range of each average behind the line.
 MOST_POINTS = 400
 _WIDTH, _HEIGHT = 1000.0, 100.0
 _UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"))
@@ -13,7 +13,14 @@ _UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"))
 
 @dataclass(frozen=True)
 class Series:
-    """Attributes: name: in the legend. points: (x, y), x ascending. colour: 1 or 2. dots: on each point."""
+    """One line of a chart.
+
+    Attributes:
+        name: its name in the legend.
+        points: (x, y), x ascending.
+        colour: 1 or 2.
+        dots: draw a dot on each point.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -22,7 +29,7 @@ class Series:
 
 
 def chart(name: str, title: str, series: Sequence[Series], from_zero: bool = False, note: str = "") -> dict | None:
-    """What the template draws of some series over steps; None where no point of them is finite."""
+    """Return the values from which the template draws series over steps; None if no point is finite."""
     series = [Series(s.name, _finite(s.points), s.colour, s.dots) for s in series]
     series = [s for s in series if s.points]
     if not series:
@@ -44,7 +51,7 @@ def chart(name: str, title: str, series: Sequence[Series], from_zero: bool = Fal
         if len(points) < len(s.points):
             band = path([(x, low) for x, _, low, _ in points] + [(x, high) for x, _, _, high in reversed(points)]) + "Z"
         middle = [(x, y) for x, y, _, _ in points]
-        # A point alone would be no line.
+        # A single point makes no line, so it gets a dot.
         dots = "".join(f"M{x:.1f} {y:.2f}h0" for x, y in (place(*point) for point in middle))
         lines.append(
             {
@@ -81,7 +88,7 @@ def _finite(points: Sequence[tuple[Any, Any]]) -> list[tuple[float, float]]:
 
 
 def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
-    """(x, y, lowest, highest) of at most MOST_POINTS."""
+    """Average points into at most MOST_POINTS of (x, y, lowest, highest)."""
     size = math.ceil(len(points) / MOST_POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [
@@ -103,7 +110,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers in steps of 1, 2 or 5 that enclose [low, high]."""
+    """Return round numbers in steps of 1, 2 or 5 times a power of ten that enclose [low, high]."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * (1 - 1e-9))
@@ -117,7 +124,7 @@ def _x_ticks(low: float, high: float) -> list[float]:
 
 
 def short(value: Any) -> str:
-    """A number for a tick or a tile: 0.0002 as 2e-4, 12345 as 12.3k."""
+    """Format a number for a tick or a tile: 0.0002 as 2e-4, 12345 as 12.3k."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if not math.isfinite(value):
@@ -133,13 +140,13 @@ def short(value: Any) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes for a reader: 38.8 kB, 5.23 GB."""
+    """Format bytes for a reader: 38.8 kB, 5.23 GB."""
     unit, name = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if value >= pair[0]), (1e3, "kB"))
     return f"{value / unit:.3g} {name}"
 
 
 def seconds(value: float) -> str:
-    """A time for a reader: 0.42 s, 12 s, 3.5 min, 2.1 h."""
+    """Format a time in seconds for a reader: 0.42 s, 12 s, 3.5 min, 2.1 h."""
     for size, unit in _UNITS_S:
         if value >= size * (2 if unit == "d" else 1):
             return f"{value / size:.1f} {unit}"

@@ -1,8 +1,8 @@
-"""What a run's directory holds of its story, and the page that is made of it.
+"""Write a run's history into its directory, and the report page made from it.
 
-run.json        what the run was made of, and how it ended
+run.json        the run's inputs and settings, and its outcome
 history.json    its logged steps and evaluations, samples, exports
-report.html     made of the two; can be made again
+report.html     made from the two; can be made again
 """
 
 import json
@@ -23,25 +23,25 @@ from kithara_ray.storage.places import Place
 logger = logging.getLogger(__name__)
 
 HISTORY, REPORT, EXPORT = "history.json", "report.html", "export_report.json"
-# A page that a browser can hold; of longer runs every n-th step.
+# As many events as a browser can show; a longer run keeps only every n-th step.
 _MOST_EVENTS = 50_000
 
 
 def write(directory: str, history: Mapping[str, Any]) -> str:
-    """history.json and report.html of the run whose run.json is in `directory`; returns where the page is."""
+    """Write history.json and report.html of the run whose run.json is in `directory`; return the page's location."""
     data = json.dumps(_thinned(history), separators=(",", ":"), default=str).encode()
     Place(directory).put_bytes(data, "", HISTORY)
     return rewrite(directory)
 
 
 def rewrite(directory: str) -> str:
-    """report.html again from what is in a run's directory; returns where it is.
+    """Write report.html again from the files in a run's directory; return its location.
 
-    Of a run that was killed, the newest checkpoint in its `checkpoints/` holds the history.
+    For a run that was killed, the newest checkpoint in its `checkpoints/` holds the history.
 
     Raises:
-        ConfigError: it is no run's directory, or its files are not what a run writes.
-        DestinationError: it cannot be written.
+        ConfigError: it is not a run's directory, or its files do not hold what a run writes.
+        DestinationError: the page cannot be written.
     """
     place = Place(str(directory).rstrip("/") or "/")
     names = place.files("")
@@ -58,7 +58,7 @@ def rewrite(directory: str) -> str:
 
 
 def add_export(directory: str, destination: str) -> None:
-    """Tell the page of an export of the run: what it has proven, by its export_report.json."""
+    """Add an export of the run to the page, with the checks that its export_report.json records."""
     place = Place(directory)
     history = read_object(place, HISTORY) if HISTORY in place.files("") else {}
     entry: dict[str, Any] = {"path": destination}

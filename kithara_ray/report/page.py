@@ -1,7 +1,7 @@
-"""From what a run has told to one HTML page that needs nothing else: styles, script and pictures are in it.
+"""Render a run's records as one self-contained HTML page, with its styles, script and pictures.
 
-Everything that comes from a run is text of others: rows, prompts, names, errors. Jinja escapes all of it, and the
-page's own policy lets no script run but the one whose hash it names.
+All text that comes from a run is untrusted: rows, prompts, names, errors. Jinja escapes all of it, and the page's own
+policy allows only the script whose hash it names.
 """
 
 import base64
@@ -43,11 +43,11 @@ _LONGEST_TEXT = 4000
 
 
 def render(run: Mapping[str, Any], history: Mapping[str, Any]) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         run: run.json.
-        history: history.json: events, samples, exports; what is missing is left out of the page.
+        history: history.json: events, samples, exports; the page leaves out missing entries.
     """
     template = _environment().get_template("report.html")
     return template.render(**_content(run, history), **_own())
@@ -73,7 +73,7 @@ def _file(name: str) -> str:
 
 @functools.cache
 def _own() -> dict[str, Any]:
-    """Style and script, and the hash by which the page's policy knows the script."""
+    """Return style and script, and the hash by which the page's policy allows the script."""
     style, script = _file("report.css"), _file("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}
@@ -138,7 +138,7 @@ def _charts(steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -> list[di
 
 
 def _tiles(run: Mapping, steps: Sequence[Mapping], evaluations: Sequence[Mapping], started: Mapping) -> list[dict]:
-    """The figures that are read first."""
+    """Return the most important figures, for the top of the page."""
     tiles = []
 
     def tile(name: str, value: str, below: str = "") -> None:
@@ -171,7 +171,7 @@ def _tiles(run: Mapping, steps: Sequence[Mapping], evaluations: Sequence[Mapping
 
 
 def _phases(events: Sequence[Mapping], run: Mapping) -> list[dict]:
-    """Of start-up, in their order, as shares of all of it."""
+    """Return the phases of start-up in order, as shares of the total time."""
     phases = dict((_of(events, "started") or [{}])[-1].get("phases") or (run.get("result") or {}).get("phases") or {})
     for event in _of(events, "first_step"):
         phases["first_step"] = event["seconds"]
@@ -192,7 +192,7 @@ def _phases(events: Sequence[Mapping], run: Mapping) -> list[dict]:
 
 
 def _data_rows(run: Mapping) -> list[dict]:
-    """A row a dataset."""
+    """Return one table row per dataset."""
     rows = []
     for name, told in (run.get("data") or {}).items():
         tokens, trained = told.get("tokens"), told.get("trained_tokens")
@@ -211,7 +211,7 @@ def _data_rows(run: Mapping) -> list[dict]:
 
 
 def _plan_rows(run: Mapping, steps: Sequence[Mapping]) -> list[dict]:
-    """What the plan said, beside what was measured."""
+    """Return the plan's figures next to the measured ones."""
     plan = run.get("plan") or {}
     if not plan:
         return []
@@ -249,7 +249,7 @@ def _plan_rows(run: Mapping, steps: Sequence[Mapping]) -> list[dict]:
 
 
 def _made_of(run: Mapping, trainer: Mapping) -> list[tuple[str, str]]:
-    """The facts that tell this run from another."""
+    """Return the facts that distinguish this run from others."""
     base, mesh, git = run.get("base") or {}, run.get("mesh") or {}, run.get("git") or {}
     axes = " ".join(f"{name}={mesh[name]}" for name in ("data", "fsdp", "tensor") if name in mesh)
     optimizer = (run.get("settings") or {}).get("optimizer")
@@ -281,6 +281,6 @@ def _thousands(value: Any) -> str:
 
 
 def _clipped(text: Any) -> str:
-    """A row may be a book."""
+    """Shorten a long text, since a row may be as long as a book."""
     text = str(text)
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} ... ({len(text):,} characters)"

@@ -1,7 +1,7 @@
-"""Whether the copies of one array on several devices, and so on several hosts, are the same bits.
+"""Check that the copies of one array on several devices, and so on several hosts, have the same bits.
 
-Every host reads the base by itself. Where an array, or a part of it, stands on more than one device, a host with
-another file or a damaged one would train another model than its peers, and nothing would say so.
+Every host reads the base by itself. An array, or a part of it, may be on more than one device. A host with a different
+or damaged file would then train a different model than its peers, and no error would show it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,14 @@ from kithara_ray.sharding.mesh import replicated
 
 
 def check_copies(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> int:
-    """Compare the checksums of all copies; every process calls this with its own part. Returns how many were compared.
+    """Compare the checksums of all copies, and return the number of arrays compared.
+
+    Every process calls this with its own part.
 
     Raises:
-        CheckpointError: names the array and two ranks whose copies differ.
+        CheckpointError: copies differ; the message names the array and two ranks.
     """
-    # Device by device, in the mesh's order: which part of the array it holds.
+    # For each device, in the mesh's order: the part of the array that it holds.
     parts = {name: _parts(mesh, array) for name, array in arrays.items()}
     copied = [name for name in arrays if len(set(parts[name])) < mesh.size]
     if not copied:
@@ -35,7 +37,7 @@ def check_copies(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> int:
 
 
 def _check(name: str, parts: Sequence[Any], sums: Sequence[int], ranks: Sequence[int]) -> None:
-    """One array's checksums, a row a device; equal parts must have equal sums."""
+    """Check one array's checksums, one per device: equal parts must have equal sums."""
     first: dict[Any, int] = {}
     for row, part in enumerate(parts):
         other = first.setdefault(part, row)
@@ -53,7 +55,7 @@ def _parts(mesh: Mesh, array: jax.Array) -> list[tuple[tuple[int, int], ...]]:
 
 
 def _checksums(mesh: Mesh, arrays: list[jax.Array]) -> jax.Array:
-    """uint32 (devices, arrays): of each device's own part, computed where it is."""
+    """Return checksums, uint32 (devices, arrays): each device computes those of its own parts."""
 
     def local(*blocks):
         return jnp.stack([_checksum(block) for block in blocks])[None]
@@ -64,15 +66,15 @@ def _checksums(mesh: Mesh, arrays: list[jax.Array]) -> jax.Array:
 
 
 def _checksum(block: jax.Array) -> jax.Array:
-    """Of the bits; an element's place counts, so that a permutation shows."""
+    """Return a checksum of the bits; an element's position counts, so a permutation changes it."""
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[block.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(block.reshape(-1), unsigned).astype(jnp.uint32)
-    # Odd factors, so no bit of any word is lost modulo 2**32.
+    # The factors are odd, so no bit of any word is lost modulo 2**32.
     return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
 
 def agree(text: str) -> list[str]:
-    """Every process' text, in the order of their ranks; all processes call this together."""
+    """Return every process' text in order of ranks; all processes call this together."""
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
@@ -86,10 +88,10 @@ def agree(text: str) -> list[str]:
 
 
 class Ballot:
-    """One small number of each process, and of a step's results, brought together on the devices.
+    """Combine one small number from each process, and a step's results, on the devices.
 
-    Every process casts in every step and reads the same result, two steps later: the devices never wait for a host
-    that looks, and all processes come to the same decision at the same step.
+    Every process casts a vote in every step, and reads the same result two steps later. The devices never wait for a
+    host to read, and all processes make the same decision at the same step.
     """
 
     def __init__(self, mesh: Mesh):
@@ -104,7 +106,7 @@ class Ballot:
         self._count = jax.jit(count, out_shardings=replicated(mesh))
 
     def cast(self, vote: int, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
-        """int32 (2,): the highest vote of all processes, and 1 where the step's loss or gradient is not finite."""
+        """Return int32 (2,): the highest vote of all processes, and 1 if the step's loss or gradient is not finite."""
         if vote not in self._votes:
             self._votes[vote] = jax.make_array_from_callback(
                 self._shape, self._sharding, lambda index: np.full(self._shape, vote, np.int32)[index]

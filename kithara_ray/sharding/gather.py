@@ -1,7 +1,7 @@
-"""Sharded arrays to whole ones, without a gather on any host.
+"""Assemble whole arrays from sharded ones, without a gather on any host.
 
-Each process gives the slices that its devices own, with their bounds; whoever holds them all checks that they tile
-every tensor exactly once, and puts them together.
+Each process gives the slices that its devices own, with their bounds. The process that collects them checks that they
+tile every tensor exactly once, and joins them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,9 +19,9 @@ class Shard:
     """One slice of one tensor.
 
     Attributes:
-        name: the tensor's.
+        name: the tensor's name.
         bounds: (start, stop) of each dim.
-        data: the slice, host memory.
+        data: the slice, in host memory.
         rank: the process that held it.
     """
 
@@ -32,7 +32,7 @@ class Shard:
 
 
 def local_shards(arrays: Mapping[str, "jax.Array"], rank: int) -> list[Shard]:  # noqa: F821
-    """This process' part of global arrays: of replicated slices only the first replica, so that each is given once."""
+    """Return this process' part of global arrays. Only the first replica of a slice counts, so each is given once."""
     return [
         Shard(name, _bounds(shard.index, array.shape), np.asarray(shard.data), rank)
         for name, array in arrays.items()
@@ -46,15 +46,15 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
 
 
 def assemble(shapes: Mapping[str, tuple[int, ...]], shards: Iterable[Shard], num_ranks: int) -> dict[str, np.ndarray]:
-    """Whole tensors from shards that tile each of them exactly once.
+    """Join shards into whole tensors; the shards must tile each tensor exactly once.
 
     Args:
-        shapes: every expected tensor.
-        num_ranks: how many processes must have been heard, for the message when something is missing.
+        shapes: the shape of every expected tensor.
+        num_ranks: the number of processes that must send shards; used in the message if something is missing.
 
     Raises:
-        AdapterError: a slice is missing, doubled, out of bounds or of the wrong shape, or a tensor is unknown; names
-            the tensor, the slice and the rank.
+        AdapterError: a slice is missing, doubled, out of bounds or of the wrong shape, or a tensor is unknown. The
+            message names the tensor, the slice and the rank.
     """
     by_name: dict[str, list[Shard]] = {name: [] for name in shapes}
     heard = set()
@@ -69,7 +69,7 @@ def assemble(shapes: Mapping[str, tuple[int, ...]], shards: Iterable[Shard], num
 
 def _tile(name: str, shape: tuple[int, ...], shards: list[Shard], silent: list[int]) -> np.ndarray:
     whole = np.empty(shape, shards[0].data.dtype if shards else np.float32)
-    # Which rank wrote each element; -1 is nobody yet.
+    # The rank that wrote each element; -1 means none yet.
     owner = np.full(shape, -1, np.int32)
     for shard in shards:
         region = tuple(slice(start, stop) for start, stop in shard.bounds)

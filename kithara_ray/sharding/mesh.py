@@ -1,4 +1,4 @@
-"""The device mesh and how every array is split over it.
+"""The device mesh, and the split of every array over it.
 
 Axes (`axis` is a mesh axis, `dim` a tensor dimension):
 
@@ -25,10 +25,10 @@ _REPLICATE_BELOW = 2048
 
 
 def make_mesh(shape: MeshShape | None = None, devices: Sequence | None = None) -> Mesh:
-    """A mesh over all devices of all processes, in the order in which JAX lays out the topology.
+    """Make a mesh over all devices of all processes, in the order in which JAX lays out the topology.
 
-    Without a shape, `data` counts the TPU slices and `fsdp` has the devices of one: between slices the network is slow,
-    and over `data` nothing but the factors' gradients is reduced.
+    Without a shape, `data` counts the TPU slices and `fsdp` the devices of one slice. The network between slices is
+    slow, and only the factors' gradients are reduced over `data`.
 
     Raises:
         ConfigError: the shape does not fit the devices, or splits weights between slices.
@@ -55,19 +55,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`; positions whole."""
+    """Return a sharding that splits rows over `data` and `fsdp`, and keeps positions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: Sequence[int] = ()) -> NamedSharding:
-    """The layout of one weight: `fsdp` and `tensor` together split one of its dims that divides evenly.
+    """Return the layout of one weight: `fsdp` and `tensor` together split one dim that divides evenly.
 
     Args:
         shape: the weight's shape.
-        whole_dims: so many leading dims stay whole (the dim of stacked blocks).
-        prefer: dims to split, the first of them that divides; else the largest that does.
+        whole_dims: the number of leading dims that stay whole (the dim of stacked blocks).
+        prefer: dims to try first; the first that divides evenly is split, else the largest dim that does.
 
-    A vector (a norm's scale, a bias), and any weight under 2048 elements, is replicated.
+    A vector (a norm's scale, a bias) is replicated, and so is any weight under 2048 elements.
 
     Raises:
         ConfigError: no dim of a larger weight divides evenly.
@@ -92,7 +92,7 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
 
 
 def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
-    """A LoRA factor or an optimizer array is split like a weight where a dim divides evenly, else replicated."""
+    """Split a LoRA factor or an optimizer array like a weight if a dim divides evenly; else replicate it."""
     try:
         return weight_sharding(mesh, shape, whole_dims)
     except ConfigError:

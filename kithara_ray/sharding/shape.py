@@ -1,4 +1,4 @@
-"""How many devices each mesh axis has; without JAX, so that a driver can say it."""
+"""The number of devices on each mesh axis. This module needs no JAX, so a driver can use it."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from kithara_ray.errors import ConfigError
 
 @dataclass(frozen=True)
 class MeshShape:
-    """How many devices each axis has. One axis may be -1: the devices that the others leave."""
+    """The number of devices on each axis. One axis may be -1: it takes the devices that the others leave."""
 
     data: int = 1
     fsdp: int = -1
@@ -20,7 +20,7 @@ class MeshShape:
             raise ConfigError(f"mesh axes must be >= 1, at most one of them -1, got {self}")
 
     def resolve(self, num_devices: int) -> tuple[int, int, int]:
-        """The three sizes for `num_devices` devices."""
+        """Return the three sizes for `num_devices` devices."""
         sizes = [self.data, self.fsdp, self.tensor]
         known = math.prod(size for size in sizes if size != -1)
         if -1 in sizes and num_devices % known == 0:

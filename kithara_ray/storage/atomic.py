@@ -1,8 +1,8 @@
-"""Local files that readers find whole or not at all: written under another name in the same directory, then renamed.
+"""Write local files that readers find whole or not at all: under another name in the same directory, then renamed.
 
     write_atomic     bytes at hand
-    AtomicFile       bytes as they come
-    rename_durably   a file that has been written elsewhere in the same file system
+    AtomicFile       bytes as they arrive
+    rename_durably   a file already written elsewhere in the same file system
 
 An object store needs none of this: a put shows the whole object or nothing.
 """
@@ -25,9 +25,9 @@ def sync(path: Path) -> None:
 
 
 class AtomicFile(io.FileIO):
-    """A binary file that stands under its own name once it is closed.
+    """A binary file that gets its own name only when it is closed.
 
-    Leaving a `with` block by an exception discards what was written, and leaves the file that was there before.
+    An exception in a `with` block discards the new bytes and keeps the file that was there before.
     """
 
     def __init__(self, path: str | Path):
@@ -58,7 +58,7 @@ class AtomicFile(io.FileIO):
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write or overwrite a local file. Raises OSError, and leaves what was there."""
+    """Write or overwrite a local file. On an error, raises OSError and keeps the old file."""
     with AtomicFile(path) as stream:
         view = memoryview(data)
         while view:

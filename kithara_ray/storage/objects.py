@@ -1,4 +1,4 @@
-"""One local file to one object of a store that fsspec knows, and how the store names what it holds."""
+"""Upload one local file to one object of a store that fsspec knows, and read the store's receipt for it."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from kithara_ray.storage.urls import cause_of, filesystem, version_of
 def put_file(local: Path, target: str, name: str) -> dict[str, Any]:
     """Upload a file as `name` at the URL `target`; returns the receipt of the object.
 
-    The size that arrived is compared, and the MD5 where the store tells one (GCS). Raises DestinationError.
+    This compares the size that arrived, and the MD5 if the store reports one (GCS). Raises DestinationError.
     """
     fs, root = filesystem(target, DestinationError)
     remote = f"{root}/{name}"
@@ -32,7 +32,7 @@ def put_file(local: Path, target: str, name: str) -> dict[str, Any]:
 
 
 def receipt_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """{"bytes", "version"} of an object, from what its filesystem says of it; another version is another object."""
+    """Return {"bytes", "version"} of an object from its filesystem's info. Each version is another object."""
     return {"bytes": int(info["size"]), "version": version_of(info)}
 
 

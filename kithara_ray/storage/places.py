@@ -1,6 +1,6 @@
-"""Where checkpoints are: a directory of directories of files, local or on an object store behind fsspec.
+"""The storage of checkpoints: a directory of directories of files, local or on an object store behind fsspec.
 
-Few operations, each whole or not at all: a file is put under its final name in one step. Readers need no lock.
+Each operation takes effect completely or not at all: a file gets its final name in one step. Readers need no lock.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from kithara_ray.storage.urls import cause_of, filesystem, is_url, join
 
 logger = logging.getLogger(__name__)
 
-# An object store answers a request in a thousand with an error; a run of days meets many.
+# An object store answers one request in a thousand with an error; a run that lasts days meets many.
 _ATTEMPTS = 4
 _FIRST_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
 class Place:
-    """Attributes: root: a local directory or a URL; it need not exist yet."""
+    """A local directory or a URL (`root`) that holds directories of files. It need not exist yet."""
 
     root: str
 
@@ -43,7 +43,7 @@ class Place:
         return filesystem(self.root, DestinationError)[0]
 
     def path(self, *parts: str) -> str:
-        """As `fs` names it; a part "" is the root."""
+        """Return the path in `fs`; a part "" is the root."""
         return "/".join([filesystem(self.root, DestinationError)[1], *filter(None, parts)])
 
     def url(self, *parts: str) -> str:
@@ -53,7 +53,7 @@ class Place:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A directory for what will be put: locally beside its destination, so that a rename is enough."""
+        """Yield a temporary directory for files to put. A local one is next to its destination: a rename is enough."""
         if not self.is_local:
             with tempfile.TemporaryDirectory(prefix="kithara_ray_checkpoint_") as directory:
                 yield Path(directory)
@@ -71,7 +71,7 @@ class Place:
             shutil.rmtree(directory, ignore_errors=True)
 
     def put(self, local: Path, directory: str, name: str) -> None:
-        """Put a local file there, durably; of a local place it is moved. Raises DestinationError."""
+        """Put a local file there, durably. A local place moves the file. Raises DestinationError."""
         url = self.url(directory, name)
         if self.is_local:
             self._move(local, Path(self.path(directory)), name)
@@ -102,7 +102,7 @@ class Place:
                 os.rmdir(self.path(directory))
 
     def clear_scratch(self) -> None:
-        """Remove what killed writers left beside the checkpoints."""
+        """Remove files that killed writers left next to the checkpoints."""
         if self.is_local:
             for path in Path(self.path()).glob(".writing-*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -113,7 +113,7 @@ class Place:
         return [name for name, is_file, _ in self._list() if not is_file]
 
     def files(self, directory: str) -> dict[str, int]:
-        """Name -> bytes."""
+        """Map the name of each file in a directory to its size in bytes."""
         return {name: size for name, is_file, size in self._list(directory) if is_file}
 
     def _list(self, *parts: str) -> list[tuple[str, bool, int]]:
@@ -133,12 +133,12 @@ class Place:
         ]
 
     def read(self, directory: str, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """A file's bytes, or some of them. Raises OSError."""
+        """Read a file's bytes, or a range of them. Raises OSError."""
         fs, path = self.fs, self.path(directory, name)
         return self._again(lambda: fs.cat_file(path, start=start, end=stop), self.url(directory, name))
 
     def sha256(self, directory: str, name: str) -> str:
-        """Of a whole file, in hex, read in pieces. Raises OSError."""
+        """Return the SHA-256 of a whole file in hex, reading it in pieces. Raises OSError."""
         fs, path = self.fs, self.path(directory, name)
 
         def compute() -> str:
@@ -151,8 +151,10 @@ class Place:
         return self._again(compute, self.url(directory, name))
 
     def _again(self, call: Callable[[], Any], what: str) -> Any:
-        """Call; where an object store fails, a few times more in growing pauses. Raises DestinationError, or
-        FileNotFoundError at once."""
+        """Run `call`, and repeat it a few times in growing pauses if an object store fails.
+
+        Raises DestinationError after the last attempt, or FileNotFoundError at once.
+        """
         pause_s = _FIRST_PAUSE_S
         for attempt in range(1, _ATTEMPTS + 1):
             try:

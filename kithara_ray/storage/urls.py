@@ -1,5 +1,6 @@
-"""Where files are: paths and the URLs that fsspec knows (gs://, s3://), and this host's cache. Remote libraries are
-imported where they are used.
+"""Locations of files: paths, the URLs that fsspec knows (gs://, s3://), and this host's cache.
+
+Functions import remote libraries when they use them.
 """
 
 import os
@@ -15,12 +16,12 @@ def is_url(handle: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A local path made absolute where it is written, for workers and the coordinator run in other directories."""
+    """Make a local path absolute at once, since workers and the coordinator run in other directories."""
     return path if is_url(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def join(destination: str, *parts: str) -> str:
-    """`destination/part/...` for paths and URLs."""
+    """Return `destination/part/...` for paths and URLs."""
     return "/".join([destination.rstrip("/"), *parts]) if is_url(destination) else os.path.join(destination, *parts)
 
 
@@ -33,18 +34,18 @@ def cache_dir() -> Path:
 
 
 def filesystem(url: str, error: type[Exception]) -> tuple[Any, str]:
-    """(filesystem, root in it) of a URL, with no cached listing. Raises `error` when fsspec knows no such scheme."""
+    """Return (filesystem, root in it) of a URL, without cached listings. Raises `error` for an unknown scheme."""
     import fsspec
 
     try:
         fs, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as cause:
         raise error(f"{url}: no filesystem for it ({cause}); install its fsspec package or use gs://, s3://") from cause
-    fs.invalidate_cache()  # object stores cache listings for ever
+    fs.invalidate_cache()  # object stores cache listings forever
     return fs, root.rstrip("/")
 
 
 def version_of(entry: dict) -> str:
-    """What changes when an object is overwritten: generation, checksum or time, as far as the backend tells."""
+    """Return the facts that change when an object is overwritten: generation, checksum or time, if reported."""
     fields = ("generation", "etag", "ETag", "md5Hash", "crc32c", "mtime", "updated", "LastModified", "created")
     return "|".join(f"{field}={entry[field]}" for field in fields if entry.get(field) is not None)

@@ -1,4 +1,4 @@
-"""generation_config.json: where a model stops, and the settings that `generate` does not carry out."""
+"""generation_config.json: a model's stop tokens, and the settings that `generate` ignores."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from kithara_ray.hf.checkpoint import CONFIG, read_json
 from kithara_ray.hf.model_files import GENERATION
 
-# Settings of drawing at random: greedy decoding, transformers' too, has no use for them.
+# Sampling settings: greedy decoding ignores them, in transformers too.
 _SAMPLING = (
     "do_sample",
     "temperature",
@@ -20,7 +20,7 @@ _SAMPLING = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
-# Settings that change what transformers' greedy decoding gives, with the values that turn them off.
+# Settings that change the output of transformers' greedy decoding, with the values that turn them off.
 _CHANGES_GREEDY: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -54,13 +54,13 @@ _CHANGES_GREEDY: dict[str, tuple[Any, ...]] = {
 
 
 def read_generation(directory: Path) -> dict[str, Any]:
-    """generation_config.json of a model directory; {} without one. Raises CheckpointError."""
+    """Read generation_config.json of a model directory; {} without one. Raises CheckpointError."""
     path = directory / GENERATION
     return read_json(path) if path.is_file() else {}
 
 
 def stops_of(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
-    """Where generation ends: the ids of generation_config.json, else those of config.json."""
+    """Return the ids that end generation: those of generation_config.json, else those of config.json."""
     named = generation.get("eos_token_id")
     if named is None:
         named = config.get("eos_token_id")
@@ -70,13 +70,13 @@ def stops_of(config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[i
 
 
 def with_stops(directory: Path, ends: Iterable[int]) -> bytes | None:
-    """generation_config.json of a base, made to stop at the ends of trained answers too; None without either."""
+    """Return a base's generation_config.json, made to stop at the ends of trained answers too; None without either."""
     config, generation = read_json(directory / CONFIG), read_generation(directory)
     stops = stops_of(config, generation)
     gained = [*stops, *(number for number in dict.fromkeys(ends) if number not in stops)]
     if gained == stops:
         return (directory / GENERATION).read_bytes() if generation else None
-    if not generation:  # what transformers derives where there is no file
+    if not generation:  # as transformers derives it if there is no file
         names = ("bos_token_id", "pad_token_id")
         generation = {name: config[name] for name in names if isinstance(config.get(name), int)}
     value = {**generation, "eos_token_id": gained if len(gained) > 1 else gained[0]}
@@ -84,9 +84,10 @@ def with_stops(directory: Path, ends: Iterable[int]) -> bytes | None:
 
 
 def not_done(generation: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of a generation_config.json that `generate` leaves out.
+    """Return the settings of a generation_config.json that `generate` ignores.
 
-    Returns: those of sampling, where it asks for that; and those that change transformers' greedy decoding too.
+    Returns: the sampling settings, if the file asks for sampling; and those that change transformers' greedy decoding
+    too.
     """
     sampling: dict[str, Any] = {}
     if generation.get("do_sample"):
@@ -100,7 +101,7 @@ def not_done(generation: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def describe_not_done(generation: Mapping[str, Any]) -> list[str]:
-    """`not_done` as sentences for a log."""
+    """Describe the result of `not_done` in sentences for a log."""
     sampling, changes = not_done(generation)
     told = []
     if sampling:

@@ -1,18 +1,18 @@
-"""How long a sequence a base was made for, by its config.json."""
+"""The longest sequence that a base was made for, according to its config.json."""
 
 from collections.abc import Mapping
 from typing import Any
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_sequence_length")
-# Kinds of rope scaling after which config.json says the scaled length already.
+# Kinds of rope scaling for which config.json already gives the scaled length.
 _SCALED = ("default", "llama3", "longrope", "su", "mrope", "proportional")
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:
-    """Tokens of the longest sequence, rope scaling included; None where config.json does not say.
+    """Return the tokens of the longest sequence, rope scaling included; None if config.json does not say.
 
-    Linear, dynamic and YaRN scaling multiply the length before scaling by `factor`; YaRN names that length
-    `original_max_position_embeddings`, where it differs from the other's.
+    Linear, dynamic and YaRN scaling multiply the length before scaling by `factor`. YaRN may give that length as
+    `original_max_position_embeddings`.
     """
     text = config.get("text_config") or config
     length = next((text[name] for name in _NAMES if isinstance(text.get(name), int)), None)

@@ -1,4 +1,4 @@
-"""How many tokens a model knows: the rows of its embedding, whatever config.json says."""
+"""The number of tokens that a model knows: the rows of its embedding, whatever config.json says."""
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 
@@ -13,7 +13,7 @@ _TEXT = ("language_model", "text_model")
 
 
 def embedding_rows(base: BaseCheckpoint) -> int | None:
-    """Rows of the token embedding; of config.json's vocabulary where no tensor bears a known name."""
+    """Return the rows of the token embedding; config.json's vocabulary size if no tensor has a known name."""
     found = {
         name: info.shape[0]
         for name, info in base.tensors.items()

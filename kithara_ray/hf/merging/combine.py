@@ -1,9 +1,9 @@
-"""Several adapters of one base as one adapter: the weighted sum of their updates, exactly.
+"""Combine several adapters of one base into one: the exact weighted sum of their updates.
 
     delta = sum over i of weight_i * scale_i * B_i @ A_i = concat(B_i) @ concat(weight_i * scale_i * A_i)
 
 Nothing is approximated: ranks add up, and the scale of the result is 1. This is peft's `add_weighted_adapter(...,
-combination_type="cat")`, with the factors multiplied in its order, so that merges agree bit by bit.
+combination_type="cat")`. Factors are multiplied in peft's order, so merges agree bit by bit.
 """
 
 import re
@@ -21,29 +21,29 @@ from kithara_ray.storage.urls import is_url
 
 
 def read_weighted(text: str) -> tuple[Adapter, float]:
-    """`ADAPTER` or `ADAPTER:WEIGHT`, the adapter being a directory or URL; the weight is 1 by default."""
+    """Read `ADAPTER` or `ADAPTER:WEIGHT`. The adapter is a directory or URL; the weight is 1 by default."""
     handle, weight = split_weight(text)
     return Adapter.read(fetch(handle)), weight
 
 
 def split_weight(text: str) -> tuple[str, float]:
-    """(directory or URL, weight) of `ADAPTER[:WEIGHT]`.
+    """Split `ADAPTER[:WEIGHT]` into (directory or URL, weight).
 
-    A directory that exists under the whole text is the adapter, whatever stands behind a colon in its name.
+    If the whole text names a directory that exists, it is the adapter, even with a colon in its name.
     """
     if not is_url(text) and Path(text).expanduser().is_dir():
         return text, 1.0
     handle, _, number = text.rpartition(":")
     try:
         return (handle, float(number)) if handle else (text, 1.0)
-    except ValueError:  # no weight: a colon of a URL or of a name, or none
+    except ValueError:  # no weight: the colon belongs to a URL or a name
         return text, 1.0
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """One adapter; float32. A module that only some have gets the sum of theirs.
+    """Return one float32 adapter. A module that only some adapters have gets the sum of theirs.
 
-    Raises: ConfigError for a weight that is no finite number, UnsupportedError for DoRA, whose update is no product.
+    Raises: ConfigError for a weight that is not finite, UnsupportedError for DoRA, whose update is not a product.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ConfigError(f"combine needs a weight for each adapter, got {len(adapters)} and {len(weights)}")
@@ -77,7 +77,9 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def _targets_of(adapter: Adapter) -> tuple[str, ...]:
-    """Its entries of target_modules. A regular expression, or a selection of layers, is spelled out: two of them cannot
-    stand in one config."""
+    """Return the adapter's entries of target_modules.
+
+    A regular expression or a selection of layers becomes a list of modules, since one config cannot hold two of them.
+    """
     targets = adapter.config.target_modules
     return adapter.modules if isinstance(targets, str) or adapter.config.selects_layers else targets

@@ -1,21 +1,24 @@
-"""W' = W + scale * (B @ A), and DoRA's W' = m * (W + scale * (B @ A)) / ||rows||, bit for bit what torch and PEFT
-compute on a CPU, without torch.
+"""Merge arithmetic without torch, bit for bit what torch and PEFT compute on a CPU.
+
+LoRA is W' = W + scale * (B @ A), and DoRA is W' = m * (W + scale * (B @ A)) / ||rows||.
 
 Legend: O out features, I in features, R rank, N single elements.
 
 PEFT (peft/tuners/lora/layer.py, Linear.get_delta_weight and merge; float32 factors, as PEFT loads them) computes
 `delta = (B @ A) * float32(scale)` in float32 and `W += delta`, which torch rounds once to W's dtype. All of that is
-elementwise except the sum over R. torch's sgemm (MKL) was measured to be a chain of fused multiply-adds over R
-from 0 upwards, for O >= 12 and I >= 16 with one or two threads and every R up to 192 (tests/hf/test_hf_delta.py).
-Above it sums chunks (see `k_chunks`) and adds their results: with AVX2, whose order is taken here on every processor;
-with AVX-512 it is one chain up to R = 384. With four or more threads torch changes its own last bits where I is not a
-multiple of 16. numpy's OpenBLAS sums in another order (2 % of the elements differ in the last bit for R = 16), and
-changes it with the row block. So:
+elementwise except the sum over R.
 
-* float32 results: the chain itself, emulated in float64. The product of two float32 is exact there, and so is the
-  sum up to one rounding; the double rounding is repaired where it can matter (`_fma`).
-* 16-bit results: BLAS gives the sum up to a known error; scaling, adding and rounding are monotone, so when both ends
-  of the error interval round to the same 16 bits these are the bits. The rest, about 1e-4, is computed by the chain.
+Measurements show that torch's sgemm (MKL) is a chain of fused multiply-adds over R from 0 upwards. This holds for O >=
+12 and I >= 16 with one or two threads and every R up to 192 (tests/hf/test_hf_delta.py). For larger R with AVX2, it
+sums chunks (see `k_chunks`) and adds their results; this module uses that order on every processor. With AVX-512 it is
+one chain up to R = 384. With four or more threads, torch's own last bits change if I is not a multiple of 16. numpy's
+OpenBLAS sums in another order (2 % of the elements differ in the last bit for R = 16), and that order changes with the
+row block. So:
+
+* float32 results: this module emulates the chain in float64. The product of two float32 values is exact there, and so
+  is the sum up to one rounding. `_fma` repairs the double rounding where it can matter.
+* 16-bit results: BLAS gives the sum up to a known error. Scaling, adding and rounding are monotone. If both ends of the
+  error interval round to the same 16 bits, these are the bits. The chain computes the rest, about 1e-4.
 """
 
 import ml_dtypes
@@ -30,27 +33,30 @@ CHAIN_ELEMENTS = 1 << 15  # float64 scratch of 256 KiB each: stays in the L2 cac
 CACHED_ELEMENTS = 1 << 18  # of the 16-bit path: its float32 scratch is 1 MiB each
 ONE_THREAD_PRODUCTS = 1 << 17  # multiplications up to which OpenBLAS' sgemm uses one thread
 UNIT_ROUNDOFF = 2.0**-24
-LOW_BITS = (1 << 29) - 1  # what float64 has below float32's last bit
+LOW_BITS = (1 << 29) - 1  # float64's bits below float32's last bit
 TIE = 1 << 28
 NORM_LANES = 8  # of torch.linalg.norm over rows, torch 2.13 with AVX2 and AVX-512
 
 
 def k_chunks(r: int) -> list[tuple[int, int]]:
-    """The [begin, end) ranges of R that torch's sgemm sums apart with AVX2. Measured bit-identical for R up to 1024."""
+    """Return the [begin, end) ranges of R that torch's sgemm sums separately with AVX2.
+
+    Measurements are bit-identical for R up to 1024."""
     size = r if r <= MKL_K_BLOCK else r // 2 if r <= 2 * MKL_K_BLOCK else MKL_K_BLOCK
     return [(begin, min(begin + size, r)) for begin in range(0, r, size)]
 
 
 def _start(r: int) -> np.float32:
-    """What the chain starts from: for R = 1 torch keeps the product's own sign of zero, as -0 + product does."""
+    """Return the chain's first value: for R = 1 torch keeps the product's own sign of zero, as -0 + product does."""
     return np.float32(-0.0 if r == 1 else 0.0)
 
 
 def _fma(acc: np.ndarray, product: np.ndarray, total: np.ndarray) -> None:
     """acc = float32(acc + product) rounded once, in place. acc float32, product and scratch total float64, one shape.
 
-    float64(acc + product) is rounded a second time on its way to float32. That is wrong only when the float64 sum
-    stands exactly between two float32 and was itself inexact; those elements are moved towards the true sum first.
+    float64(acc + product) is rounded a second time on its way to float32. That is wrong only if the float64 sum lies
+    exactly between two float32 values and was itself inexact. This function first moves such elements towards the true
+    sum.
     """
     np.add(product, acc, out=total)
     ties = (total.view(np.int64) & LOW_BITS) == TIE
@@ -128,7 +134,7 @@ def dora_rows(
     magnitude_O: np.ndarray,
     out_dtype: np.dtype | None = None,
 ) -> np.ndarray:
-    """magnitude * V / ||V|| by rows, V = W + scale * (B @ A): what PEFT merges for DoRA. Else as `merged_rows`.
+    """Return magnitude * V / ||V|| by rows, V = W + scale * (B @ A), as PEFT merges DoRA. Otherwise like `merged_rows`.
 
     A row of zeros has no direction: it becomes NaN, as PEFT's does.
     """
@@ -141,8 +147,10 @@ def dora_rows(
 
 
 def row_norms(v_OI: np.ndarray) -> np.ndarray:
-    """torch.linalg.norm(v, dim=1), float32 (O,), in its order: squares added up in 8 lanes, these one to another, then
-    what is left over of the row: four by plain additions where there are four, and one by one, fused.
+    """Return torch.linalg.norm(v, dim=1), float32 (O,), with torch's order of additions.
+
+    Squares are added in 8 lanes, then the lanes to each other, then the rest of the row. If the rest has four or more
+    columns, the first four are added plainly. The remaining columns are added one by one, fused.
     """
     n_out, n_in = v_OI.shape
     whole = n_in - n_in % NORM_LANES
@@ -161,8 +169,11 @@ def row_norms(v_OI: np.ndarray) -> np.ndarray:
 
 
 def _blas_product(b_OR: np.ndarray, a_RI: np.ndarray) -> np.ndarray:
-    """B @ A as the BLAS rounds it, in pieces so small that OpenBLAS keeps to this thread: for R of 16 its other threads
-    take more time to wait for than they save, three times the processor time of all else here."""
+    """Return B @ A as BLAS rounds it, in pieces so small that OpenBLAS uses only this thread.
+
+    For R = 16, waiting for its other threads costs more than they save: three times the processor time of all else
+    here.
+    """
     product_OI = np.empty((len(b_OR), a_RI.shape[1]), np.float32)
     rows = max(1, ONE_THREAD_PRODUCTS // max(1, a_RI.size))
     for begin in range(0, len(b_OR), rows):

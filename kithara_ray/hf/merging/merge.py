@@ -1,7 +1,8 @@
-"""Base + scale * B @ A, or what DoRA makes of it, as a file operation: copy each weight file, patch the merged bytes.
+"""Merge an adapter (base + scale * B @ A, or DoRA) file by file: copy each weight file, then patch the merged bytes.
 
-No tensor is held whole: memory is a few blocks of MERGE_ELEMENTS. A file is the unit of work (`write_tensors`): several
-processes can merge files into one directory. The arithmetic, and its identity with PEFT: delta.py.
+A merge never holds a whole tensor: it needs memory for a few blocks of MERGE_ELEMENTS. A file is the unit of work
+(`write_tensors`), so several processes can merge files into one directory. delta.py holds the arithmetic, which is
+identical to PEFT's.
 """
 
 import json
@@ -33,9 +34,9 @@ _COPY_BYTES = 1 << 30
 
 
 def check_dtype(dtype: str | Mapping[str, str]) -> str | Mapping[str, str] | None:
-    """The safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError.
+    """Return the safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError.
 
-    A mapping gives every tensor a tag of its own, and is what comes back.
+    A mapping gives every tensor its own tag, and is returned as it is.
     """
     if isinstance(dtype, Mapping):
         return dtype
@@ -45,8 +46,8 @@ def check_dtype(dtype: str | Mapping[str, str]) -> str | Mapping[str, str] | Non
 
 
 def check_mergeable(base: BaseCheckpoint, adapter: Adapter, dtype: str = "auto") -> None:
-    """Raises AdapterError or UnsupportedError when merging would be impossible or wrong. Reads no weights."""
-    # MXFP4 is of experts alone, which no adapter here reaches: they are copied as they are, but not cast.
+    """Refuse a merge that is impossible or wrong, without reading weights. Raises AdapterError or UnsupportedError."""
+    # Only experts are in MXFP4, and no adapter here reaches them: they are copied as they are, but not cast.
     refuse_quantized(base, but=("mxfp4",) if check_dtype(dtype) is None else ())
     adapter.validate(base)
     for module in adapter.modules:
@@ -82,7 +83,7 @@ def _refuse_second_head(adapter: Adapter) -> None:
 
 
 def refuse_quantized(base: BaseCheckpoint, but: Collection[str] = ()) -> None:
-    """Raises UnsupportedError for a base whose config.json declares quantised weights, `but` by these methods."""
+    """Refuse a base with quantised weights by config.json, except by the methods in `but`. Raises UnsupportedError."""
     configs = [base.config, *(value for value in base.config.values() if isinstance(value, dict))]
     quantized = next((c["quantization_config"] for c in configs if c.get("quantization_config")), None)
     if quantized:
@@ -110,9 +111,9 @@ def _refuse_embedding(base: BaseCheckpoint, module: str) -> None:
 def write_config(
     base: BaseCheckpoint, directory: Path, dtype: str = "auto", files: Mapping[str, str] | None = None
 ) -> tuple[Path, ...]:
-    """config.json and, for a sharded checkpoint, the index of the weight files; copies where nothing changes.
+    """Write config.json and, for a sharded checkpoint, the index of the weight files; copy either if nothing changes.
 
-    files: tensor -> weight file, where they are not the base's.
+    files: tensor -> weight file, if they are not the base's.
     """
     directory, tag = Path(directory), check_dtype(dtype)
     written = [directory / CONFIG]
@@ -136,17 +137,19 @@ def write_config(
 
 
 def out_bytes(info: TensorInfo, tag: str | Mapping[str, str] | None) -> int:
-    """What a tensor takes once it is written, cast to `tag`, if any."""
+    """Return the bytes that a tensor takes once it is written, cast to `tag`, if any."""
     return math.prod(info.shape) * NUMPY_DTYPES[out_tag(info, tag)].itemsize
 
 
 def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, dtype: str = "auto") -> Path:
-    """All tensors of `base`, which may be some of a checkpoint's, as one weight file, merged where the adapter has
-    their module. A file of the base as it stands is copied and patched, any other is written tensor by tensor.
+    """Write all tensors of `base` as one weight file, merging the adapter's modules.
 
-    The caller has called check_mergeable. dtype "auto" keeps each tensor's dtype and is bit-identical to PEFT's
-    merge_and_unload on a CPU. Any other casts all floating tensors; merged ones are added in float32 and rounded once.
-    Raises ExportError for values that overflow.
+    `base` may be part of a checkpoint. A file of the base that stays as it is gets copied and patched; any other file
+    is written tensor by tensor.
+
+    Call check_mergeable first. dtype "auto" keeps each tensor's dtype and is bit-identical to PEFT's merge_and_unload
+    on a CPU. Any other dtype casts all floating tensors; merged tensors are added in float32 and rounded once. Raises
+    ExportError for values that overflow.
     """
     tag = check_dtype(dtype)
     infos = base.in_file_order()
@@ -170,9 +173,9 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
 
 
 def written_metadata(of_files: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The metadata of a weight file that is written anew from the tensors of other files.
+    """Return the metadata of a weight file that is written anew from the tensors of other files.
 
-    Entries that the files agree on are kept; `format` says how transformers reads the tensors, which is as torch's.
+    Entries that the files agree on are kept. `format` makes transformers read the tensors as torch's.
     """
     of_files = list(of_files)
     kept = {"format": "pt"}
@@ -186,14 +189,14 @@ def written_metadata(of_files: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def out_tag(info: TensorInfo, tag: str | Mapping[str, str] | None) -> str:
-    """What a tensor is written as: floating ones in `tag`, if there is one."""
+    """Return the tag in which a tensor is written: `tag` for a floating tensor, if there is one."""
     if isinstance(tag, Mapping):
         return tag[info.name]
     return tag if tag and info.dtype in FLOAT_TAGS else info.dtype
 
 
 def row_blocks(info: TensorInfo, elements: int = MERGE_ELEMENTS) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, private copy of a block of rows), in order; a tensor of fewer than two dimensions has one column."""
+    """Yield (first row, private copy of a block of rows) in order; a tensor of fewer than two dims has one column."""
     rows, columns = (info.shape[0] if info.shape else 1), math.prod(info.shape[1:])
     step = max(1, elements // max(1, columns))
     with info.file.open("rb") as stream:
@@ -207,7 +210,7 @@ def row_blocks(info: TensorInfo, elements: int = MERGE_ELEMENTS) -> Iterator[tup
 
 
 def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, change: Change | None, tag: str) -> Iterator[np.ndarray]:
-    """The tensor's rows, merged when there is a change, in the dtype of `tag`."""
+    """Yield the tensor's rows in the dtype of `tag`, merged if there is a change."""
     out_dtype, module = NUMPY_DTYPES[tag], change.module if change else None
     for begin, w_OI in row_blocks(info):
         if change is None:
@@ -227,13 +230,13 @@ def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, change: Change | N
 
 
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rounded to nearest even; the array itself when it has that dtype already."""
+    """Round to nearest even; return the array itself if it already has that dtype."""
     with np.errstate(over="ignore"):
         return array if array.dtype == dtype else array.astype(dtype)
 
 
 def _replaced(w_OI: np.ndarray, begin: int, change: Change, out_dtype: np.dtype) -> np.ndarray:
-    """A block from row `begin` on. As PEFT: values are rounded to the tensor's dtype, a bias is added in float32."""
+    """Return a block from row `begin` on. As in PEFT, round values to the tensor's dtype and add a bias in float32."""
     out_OI, end = cast(w_OI, out_dtype), begin + len(w_OI)
     if change.value is not None:
         values_KI = change.value.reshape(len(change.value), -1)
@@ -260,7 +263,7 @@ def _check_finite(info: TensorInfo, before: np.ndarray, after: np.ndarray, out_t
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Contents only; the kernel copies, or shares blocks where the filesystem can. Links are followed."""
+    """Copy a file's contents only, following links; the kernel copies, or shares blocks if the filesystem can."""
     with source.open("rb") as reader, target.open("wb") as writer:
         remaining = os.fstat(reader.fileno()).st_size
         try:
@@ -278,7 +281,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _with_dtype(config: dict, dtype: str, top: bool) -> dict:
-    """config.json with its dtype fields (`torch_dtype` before transformers 5) set, in nested configs too."""
+    """Return config.json with its dtype fields (`torch_dtype` before transformers 5) set, in nested configs too."""
     changed = {k: _with_dtype(v, dtype, False) if isinstance(v, dict) else v for k, v in config.items()}
     for key in ("dtype", "torch_dtype"):
         if isinstance(changed.get(key), str):
