@@ -6,7 +6,7 @@
     ├── DataError              (ValueError)  rows, columns or the tokenizer are unusable
     ├── CheckpointError        (ValueError)  the base checkpoint's files are unusable
     ├── AdapterError           (ValueError)  adapter files or arrays are unusable
-    ├── DestinationError       (OSError)     an export cannot be written there
+    ├── DestinationError       (OSError)     an export's destination cannot be written
     ├── ExportError                          an export could not be finished or verified
     ├── PlanError                            a step did not compile for a planned slice
     ├── ClusterError                         resources, topology or process group are wrong
