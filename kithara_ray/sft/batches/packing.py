@@ -37,8 +37,8 @@ def packs(
     """Yield packs as they close, from a stream of (sample, tokens, trained tokens).
 
     A sample goes into the open row that it fills best. If that row has no room for its predictions, the sample goes
-    into the row with the most room, and if that has none, into a new row. If `window` rows are open then, the fullest
-    closes first. A full row closes at once. Every single sample must fit into a row.
+    into the row with the most room. If that has none, a new row opens; if `window` rows are open, the fullest closes
+    first. A full row closes at once. Every single sample must fit into a row.
     """
     # Open rows by their free tokens, and a bit set with one bit for each such number. The lowest bit at or above a
     # sample's size is the best fit, the highest bit is the most room. Neither requires looking at the rows.

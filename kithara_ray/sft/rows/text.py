@@ -82,8 +82,8 @@ def _one_by_one(text: str) -> list[Any]:
 def delimited(data: bytes, delimiter: str) -> list[tuple[str, Any]]:
     """Return (line, row) pairs of a CSV or TSV file with a header. Each line is in a row, or in the ValueError of one.
 
-    A quoted field may span several lines. If such a row turns out to be bad, each of its lines counts as a bad row,
-    because nothing shows which of them were meant to be rows.
+    A quoted field may span several lines. If such a row turns out to be bad, each of its lines counts as a bad row.
+    Nothing shows which of them were meant to be rows.
 
     Raises:
         DataError: the header names a column twice.

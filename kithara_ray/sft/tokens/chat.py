@@ -6,8 +6,8 @@ on only if the template later shows it as it was asked for. Two texts must begin
 - the earlier messages, rendered with the generation prompt;
 - the messages up to and including this one.
 
-If the template later rewrites a message's history or drops its thinking, the message is context and not trained on,
-because no model is asked for it in that form. Such messages are counted.
+If the template later rewrites a message's history or drops its thinking, the message is context and not trained on.
+No model is asked for it in that form. Such messages are counted.
 
 Templates are Jinja code from a checkpoint that anybody may have made. transformers renders them in Jinja's immutable
 sandbox, on plain data; this module limits time, memory and length.
