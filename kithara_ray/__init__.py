@@ -1,6 +1,6 @@
 """LoRA fine-tuning of open LLMs on Cloud TPU pods with Ray, KerasHub and JAX.
 
-The names below are loaded when they are first used: importing this package imports no jax, keras, ray or torch.
+Each name below is loaded on first use. Importing this package imports no jax, keras, ray or torch.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m kithara_ray`."""
+"""Run the command line as `python -m kithara_ray`."""
 
 import sys
 

@@ -1,16 +1,16 @@
-"""A run written as YAML, one to one with the arguments of the Python API.
+"""Runs as YAML, with the same arguments as the Python API.
 
     model:             KerasHubModel.from_preset(...)
-    train_dataloader:  Dataloader(...), its dataset: SFTDataset(...) or another by `type`, or a `mix` of several
+    train_dataloader:  Dataloader(...), with a dataset: SFTDataset(...) or another `type`, or a `mix` of several
     eval_dataloader:   the same
     optimizer:         a Keras optimizer by name, with a schedule
     trainer:           Trainer(...)
     scaling_config:    ray.train.ScalingConfig(...)
     run_config:        ray.train.RunConfig(...)
     exports:           a list of save_in_hf_format(...)
-    tune:              tune.search(...), for `kithara-ray tune` alone
+    tune:              tune.search(...), for `kithara-ray tune` only
 
-Sections are made from those signatures, so an argument is there as soon as Python has it.
+Sections are built from these signatures, so every new Python argument also works in YAML.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _OLD = "Ray has retired it"
 CheckpointerSection = section_of("CheckpointerSection", Checkpointer, {})
 MeshSection = section_of("MeshSection", MeshShape, {})
 ProfilerSection = section_of("ProfilerSection", Profiler, {})
-# Callbacks of one's own are Python.
+# Custom callbacks require Python.
 CALLBACKS = {kind.__name__: kind for kind in (MLflow, WandB)}
 CALLBACK_SECTIONS = {
     name: section_of(f"{name}Section", kind, {}, type=(Literal[name], ...)) for name, kind in CALLBACKS.items()
@@ -57,7 +57,7 @@ ModelSection = section_of(
     "ModelSection",
     KerasHubModel.from_preset,
     {},
-    # `Sequence` would take a text for its letters.
+    # `Sequence` would accept a text as its letters.
     given_types={
         "target_modules": str | list[str],
         "init_lora_weights": bool | str,
@@ -93,7 +93,7 @@ _OneDataset = Annotated[
 
 
 class MixedSection(Section):
-    """One dataset of a mixture, and its share."""
+    """One dataset of a mixture, and its weight."""
 
     weight: float = 1.0
     dataset: _OneDataset
@@ -158,7 +158,7 @@ OptimizerName = Literal[
 
 
 class ScheduleSection(Section):
-    """How the learning rate changes over the run; see `kithara_ray.train.schedule`."""
+    """The schedule of the learning rate over the run; see `kithara_ray.train.schedule`."""
 
     name: Literal["constant", "linear", "cosine"]
     warmup_steps: int | None = Field(None, ge=0)
@@ -168,7 +168,7 @@ class ScheduleSection(Section):
 
 
 class OptimizerSection(Section):
-    """A Keras optimizer: what is left out keeps Keras' default, but weight_decay, which is 0."""
+    """A Keras optimizer, with the defaults of Keras, except for weight_decay, which defaults to 0."""
 
     name: OptimizerName = "AdamW"
     learning_rate: float = Field(gt=0)
@@ -183,7 +183,7 @@ class OptimizerSection(Section):
     epsilon: float | None = Field(None, gt=0)
 
     def build(self, steps: int | None) -> Any:
-        """The Keras optimizer of a run of so many steps; None, a run counted in epochs."""
+        """Build the Keras optimizer of a run of `steps` steps; None for a run counted in epochs."""
         import inspect
 
         import keras
@@ -229,10 +229,10 @@ class Config(Section):
 
 @dataclass
 class Job:
-    """The handles that a configuration describes.
+    """Model, trainer and exports that a configuration describes.
 
     Attributes:
-        exports: arguments of `model.save_in_hf_format`, a dict an export.
+        exports: arguments of `model.save_in_hf_format`, one dict per export.
     """
 
     model: KerasHubModel
@@ -240,19 +240,19 @@ class Job:
     exports: list[dict[str, Any]]
 
     def run(self) -> tuple[TrainResult, list[str]]:
-        """Train, then write the exports; returns the result and where they are."""
+        """Train, then write the exports; return the result and the exports' locations."""
         result = self.trainer.train(self.exports)
         return result, [self.model.save_in_hf_format(**export) for export in self.exports]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A configuration checked against the API. Reads nothing but the file.
+    """Load a configuration and check it against the API. Reads only the file.
 
     Args:
-        overrides: `a.b=value` each, the value in YAML.
+        overrides: changes `a.b=value`, with the value in YAML.
 
     Raises:
-        ConfigError: names file, line and key.
+        ConfigError: the configuration is wrong; names file, line and key.
     """
     raw, lines = read_yaml(path)
     for change in overrides:
@@ -261,14 +261,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def checked(raw: dict[str, Any], name: str, lines: Mapping[Where, int] | None = None) -> Config:
-    """Raw content checked against the API.
+    """Check raw content against the API.
 
     Args:
-        name: of where it comes from, for messages.
-        lines: of its keys.
+        name: name of the source, for messages.
+        lines: lines of the keys.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: the content is wrong; names the key.
     """
     try:
         return Config.model_validate(raw)
@@ -277,7 +277,7 @@ def checked(raw: dict[str, Any], name: str, lines: Mapping[Where, int] | None = 
 
 
 def build(config: Config) -> Job:
-    """The Python handles. Raises what their constructors raise."""
+    """Build the Python objects. Raises the errors of their constructors."""
     model = KerasHubModel.from_preset(**config.model.given())
     loaders = {
         name: dataloader(getattr(config, name), config)
@@ -308,7 +308,7 @@ def _callback(section: Section) -> Any:
 
 
 def dataloader(section: Any, config: Config) -> Dataloader:
-    """A Dataloader; its dataset takes the model's tokenizer where none is named."""
+    """Build a Dataloader; its dataset uses the model's tokenizer if it names none."""
     settings = section.given()
     return Dataloader(_dataset(settings.pop("dataset"), config), **settings)
 
@@ -331,12 +331,12 @@ def _ray_config(kind: type, section: Section | None) -> Any:
             settings[name] = inner(**settings[name].given())
     try:
         return kind(**settings)
-    except (ValueError, TypeError) as error:  # Ray's own refusals
+    except (ValueError, TypeError) as error:  # raised by Ray
         raise ConfigError(f"{kind.__name__}: {' '.join(str(error).split())}") from error
 
 
 def require_absolute(config: Config) -> None:
-    """Paths that a run writes to, of a configuration that runs in another directory than the one it was written in.
+    """Refuse relative output paths in a configuration that will run in another directory.
 
     Raises:
         ConfigError: one of them is relative.

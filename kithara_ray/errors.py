@@ -1,20 +1,20 @@
-"""Every error this library raises on purpose.
+"""All errors that this library raises on purpose.
 
     KitharaRayError
-    ├── ConfigError            (ValueError)  an argument is wrong where it was written
-    │   └── UnsupportedError                 a model, field or option that cannot be honoured
-    ├── DataError              (ValueError)  rows, columns, tokenizer
-    ├── CheckpointError        (ValueError)  the base checkpoint's files
-    ├── AdapterError           (ValueError)  adapter files or arrays, gathered or read
-    ├── DestinationError       (OSError)     where an export is to be written
-    ├── ExportError                          an export that could not be finished or proven
-    ├── PlanError                            a step that did not compile for a planned slice
-    ├── ClusterError                         resources, topology, process group
-    └── TrainingError                        a run that failed after it had started
+    ├── ConfigError            (ValueError)  an argument is wrong
+    │   └── UnsupportedError                 a model, field or option is not supported
+    ├── DataError              (ValueError)  rows, columns or the tokenizer are unusable
+    ├── CheckpointError        (ValueError)  the base checkpoint's files are unusable
+    ├── AdapterError           (ValueError)  adapter files or arrays are unusable
+    ├── DestinationError       (OSError)     an export's destination cannot be written
+    ├── ExportError                          an export could not be finished or verified
+    ├── PlanError                            a step did not compile for a planned slice
+    ├── ClusterError                         resources, topology or process group are wrong
+    └── TrainingError                        a run failed after it had started
         └── DivergedError                    its loss or gradient was not finite
 
-Each holds one message and nothing else, so that it crosses process borders by pickle unchanged.
-A message says what, where, what was found and what to do.
+Each error holds only one message, so that pickle carries it unchanged between processes.
+A message states the fault, its place, the value found and the remedy.
 """
 
 
@@ -27,7 +27,7 @@ class ConfigError(KitharaRayError, ValueError):
 
 
 class UnsupportedError(ConfigError):
-    """A model family, configuration field or option that cannot be honoured."""
+    """A model family, configuration field or option is not supported."""
 
 
 class DataError(KitharaRayError, ValueError):
@@ -35,11 +35,11 @@ class DataError(KitharaRayError, ValueError):
 
 
 class CheckpointError(KitharaRayError, ValueError):
-    """The base checkpoint's files are missing, torn or inconsistent."""
+    """The base checkpoint's files are missing, damaged or inconsistent."""
 
 
 class AdapterError(KitharaRayError, ValueError):
-    """Adapter tensors or configuration do not fit together or do not fit the base."""
+    """Adapter tensors or configuration do not match each other or the base."""
 
 
 class DestinationError(KitharaRayError, OSError):
@@ -47,15 +47,15 @@ class DestinationError(KitharaRayError, OSError):
 
 
 class ExportError(KitharaRayError):
-    """An export could not be finished or did not prove itself."""
+    """An export could not be finished or failed verification."""
 
 
 class PlanError(KitharaRayError):
-    """A step did not compile for the slice it was planned for, for another reason than memory."""
+    """A step did not compile for its planned slice, for a reason other than memory."""
 
 
 class ClusterError(KitharaRayError):
-    """The cluster lacks what the run asks for, or its processes did not form a group."""
+    """The cluster lacks resources that the run requests, or its processes did not form a group."""
 
 
 class TrainingError(KitharaRayError):
@@ -63,4 +63,4 @@ class TrainingError(KitharaRayError):
 
 
 class DivergedError(TrainingError):
-    """A run's loss or gradient was not finite; the same run would come to the same end."""
+    """A run's loss or gradient was not finite; repeating the run would give the same result."""

@@ -1,4 +1,4 @@
-"""Secrets taken out of what is written down or shown."""
+"""Remove secrets from text and settings before they are written or shown."""
 
 import os
 import re
@@ -7,20 +7,20 @@ from typing import Any
 
 HIDDEN = "***"
 _NAME = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private_?key|signature|authorization", re.I)
-# What is a secret whatever it is called: Hugging Face, W&B in URLs, Google, AWS, GitHub, JSON web tokens, PEM.
+# Forms that are secret under any name: Hugging Face, W&B in URLs, Google, AWS, GitHub, JSON web tokens, PEM.
 _SHAPES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bya29\.[\w-]{20,}|\bAIza[\w-]{30,}|\bAKIA[A-Z0-9]{16}"
     r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
 )
 _USERINFO = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.I)
 _QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|signature|sig|credential|password)[^=&\s]*=)[^&\s]+", re.I)
-# Settings with such a word in their names that hold no secret.
+# Harmless settings whose names contain such a word.
 _HARMLESS = re.compile(r"(^|_)(tokenizer|max_tokens|tokens|.*tokens_per_s|special_tokens|stop_token_ids)(_|$)", re.I)
 _SHORTEST = 6
 
 
 def secret_values(env: Mapping[str, str] | None = None) -> list[str]:
-    """Values of environment variables whose names say that they are secret, longest first."""
+    """Values of environment variables with secret-sounding names, longest first."""
     env = os.environ if env is None else env
     found = {value for name, value in env.items() if is_secret_name(name) and len(value) >= _SHORTEST}
     return sorted((value for value in found if not os.path.exists(value)), key=lambda value: (-len(value), value))
@@ -31,7 +31,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(value: Any, secrets: Sequence[str] | None = None) -> Any:
-    """The same JSON-like value with each secret as ***: values of telling names, of this environment, known shapes."""
+    """Replace secrets in a JSON-like value by ***: by their names, values in this environment, and known forms."""
     secrets = secret_values() if secrets is None else secrets
     if isinstance(value, Mapping):
         return {

@@ -1,6 +1,6 @@
-"""Configuration sections made from the signatures of what they are passed to, so that an argument is written once.
+"""Build configuration sections from the signatures of the functions that receive them; arguments are declared once.
 
-A section is a pydantic model that refuses unknown keys and does not bend types: "16" is not a number, 1 is not true.
+A section is a pydantic model that refuses unknown keys and converts no types: "16" is not a number, 1 is not true.
 """
 
 import difflib
@@ -25,7 +25,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     def given(self) -> dict[str, Any]:
-        """The keys that were written, and no default: those stay the Python functions' own."""
+        """The keys in the file, without defaults, which remain those of the Python functions."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
 
@@ -37,12 +37,12 @@ def section_of(
     nested: Mapping[type, type[Section]] | None = None,
     **more: tuple[Any, Any],
 ) -> type[Section]:
-    """The section of a function's or class' arguments.
+    """Build the section for the arguments of a function or class.
 
     Args:
-        left_out: arguments that YAML cannot say, and why. Those of a type that it cannot say are left out as well.
-        given_types: types of arguments whose annotation says less or more than YAML takes.
-        nested: the sections of classes that arguments are annotated with.
+        left_out: arguments that YAML cannot express -> reason. Arguments of an inexpressible type are left out too.
+        given_types: types of arguments whose annotation is narrower or wider than YAML allows.
+        nested: sections of classes that appear in annotations.
         more: further keys of the section, as pydantic's create_model takes them.
     """
     parameters = inspect.signature(function).parameters
@@ -63,7 +63,7 @@ def section_of(
 
 
 def _yaml_type(hint: Any, nested: Mapping[type, type[Section]]) -> Any:
-    """What YAML takes for an annotation; None where it can say nothing of that type."""
+    """The type in YAML for an annotation; None if YAML can express no value of it."""
     if hint in nested:
         return nested[hint]
     if hint in _PLAIN:
@@ -74,7 +74,7 @@ def _yaml_type(hint: Any, nested: Mapping[type, type[Section]]) -> Any:
     if origin is Literal:
         return hint
     if origin in (Union, types.UnionType):
-        # Of `Callable | str` the text can be said.
+        # In `Callable | str`, YAML can express the text.
         members = [member for member in (_yaml_type(argument, nested) for argument in arguments) if member is not None]
         return Union[tuple(members)] if set(members) - {type(None)} else None  # noqa: UP007 - made at run time
     inner = [_yaml_type(argument, nested) for argument in arguments if argument is not Ellipsis]
@@ -90,7 +90,7 @@ def _yaml_type(hint: Any, nested: Mapping[type, type[Section]]) -> Any:
 def told(
     error: ValidationError, root: type[Section], raw: Any, name: str, lines: Mapping[Where, int] | None = None
 ) -> list[str]:
-    """A line for each thing that is wrong: file, line, key, what was found, what to do."""
+    """Return a line for each fault: file, line, key, value found, remedy."""
     lines, messages = lines or {}, []
     for problem in error.errors(include_url=False):
         place = _place(problem, raw)
@@ -103,7 +103,7 @@ def told(
 
 
 def _place(problem: Mapping[str, Any], raw: Any) -> Where:
-    """Of pydantic's place what is in the file; between stand names of union members."""
+    """The part of pydantic's location that is in the file, without the names of union members."""
     place: Where = ()
     for part in problem["loc"]:
         if (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int)):
@@ -137,7 +137,7 @@ def _unknown_key(key: str, section: Any) -> str:
 
 
 def _section_of(loc: tuple, section: Any) -> Any:
-    """The section at pydantic's place, which names the member of a union by its tag."""
+    """The section at pydantic's location, which names a union member by its tag."""
     for part in loc:
         if isinstance(part, int):
             continue
@@ -150,7 +150,7 @@ def _section_of(loc: tuple, section: Any) -> Any:
 
 
 def _members(annotation: Any, tag: str | None = None):
-    """(tag, section) of the sections in an annotation."""
+    """Yield (tag, section) for the sections in an annotation."""
     tag = next((data.tag for data in getattr(annotation, "__metadata__", ()) if isinstance(data, Tag)), tag)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield tag, annotation

@@ -1,6 +1,6 @@
-"""Searches over the settings of runs: `tune.search` of the public API, of a trainer factory or of a configuration.
+"""Search over the settings of runs: the public `tune.search`, for a trainer factory or a configuration.
 
-What a search is and does, and all arguments: `kithara_ray.orchestration.search.search.search`; see also docs/tune.md.
+`kithara_ray.orchestration.search.search.search` documents searches and all arguments; see also docs/tune.md.
 """
 
 import copy
@@ -38,7 +38,7 @@ def search(
     space: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> SearchResult:
-    # Of a configuration: the keys of the space are its own, and what is not given is in its section `tune`.
+    # With a configuration, the space's names are its keys, and its section `tune` has the arguments not given here.
     if callable(trainer_factory):
         return searches.search(trainer_factory, space or {}, **settings)
     config = trainer_factory
@@ -54,7 +54,7 @@ def search(
 
 
 def run(config: Config) -> tuple[SearchResult, list[str]]:
-    """A search as its configuration says, then the exports of the best trial; the result and where they are."""
+    """Run a configuration's search, then export the best trial; return the result and the exports' locations."""
     exports = [export.given() for export in config.exports]
     model = configuration.build(config).model
     for export in requests_of(exports, model.lora):
@@ -65,10 +65,10 @@ def run(config: Config) -> tuple[SearchResult, list[str]]:
 
 
 class ConfigFactory:
-    """A point of a space whose names are keys of a configuration, "optimizer.learning_rate", -> its Trainer.
+    """Make the Trainer for a point of a space whose names are a configuration's keys, "optimizer.learning_rate".
 
     Attributes:
-        config: what the configuration says, without search and exports: what two searches are compared by.
+        config: the configuration without search and exports, by which two searches are compared.
     """
 
     def __init__(self, config: Config, space: Mapping[str, Any]):
@@ -86,7 +86,7 @@ class ConfigFactory:
 
 
 def table(result: SearchResult) -> Table:
-    """The trials, the best first."""
+    """Return a table of the trials, best first."""
     shown = Table("trial", "", result.metric, "step", "point", highlight=False)
     finished = [trial for trial in result.trials if trial.state == "finished"]
     finished.sort(key=lambda trial: trial.metrics[result.metric], reverse=result.mode == "max")

@@ -1,10 +1,10 @@
-"""One YAML document, read safely: YAML 1.2's scalars, no tags that build objects, bounded in size and expansion.
+"""Read one YAML document safely: YAML 1.2 scalars, no tags that build objects, limits on size and expansion.
 
-`${NAME}` in a value is the environment variable NAME, and `$${` the text `${`. The value is what it would be if it
-were written there: a number, true, a text; it cannot add keys. In quotes it stays a text.
+`${NAME}` in a value is the environment variable NAME, and `$${` is the text `${`. The variable is read as if its value
+were written there: a number, true, or text. It cannot add keys. In quotes it stays text.
 
-PyYAML speaks YAML 1.1, in which `1e-4` is a text, `no` is false, `1:30` is 90 and a date is an object. Here a plain
-scalar is null, true or false, a number, or a text, as in YAML 1.2's core schema.
+PyYAML implements YAML 1.1, in which `1e-4` is text, `no` is false, `1:30` is 90 and a date is an object. Here a plain
+scalar is null, true or false, a number, or text, as in YAML 1.2's core schema.
 """
 
 import math
@@ -64,7 +64,7 @@ _Loader.add_constructor(_TAG + "float", _number)
 
 
 def read_yaml(path: str | Path) -> tuple[dict, dict[Where, int]]:
-    """The mapping in a YAML file, and the line of each of its keys, by path. Raises ConfigError."""
+    """Return the mapping in a YAML file, and the line of each key, by the key's path. Raises ConfigError."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
@@ -81,7 +81,7 @@ def read_yaml(path: str | Path) -> tuple[dict, dict[Where, int]]:
 
 
 def parse_yaml(text: str, name: str) -> tuple[dict, dict[Where, int]]:
-    """As `read_yaml`, of a text; `name` is what errors call it."""
+    """As `read_yaml`, for a text; errors call it `name`."""
     try:
         _check_events(text, name)
         loader = _Loader(text)
@@ -107,12 +107,12 @@ def parse_yaml(text: str, name: str) -> tuple[dict, dict[Where, int]]:
 
 
 def parse_scalar(text: str) -> Any:
-    """What a value given on the command line is in YAML: `1e-4` a number, `[a, b]` a list. Raises ConfigError."""
+    """Parse a value from the command line as YAML: `1e-4` is a number, `[a, b]` a list. Raises ConfigError."""
     return parse_yaml(f"value: {text}", "--set")[0]["value"]
 
 
 def override(raw: dict[str, Any], text: str) -> None:
-    """Put `a.b=value` of the command line into the raw content. Raises ConfigError."""
+    """Put `a.b=value` from the command line into the raw content. Raises ConfigError."""
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -124,7 +124,7 @@ def put(raw: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> No
     """Put a value into the raw content, at `keys`.
 
     Args:
-        source: what says so, for messages.
+        source: origin of the value, for messages.
 
     Raises:
         ConfigError: there is no such place.
@@ -145,7 +145,7 @@ def put(raw: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> No
 
 
 def _check_events(text: str, name: str) -> None:
-    """Depth, aliases and tags, before anything is built. A tag (!!name) makes of a value what it does not look like."""
+    """Check depth, aliases and tags before building objects. A tag (!!name) can give a value an unexpected type."""
     depth = aliases = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
@@ -163,16 +163,16 @@ def _check_events(text: str, name: str) -> None:
 
 
 def _check_expansion(root: yaml.Node, name: str) -> None:
-    """Refuse what grows without bound when its aliases are followed, and what holds itself."""
+    """Refuse documents that grow too large when aliases are followed, or that contain themselves."""
     sizes: dict[int, float] = {}
 
     def size(node: yaml.Node) -> float:
         if isinstance(node, yaml.ScalarNode):
             return 1
-        # By identity: aliases make one node of several, and the document holds all of them until the walk ends.
+        # Compare by identity: aliases share one node, and the document keeps all nodes alive until the walk ends.
         if id(node) in sizes:
             return sizes[id(node)]
-        sizes[id(node)] = math.inf  # what is met again before it is known holds itself
+        sizes[id(node)] = math.inf  # a node met again before its size is known contains itself
         children = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
         sizes[id(node)] = 1 + sum(size(child) for child in children)
         return sizes[id(node)]
@@ -182,7 +182,7 @@ def _check_expansion(root: yaml.Node, name: str) -> None:
 
 
 def _check_keys(node: yaml.Node, where: Where, lines: dict[Where, int], name: str) -> None:
-    """Keys are texts and stand once; notes their lines."""
+    """Check that keys are text and unique, and record their lines."""
     if isinstance(node, yaml.SequenceNode):
         for number, child in enumerate(node.value):
             lines[*where, number] = child.start_mark.line + 1
@@ -204,7 +204,7 @@ def _check_keys(node: yaml.Node, where: Where, lines: dict[Where, int], name: st
 
 
 def _fill_in(node: yaml.Node, loader: yaml.Loader, name: str, seen: set[int]) -> None:
-    """Put environment variables where values name them."""
+    """Replace `${NAME}` in values by environment variables."""
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
@@ -216,7 +216,7 @@ def _fill_in(node: yaml.Node, loader: yaml.Loader, name: str, seen: set[int]) ->
         return
     line = node.start_mark.line + 1
     node.value = _VARIABLE.sub(lambda found: _variable(found, f"{name}:{line}"), node.value)
-    if node.style is None and node.value:  # plain: it may be a number now
+    if node.style is None and node.value:  # plain, so it may be a number now
         node.tag = loader.resolve(yaml.ScalarNode, node.value, (True, False))
 
 
@@ -232,7 +232,7 @@ def _variable(found: re.Match, where: str) -> str:
 
 
 def escaped(value: Any) -> Any:
-    """A JSON-like value that is the same once written as YAML and read again: `${` in its texts is escaped."""
+    """Escape `${` in the texts of a JSON-like value, so that it stays the same when written as YAML and read."""
     if isinstance(value, dict):
         return {name: escaped(inner) for name, inner in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""The command line `kithara-ray`, also `python -m kithara_ray`.
+"""The command line `kithara-ray`, also available as `python -m kithara_ray`.
 
-Importing this module loads neither jax, keras nor ray: each command imports what it needs when it runs. Errors of
-`kithara_ray.errors` end a command with one message and exit code 1, usage errors with 2.
+Importing this module loads neither jax, keras nor ray; each command imports its modules when it runs. An error of
+`kithara_ray.errors` ends a command with one message and exit code 1; a usage error ends it with 2.
 """
 
 import importlib.resources
@@ -55,7 +55,7 @@ Overrides = Annotated[
 
 
 def _driver_environment() -> None:
-    """This process computes nothing: it must not take the accelerator from the workers of its host."""
+    """Keep this process on the CPU: it must not take the accelerator from the workers on its host."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -88,7 +88,7 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check configuration, base, data, destinations and cluster; train nothing, wait for nothing.
+    """Check configuration, base, data, destinations and cluster, without training and without waiting.
 
     Example: kithara-ray doctor my_run.yaml
     """
@@ -103,7 +103,7 @@ def doctor(
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train as CONFIG says, then write its exports.
+    """Train the run in CONFIG, then write its exports.
 
     Example: kithara-ray train my_run.yaml --set trainer.steps=10
     """
@@ -118,9 +118,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def tune(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Search the space of CONFIG's section `tune`, then write CONFIG's exports from the best trial.
+    """Search the space in CONFIG's section `tune`, then write CONFIG's exports from the best trial.
 
-    The same command goes on with a search that was ended. Example: kithara-ray tune my_run.yaml
+    The same command resumes an interrupted search. Example: kithara-ray tune my_run.yaml
     """
     _driver_environment()
     from kithara_ray import config as configuration
@@ -143,7 +143,7 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
     overrides: Overrides = None,
 ) -> None:
-    """Show rows of the training data with what is learned marked, their lengths, and how well they pack.
+    """Show rows of the training data with trained tokens marked, their lengths, and packing efficiency.
 
     Example: kithara-ray data preview my_run.yaml --rows 5
     """
@@ -172,9 +172,9 @@ def submit(
     python: Annotated[str, typer.Option(help="The interpreter on the head node.")] = "python",
     search: Annotated[bool, typer.Option("--tune", help="Search as `tune` does, instead of one run.")] = False,
 ) -> None:
-    """Train as CONFIG says on another cluster, through Ray's job API.
+    """Train the run in CONFIG on another cluster, through Ray's job API.
 
-    A token that the cluster asks for is read where Ray reads it: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.
+    If the cluster requires a token, it is read where Ray reads it: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH.
 
     Example: kithara-ray submit my_run.yaml --address http://HEAD:8265 --follow
     """
@@ -211,9 +211,9 @@ def plan(
     estimate: Annotated[bool, typer.Option("--estimate", help="Do not compile.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """What CONFIG needs on a TPU slice and how fast it can be there, from the TPU's compiler; no TPU is needed.
+    """Compute memory needs and best speed of CONFIG on a TPU slice with the TPU's compiler; no TPU is needed.
 
-    Of the base config.json is read, and the headers of weights where there are some.
+    The command reads the base's config.json, and the headers of its weights if there are any.
 
     Example: kithara-ray plan my_run.yaml --slice v5e-16
     """
@@ -251,7 +251,7 @@ def export(
     force: Force = False,
     cluster: OnCluster = False,
 ) -> None:
-    """Export what a finished or failed run has trained. Needs no accelerator.
+    """Export the adapter or model of a finished or failed run. Needs no accelerator.
 
     Example: kithara-ray export runs/my_run --to gs://bucket/merged --format merged
     """
@@ -301,7 +301,7 @@ def merge(
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory or URL: <storage_path>/<name>.")],
 ) -> None:
-    """Write report.html again, one self-contained page, from what is in a run's directory. Needs no Ray.
+    """Write report.html again, one self-contained page, from the files in a run's directory. Needs no Ray.
 
     Example: kithara-ray report ~/ray_results/my-run
     """
@@ -311,7 +311,7 @@ def report(
 
 
 def _export(base: str, adapter, to: str, format: str, cluster: bool, bases: dict, force: bool, **options) -> None:
-    """bases: what each adapter that was given was trained on."""
+    """Check the bases and export. `bases` maps each given adapter to the base on which it was trained."""
     from kithara_ray.hf.checkpoint import BaseCheckpoint
     from kithara_ray.hf.exports.card import summary
     from kithara_ray.hf.exports.export import export_with_report
@@ -335,7 +335,7 @@ def _export(base: str, adapter, to: str, format: str, cluster: bool, bases: dict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. What is not an error of ours is a bug, and keeps its traceback."""
+    """Run one command and return its exit code. Any error that is not ours is a bug, and keeps its traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=given, prog_name="kithara-ray")

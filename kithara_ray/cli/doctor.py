@@ -1,4 +1,4 @@
-"""`kithara-ray doctor`: the checks of a run's start by themselves, as one table."""
+"""Run `kithara-ray doctor`: only the checks at the start of a run, shown as one table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ _STYLES = {OK: "green", WARNING: "yellow", FAILED: "bold red", SKIPPED: "dim"}
 
 
 def diagnose(path: Path | None, overrides: Sequence[str]) -> list[Finding]:
-    """Findings on a configuration, its base and the cluster; on the cluster alone without a configuration.
+    """Return findings on a configuration, its base and the cluster; without a configuration, only on the cluster.
 
-    Nothing is waited for: what another job holds is found to be busy.
+    The checks do not wait: they report resources of other jobs as busy.
     """
     if path is None:
         start_ray()
@@ -42,7 +42,7 @@ def diagnose(path: Path | None, overrides: Sequence[str]) -> list[Finding]:
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:
-    """The table. A text that is not ok ends in what to do."""
+    """Print the table. The text of every check that is not ok ends with a remedy."""
     table = Table("check", "", "found, and what to do", highlight=False)
     for finding in findings:
         style = _STYLES[finding.state]

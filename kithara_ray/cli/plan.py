@@ -1,4 +1,4 @@
-"""`kithara-ray plan`: a run's YAML as the arguments of a plan, one slice or a sweep of them."""
+"""Run `kithara-ray plan`: convert a run's YAML to the arguments of a plan, for one slice or a sweep."""
 
 import json
 import re
@@ -26,7 +26,7 @@ _LORA = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """The plans of a grid: of each point that of the largest batch a chip that fits, or of one row that does not."""
+    """The plans of a grid: at each point, for the largest batch per chip that fits, or for one row that does not."""
 
     points: list[dict[str, Any]]
     plans: list[Plan]
@@ -72,13 +72,13 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command, as they were typed; None is what the configuration says.
+    """Options of the command as typed; None uses the configuration's value.
 
     Attributes:
         slice: e.g. "v5e-16".
-        slices, seq, rank: several by commas; a sweep where one of them is.
-        price: of a chip and hour.
-        epoch_tokens: of the data set.
+        slices, seq, rank: values separated by commas; several values make a sweep.
+        price: price per chip and hour.
+        epoch_tokens: number of tokens in the data set.
         compile: False only estimates.
     """
 
@@ -92,7 +92,7 @@ class Options:
 
 
 def run(path: str | Path, overrides: Sequence[str], options: Options) -> Plan | Sweep:
-    """One plan, or a sweep where `slices`, or several lengths or ranks, are given.
+    """Make one plan, or a sweep if `slices`, several lengths or several ranks are given.
 
     Raises:
         ConfigError: the file or an option is wrong.
@@ -119,7 +119,7 @@ def run(path: str | Path, overrides: Sequence[str], options: Options) -> Plan | 
 
 
 def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]:
-    """(base, per_device_batch_size, settings of `plan`) of a run's YAML."""
+    """Return (base, per_device_batch_size, settings of `plan`) from a run's YAML."""
     from kithara_ray.train.optimizer_config import portable
 
     model = given.model.given()
@@ -145,7 +145,7 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
 
 
 def _targets(given: str | Sequence[str]) -> str | tuple[str, ...]:
-    """As `model.targets.targets_of`, of a base whose tensors are not there."""
+    """As `model.targets.targets_of`, for a base without its tensors."""
     if not isinstance(given, str):
         return tuple(given)
     if given.lower() == ALL_LINEAR:

@@ -1,4 +1,4 @@
-"""What a dataset looks like to the model: rows with what is learned marked, lengths, and how well they pack."""
+"""Preview a dataset as the model sees it: rows with their trained tokens marked, lengths, and packing efficiency."""
 
 import itertools
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ _BAR_WIDTH = 30
 @dataclass(frozen=True)
 class Preview:
     """Attributes:
-    rows: pieces of each row shown, (text, whether it is learned).
-    lengths, trained: tokens and learned tokens of every row of the dataset.
-    max_seq_len: beyond which rows are cut.
-    counts: rows dropped, skipped, truncated.
-    packing_efficiency: the share of a packed sequence that is not padding.
+    rows: pieces of each row shown, (text, True if it is trained).
+    lengths, trained: tokens and trained tokens of every row of the dataset.
+    max_seq_len: length at which rows are cut.
+    counts: numbers of rows dropped, skipped and truncated.
+    packing_efficiency: share of a packed sequence that is not padding.
     unread: columns of the source that nothing reads.
-    told: as which formats rows were read, and what has no effect in them.
+    told: formats of the rows, and fields without effect.
     """
 
     rows: tuple[tuple[tuple[str, bool], ...], ...]
@@ -53,19 +53,19 @@ class Preview:
         return self.counts["truncated"] / len(self.lengths)
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, to, rows): tenths of the longest row, the last including it."""
+        """Return (from, to, rows) for tenths of the longest row; the last tenth includes it."""
         edges = np.unique(np.linspace(0, int(self.lengths.max()), 11).astype(int))
         counts, _ = np.histogram(self.lengths, edges)
         return [(int(a), int(b), int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
 
     def render(self) -> RenderableType:
-        """For a terminal: `rich.print(preview.render())`."""
+        """Render for a terminal: `rich.print(preview.render())`."""
         shown = [Panel(_marked(row), title=f"row {number}", title_align="left") for number, row in enumerate(self.rows)]
         legend = Text.assemble("learned tokens are ", ("marked", _LEARNED))
         return Group(*shown, legend, self._figures(), self._bars())
 
     def __str__(self) -> str:
-        """As `render`, without colours: what is learned stands in «»."""
+        """As `render`, without colours; trained text is in «»."""
         from rich.console import Console
 
         lines = []
@@ -124,10 +124,10 @@ def preview(
     told: Told = NOTHING,
 ) -> Preview:
     """Args:
-    rows: to be shown.
-    lengths, trained: of all rows.
+    rows: rows to show.
+    lengths, trained: tokens and trained tokens of all rows.
     unread: columns that nothing reads.
-    told: what else is said of the rows.
+    told: further facts about the rows.
     """
     shown = tuple(tuple(_pieces(row, tokenizer)) for row in rows)
     order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(lengths))
@@ -137,14 +137,14 @@ def preview(
 
 
 def _pieces(row: TokenizedRow, tokenizer: Any):
-    """The text of each stretch of tokens that are, or are not, learned: what it adds to the text before it."""
+    """Yield the text that each stretch of trained or untrained tokens adds to the text before it."""
     edges = [0, *(np.flatnonzero(np.diff(row.loss_mask)) + 1).tolist(), len(row.token_ids)]
     before = ""
     for start, stop in itertools.pairwise(edges):
         text = tokenizer.decode(
             row.token_ids[:stop].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-        # A character may be split over the border; then what is before it is not what it was.
+        # A character may be split at the border; then the text before it changes.
         yield text[_shared(before, text) :], bool(row.loss_mask[start])
         before = text
 

@@ -1,9 +1,9 @@
-"""Which lengths batches are padded to: few, for each is a program to compile, and close to the rows' own."""
+"""Choose lengths for padded batches: few, because each is a program to compile, and close to the rows' own."""
 
 import numpy as np
 
-# A further length must save so much of the positions that are computed, and so many an epoch: less than those take no
-# longer than to compile its program.
+# Another length must save at least this share of the computed positions, and this many per epoch. Computing fewer
+# takes no longer than compiling another program.
 _MIN_SAVING = 0.1
 MIN_SAVED_POSITIONS = 1 << 14
 
@@ -11,21 +11,21 @@ MIN_SAVED_POSITIONS = 1 << 14
 def bucket_lengths(
     lengths: np.ndarray, most: int, multiple: int, min_saved: int = MIN_SAVED_POSITIONS
 ) -> tuple[int, ...]:
-    """Up to `most` lengths, ascending multiples of `multiple`, of which the last holds the longest row.
+    """Return up to `most` lengths, ascending multiples of `multiple`; the last is enough for the longest row.
 
-    They are those that pad the rows least, if each row is padded to the next of them; fewer than `most` where a further
-    one would save less than a tenth, or less than `min_saved` positions an epoch. A function of the lengths alone.
+    These lengths minimise padding if each row is padded to the next one. There are fewer than `most` if another length
+    would save less than a tenth, or less than `min_saved` positions per epoch. The result depends only on `lengths`.
 
     Args:
-        lengths: int (N,), tokens of every row.
+        lengths: int (N,), tokens in every row.
     """
     candidates, counts = np.unique(-(-np.asarray(lengths, np.int64) // multiple) * multiple, return_counts=True)
     rows = np.cumsum(counts)
-    # cost[i]: positions of the rows up to candidate i, with candidate i as the last of so many lengths.
+    # cost[i]: positions of the rows up to candidate i, with candidate i as the last of the lengths chosen so far.
     cost = rows * candidates
     chosen = [[i] for i in range(len(candidates))]
     for _ in range(1, most):
-        # (previous last, last): what the rows between the two are padded to is the last.
+        # (previous last, last): rows between the two are padded to the last.
         added = cost[:, None] + (rows[None, :] - rows[:, None]) * candidates[None, :]
         added[np.tril_indices(len(candidates))] = np.iinfo(np.int64).max
         previous = added.argmin(axis=0)

@@ -1,4 +1,4 @@
-"""Tokenised rows to the arrays of one batch.
+"""Convert tokenised rows to the arrays of one batch.
 
 B  rows    T  positions of the sequence    K  predictions of a row
 """
@@ -16,15 +16,15 @@ def collate(
     """
     token_ids          int32   (B, T)  the samples of a pack end to end, padded on the right with `pad_id`
     segment_ids        int32   (B, T)  1 for the tokens of a pack's first sample, 2 for the second's, 0 for padding
-    target_positions   int32   (B, K)  where a trained token is predicted from: the position before it
+    target_positions   int32   (B, K)  the position before a trained token, which predicts it
     target_ids         int32   (B, K)  the trained token
-    target_weights     float32 (B, K)  1, and 0 where a pack has fewer than K trained tokens
+    target_weights     float32 (B, K)  1, or 0 beyond the trained tokens of a pack that has fewer than K
 
-    Only trained tokens are predicted: a head of 256,000 rows is not multiplied with the positions of a prompt. A
-    sample's first token is never trained, so nothing is predicted across samples.
+    The model predicts only trained tokens, so a head of 256,000 rows is not multiplied with the positions of a prompt.
+    A sample's first token is never trained, so no prediction crosses samples.
 
-    An empty pack fills up the tail of an epoch. It weighs 0 and holds one token, of segment 1: every row then has an
-    attended position, so no softmax or mean runs over nothing; a NaN there times weight 0 would be NaN.
+    Empty packs fill the last batch of an epoch. Each weighs 0 and holds one token, of segment 1. Every row then has an
+    attended position, so no softmax or mean is empty. It would give NaN, and NaN times weight 0 is NaN.
     """
     batch = {
         "token_ids": np.full((len(packs), seq_len), pad_id, np.int32),

@@ -1,8 +1,8 @@
-"""The sequence of global batches: a function of (the rows' sizes, batch size, seed, epoch, step) and of nothing else.
+"""The sequence of global batches, a function of only (the rows' sizes, batch size, seed, epoch, step).
 
-Not of the number of hosts, of timing or of failures. Every row of the dataset is in exactly one batch of an epoch; the
-last batch of an epoch is filled up with empty rows. A row of a batch holds one row of the dataset, or with packing
-several; either is called a pack here.
+The number of hosts, timing and failures do not affect it. Every row of the dataset is in exactly one batch of an epoch.
+Empty rows fill the last batch. A row of a batch holds one row of the dataset, or several with packing; this module
+calls either a pack.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 from kithara_ray.errors import ConfigError
 from kithara_ray.sft.batches.packing import best_fit
 
-# Row numbers of the dataset, int64; empty where a batch has no more.
+# Row numbers of the dataset, int64; empty if none are left for this row of the batch.
 Pack = np.ndarray
 _EMPTY = np.empty(0, np.int64)
 # A windowed shuffle moves stretches of this part of a window through the whole dataset.
@@ -23,9 +23,9 @@ _STRETCHES_OF_WINDOW = 16
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset of a mixture: rows `start` to `stop` of the whole, of which each epoch takes `draws`.
+    """One dataset of a mixture: rows `start` to `stop` of the whole, from which each epoch takes `draws`.
 
-    They are taken in turn, through one order of the part after another: none comes again before all have come.
+    Epochs go through one order of the part after another, so no row repeats before all have been taken.
     """
 
     start: int
@@ -35,16 +35,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Order(ABC):
-    """What all orders share: from an epoch's packs to the batch of a step.
+    """Base of all orders: finds the batch of a step from an epoch's packs.
 
     Attributes:
         batch_rows: rows of a global batch.
-        seed: of the epochs' orders.
+        seed: seed of the epochs' orders.
         shuffle: False keeps the dataset's order in every epoch.
-        shuffle_rows: rows within which an epoch is shuffled, for data that is too large for access at random: stretches
-            of a sixteenth of it are spread over the dataset, then so many rows at a time are mixed. None, or as many as
-            the dataset has: every order is as likely.
-        parts: of a mixture; none for a dataset of which an epoch takes every row once.
+        shuffle_rows: size of the shuffle window, for data that is too large for random access. Stretches of a sixteenth
+            of a window are spread over the dataset, then each window is shuffled. With None, or with the number of
+            rows, every order is equally likely.
+        parts: datasets of a mixture; empty for a dataset from which an epoch takes every row once.
     """
 
     batch_rows: int
@@ -60,11 +60,11 @@ class Order(ABC):
 
     @abstractmethod
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's rows pack by pack, and where each pack begins, with the end behind."""
+        """The epoch's rows pack by pack, and the offset of each pack, followed by the end."""
 
     @property
     def epoch_size(self) -> int:
-        """Rows that an epoch takes."""
+        """Number of rows in an epoch."""
         return sum(part.draws for part in self.parts) if self.parts else self.num_rows
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
@@ -72,7 +72,7 @@ class Order(ABC):
         if not self.parts:
             return self._order(self.num_rows, epoch)
         rows = [self._draws(number, part, epoch) for number, part in enumerate(self.parts)]
-        # Evenly interleaved: the k-th of n draws stands at (k + 1/2) / n of the epoch.
+        # Interleave evenly: the k-th of n draws is at (k + 1/2) / n of the epoch.
         places = np.concatenate([(np.arange(len(r)) + 0.5) / max(len(r), 1) for r in rows])
         mixed = np.concatenate(rows)[np.argsort(places, kind="stable")]
         if self.shuffle:
@@ -103,12 +103,12 @@ class Order(ABC):
         return self.shuffle_rows is None or self.shuffle_rows >= size
 
     def _mix(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Consecutive windows of `shuffle_rows` rows, each in an order of its own."""
+        """Shuffle consecutive windows of `shuffle_rows` rows separately."""
         windows = np.arange(len(rows)) // self.shuffle_rows
         return rows[np.lexsort((rng.random(len(rows)), windows))]
 
     def steps_of(self, epoch: int) -> int:
-        """Batches of one epoch."""
+        """Number of batches in one epoch."""
         return -(-self.epoch_size // self.batch_rows)
 
     def total_steps(self, epochs: int) -> int:
@@ -127,7 +127,7 @@ class Order(ABC):
         return packs + [_EMPTY] * (self.batch_rows - len(packs))
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """`_plan`, the last epoch's kept: steps of one epoch follow each other."""
+        """Return `_plan` of an epoch, cached for the last one, because consecutive steps share an epoch."""
         cached = self.__dict__.get("_last")
         if cached is None or cached[0] != epoch:
             cached = (epoch, self._plan(epoch))
@@ -140,7 +140,7 @@ class Order(ABC):
 
 
 def _rng(seed: int, cycle: int, stream: int = 0) -> np.random.Generator:
-    # Philox is counter-based and its streams specified, so the order does not hang on numpy's default generator.
+    # Philox is counter-based and its streams are specified, so the order does not depend on numpy's default generator.
     return np.random.Generator(np.random.Philox(key=[seed, cycle], counter=[0, 0, 0, stream]))
 
 
@@ -148,13 +148,12 @@ def _rng(seed: int, cycle: int, stream: int = 0) -> np.random.Generator:
 class BatchOrder(Order):
     """One row of the dataset in each row of a batch.
 
-    With `lengths`, rows of like length share a batch, which is then padded little: of each window of `BATCHES` batches,
-    the rows are sorted by length and cut into batches, which come in an order of their own. Without a shuffle the
-    dataset's order stays.
+    With `lengths`, rows of similar length share a batch, which reduces padding. Each window of `BATCHES` batches is
+    sorted by length and cut into batches, which are then shuffled. Without shuffling, rows keep the dataset's order.
 
     Attributes:
-        size: rows of the dataset.
-        lengths: tokens of every row, int (size,).
+        size: number of rows in the dataset.
+        lengths: tokens in every row, int (size,).
     """
 
     BATCHES = 64
@@ -175,7 +174,7 @@ class BatchOrder(Order):
     def _by_length(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         places = np.arange(len(rows))
         windows = places // (self.BATCHES * self.batch_rows)
-        # The longest first, so that what does not fill a batch is short; it stays the epoch's last.
+        # Longest first, so that the incomplete batch has short rows; it stays the last of the epoch.
         rows = rows[np.lexsort((places, -self.lengths[rows], windows))]
         full = len(rows) // self.batch_rows
         batches = np.arange(full)
@@ -186,14 +185,14 @@ class BatchOrder(Order):
 
 @dataclass(frozen=True, eq=False)
 class PackedOrder(Order):
-    """As many rows of the dataset in each row of a batch as fit, packed in the order of the epoch.
+    """Each row of a batch holds as many rows of the dataset as fit, packed in the order of the epoch.
 
-    Epochs have different packs, and may differ by a batch in their number: to find a step, each epoch before it is
-    packed once, at about a microsecond a row.
+    Packs differ between epochs, and so may the number of batches. To find a step, each earlier epoch is packed once,
+    which takes about a microsecond per row.
 
     Attributes:
         lengths, trained: tokens and trained tokens of every row of the dataset, int (num_rows,).
-        seq_len, predictions: what a row of a batch has room for.
+        seq_len, predictions: limits on the tokens and trained tokens in a row of a batch.
     """
 
     lengths: np.ndarray
@@ -213,7 +212,7 @@ class PackedOrder(Order):
         return len(self.lengths)
 
     def steps_of(self, epoch: int) -> int:
-        """Kept for each epoch, so that a run of many epochs packs each of them once or twice, not once a step."""
+        """Cached for each epoch, so that a run packs an epoch once or twice, and not at every step."""
         if epoch not in self._steps:
             self._steps[epoch] = -(-(len(self.plan(epoch)[1]) - 1) // self.batch_rows)
         return self._steps[epoch]

@@ -1,26 +1,26 @@
-"""Several samples in one row of a batch: best fit within a bounded window of open rows.
+"""Pack several samples into one row of a batch, by best fit within a bounded window of open rows.
 
-A pure function of the samples' sizes in their order, so every host comes to the same packs by itself.
+Packing is a pure function of the samples' sizes and order, so every host computes the same packs.
 """
 
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-# Rows that are open at a time. More of them fill better and take longer: at 128, real chat data fills 98 % and more.
+# Rows open at a time. A larger window fills rows better and takes longer: at 128, real chat data fills at least 98 %.
 WINDOW = 128
 
 
 def best_fit(
     samples: np.ndarray, lengths: np.ndarray, trained: np.ndarray, seq_len: int, predictions: int, window: int = WINDOW
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Packs of samples, none longer than `seq_len` tokens or with more than `predictions` trained ones.
+    """Pack samples so that no pack has more than `seq_len` tokens or `predictions` trained tokens.
 
     Args:
-        samples: int (N,), in the order in which they come.
+        samples: int (N,), in order of arrival.
         lengths, trained: int, tokens and trained tokens of each sample, by its number.
 
-    Returns: the samples pack by pack, int64 (N,), and where each pack begins, with the end behind, int64 (packs + 1,).
+    Returns: the samples pack by pack, int64 (N,), and the offset of each pack, followed by the end, int64 (packs + 1,).
     """
     sizes = zip(samples.tolist(), lengths[samples].tolist(), trained[samples].tolist(), strict=True)
     rows: list[int] = []
@@ -34,14 +34,14 @@ def best_fit(
 def packs(
     sizes: Iterable[tuple[int, int, int]], seq_len: int, predictions: int, window: int = WINDOW
 ) -> Iterator[list[int]]:
-    """Packs as they are closed, of samples as they come: (sample, tokens, trained tokens).
+    """Yield packs as they close, from a stream of (sample, tokens, trained tokens).
 
-    A sample goes into the open row whose tokens it fills best; if that has no room for its predictions, into the row
-    with the most room, and if that has none, into a new one. If `window` are open then, the fullest is closed first. A
-    row that nothing more fits into is closed at once. Every sample alone must fit.
+    A sample goes into the open row that it fills best. If that row has no room for its predictions, the sample goes
+    into the row with the most room. If that has none, a new row opens; if `window` rows are open, the fullest closes
+    first. A full row closes at once. Every single sample must fit into a row.
     """
-    # Open rows by the tokens they have room for, and that number's bit set where there are any: the lowest bit from a
-    # sample's size on is the best fit, the highest the most room. Both are found without looking at the rows.
+    # Open rows by their free tokens, and a bit set with one bit for each such number. The lowest bit at or above a
+    # sample's size is the best fit, the highest bit is the most room. Neither requires looking at the rows.
     open_rows: dict[int, list[tuple[list[int], int]]] = {}
     rooms = count = 0
     for sample, tokens, wanted in sizes:
@@ -70,6 +70,6 @@ def packs(
         open_rows.setdefault(room, []).append((pack, left))
         rooms |= 1 << room
         count += 1
-    # The fullest first, as they would have been closed.
+    # Fullest first, the order in which they would have closed.
     for room in sorted(open_rows):
         yield from (pack for pack, _ in open_rows[room])

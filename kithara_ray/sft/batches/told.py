@@ -1,4 +1,4 @@
-"""What a user is told of rows that are trained on: the formats they were read as, and what has no effect in them."""
+"""Facts about training rows that a user should know: their formats, and fields without effect."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Told:
     """Attributes:
-    formats: format -> rows that were read as it.
-    notes: what is said -> rows that it is said of.
+    formats: format -> number of rows read in it.
+    notes: note -> number of rows to which it applies.
     """
 
     formats: Mapping[str, int] = field(default_factory=dict)
@@ -24,12 +24,12 @@ class Told:
         return cls(dict(formats), dict(notes))
 
     def beyond(self, other: "Told") -> "Told":
-        """What the other does not tell of yet."""
+        """Return the facts that `other` does not have."""
         formats = {name: rows for name, rows in self.formats.items() if name not in other.formats}
         return Told(formats, {note: rows for note, rows in self.notes.items() if note not in other.notes})
 
     def lines(self) -> list[str]:
-        """A line for each format that rows were converted from, and for each note."""
+        """A line for each format from which rows were converted, and for each note."""
         shown = [f"{rows:,} rows are read as {name!r}" for name, rows in self.formats.items() if name not in _PLAIN]
         return shown + [f"{note} ({rows:,} rows)" for note, rows in self.notes.items()]
 
@@ -38,5 +38,5 @@ class Told:
 
 
 NOTHING = Told()
-# Formats that rows have as they are.
+# Formats that need no conversion.
 _PLAIN = ("prompt_answer", "messages", "text")

@@ -1,11 +1,11 @@
-"""Note which columns of the rows are read, so that those that nothing reads can be named."""
+"""Record which columns of the rows are read, so that messages can name the unread ones."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 class Columns:
-    """The columns of rows that hold something, and whether any row's was read.
+    """The columns that hold values, and whether any row's value was read.
 
     Attributes:
         read: name -> whether it was read.
@@ -15,7 +15,7 @@ class Columns:
         self.read: dict[Any, bool] = {}
 
     def watched(self, row: Any) -> Any:
-        """The row, of which each column that is read is noted."""
+        """Return the row, wrapped so that it records each column that is read."""
         if type(row) is not dict:
             return row
         for name, value in row.items():
@@ -28,7 +28,7 @@ class Columns:
 
 
 class _Watched(dict):
-    """A row that notes its columns as they are read one by one."""
+    """A row that records its columns as they are read one by one."""
 
     def __init__(self, row: Mapping[Any, Any], read: dict[Any, bool]):
         super().__init__(row)
@@ -49,7 +49,7 @@ class _Watched(dict):
 
 
 def unread(found: Iterable[tuple[tuple[str, bool], ...]]) -> tuple[str, ...]:
-    """The columns that nothing reads, of what several Columns found."""
+    """The columns that nothing read, from the records of several Columns."""
     read: dict[str, bool] = {}
     for columns in found:
         for name, was_read in columns:

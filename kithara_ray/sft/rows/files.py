@@ -1,9 +1,9 @@
-"""Files of rows, cut into pieces that are read by themselves; a row that cannot be read is known by file and line.
+"""Cut files of rows into pieces that are read separately; errors name the file and line of an unreadable row.
 
-    .jsonl              a JSON object a line; cut at line ends
-    .json               a list of objects, read whole, or what .jsonl is
+    .jsonl              one JSON object per line; cut at line ends
+    .json               a list of objects, read whole, or the same as .jsonl
     .csv, .tsv          a header and rows, read whole
-    .txt                a row a line, in column `text`; cut at line ends
+    .txt                one row per line, in column `text`; cut at line ends
     .parquet            cut at row groups
     .arrow, .feather    Arrow's file or stream format; a file cut at record batches
 
@@ -26,7 +26,7 @@ from kithara_ray.sft.rows.listing import PACKED, Choice, files_of, kind_of, suff
 from kithara_ray.sft.rows.reading import reading
 from kithara_ray.sft.rows.values import missing_as_none, rows_of
 
-# Of text in a piece: small enough that a batch's rows do not drag much with them, large enough for a task.
+# Bytes of text in a piece: small enough that the rows of a batch keep little else in memory, large enough for a task.
 PIECE_BYTES = 4 * 2**20
 _READ_BYTES = 2**20
 LINES = (".jsonl", ".txt")
@@ -38,12 +38,12 @@ class Piece:
     """Part of a file.
 
     Attributes:
-        url: of the file.
-        number: of the file among the source's.
-        start, stop: bytes of a file of lines, to the end if -1; row groups or record batches; nothing of a file that is
-            read whole.
-        kind: how it is read, one of `listing.KNOWN`.
-        first_row, num_rows: rows before it in the file, and in it, where that is known without reading them.
+        url: URL of the file.
+        number: number of the file in the source.
+        start, stop: range of bytes in a file of lines (to the end if -1), or of row groups or record batches; unused
+            for a file that is read whole.
+        kind: format of the file, one of `listing.KNOWN`.
+        first_row, num_rows: rows before the piece in the file, and in the piece, if known without reading them.
     """
 
     url: str
@@ -56,11 +56,11 @@ class Piece:
 
     @property
     def first_id(self) -> int:
-        """Of its first row: unlike any other's in the source, and the same whoever reads it."""
+        """Id of the first row, unique in the source and the same for every reader."""
         return (self.number << 44) + (self.start if self.kind in LINES else self.first_row)
 
     def load(self) -> Any:
-        """What `rows` reads: bytes, or an Arrow table. Raises DataError."""
+        """Read the piece for `rows`: bytes, or an Arrow table. Raises DataError."""
         part = f", row group {self.start}" if self.kind == ".parquet" else ""
         with reading(f"{self.url}{part}"), _open(self.url) as file:
             if self.kind in LINES:
@@ -72,11 +72,11 @@ class Piece:
             return file.read()
 
     def rows(self, loaded: Any) -> Iterator[tuple[str, Any]]:
-        """(its place, a row): a dict, or the exception that stands for it.
+        """Yield (place, row); the row is a dict, or the exception in its place.
 
         Raises:
-            DataError: nothing can be told of the rows: the header or the columns name one thing twice, or a list is
-                torn.
+            DataError: no row can be read, because a name appears twice in the header or the columns, or a list is
+                damaged.
         """
         with reading(self.url):
             if self.kind in LINES:
@@ -90,7 +90,7 @@ class Piece:
         return ((place, missing_as_none(row)) for place, row in found)
 
     def lines_before(self) -> int:
-        """Of a file of lines; reads all that stands before this piece."""
+        """Count the lines before this piece of a file of lines, by reading all of them."""
         if self.kind not in LINES or not self.start:
             return 0
         count, left = 1, self.start - 1  # the line that the byte before `start` belongs to ends before this piece
@@ -101,21 +101,21 @@ class Piece:
 
 
 def _open(url: str) -> Any:
-    """Raises ImportError: nothing here unpacks the file; fsspec would hand out its bytes as they are."""
+    """Raises ImportError: no decompressor is installed; fsspec would return the compressed bytes."""
     if PurePosixPath(url).suffix in PACKED and fsspec.utils.infer_compression(url) is None:
         raise ImportError(f"what unpacks {PurePosixPath(url).suffix}")
     return fsspec.open(url, "rb", compression="infer")
 
 
 def pieces(source: Any, piece_bytes: int | None = None, choice: Choice | None = None) -> Iterator[Piece]:
-    """The pieces of a path, URL, directory, pattern or list of these, in the order of the names.
+    """Yield the pieces of a path, URL, directory, pattern or list of these, in the order of the names.
 
     Args:
-        choice: of a split and a subset.
+        choice: the split and subset to read.
 
     Raises:
-        DataError: there is no such file, or it cannot be opened, or its kind is not known; or files of several splits,
-            of which none is chosen.
+        DataError: a file does not exist, cannot be opened or has an unknown format; or there are several splits and
+            none is chosen.
     """
     piece_bytes = piece_bytes or PIECE_BYTES
     for number, (url, size) in enumerate(files_of(source, choice or Choice())):
@@ -151,7 +151,7 @@ def _is_list(url: str) -> bool:
 
 
 def _lines_of(file: Any, start: int, stop: int) -> bytes:
-    """The lines that begin in bytes `start` to `stop`, whole."""
+    """Return the whole lines that begin in bytes `start` to `stop`."""
     if start:
         file.seek(start - 1)
     data = file.read(stop - max(start - 1, 0))
@@ -207,7 +207,7 @@ def _arrow(file: Any, start: int, stop: int) -> pa.Table:
 
 
 def as_sequence(source: Any) -> Sequence[str] | None:
-    """A list of paths, if that is what it is."""
+    """Return the source as a list of paths, or None if it is not one."""
     is_list = isinstance(source, (list, tuple)) and len(source) > 0
     return [str(path) for path in source] if is_list and all(_is_path(path) for path in source) else None
 

@@ -1,7 +1,7 @@
-"""Bounds of time and memory around code that came with the data: a chat template may loop for ever.
+"""Limits on time and memory for code that came with the data: a chat template may loop for ever.
 
-Both hold for the whole process while they stand, so what they guard is short. They need Linux, and the main thread for
-the time; elsewhere nothing is bounded.
+Both limits apply to the whole process, so guard only short code. They need Linux, and the time limit needs the main
+thread; elsewhere nothing is limited.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ except ImportError:  # not a Unix
 
 
 class OutOfTime(BaseException):
-    """Not an Exception: what is guarded must not catch it."""
+    """Derives from BaseException, so that guarded code does not catch it."""
 
 
 @contextlib.contextmanager
 def cpu_time(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime when this process has computed for so long; a busy machine is not a hostile template."""
+    """Raise OutOfTime after `seconds` of this process' CPU time, which a busy machine does not use up."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -41,7 +41,7 @@ def cpu_time(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory(more_bytes: int) -> Iterator[None]:
-    """Raise MemoryError for an allocation that takes this process so much beyond what it has mapped now."""
+    """Raise MemoryError if an allocation takes this process more than `more_bytes` beyond its current mappings."""
     try:
         with open("/proc/self/statm") as file:
             mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

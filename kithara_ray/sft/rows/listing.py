@@ -1,13 +1,13 @@
 """Find the files of a source: a file, directory, pattern or list of these, of one split and one subset.
 
-A split is known by, in this order,
+Splits are found in this order:
 
-    state.json, dataset_dict.json   what `datasets` writes beside a saved dataset
-    README.md                       `configs` of its header, as the Hub reads it
-    names                           `train-00000-of-00002.parquet`, or `train`, `dev`, `test`, ... as a word of the
-                                    file's name or of a directory's below the source
+    state.json, dataset_dict.json   files that `datasets` writes beside a saved dataset
+    README.md                       `configs` in its header, as the Hub reads it
+    names                           `train-00000-of-00002.parquet`, or `train`, `dev`, `test`, ... as a word in the name
+                                    of the file or of a directory below the source
 
-Files of several splits are never read together: held-out rows would be trained on.
+Files of several splits are never read together, because training would then use held-out rows.
 """
 
 import json
@@ -25,7 +25,7 @@ from kithara_ray.sft.rows.reading import reading
 
 KNOWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-# Not rows, but about them or about a model beside them.
+# Files that describe the rows, or a model beside them.
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _KEYWORDS = {
     "train": ("train", "training"),
@@ -38,17 +38,17 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 
 @dataclass(frozen=True)
 class Choice:
-    """Which part of a source is read; None where there is only one."""
+    """The part of a source to read; None if there is only one."""
 
     split: str | None = None
     subset: str | None = None
 
 
 def files_of(source: Any, choice: Choice = Choice()) -> list[tuple[str, int]]:
-    """(URL, bytes) of every file, in the order of the names.
+    """Return (URL, bytes) of every file, in the order of the names.
 
     Raises:
-        DataError: there is no such file, split or subset, or several of which none is chosen.
+        DataError: there is no such file, split or subset, or there are several and none is chosen.
     """
     found = []
     for path in source if isinstance(source, (list, tuple)) else [source]:
@@ -64,7 +64,7 @@ def files_of(source: Any, choice: Choice = Choice()) -> list[tuple[str, int]]:
 
 
 def suffix_of(name: str) -> str:
-    """The extension that says how a file is read, before the one of its compression."""
+    """The extension of a file's format, without that of its compression."""
     suffixes = PurePosixPath(name).suffixes
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
@@ -72,7 +72,7 @@ def suffix_of(name: str) -> str:
 
 
 def kind_of(url: str) -> str:
-    """How a file is read, one of KNOWN. Raises DataError."""
+    """The format of a file, one of KNOWN. Raises DataError."""
     if (suffix := suffix_of(url)) not in KNOWN:
         raise DataError(f"{url}: unknown extension {suffix!r}; known are {', '.join(KNOWN)}")
     return suffix
@@ -132,7 +132,7 @@ def _no_subset(url: str, choice: Choice) -> None:
 
 
 def _of_saved(fs: Any, root: str) -> list[str]:
-    """The files of a dataset that save_to_disk wrote: those that its state names, and no cache beside them."""
+    """The files of a dataset that save_to_disk wrote: only those that its state names, and no caches."""
     return [f"{root}/{entry['filename']}" for entry in _read(fs, f"{root}/state.json")["_data_files"]]
 
 
@@ -144,7 +144,7 @@ def _read(fs: Any, name: str) -> Any:
 
 
 def chosen(names: Any, name: str | None, where: str, what: str = "split") -> str:
-    """The one that is asked for, or the only one. Raises DataError, which lists them."""
+    """Return the requested name, or the only one. Raises DataError, which lists them."""
     names = [str(each) for each in names]
     if name is None and len(names) == 1:
         return names[0]
@@ -161,7 +161,7 @@ def chosen(names: Any, name: str | None, where: str, what: str = "split") -> str
 
 
 def split_of(below: str) -> str | None:
-    """The split that a file's name, or else a directory's, speaks of; None for no split."""
+    """The split that a file's name indicates, or else a directory's name; None for no split."""
     *directories, name = PurePosixPath(below).parts
     stem = name.split(".")[0] if "-of-" not in name else name
     if shard := _SHARD.match(stem):
@@ -226,7 +226,7 @@ def _of_config(fs: Any, root: str, url: str, choice: Choice, configs: list[Mappi
 
 
 def _patterns(data_files: Any) -> dict[str, list[str]]:
-    """Split -> patterns, of all the ways in which a header writes them."""
+    """Split -> patterns, from any of the forms that a header allows."""
     if isinstance(data_files, str):
         return {"train": [data_files]}
     if isinstance(data_files, Mapping):

@@ -1,6 +1,4 @@
-"""Name the file in whatever opening and reading one raises: stores, compressions and formats each have errors of
-their own.
-"""
+"""Name the file in any error of opening or reading it; stores, compressions and formats each raise their own."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +6,7 @@ from collections.abc import Iterator
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows.values import short
 
-# What fsspec needs for a protocol, or for a compression by its extension, beside what this package depends on.
+# Packages that fsspec needs for a protocol or for the extension of a compression, besides this package's own.
 _PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -32,7 +30,7 @@ def reading(url: str, failed: str = "cannot be read") -> Iterator[None]:
     """Raise a DataError that names the file for any error inside.
 
     Args:
-        failed: what could not be done, for the message.
+        failed: words for the failure in the message.
     """
     try:
         yield
@@ -48,7 +46,7 @@ def reading(url: str, failed: str = "cannot be read") -> Iterator[None]:
         if "ompression type" in str(error) and (package := _package(url)):
             raise DataError(f"{url}: needs a package: pip install {package}") from error
         raise DataError(f"{url}: {failed}: {short(error)}") from error
-    except Exception as error:  # of a store's client or of a decompressor: it is about this file
+    except Exception as error:  # of a store's client or a decompressor, about this file
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise DataError(f"{url}: {failed}: {kind}{short(error)}") from error
 

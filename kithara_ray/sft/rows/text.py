@@ -12,18 +12,18 @@ from typing import Any
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows.values import RepeatedKey, check_names, read_json, short
 
-# The csv module has one limit of a field's length for the whole process.
+# The csv module has one limit on field length for the whole process.
 _CSV_LOCK = threading.Lock()
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # the elements of a JSON list
 
 
 def numbered(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their number in the piece, from 1."""
+    """Yield the non-blank lines with their number in the piece, from 1."""
     return ((n, line) for n, line in enumerate(data.split(b"\n"), start=1) if line.strip())
 
 
 def json_row(line: bytes) -> Any:
-    """The object that a line holds, or the ValueError that stands for it."""
+    """Return the object that a line holds, or the ValueError in its place."""
     text = _decoded(line)
     if isinstance(text, Exception):
         return text
@@ -37,7 +37,7 @@ def json_row(line: bytes) -> Any:
 
 
 def text_row(line: bytes) -> Any:
-    """A line in column `text`, or the ValueError that stands for it."""
+    """Return a line as column `text`, or the ValueError in its place."""
     text = _decoded(line)
     return text if isinstance(text, Exception) else {"text": text.rstrip("\r")}
 
@@ -50,12 +50,12 @@ def _decoded(line: bytes) -> str | Exception:
 
 
 def json_list(data: bytes) -> list[Any]:
-    """The objects of a JSON list, or a ValueError for what is none. Raises DataError: the text is not JSON."""
+    """Return a JSON list's objects, with a ValueError for any other item. Raises DataError: the text is not JSON."""
     try:
         text = data.removeprefix(codecs.BOM_UTF8).decode()
         try:
             rows = read_json(text)
-        except RepeatedKey:  # of which row?
+        except RepeatedKey:  # find the row
             rows = _one_by_one(text)
     except ValueError as error:
         raise DataError(f"is not JSON: {short(error)}") from error
@@ -66,7 +66,7 @@ def json_list(data: bytes) -> list[Any]:
 
 
 def _one_by_one(text: str) -> list[Any]:
-    """The elements of a JSON list, each read by itself. Raises ValueError: the list is not JSON."""
+    """Read the elements of a JSON list one by one. Raises ValueError: the list is not JSON."""
     json.loads(text)
     decoder, rows, at = json.JSONDecoder(), [], text.index("[") + 1
     while text[at := _BETWEEN.match(text, at).end()] != "]":
@@ -80,15 +80,15 @@ def _one_by_one(text: str) -> list[Any]:
 
 
 def delimited(data: bytes, delimiter: str) -> list[tuple[str, Any]]:
-    """(its line, a row) of a CSV or TSV file with a header. Each line is in a row, or in the ValueError of a bad one.
+    """Return (line, row) pairs of a CSV or TSV file with a header. Each line is in a row, or in the ValueError of one.
 
-    A quoted field may go over several lines. Where such a row turns out to be none, each of its lines counts as a bad
-    row: nobody can tell which of them were meant to be rows.
+    A quoted field may span several lines. If such a row turns out to be bad, each of its lines counts as a bad row.
+    Nothing shows which of them were meant to be rows.
 
     Raises:
         DataError: the header names a column twice.
     """
-    # What is not UTF-8 becomes lone surrogates, which the format finds in the column that has them.
+    # Bytes that are not UTF-8 become lone surrogates, which the format finds in their column.
     text = io.StringIO(data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"), newline="")
     with _CSV_LOCK:
         limit = csv.field_size_limit(len(data) + 1)

@@ -1,12 +1,12 @@
 """Normalise rows: plain Python values, the same from every kind of source.
 
-    numpy, tensors, Arrow, pandas       Python's values and lists
-    NaN, NaT or NA as a column's value  None: pandas and Arrow write a missing value so
-    None within a struct                left out: Arrow fills the keys that a row lacks with it, and pandas and Hugging
-                                        Face datasets hand that on
-    JSON by its type (`datasets.Json`)  the value that the text says
+    numpy, tensors, Arrow, pandas       Python values and lists
+    NaN, NaT or NA as a column's value  None, because pandas and Arrow write a missing value in this way
+    None within a struct                left out, because Arrow fills in the keys that a row lacks; pandas and Hugging
+                                        Face datasets pass this on
+    JSON by its type (`datasets.Json`)  the value that the text encodes
 
-JSON files and lists of dicts keep each None inside a value: there a row has only the keys that it names.
+JSON files and lists of dicts keep each None inside a value, because such a row has only the keys that it names.
 """
 
 import datetime
@@ -19,22 +19,22 @@ import pyarrow as pa
 
 from kithara_ray.errors import DataError
 
-# How a column is nested, as far as reading it depends on it: JSON, MAP, {field: shape}, [shape of the items], or None.
+# The nesting of a column, where reading depends on it: JSON, MAP, {field: shape}, [shape of the items], or None.
 JSON, MAP = "json", "map"
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _METADATA = b"huggingface"
 
 
 def plain(value: Any, keep_nulls: bool = True, shape: Any = None, decode: bool = False) -> Any:
-    """A value as plain Python.
+    """Convert a value to plain Python.
 
     Args:
-        keep_nulls: False leaves out the fields of structs that are None.
-        shape: of the value, see `shapes_of`.
-        decode: JSON is still text, to be read here.
+        keep_nulls: False leaves out struct fields that are None.
+        shape: shape of the value, see `shapes_of`.
+        decode: True if JSON is still text, which this function then parses.
 
     Raises:
-        ValueError: JSON that cannot be read, or a key that stands twice.
+        ValueError: JSON cannot be read, or a key appears twice.
     """
     if shape == JSON:
         return read_json(value) if decode and isinstance(value, str) else plain(value)
@@ -57,7 +57,7 @@ def plain(value: Any, keep_nulls: bool = True, shape: Any = None, decode: bool =
 
 def _leaf_or_array(value: Any, keep_nulls: bool, shape: Any, decode: bool) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
-        if value.dtype.kind in "mM":  # as Python has them: microseconds, and None for NaT
+        if value.dtype.kind in "mM":  # Python's resolution: microseconds, and None for NaT
             return value.astype(f"{value.dtype.kind}8[us]").tolist()
         found = value.tolist()
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -77,7 +77,7 @@ def _leaf_or_array(value: Any, keep_nulls: bool, shape: Any, decode: bool) -> An
 
 
 def _without_nan(value: Any) -> Any:
-    """Lists of a float array: pandas writes a null among numbers as NaN."""
+    """Replace NaN in the lists of a float array by None: pandas writes a null among numbers as NaN."""
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if value != value else value
@@ -92,7 +92,7 @@ def _python_time(value: Any) -> Any:
 
 
 def plain_row(row: Any, keep_nulls: bool = True, shapes: Mapping[str, Any] | None = None, decode: bool = False) -> Any:
-    """A row as plain Python, or the ValueError that stands for it; what is no dict is left to whoever reads rows."""
+    """Return a row as plain Python, or the ValueError in its place; the reader of rows handles anything but a dict."""
     if not isinstance(row, Mapping):
         return row
     try:
@@ -105,7 +105,7 @@ def plain_row(row: Any, keep_nulls: bool = True, shapes: Mapping[str, Any] | Non
 
 
 def missing_as_none(row: Any) -> Any:
-    """A row whose columns that are NaN are None."""
+    """Replace NaN columns of a row by None."""
     if not isinstance(row, dict) or not any(isinstance(v, float) and v != v for v in row.values()):
         return row
     return {name: None if isinstance(value, float) and value != value else value for name, value in row.items()}
@@ -115,7 +115,7 @@ def missing_as_none(row: Any) -> Any:
 
 
 def read_json(text: str) -> Any:
-    """JSON text as Python. Raises ValueError: it is not JSON; RepeatedKey: an object has a key twice."""
+    """Parse JSON text. Raises ValueError: it is not JSON; RepeatedKey: an object has a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -123,7 +123,7 @@ def read_json(text: str) -> Any:
 
 
 class RepeatedKey(ValueError):
-    """An object has a key twice, of which a dict would keep one only."""
+    """An object has a key twice; a dict would keep only one of them."""
 
 
 def _unique(pairs: Any) -> dict[str, Any]:
@@ -139,16 +139,16 @@ def _unique(pairs: Any) -> dict[str, Any]:
 
 
 def rows_of(table: pa.Table) -> list[Any]:
-    """An Arrow table's rows as dicts; a ValueError for one that cannot be read.
+    """Return an Arrow table's rows as dicts, with a ValueError in the place of an unreadable row.
 
     Raises:
-        DataError: two columns have one name.
+        DataError: two columns have the same name.
     """
     check_names(table.column_names)
     shapes = shapes_of(table.schema)
     try:
         rows = table.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):  # a value that Python cannot hold: which row has it?
+    except (ValueError, OverflowError, pa.ArrowException):  # Python cannot hold a value; find its row
         rows = list(_one_by_one(table))
     return [row if isinstance(row, Exception) else plain_row(row, False, shapes, decode=True) for row in rows]
 
@@ -162,16 +162,16 @@ def _one_by_one(table: pa.Table) -> Iterator[Any]:
 
 
 def check_names(names: Any) -> None:
-    """Refuse columns of one name: a row could hold one of them only. Raises DataError."""
+    """Refuse columns with the same name, because a row could hold only one of them. Raises DataError."""
     names = list(names)
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise DataError(f"two columns are named {twice[0]!r}; rename or drop one of them")
 
 
 def shapes_of(schema: pa.Schema) -> dict[str, Any]:
-    """The shape of each column whose type says more than its values: JSON and maps.
+    """The shape of each column whose type carries more than its values: JSON and maps.
 
-    The features that `datasets` writes into a schema win over Arrow's own types, which are lost on some ways.
+    The features that `datasets` writes into a schema take precedence over Arrow's types, which some conversions lose.
     """
     features = features_of(schema)
     found = {}
@@ -183,7 +183,7 @@ def shapes_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
-    """The features that `datasets` writes into a schema's metadata; empty without them."""
+    """The features that `datasets` wrote into a schema's metadata; empty if there are none."""
     try:
         return dict(json.loads((schema.metadata or {})[_METADATA])["info"]["features"] or {})
     except (KeyError, TypeError, ValueError):
@@ -191,7 +191,7 @@ def features_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def with_features(table: pa.Table, features: Mapping[str, Any]) -> pa.Table:
-    """The table with features in its schema's metadata, as `datasets` writes them."""
+    """Return the table with features in its schema's metadata, as `datasets` writes them."""
     metadata = {**(table.schema.metadata or {}), _METADATA: json.dumps({"info": {"features": dict(features)}}).encode()}
     return table.replace_schema_metadata(metadata)
 
@@ -235,6 +235,6 @@ def _fields(shapes: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def short(error: BaseException) -> str:
-    """An error's text in one line of at most 200 characters."""
+    """An error's text on one line of at most 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:200]}..."

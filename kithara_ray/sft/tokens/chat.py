@@ -1,13 +1,16 @@
-"""Conversations to text by the tokenizer's own chat template, and which of its characters the assistant says.
+"""Convert conversations to text with the tokenizer's chat template, and find the assistant's characters in it.
 
-A template that marks them by `{% generation %}` is taken at its word. With any other, a message of the assistant is
-learned if the template asks for it as it then shows it: what it renders of the messages before, with its generation
-prompt, and what it renders of the messages up to and with it, must both begin the text of the whole conversation. So a
-message whose history the template rewrites later, or whose thinking it drops, is context there and not learned: no
-model is asked for it in that way. Such messages are counted.
+A template may mark these characters with `{% generation %}`. With any other template, an assistant message is trained
+on only if the template later shows it as it was asked for. Two texts must begin the text of the whole conversation:
 
-Templates are Jinja from a checkpoint of whoever made it. transformers renders them in Jinja's immutable sandbox, on
-plain data; time, memory and length are bounded here.
+- the earlier messages, rendered with the generation prompt;
+- the messages up to and including this one.
+
+If the template later rewrites a message's history or drops its thinking, the message is context and not trained on.
+No model is asked for it in that form. Such messages are counted.
+
+Templates are Jinja code from a checkpoint that anybody may have made. transformers renders them in Jinja's immutable
+sandbox, on plain data; this module limits time, memory and length.
 """
 
 import re
@@ -31,9 +34,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Rendered:
     """Attributes:
     text: the conversation.
-    spans: (start, stop) in it of what is learned, ascending.
-    unlearned: messages of the assistant that are not, because the template shows them otherwise than it asks for them.
-    notes: what is to be said of the conversation, such as a field that the template does not show.
+    spans: (start, stop) of the trained parts of `text`, ascending.
+    unlearned: assistant messages that are not trained on, because the template shows them in another form than it asks
+        for them.
+    notes: remarks on the conversation, such as a field that the template does not show.
     """
 
     text: str
@@ -44,12 +48,12 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of a tokenizer, or another in its place.
+    """The chat template of a tokenizer, or one that replaces it.
 
     Attributes:
         tokenizer: a transformers tokenizer.
         source: Jinja; None is the tokenizer's own.
-        fit: what was found of the template so far; conversations of one template share it.
+        fit: findings about the template so far; conversations of one template share them.
     """
 
     tokenizer: Any
@@ -62,16 +66,16 @@ class ChatTemplate:
         tools: Sequence[Mapping] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Rendered:
-        """A conversation's text and what of it is learned.
+        """Return a conversation's text and its trained spans.
 
         Args:
-            messages: as `messages.check_messages` leaves them. Those with `weight` 0 are context.
+            messages: as returned by `messages.check_messages`. A message with `weight` 0 is context.
             tools: JSON schemas of the tools that the assistant may call.
             options: further variables of the template, e.g. `enable_thinking`.
 
         Raises:
-            DataError: there is no template, it fails, goes on for too long, leaves out what the row is made for, or
-                shows nothing to learn.
+            DataError: there is no template, it fails, takes too long, leaves out the row's content, or shows nothing to
+                train on.
         """
         template = self._template(tools)
         silent = {number for number, message in enumerate(messages) if message.get("weight") == 0}
@@ -95,7 +99,7 @@ class ChatTemplate:
         return Rendered(text, tuple(spans), unlearned, notes)
 
     def _spans(self, silent: set[int], template, messages, tools, options, text: str) -> tuple[list, int]:
-        """What is learned under a template that does not mark it, and how many messages are not."""
+        """Return the trained spans under a template that does not mark them, and the number of untrained messages."""
         spans, unlearned = [], 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant" or number in silent:
@@ -113,7 +117,7 @@ class ChatTemplate:
         return spans, unlearned
 
     def _without(self, silent: set[int], template, messages, tools, options, text: str, marks: list) -> list:
-        """The template's marks but those of messages of weight 0: what each adds to the marks before it."""
+        """Remove the marks of messages of weight 0: those that each such message adds to the marks before it."""
         gone = set()
         for number in sorted(silent):
             if messages[number]["role"] != "assistant":
@@ -142,7 +146,7 @@ class ChatTemplate:
             ) from error
 
     def _span(self, template, messages, number: int, tools, options, text: str) -> tuple[int, int] | None:
-        """Where message `number` stands in `text`, from behind the generation prompt to the end of its turn."""
+        """The span of message `number` in `text`, from after the generation prompt to the end of its turn."""
         try:
             before, _ = self._render(template, messages[:number], tools, options, prompt=True)
             through = text
@@ -155,7 +159,7 @@ class ChatTemplate:
         start, stop = len(before), len(through)
         if not (text.startswith(before) and text.startswith(through) and start < stop):
             return None
-        # White space behind the end of the turn is the template's.
+        # White space after the end of the turn belongs to the template.
         said = text[start:stop].rstrip()
         return start, start + len(said) if said.endswith(self._special_tokens()) else stop
 
@@ -163,7 +167,7 @@ class ChatTemplate:
         return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
 
     def _render(self, template, messages, tools, options, prompt: bool = False, mark: bool = False):
-        """(text, spans that the template marks)."""
+        """Return (text, spans that the template marks)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -180,7 +184,7 @@ class ChatTemplate:
             raise TooCostly(f"the chat template did not end within {MAX_SECONDS:g} s") from None
         except MemoryError:
             raise TooCostly(f"the chat template takes more than {MAX_MORE_BYTES / 2**30:g} GiB of memory") from None
-        except Exception as error:  # a template raises what it likes: it is data
+        except Exception as error:  # a template is data and may raise anything
             raise DataError(f"the chat template failed: {type(error).__name__}: {_short(error)}") from error
         if len(texts[0]) > MAX_CHARACTERS:
             raise TooCostly(f"the chat template renders {len(texts[0]):,} characters, more than {MAX_CHARACTERS:,}")
@@ -192,10 +196,10 @@ class ChatTemplate:
         tools: Sequence[Mapping] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation's text up to where the assistant is to speak, as a row of training has it there.
+        """Return a conversation's text up to the assistant's next turn, as in a training row.
 
         Raises:
-            DataError: there is no template, it fails, or goes on for too long.
+            DataError: there is no template, it fails, or takes too long.
         """
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         return self._render(self._template(tools), messages, tools, options, prompt=True)[0]

@@ -1,7 +1,7 @@
-"""Formats that people's rows have, each read into a prompt and an answer, or into a conversation.
+"""Convert rows of common formats to a prompt and an answer, or to a conversation.
 
-A conversion takes the format's own columns by name and returns `{"prompt", "answer"}` or `{"messages", ...}`; it knows
-neither tokenizer nor template. Raises DataError, without the row's place.
+A conversion takes the format's own columns by name and returns `{"prompt", "answer"}` or `{"messages", ...}`. It knows
+neither tokenizer nor template. It raises DataError, without the row's place.
 """
 
 import json
@@ -15,7 +15,7 @@ from kithara_ray.sft.tokens.messages import as_list, check_messages, check_tools
 Cells = Mapping[str, Any]
 
 _MORE = ("tools", "chat_template_kwargs")
-# Of the `from` of ShareGPT's messages. LLaMA-Factory adds those of tools.
+# Values of `from` in ShareGPT messages. LLaMA-Factory adds those for tools.
 _SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
@@ -29,11 +29,11 @@ MEDIA = ("images", "videos", "audios")
 @dataclass(frozen=True)
 class Conversion:
     """Attributes:
-    columns: that a row of the format has.
-    optional: that it may have.
-    texts: columns that hold text, which may not be null.
-    may_be_empty: those of `texts` that may be empty.
-    convert: the row's cells to a prompt and an answer, or to a conversation.
+    columns: columns that a row of the format has.
+    optional: columns that it may also have.
+    texts: columns of text that must not be null.
+    may_be_empty: columns of `texts` that may be empty.
+    convert: converts the row's cells to a prompt and an answer, or to a conversation.
     """
 
     columns: tuple[str, ...]
@@ -44,7 +44,7 @@ class Conversion:
 
 
 def messages(cells: Cells) -> dict[str, Any]:
-    """A conversation as OpenAI's API takes it: `messages`, with `tools` or the older `functions`."""
+    """Read a conversation in the form of OpenAI's API: `messages`, with `tools` or the older `functions`."""
     made = conversation(cells["messages"], cells)
     if functions := check_tools(cells.get("functions")):
         if made["tools"]:
@@ -54,7 +54,7 @@ def messages(cells: Cells) -> dict[str, Any]:
 
 
 def conversation(given: Any, cells: Cells) -> dict[str, Any]:
-    """Checked messages, with the row's `system`, `tools` and `chat_template_kwargs` where there are any."""
+    """Return checked messages, with the row's `system`, `tools` and `chat_template_kwargs`, if any."""
     given = as_list(given, "messages")
     system = cells.get("system")
     if not is_null(system) and system != "":
@@ -76,13 +76,13 @@ def conversation(given: Any, cells: Cells) -> dict[str, Any]:
 
 
 def sharegpt(cells: Cells) -> dict[str, Any]:
-    """`conversations` of {"from", "value"}."""
+    """Read `conversations` of {"from", "value"}."""
     said = as_list(cells["conversations"], "messages")
     return conversation([_of_sharegpt(number, message) for number, message in enumerate(said)], cells)
 
 
 def is_sharegpt(given: Any) -> bool:
-    """Whether messages are ShareGPT's by their first."""
+    """Return True if the first message has the form of ShareGPT."""
     try:
         first = next(iter(as_list(given, "messages")), None)
     except DataError:
@@ -115,12 +115,12 @@ def _calls(number: int, text: Any) -> list[dict[str, Any]]:
 
 
 def chat(cells: Cells) -> dict[str, Any]:
-    """A prompt and an answer as a conversation of two messages."""
+    """Convert a prompt and an answer to a conversation of two messages."""
     return conversation(_turn(cells["prompt"], cells["answer"]), cells)
 
 
 def alpaca(cells: Cells) -> dict[str, Any]:
-    """`instruction` and, on the line behind it, `input`; earlier turns are `history`, of [instruction, output]."""
+    """Join `instruction` and, on a new line, `input`; `history` holds earlier turns, as [instruction, output]."""
     turns = []
     for number, pair in enumerate(_history(cells)):
         if not _is_list(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -131,7 +131,7 @@ def alpaca(cells: Cells) -> dict[str, Any]:
 
 
 def alpaca_text(cells: Cells) -> dict[str, Any]:
-    """Alpaca's own prompt around `instruction` and `input`, for a model without a chat template."""
+    """Put Alpaca's own prompt around `instruction` and `input`, for a model without a chat template."""
     if len(_history(cells)):
         raise _in("history", DataError('is not empty, and format "alpaca_text" has no place for it; use "alpaca"'))
     given = _says(cells.get("input"))
@@ -145,7 +145,7 @@ def alpaca_text(cells: Cells) -> dict[str, Any]:
 
 
 def prompt_completion(cells: Cells) -> dict[str, Any]:
-    """TRL's: two texts, or two lists of messages, of which only the completion's are learned."""
+    """Read TRL's format: two texts, or two lists of messages, with only the completion trained on."""
     prompt, completion = cells["prompt"], cells["completion"]
     if not _is_list(prompt) and not _is_list(completion):
         for name in ("prompt", "completion"):
@@ -181,7 +181,7 @@ def _says(value: Any) -> bool:
 
 
 def is_null(value: Any) -> bool:
-    """A null of Arrow, or of pandas."""
+    """Return True for a null of Arrow or pandas."""
     return value is None or (isinstance(value, float) and value != value)
 
 
@@ -190,7 +190,7 @@ def _is_list(value: Any) -> bool:
 
 
 class InColumn(DataError):
-    """An error of another column than the format's first."""
+    """An error in a column other than the format's first."""
 
     def __init__(self, column: str, text: str):
         super().__init__(text)

@@ -1,7 +1,7 @@
-"""One row's text to its token ids and the mask of what is learned; see `blocks`. No padding, no shifting.
+"""Convert one row's text to token ids and a mask of trained tokens; see `blocks`. No padding, no shifting.
 
-Texts are encoded many at once, where a fast tokenizer takes a fraction of the time; so a row is made here of the ids
-that its texts have got.
+Many texts are encoded together, because a fast tokenizer then takes a fraction of the time. These functions therefore
+build a row from ids that already exist.
 """
 
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ from kithara_ray.sft.tokens.tokenizer import SpecialTokens
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:
-    """The ids of exactly this text. Special tokens written in it (chat markers) become special tokens."""
-    # verbose=False: rows longer than the tokenizer's model_max_length are cut here, not by the model.
+    """Return the ids of exactly this text. Special tokens written in it (chat markers) become special tokens."""
+    # verbose=False, because rows longer than the tokenizer's model_max_length are cut here, not by the model.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_all(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """`encode` of each, at once: a fast tokenizer then takes a fraction of the time."""
+    """Encode all texts together: a fast tokenizer then takes a fraction of the time."""
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def without_space_after_eos(text: str, tokenizer: Any, special: SpecialTokens) -> str:
-    """A text without the white space that chat templates put behind its EOS, if it ends with one."""
+    """Remove the white space that chat templates put after a final EOS."""
     stripped = text.rstrip()
     return stripped if stripped.endswith(tokenizer.convert_ids_to_tokens(special.eos_id)) else text
 
 
 def with_bos(ids: list[int], special: SpecialTokens) -> list[int]:
-    """With BOS first exactly once, if this tokenizer puts one."""
+    """Put BOS first exactly once, if this tokenizer adds one."""
     return put_first(special.bos_id, ids)
 
 
 def put_first(bos_id: int | None, ids: list[int]) -> list[int]:
-    """`bos_id` before ids, exactly once; None puts nothing there."""
+    """Put `bos_id` before ids, exactly once; None adds nothing."""
     if bos_id is None:
         return ids
     first = next((i for i, token_id in enumerate(ids) if token_id != bos_id), len(ids))
@@ -53,18 +53,18 @@ def prompt_answer_row(
     special: SpecialTokens,
     max_seq_len: int,
 ) -> TokenizedRow:
-    """BOS, prompt, answer, EOS; the answer and EOS are learned.
+    """Build a row of BOS, prompt, answer, EOS; the answer and EOS are trained.
 
-    - The row begins with the prompt's own ids, as inference sees them, even where prompt + answer would merge across
-      the boundary.
-    - BOS stands first exactly once if the tokenizer puts one, whether or not the text begins with it (rendered chat
-      templates do). EOS stands last exactly once, whether or not the answer ends with it.
-    - Cut at `max_seq_len` from the right. If nothing of the answer is left, `loss_mask` is all zero: the caller drops
-      the row.
+    - The row begins with the prompt's own ids, as inference sees them, even if prompt + answer would merge across the
+      boundary.
+    - BOS is first exactly once if the tokenizer adds one, even if the text begins with it (rendered chat templates do).
+      EOS is last exactly once, even if the answer ends with it.
+    - The row is cut on the right at `max_seq_len`. If nothing of the answer is left, `loss_mask` is all zero and the
+      caller drops the row.
 
     Args:
-        answer: as `without_space_after_eos` leaves it.
-        prompt_ids, full_ids: of the prompt, and of prompt and answer as one text, by `encode`.
+        answer: as returned by `without_space_after_eos`.
+        prompt_ids, full_ids: ids of the prompt, and of prompt and answer as one text, from `encode`.
     """
     answer_ids = _answer_ids(prompt, prompt_ids, answer, full_ids, tokenizer)
     while answer_ids and answer_ids[-1] == special.eos_id:
@@ -74,12 +74,12 @@ def prompt_answer_row(
 
 
 def text_row(ids: list[int], special: SpecialTokens, max_seq_len: int) -> TokenizedRow:
-    """BOS, text, EOS, each of the two exactly once; all of it is learned but BOS.
+    """Build a row of BOS, text, EOS, with BOS and EOS exactly once; all tokens except BOS are trained.
 
-    Without a BOS it is the first token that is not learned: nothing stands before it to predict it from.
+    Without a BOS, the first token is not trained, because no token precedes it from which to predict it.
 
     Args:
-        ids: of the text as `without_space_after_eos` leaves it, by `encode`.
+        ids: ids from `encode` of the text that `without_space_after_eos` returned.
     """
     while ids and ids[-1] == special.eos_id:
         ids.pop()
@@ -87,12 +87,12 @@ def text_row(ids: list[int], special: SpecialTokens, max_seq_len: int) -> Tokeni
 
 
 def chat_row(rendered: Rendered, encoding: Any, special: SpecialTokens, max_seq_len: int) -> TokenizedRow:
-    """A conversation as its template renders it; what the assistant says is learned.
+    """Build a row from a rendered conversation; the assistant's text is trained.
 
-    - A token is learned if any of its characters is in a span, as in transformers' `return_assistant_tokens_mask`.
-    - BOS stands first exactly once if the tokenizer puts one, whether or not the template writes it.
-    - A turn ends as the template ends it. Where that is by no special token, EOS ends the last.
-    - What follows the last learned token has no effect on what is learned, and is left out.
+    - A token is trained if any of its characters is in a span, as in transformers' `return_assistant_tokens_mask`.
+    - BOS is first exactly once if the tokenizer adds one, even if the template writes it.
+    - A turn ends as the template ends it. If the template uses no special token for that, EOS ends the last turn.
+    - Tokens after the last trained one have no effect on training, and are left out.
 
     Args:
         encoding: the text's ids and their (start, stop) characters, a `tokenizers.Encoding`.
@@ -100,7 +100,7 @@ def chat_row(rendered: Rendered, encoding: Any, special: SpecialTokens, max_seq_
     ids = np.asarray(encoding.ids, np.int64)
     offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
     spans = np.asarray(rendered.spans, np.int64).reshape(-1, 2)
-    # The first span that ends behind the token's start, if there is one: does it begin before the token's end?
+    # Find the first span that ends after the token's start, then test if it begins before the token's end.
     following = np.searchsorted(spans[:, 1], offsets[:, 0], side="right")
     first = np.append(spans[:, 0], np.iinfo(np.int64).max)[following]
     learned = offsets[:, 1] > first
@@ -120,16 +120,16 @@ def chat_row(rendered: Rendered, encoding: Any, special: SpecialTokens, max_seq_
 
 
 def _answer_ids(prompt: str, prompt_ids: list[int], answer: str, full_ids: list[int], tokenizer: Any) -> list[int]:
-    """The answer's ids behind `prompt_ids`, such that both together decode to prompt + answer.
+    """Return the answer's ids to follow `prompt_ids`, so that both together decode to prompt + answer.
 
-    Where a merge crosses the boundary the answer is encoded by itself. SentencePiece-like tokenizers then put a space
-    before it that the text has not; encoded behind a newline, which is dropped again, it has none.
+    If a merge crosses the boundary, the answer is encoded separately. SentencePiece-like tokenizers then add a space
+    before it that the text does not have. Encoding the answer after a newline, which is then removed, avoids this.
     """
     if full_ids[: len(prompt_ids)] == prompt_ids:
         return full_ids[len(prompt_ids) :]
 
     alone_ids = encode(answer, tokenizer)
-    # Two ways to say the same: a normalising tokenizer does not decode to what was encoded, and the Metaspace decoder
+    # Either text is correct: a normalising tokenizer does not decode to the encoded text, and the Metaspace decoder
     # drops every space of a text's first token.
     wanted_texts = (_decode(full_ids, tokenizer), _decode(prompt_ids, tokenizer) + answer)
     if _decode(prompt_ids + alone_ids, tokenizer) in wanted_texts:

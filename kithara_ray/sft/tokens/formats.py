@@ -1,8 +1,8 @@
-"""Source rows to checked text: which columns hold it, how it is formatted first, and what makes a row bad.
+"""Convert source rows to checked text: choose the columns, format the row first if asked, and refuse bad rows.
 
-A row is a dict of column name to value. A format reads it into `{expected column: text}` or raises a DataError that
-names the row, the column, what was found and what to do. `where` says which row it is: "line 18 of train.jsonl", or its
-number in the source, from 0.
+A row is a dict of column name to value. A format reads it into `{expected column: text}` or raises a DataError. The
+error names the row, the column, the value found and the remedy. `where` identifies the row: "line 18 of train.jsonl",
+or its number in the source, from 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,9 @@ from kithara_ray.sft.tokens.conversions import FORMATS, InColumn, is_null
 REMEDY = 'drop it or pass on_bad_row="skip"'
 WEIGHT = "column 'weight' has no effect: every row counts the same"
 FORMATTING_STYLES = ("auto", "row", "batch")
-# Formats that columns tell, in this order, where there are not both prompt and answer.
+# Formats that are recognised by their columns, in this order, for rows without both prompt and answer.
 _DETECTED = ("messages", "prompt_completion", "sharegpt", "alpaca")
-# Formats whose rows are as they are read.
+# Formats whose rows need no conversion.
 _PLAIN = ("prompt_answer", "messages")
 
 
@@ -28,24 +28,23 @@ class _Format:
 
     column_mapping: expected column name -> the source's column name, e.g. `{"prompt": "question"}`. Columns left out
         keep their expected name. It is applied to what `custom_formatting_fn` returns.
-    custom_formatting_fn: called on every source row before anything else. It is written in one of two styles:
-        "row", a dict of values to a dict of values, or "batch", a dict of lists to a dict of lists. A batch function is
-        always given batches of one row, so its result does not depend on how the source is divided, and it must return
-        one row.
-    formatting_style: "auto" decides between the two once, on the first row that tells, and keeps to it:
+    custom_formatting_fn: called on every source row before anything else. It has one of two styles: "row" maps a dict
+        of values to a dict of values, "batch" a dict of lists to a dict of lists. A batch function always receives one
+        row and must return one, so its result does not depend on how the source is divided.
+    formatting_style: "auto" chooses between the two once, on the first row that decides it, and keeps the choice:
         1. the function is called with the row; if it returns a dict in which no wanted column is a list, it is "row";
         2. otherwise it is called with the row as a batch of one; if it returns a dict in which every wanted column is a
            list, it is "batch";
         3. otherwise this row is bad and the next one decides.
-        A function that fits both, such as one that only renames columns, is "row". One that indexes `[0]` and returns
-        plain values cannot be told from a row function: return lists.
+        A function that fits both, such as one that only renames columns, is "row". A batch function that indexes `[0]`
+        and returns plain values looks like a row function, so let it return lists.
     format: one of `formats`, or "auto", which goes by the columns of each row.
     """
 
     formats: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
-    # Columns of which a row's own value is a list, of dicts or of lists of texts.
+    # Columns whose value in a single row is a list, of dicts or of lists of texts.
     lists: ClassVar[tuple[str, ...]] = ()
 
     column_mapping: Mapping[str, str] = field(default_factory=dict)
@@ -69,12 +68,12 @@ class _Format:
             raise ConfigError(f"formatting_style must be one of {FORMATTING_STYLES}, got {self.formatting_style!r}")
 
     def read(self, row: Mapping[str, Any], where: Any) -> dict[str, Any]:
-        """The row's text by expected column name. Raises DataError for a bad row.
+        """Return the row's text by expected column name. Raises DataError for a bad row.
 
-        Beside it may stand `format`, the name of the format that a row was converted from, and `notes`, what is to be
-        said of the row.
+        The result may also hold `format`, the name of the format from which the row was converted, and `notes`, remarks
+        on the row.
 
-        `where`: a number, or what says where the row is when it is written into a message.
+        `where`: a number, or an object whose text in a message is the place of the row.
         """
         where = f"row {where}" if isinstance(where, int) else where
         if not isinstance(row, Mapping):
@@ -114,7 +113,7 @@ class _Format:
             raise DataError(f"{column_where} is {'blank' if value else 'empty'}; {REMEDY}")
         try:
             value.encode()
-        except UnicodeEncodeError as error:  # a lone surrogate, which tokenizers refuse with less to go by
+        except UnicodeEncodeError as error:  # a lone surrogate, for which tokenizers give a poorer message
             raise DataError(f"{column_where} is not valid Unicode at character {error.start}; {REMEDY}") from error
         return str(value)
 
@@ -161,7 +160,7 @@ class _Format:
     def _call(self, argument: dict, what: str, where: str) -> Mapping[str, Any]:
         try:
             result = self.custom_formatting_fn(argument)
-        except Exception as error:  # the user's code: whatever it raises belongs to this row
+        except Exception as error:  # the user's code, so any error belongs to this row
             raise DataError(
                 f"{where}: custom_formatting_fn, given {what}, raised {type(error).__name__}: {error}"
             ) from error
@@ -175,7 +174,7 @@ class _Format:
         return [name for name in map(self.source_column, self.columns + self.optional) if name in result]
 
     def _is_batch(self, source: str, value: Any) -> bool:
-        """Whether a column's value is a list of a batch's values, and not one row's own."""
+        """Return True if a column's value is a list of a batch's values, and not the value of one row."""
         if source in map(self.source_column, self.lists) and isinstance(value, (list, tuple)) and value:
             return not isinstance(value[0], Mapping) and not _is_turn(value[0])
         return _is_list(value)
@@ -183,13 +182,13 @@ class _Format:
 
 @dataclass
 class PromptAnswer(_Format):
-    """A prompt and an answer, which is learned; or a conversation, of which the assistant's messages are.
+    """A prompt and an answer, with the answer trained; or a conversation, with the assistant's messages trained.
 
-    The formats and their columns are those of `conversions.FORMATS`. Without a format a row is, by its columns:
+    `conversions.FORMATS` lists the formats and their columns. Without `format`, the columns of a row decide:
     1. `messages`, if column_mapping names them;
     2. `prompt_answer`, if it has both columns; `prompt_completion`, if either of the two is a list of messages;
     3. the first of `messages`, `prompt_completion`, `sharegpt`, `alpaca` whose columns it has.
-    Columns that are null count as absent, as Arrow gives every row the columns of all.
+    Null columns count as absent, because Arrow gives every row the columns of all rows.
     """
 
     formats: ClassVar[tuple[str, ...]] = tuple(FORMATS)
@@ -205,7 +204,7 @@ class PromptAnswer(_Format):
         return FORMATS[self.format].columns + FORMATS[self.format].optional
 
     def _wanted(self, result: Mapping[str, Any]) -> list[str]:
-        """Columns of other formats are looked at only in a row that is of one of those."""
+        """The columns to check; those of other formats only in a row that has such a format."""
         if self.format == "auto" and self.detected(result) in ("prompt_answer", "messages"):
             return super()._wanted(result)
         return [name for name in map(self.source_column, self._known_columns()) if name in result]
@@ -251,7 +250,7 @@ class PromptAnswer(_Format):
         return read if name in _PLAIN else read | {"format": name}
 
     def _sources(self, name: str, row: Mapping[str, Any]) -> dict[str, str]:
-        """The format's columns -> the row's. Where a format was found by its messages, those of the column it was."""
+        """Map the format's columns to the row's; messages may be in a column of another name."""
         conversion = FORMATS[name]
         sources = {column: self.source_column(column) for column in conversion.columns + conversion.optional}
         sources |= {column: column for column in conversions.MEDIA if name not in ("prompt_answer", "alpaca_text")}
@@ -264,14 +263,14 @@ class PromptAnswer(_Format):
 
 @dataclass
 class Text(_Format):
-    """Column `text`: all of it is learned."""
+    """Column `text`, all of which is trained."""
 
     formats: ClassVar[tuple[str, ...]] = ("text",)
     columns: ClassVar[tuple[str, ...]] = ("text",)
 
 
 def _peek(row: Mapping[str, Any], column: str) -> Any:
-    """A cell, without the row's taking note that it was read."""
+    """Return a cell without recording that it was read."""
     return dict.get(row, column) if isinstance(row, dict) else row.get(column)
 
 
@@ -280,12 +279,12 @@ def _is_messages(value: Any) -> bool:
 
 
 def _is_turn(value: Any) -> bool:
-    """Of `history`: [instruction, output]."""
+    """Return True for a turn of `history`, [instruction, output]."""
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
 def _is_list(value: Any) -> bool:
-    """A list, tuple, numpy array or Arrow array: anything sized that is neither text nor a dict."""
+    """Return True for a list, tuple, numpy or Arrow array: anything sized that is neither text nor a dict."""
     return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, (str, bytes, Mapping))
 
 

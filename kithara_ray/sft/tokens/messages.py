@@ -1,7 +1,7 @@
-"""Messages of a conversation as rows have them, checked and brought into the shape that chat templates read.
+"""Check the messages of a row's conversation, and convert them to the form that chat templates read.
 
-The shape is OpenAI's: `role`, `content`, and `tool_calls` of an assistant. A message may have `weight`, 0 or 1: an
-assistant's message of weight 0 is context.
+The form is OpenAI's: `role`, `content`, and an assistant's `tool_calls`. A message may have `weight` 0 or 1; an
+assistant message of weight 0 is context.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from typing import Any
 from kithara_ray.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# Names that other formats have for roles.
+# Names of roles in other formats.
 _ALIASES = {
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
@@ -21,7 +21,7 @@ _NEAR = 0.75  # of difflib: "asistant" and "tools" are near, "narrator" is not
 
 
 def meant_role(role: str) -> str | None:
-    """The known role that an unknown one is a spelling or another name of; None for a role of its own."""
+    """The known role that an unknown one misspells or renames; None if there is none."""
     folded = role.strip().casefold()
     if folded in ROLES or folded in _ALIASES:
         return _ALIASES.get(folded, folded)
@@ -29,13 +29,13 @@ def meant_role(role: str) -> str | None:
 
 
 def check_messages(messages: Any) -> list[dict]:
-    """The messages of a conversation as plain dicts, `function_call` as `tool_calls`; `weight` stays where it is 0.
+    """Return a conversation's messages as plain dicts, with `function_call` as `tool_calls`, and `weight` only if 0.
 
     Args:
-        messages: a list of messages, or JSON text of one.
+        messages: a list of messages, or its JSON text.
 
     Raises:
-        DataError: they are no list of dicts with a role and text; the assistant says nothing.
+        DataError: the messages are not a list of dicts with a role and text, or the assistant says nothing.
     """
     messages = as_list(messages, "messages")
     if not messages:
@@ -54,7 +54,7 @@ def check_messages(messages: Any) -> list[dict]:
 
 
 def as_list(value: Any, what: str) -> Sequence:
-    """A list of messages, given as such or as JSON text."""
+    """Return a list of messages, given as a list or as JSON text."""
     found, why = type(value).__name__, ""
     if isinstance(value, str):
         try:
@@ -95,7 +95,7 @@ def _check_text(number: int, text: str | None) -> None:
 
 
 def _parts(number: int, content: Any) -> list[dict[str, str]]:
-    """Content as a list of parts, of which only text is taken."""
+    """Return content as a list of parts; only text parts are accepted."""
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         raise DataError(f"message {number} has content of type {type(content).__name__}, not text")
     parts = []
@@ -116,7 +116,7 @@ def _parts(number: int, content: Any) -> list[dict[str, str]]:
 
 
 def _as_tool_call(number: int, message: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's older `function_call` as the one tool call that it means."""
+    """Convert OpenAI's older `function_call` to a tool call."""
     call = message.pop("function_call")
     if not isinstance(call, Mapping):
         raise DataError(f"message {number} has a function_call of type {type(call).__name__}, not a dict")
@@ -136,7 +136,7 @@ def _calls(number: int, calls: Any) -> list[dict[str, Any]]:
 
 
 def _weight(number: int, role: str, weight: Any) -> bool:
-    """Whether a message of this weight is trained on."""
+    """Return True if a message of this weight is trained on."""
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
         raise DataError(
             f"message {number} has weight {weight!r}; only 0 (context) and 1 (trained on) are taken, losses are not "
@@ -152,13 +152,13 @@ def says_something(message: Mapping) -> bool:
 
 
 def text_of(message: Mapping) -> str:
-    """The content's text; of several parts, a line each."""
+    """The text of the content, with each of several parts on its own line."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def check_tools(tools: Any) -> list[dict] | None:
-    """JSON schemas of tools, given as such or as JSON text."""
+    """Return JSON schemas of tools, given as a list or as JSON text."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None

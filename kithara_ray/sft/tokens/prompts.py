@@ -1,6 +1,6 @@
-"""Prompts as token ids, made as the rows of training are: texts, chats by the chat template, or ids as they are.
+"""Convert prompts to token ids in the same way as training rows: texts, chats by the chat template, or ids unchanged.
 
-`Prompting` is what a model is prompted with: training, decoding and a run's samples share one.
+`Prompting` holds the settings; training, decoding and a run's samples share one.
 """
 
 import json
@@ -24,12 +24,12 @@ _EXPECTED = "a text, token ids, a chat as a list of {'role', 'content'}, or a li
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a model is spoken to.
+    """Settings with which a model is prompted.
 
     Attributes:
-        tokenizer: a transformers tokenizer, or the handle of one.
-        chat_template: Jinja in place of the tokenizer's own.
-        ends: ids that end the answers of the training data; empty where that is not known.
+        tokenizer: a transformers tokenizer, or its handle.
+        chat_template: Jinja that replaces the tokenizer's own template.
+        ends: ids that end answers in the training data; empty if unknown.
     """
 
     tokenizer: Any
@@ -38,12 +38,12 @@ class Prompting:
 
     @classmethod
     def at(cls, location: str) -> "Prompting":
-        """With the tokenizer at a directory or URL, and the ends that the generation settings beside it name."""
+        """Settings with the tokenizer at a directory or URL, and the end tokens in its generation settings."""
         settings = tokenizer_at(location).get(GENERATION)
         return cls(location, ends=tuple(stops_of({}, json.loads(settings))) if settings else ())
 
     def given(self, tokenizer: Any, tokenizer_handle: str | None) -> "Prompting":
-        """With the tokenizer that a user gives instead, if one: then its own template holds. Raises ConfigError."""
+        """Use the tokenizer that a user gives, if any, with its own template. Raises ConfigError."""
         if tokenizer is not None and tokenizer_handle is not None:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
         if tokenizer is None and tokenizer_handle is None:
@@ -58,17 +58,17 @@ class Prompting:
 def prompt_ids(
     inputs: Any, tokenizer: Any, chat_template: str | None = None, vocabulary: int | None = None
 ) -> list[list[int]]:
-    """Token ids of each prompt, as a row of training with this prompt begins.
+    """Token ids of each prompt, the same as at the start of a training row with this prompt.
 
     Args:
         inputs: a text, an array or list of ids, a chat (a list of messages), or a list of these.
-        chat_template: Jinja in place of the tokenizer's own.
+        chat_template: Jinja that replaces the tokenizer's own template.
         vocabulary: rows of the model's embedding; None checks no id.
 
     Raises:
-        ConfigError: something else.
-        DataError: a prompt is empty, has an id that no row of the embedding stands for, or is a chat that the template
-            does not take.
+        ConfigError: `inputs` has another type.
+        DataError: a prompt is empty, has an id without a row in the embedding, or is a chat that the template does not
+            accept.
     """
     if isinstance(inputs, (str, np.ndarray)) or (isinstance(inputs, list) and inputs and _is_part(inputs[0])):
         inputs = [inputs]
@@ -83,7 +83,7 @@ def prompt_ids(
 
 
 def beyond(ids: Any, vocabulary: int | None, tokenizer: Any) -> str | None:
-    """What is wrong with ids of which one has no row in the model's embedding; None where all have."""
+    """Describe the fault of ids without a row in the model's embedding; None if every id has one."""
     if vocabulary is None or not len(ids):
         return None
     smallest, largest = int(np.min(ids)), int(np.max(ids))
@@ -100,10 +100,10 @@ def beyond(ids: Any, vocabulary: int | None, tokenizer: Any) -> str | None:
 
 
 def stop_ids(given: Any, known: Collection[int], vocabulary: int | None) -> tuple[int, ...]:
-    """Where decoding stops: the ids that a user gives, or for "auto" those that are known.
+    """Ids at which decoding stops: the user's, or the known ones for "auto".
 
     Raises:
-        ConfigError: one of those given is no token of the model.
+        ConfigError: a given id is not a token of the model.
     """
     if isinstance(given, str) and given == "auto":
         return tuple(sorted(number for number in known if vocabulary is None or 0 <= number < vocabulary))
@@ -118,7 +118,7 @@ def stop_ids(given: Any, known: Collection[int], vocabulary: int | None) -> tupl
 
 
 def _is_part(item: Any) -> bool:
-    """Of one prompt, not a prompt of its own."""
+    """Return True if the item is part of one prompt, and not a prompt itself."""
     return isinstance(item, (int, np.integer, Mapping))
 
 
@@ -137,7 +137,7 @@ def _ids(item: Any, number: int, tokenizer: Any, chat_template: str | None) -> l
 
 
 def _render(messages: list[Mapping], number: int, tokenizer: Any, chat_template: str | None) -> list[int]:
-    """The chat as the template writes it, up to where the model is to speak."""
+    """Return the ids of the chat as the template renders it, up to the model's next turn."""
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"generate: prompt {number} is a chat, and the tokenizer has no chat template; give the text that the "

@@ -1,8 +1,8 @@
-"""What a chat template takes and shows, found by rendering: so that nothing of a conversation vanishes in it.
+"""Find by rendering which inputs a chat template accepts and shows, so that no part of a conversation vanishes.
 
-A template is a program, and only rendering tells what it reads. A field is shown if the text changes with it. Each kind
-of message is tried once, in the first conversation that has it; a field that is missing from the text is tried again
-in every conversation before it is refused.
+A template is a program, and only rendering reveals which fields it reads. It shows a field if the text changes with it.
+Each kind of message is tested once, in the first conversation that has it. A field that is missing from the text is
+tested again in every conversation before it is refused.
 """
 
 import json
@@ -14,31 +14,31 @@ from typing import Any
 from kithara_ray.errors import DataError
 from kithara_ray.sft.tokens.messages import ROLES, meant_role, text_of
 
-# (messages, tools) -> text. Raises DataError where the template fails.
+# (messages, tools) -> text. Raises DataError if the template fails.
 Render = Callable[[Sequence[Mapping], Any], str]
 
 _PROBE = "kithara"
 _REMEDY = "pass chat_template= that shows it, or leave it out of the rows"
-# Transformers gives each of these to a template under the names of all.
+# Transformers passes each of these to a template under all of these names.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Fields whose loss would change what the row teaches. Others are said in the log.
+# Fields whose loss would change the content of the row. The log reports others.
 _REFUSED = ("content", "tool_calls", "reasoning_content")
-# Fields that pair calls with results, or say what is not text.
+# Fields that pair calls with results, or mark non-text parts.
 _SILENT = ("role", "tool_call_id", "type")
 
 
 class TooCostly(DataError):
-    """A rendering went beyond its bounds of time, memory or length."""
+    """A rendering exceeded its limit on time, memory or length."""
 
 
 @dataclass
 class TemplateFit:
-    """What one chat template was found to take; filled as conversations come.
+    """Inputs that one chat template was found to accept; filled as conversations arrive.
 
     Attributes:
-        content: role -> (takes content as text, takes it as a list of parts).
-        arguments: (takes arguments of tool calls as objects, takes them as JSON text).
-        shown, hidden: kinds of message fields that the template shows, or does not.
+        content: role -> (accepts content as text, accepts it as a list of parts).
+        arguments: (accepts arguments of tool calls as objects, accepts them as JSON text).
+        shown, hidden: kinds of message fields that the template shows, and those that it does not.
     """
 
     content: dict[str, tuple[bool, bool]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class TemplateFit:
     hidden: set[tuple] = field(default_factory=set)
 
     def adapted(self, messages: Sequence[Mapping], render: Callable[[Sequence[Mapping]], str]) -> list[dict]:
-        """The messages with content and arguments as the template takes them. Raises DataError."""
+        """Return the messages with content and arguments in the form that the template accepts. Raises DataError."""
         adapted = [dict(message) for message in messages]
         for number, message in enumerate(messages):
             if message.get("content"):
@@ -63,7 +63,7 @@ class TemplateFit:
             found = _try(render, _with(messages, number, content=parts))
             as_parts = _PROBE in found and not re.search(rf"""['"]text['"]:\s*['"]{_PROBE}""", found)
             if not as_text and not as_parts:
-                return text_of(message)  # the template shows neither here: `hidden_fields` finds it
+                return text_of(message)  # the template shows neither here; `hidden_fields` reports it
             self.content[role] = as_text, as_parts
         as_text, as_parts = self.content[role]
         if isinstance(content, str):
@@ -79,8 +79,8 @@ class TemplateFit:
             tried = [
                 _try(render, _with_call(messages, number, each)) for each in ({_PROBE: "a"}, f'{{"{_PROBE}": "a"}}')
             ]
-            as_objects = _PROBE in tried[0] and f"{{'{_PROBE}'" not in tried[0]  # Python's own writing of a dict
-            as_text = _PROBE in tried[1] and f'\\"{_PROBE}' not in tried[1]  # JSON text written as JSON once more
+            as_objects = _PROBE in tried[0] and f"{{'{_PROBE}'" not in tried[0]  # Python's representation of a dict
+            as_text = _PROBE in tried[1] and f'\\"{_PROBE}' not in tried[1]  # JSON text encoded as JSON again
             if not as_objects and not as_text:
                 return message
             self.arguments = as_objects, as_text
@@ -111,10 +111,10 @@ class TemplateFit:
     def check(
         self, template: str, messages: Sequence[Mapping], tools: Any, options: Mapping | None, text: str, render: Render
     ) -> tuple[str, ...]:
-        """What is to be said of what the template leaves out; `text` is the conversation as it shows it.
+        """Return notes on fields that the template leaves out; `text` is the rendered conversation.
 
         Raises:
-            DataError: a role that the template does not know, or a field that it does not show and rows are made for.
+            DataError: the template does not know a role, or does not show a field that carries the row's content.
         """
         told = self._check_roles(template, messages, lambda other: render(other, tools), text)
         known = tuple(sorted((name, repr(value)) for name, value in (options or {}).items()))
@@ -176,13 +176,13 @@ class TemplateFit:
 
 
 def _fields(message: Mapping) -> list[str]:
-    """The fields of a message that have something in them and should be seen in the text; reasoning as one."""
+    """The non-empty fields of a message that the text should show; all reasoning fields count as one."""
     named = {"reasoning_content" if name in _REASONING else name: None for name, value in message.items() if value}
     return [name for name in named if name not in _SILENT]
 
 
 def _altered(messages: Sequence[Mapping], number: int, name: str):
-    """The conversation with one thing of the field changed, each thing in turn."""
+    """Yield copies of the conversation, each with one part of the field changed."""
     message = messages[number]
     if name == "content" and isinstance(message["content"], str):
         yield _with(messages, number, content=f"{message['content']} {_PROBE}")
@@ -212,9 +212,10 @@ def _altered_calls(call: Mapping):
 
 
 def _changes(messages, other, number: int, tools, text: str, render: Render) -> bool:
-    """Whether the text differs: of the whole conversation, or as it stood when message `number` was the last.
+    """Return True if the text changes, for the whole conversation or for the part that ends with message `number`.
 
-    Many templates leave an earlier turn's reasoning out. A template that fails on the other reads what is different.
+    Many templates leave out the reasoning of earlier turns. A template that fails on the altered conversation reads the
+    changed field.
     """
     if _try(lambda given: render(given, tools), other, text=None) != text:
         return True
@@ -229,7 +230,7 @@ def _with(messages: Sequence[Mapping], number: int, **changed: Any) -> list[Mapp
 
 
 def _with_call(messages: Sequence[Mapping], number: int, arguments: Any) -> list[Mapping]:
-    """The conversation with these arguments in the message's first call that has any."""
+    """Return the conversation with these arguments in the message's first call that has any."""
     calls = list(messages[number]["tool_calls"])
     place = next(i for i, call in enumerate(calls) if "arguments" in call.get("function", call))
     call = calls[place]
@@ -239,7 +240,7 @@ def _with_call(messages: Sequence[Mapping], number: int, arguments: Any) -> list
 
 
 def _try(render: Callable, messages: Sequence[Mapping], text: str | None = "") -> str | None:
-    """The rendered text, or `text` where the template fails. Raises TooCostly."""
+    """Return the rendered text, or `text` if the template fails. Raises TooCostly."""
     try:
         return render(messages)
     except TooCostly:

@@ -1,4 +1,4 @@
-"""Rows of a source to a block of tokens, and what becomes of those that are bad."""
+"""Convert rows of a source to a block of tokens, and report, skip or count bad rows."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ from kithara_ray.sft.tokens.tokenizer import SpecialTokens, load_tokenizer
 
 MAX_SAMPLES = 3
 ON_BAD_ROW = ("error", "skip")
-# Rows that are read and encoded at once.
+# Rows that are read and encoded together.
 _BATCH = 256
 
 JOINED = (
@@ -30,19 +30,19 @@ JOINED = (
     'row a conversation, or format="prompt_answer" if that is meant'
 )
 
-# A row, or what was found in its place.
+# A row, or the error found in its place.
 Row = Mapping[str, Any] | Exception
 
 
 @dataclass
 class RowTokenizer:
-    """Source rows to a TokenizedBlock; picklable.
+    """Convert source rows to a TokenizedBlock; picklable.
 
-    tokenizer: a transformers tokenizer, or the handle of one, which each process loads once, when first needed.
-    max_seq_len: tokens of a row, special ones included, beyond which it is cut.
+    tokenizer: a transformers tokenizer, or its handle, which each process loads once, when it first needs it.
+    max_seq_len: length in tokens, including special ones, at which a row is cut.
     on_bad_row: "error" raises the DataError of the first bad row; "skip" counts bad rows and keeps the first messages.
-    chat_template: Jinja in place of the tokenizer's own.
-    vocabulary: tokens that the model knows; a row with others is bad. None checks nothing.
+    chat_template: Jinja that replaces the tokenizer's own template.
+    vocabulary: number of tokens that the model knows; a row with other ids is bad. None checks nothing.
     """
 
     tokenizer: Any
@@ -80,14 +80,14 @@ class RowTokenizer:
         """Args:
             rows: dicts of columns, and exceptions for rows that could not be read.
             first_row_index: the first row's place in the source; the rows' ids count on from it.
-            place: says where the n-th of `rows` comes from; its id by default.
+            place: returns the origin of the n-th of `rows`; its id by default.
 
         Raises DataError for a bad row under on_bad_row="error", or if there is no usable tokenizer.
         """
         return self.made(rows, first_row_index, place).block()
 
     def made(self, rows: Iterable[Row], first_row_index: int, place: Callable[[int], str] | None = None) -> "Made":
-        """As a call, but the rows one by one."""
+        """As calling the object, but rows can be read one by one."""
         made = Made(self, first_row_index, place or (lambda n: f"row {first_row_index + n}"))
         numbered = enumerate(rows)
         while batch := list(itertools.islice(numbered, _BATCH)):
@@ -95,10 +95,10 @@ class RowTokenizer:
         return made
 
     def read(self, row: Row, where: Any) -> dict[str, Any]:
-        """A row as the format reads it.
+        """Read a row by its format.
 
         Args:
-            where: says where the row is, when it is written into a message.
+            where: the place of the row, converted to text when a message needs it.
 
         Raises:
             DataError: the row is bad.
@@ -109,11 +109,11 @@ class RowTokenizer:
             return self.format.read(row, where)
         except DataError:
             raise
-        except Exception as error:  # the row is data: whatever it leads to belongs to it
+        except Exception as error:  # the row is data, so any error belongs to it
             raise DataError(f"{where}: cannot be read: {type(error).__name__}: {short(error)}; {REMEDY}") from error
 
     def tokenize(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow | DataError]:
-        """Rows as the format reads them, encoded at once; an error for a conversation that cannot be rendered."""
+        """Encode rows that `read` returned, all at once; a conversation that cannot be rendered becomes an error."""
         rows: list[TokenizedRow | DataError | None] = [None] * len(read)
         for kind, rows_of in (("answer", self._pairs), ("text", self._texts), ("messages", self._chats)):
             places = [place for place, row in enumerate(read) if kind in row]
@@ -137,7 +137,7 @@ class RowTokenizer:
         ]
 
     def _has_unused_template(self) -> bool:
-        """Whether there is a chat template that rows of prompt and answer pass by, and nobody said that they do."""
+        """Return True if rows of prompt and answer may bypass a chat template by mistake."""
         if self.chat_template is not None:
             return True
         return self.format.format == "auto" and bool(getattr(self.loaded(), "chat_template", None))
@@ -166,7 +166,7 @@ class RowTokenizer:
         ]
 
     def beyond_vocabulary(self, row: TokenizedRow) -> str | None:
-        """What is wrong with a row that has a token the model does not know."""
+        """Describe the fault of a row with a token that the model does not know; None if there is none."""
         return beyond(row.token_ids, self.vocabulary, self.loaded()) if self.vocabulary is not None else None
 
     def loaded(self) -> Any:
@@ -175,7 +175,7 @@ class RowTokenizer:
 
 
 class _Where:
-    """The place of a row, looked for when it is written: in a file, that may take counting lines."""
+    """The place of a row, found only when it is written, because in a file this may require counting lines."""
 
     def __init__(self, place: Callable[[int], str], number: int):
         self.place, self.number = place, number
@@ -185,7 +185,7 @@ class _Where:
 
 
 class Made:
-    """A block in the making: rows kept, and what became of the others."""
+    """A block under construction: the rows kept, and counts of the others."""
 
     def __init__(self, tokenizer: RowTokenizer, first_row_index: int, place: Callable[[int], str]):
         self.tokenizer, self.first, self.place = tokenizer, first_row_index, place
@@ -222,13 +222,13 @@ class Made:
             return self.tokenizer.tokenize(read)
         except DataError:
             raise
-        except Exception as error:  # of one row, which makes its batch fail
+        except Exception as error:  # of one row, which fails its whole batch
             if len(read) == 1:
                 return [DataError(f"{type(error).__name__}: {short(error)}; {REMEDY}")]
             return [row for each in read for row in self._tokenized([each])]
 
     def rows(self) -> Iterator[TokenizedRow]:
-        """The rows kept, each with its place."""
+        """Yield the rows kept, each with its place."""
         for row_id, row in zip(self.row_ids, self.kept, strict=True):
             yield dataclasses.replace(row, place=self.place(row_id - self.first))
 
@@ -267,6 +267,6 @@ class Made:
 
 
 def _format_of(read: Mapping[str, Any]) -> str:
-    """The name of the format that a row was read as."""
+    """The name of the format in which a row was read."""
     plain = "prompt_answer" if "answer" in read else "text" if "text" in read else "messages"
     return read.get("format", plain)

@@ -1,7 +1,7 @@
-"""A tokenizer and what it does by itself: which tokens begin, end and pad a sequence.
+"""Load a tokenizer, and find the tokens with which it begins, ends and pads a sequence.
 
-`transformers` is imported inside the functions, so importing this module costs nothing. It is never asked for a model,
-but where torch is installed beside it, its tokenizer module imports torch.
+The functions import `transformers`, so importing this module costs nothing. They load no model, but the tokenizer
+module of transformers imports torch if it is installed.
 """
 
 import functools
@@ -15,9 +15,9 @@ _PROBE = "a"
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(handle: str) -> Any:
-    """The tokenizer of `hf://org/name`, a local directory or `gs://...`; loaded once a process: do not change it.
+    """The tokenizer at `hf://org/name`, a local directory or `gs://...`; loaded once per process, so do not modify it.
 
-    Raises DataError, naming the handle and the cause, if there is none.
+    Raises DataError, which names the handle and the cause, if there is none.
     """
     from transformers import AutoTokenizer
 
@@ -49,7 +49,7 @@ def _unloadable(handle: str, error: Exception) -> str:
 def bos_of(tokenizer: Any) -> int | None:
     """The token that the tokenizer itself puts first, or None if it puts none.
 
-    Encoded, not inferred from a family's name: this is what the model's own pipeline feeds it.
+    Found by encoding a text, as the model's own pipeline does, and not inferred from the name of a family.
     """
     probe_ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
     adds_one = tokenizer.bos_token_id is not None and bool(probe_ids) and probe_ids[0] == tokenizer.bos_token_id
@@ -58,15 +58,15 @@ def bos_of(tokenizer: Any) -> int | None:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What begins, ends and pads a sequence of this tokenizer.
+    """Tokens that begin, end and pad a sequence of this tokenizer.
 
     bos_id: the token the tokenizer itself puts first, or None if it puts none. Many tokenizers name a BOS token without
         ever adding it (SmolLM2's is the chat marker `<|im_start|>`); such a model was not trained with one.
     eos_id: the token that ends an answer.
-    pad_id: what fills a row up; `eos_id` where the tokenizer names none. Padding is known by its mask, never by this
-        id, which may well be that of a token to be learned.
-    all_ids: every special token, chat markers among them.
-    marks: their texts.
+    pad_id: the token that fills a row; `eos_id` if the tokenizer names none. Only the mask identifies padding, because
+        this id may also be that of a trained token.
+    all_ids: every special token, including chat markers.
+    marks: the texts of these tokens.
     """
 
     bos_id: int | None

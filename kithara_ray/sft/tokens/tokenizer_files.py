@@ -1,4 +1,4 @@
-"""The tokenizer that a model is trained with, as files: a run keeps them, and every export of it carries them."""
+"""The files of a training run's tokenizer: the run keeps them, and every export of the run carries them."""
 
 import copy
 import json
@@ -16,12 +16,12 @@ _JINJA = ("{{", "{%", "{#")
 
 
 def files_of(prompting: Prompting, base: str) -> dict[str, bytes]:
-    """The files of a tokenizer with the chat template that was trained on, and generation settings for its model.
+    """Return the files of a tokenizer with the chat template of training, and generation settings for its model.
 
-    Those of a handle are its own, byte for byte, but for the template; a tokenizer object is saved by transformers.
+    A handle's files stay as they are, byte for byte, except for the template. transformers saves a tokenizer object.
 
     Args:
-        base: the handle of the base, whose generation_config.json gains the ends of the answers.
+        base: handle of the base; the tokens that end answers are added to its generation_config.json.
     """
     template = prompting.chat_template
     if isinstance(prompting.tokenizer, str):
@@ -40,7 +40,7 @@ def files_of(prompting: Prompting, base: str) -> dict[str, bytes]:
 
 
 def _with_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:
-    """A tokenizer's files with one chat template in the place of all that it has, wherever they stand."""
+    """Replace all chat templates in a tokenizer's files by one, wherever the files hold them."""
     kept = {
         name: data
         for name, data in files.items()
@@ -54,10 +54,10 @@ def _with_template(files: dict[str, bytes], template: str) -> dict[str, bytes]:
 
 
 def read_template(given: str | Path | None) -> str | None:
-    """A chat template as text, given as that or as the path of a file that holds it.
+    """Return a chat template's text, given the text itself or the path of a file with it.
 
     Raises:
-        ConfigError: it is neither: a text without Jinja that names no file, or a file without Jinja.
+        ConfigError: the text has no Jinja and names no file, or the file has no Jinja.
     """
     if given is None:
         return None
