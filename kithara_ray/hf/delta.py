@@ -41,7 +41,8 @@ NORM_LANES = 8  # of torch.linalg.norm over rows, torch 2.13 with AVX2 and AVX-5
 def k_chunks(r: int) -> list[tuple[int, int]]:
     """Return the [begin, end) ranges of R that torch's sgemm sums separately with AVX2.
 
-    Measurements are bit-identical for R up to 1024."""
+    Measurements are bit-identical for R up to 1024.
+    """
     size = r if r <= MKL_K_BLOCK else r // 2 if r <= 2 * MKL_K_BLOCK else MKL_K_BLOCK
     return [(begin, min(begin + size, r)) for begin in range(0, r, size)]
 
