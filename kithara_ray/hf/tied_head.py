@@ -27,7 +27,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def check_tied_head(base: BaseCheckpoint) -> None:
-    """Refuse a tied head whose tensor has values of its own.
+    """Refuse a tied head whose tensor differs from the embedding.
 
     Weights at a URL are compared at both ends and in the middle; local weights are compared whole.
 

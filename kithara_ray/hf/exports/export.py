@@ -44,7 +44,7 @@ REPORT = "export_report.json"
 CARD = "README.md"
 RUN = "run.json"
 ADAPTER_DIRECTORY = (
-    "adapter"  # apart from config.json: transformers redirects from_pretrained where both stand together
+    "adapter"  # separate from config.json: transformers redirects from_pretrained if one directory has both
 )
 
 
