@@ -1,8 +1,8 @@
 """The output head of a causal LM: tied to the token embedding, or a separate tensor. Values decide, not names.
 
-A checkpoint whose config.json ties the head may still hold a tensor for it. If that is
-a copy of the embedding, nothing depends on it. If its values differ, readers disagree: transformers 5 computes with the
-file's head, others with the embedding.
+A checkpoint whose config.json ties the head may still hold a tensor for it. If that is a copy of the embedding, nothing
+depends on it. If its values differ, readers disagree: transformers 5 computes with the file's head, others with the
+embedding.
 """
 
 from collections.abc import Mapping
