@@ -16,8 +16,8 @@ _FLUSH_S = 5
 class TensorBoard(Callback):
     """The callback of `Trainer(tensorboard_dir=)`.
 
-    It logs a step's numbers as `train/...` and an
-    evaluation's as `eval/...`. A resumed run hides the entries logged after the checkpoint from which it resumes.
+    It logs a step's numbers as `train/...` and an evaluation's as `eval/...`. A resumed run hides the entries logged
+    after the checkpoint from which it resumes.
 
     Args:
         directory: on rank 0's host, or `gs://...`, `s3://...`. Objects cannot be appended to, so there the file is

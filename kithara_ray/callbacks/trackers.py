@@ -1,4 +1,4 @@
-"""Report to trackers through their own libraries, which only the worker imports and needs to have installed.
+"""Report to trackers through their own libraries, which only the worker imports and needs.
 
 The libraries read credentials from the workers' environment (WANDB_API_KEY, MLFLOW_TRACKING_TOKEN ...). So no
 credential is an argument, and none is written down.

@@ -44,7 +44,7 @@ class Beside:
 
 
 def tensor_of(name: str) -> str:
-    """Return the base's tensor that a tensor of the adapter, other than a factor, stands for."""
+    """Return the base's tensor for which a tensor of the adapter, other than a factor, holds values."""
     if name.endswith(TOKENS):
         return name.removesuffix(TOKENS) + WEIGHT
     return name.removesuffix(BASE_BIAS) + BIAS if name.endswith(BASE_BIAS) else name

@@ -38,7 +38,7 @@ def read_json(path: Path, error: type[Exception] = CheckpointError) -> dict:
     """Read one JSON object. Raises `error` with the path if the file holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as cause:  # not Unicode, not JSON, a number of thousands of digits
+    except (ValueError, RecursionError) as cause:  # not Unicode, not JSON, or a number with thousands of digits
         raise error(f"{path}: not JSON ({cause}); fetch the file again") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: expected an object, found {type(value).__name__}; fetch the file again")

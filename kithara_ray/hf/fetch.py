@@ -36,7 +36,7 @@ MODEL_FILES = (
     *LICENCE_FILES,
 )
 WEIGHTS = "*.safetensors"
-HEADER_LIMIT_BYTES = 100_000_000  # of the safetensors library itself
+HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library itself
 RANGE_BYTES = 32 << 20  # one ranged read, held in memory
 
 Report = Callable[[int, int], None]  # (bytes fetched, total bytes), called during a fetch

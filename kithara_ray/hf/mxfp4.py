@@ -3,8 +3,8 @@
     <name>_blocks  (E, O, G, 16) uint8, two values per byte, the lower four bits first
     <name>_scales  (E, O, G) uint8, the exponent, biased by 127
 
-Both stand for a tensor <name> of (E, I, O) with I = 32 * G, as for gpt-oss' experts. Every value is also a bfloat16
-value, so dequantising changes none. Source: Open Compute Project, Microscaling Formats (MX) v1.0.
+Together they encode a tensor <name> of (E, I, O) with I = 32 * G, as for gpt-oss' experts. Every value is also a
+bfloat16 value, so dequantising changes none. Source: Open Compute Project, Microscaling Formats (MX) v1.0.
 """
 
 import numpy as np

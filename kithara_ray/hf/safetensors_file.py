@@ -1,7 +1,7 @@
 """The safetensors layout: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes.
 
-The library has its own code for it because the merge patches at absolute byte offsets, and writes a header before it
-streams casts.
+This is our own code because the merge patches files at absolute byte offsets, and writes headers before it streams
+casts.
 Rules (https://github.com/huggingface/safetensors#format): offsets are relative to the end of the header, tensors MUST
 cover the data section without holes or overlaps, names MUST be unique, `__metadata__` MUST map strings to strings.
 """
@@ -86,7 +86,7 @@ def _parse_json(path: Path, raw: bytes) -> dict:
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_fast)
-    except (ValueError, RecursionError) as error:  # not Unicode, not JSON, a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # not Unicode, not JSON, or a number with thousands of digits
         raise CheckpointError(f"{path}: the header is not JSON ({error}); fetch the file again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a {type(header).__name__}, not an object; fetch the file again")

@@ -1,8 +1,8 @@
 """The output head of a causal LM: tied to the token embedding, or a separate tensor. Values decide, not names.
 
-A checkpoint whose config.json ties the head may still hold a tensor for it. If that is
-a copy of the embedding, nothing depends on it. If its values differ, readers disagree: transformers 5 computes with the
-file's head, others with the embedding.
+A checkpoint whose config.json ties the head may still hold a tensor for it. If that is a copy of the embedding, nothing
+depends on it. If its values differ, readers disagree: transformers 5 computes with the file's head, others with the
+embedding.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def check_tied_head(base: BaseCheckpoint) -> None:
-    """Refuse a tied head whose tensor has values of its own.
+    """Refuse a tied head whose tensor differs from the embedding.
 
     Weights at a URL are compared at both ends and in the middle; local weights are compared whole.
 

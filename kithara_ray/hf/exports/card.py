@@ -1,4 +1,4 @@
-"""The model card of an export, README.md, for those who find the model on the Hub; and a summary for a terminal."""
+"""The model card of an export, README.md, for readers who find the model on the Hub; and a summary for a terminal."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -52,22 +52,22 @@ _KIND = {
     "merged": "{base}, fine-tuned by LoRA with kithara_ray. The adapter is merged into the weights.",
     "trained": "{base}, all of its weights fine-tuned with kithara_ray.",
 }
-_RELATION = {"adapter": "adapter"}  # of the Hub's `base_model_relation`; "finetune" otherwise
+_RELATION = {"adapter": "adapter"}  # the Hub's `base_model_relation`; "finetune" otherwise
 
 
 @dataclass(frozen=True)
 class Card:
-    """A model card in the making.
+    """A model card and the facts that it is built from.
 
     Attributes:
         base_name: the base's handle.
-        destination: of the export; on the Hub the card loads from there.
-        directory: of the files that are exported, but for the card.
-        report: export_report.json, as far as it is made.
-        adapter: None where all weights were trained.
-        run: what is known of the training.
-        licence: fields of the base's own card, as of `licence_of`.
-        stops: ids that whoever decodes must be given; None where the files say them.
+        destination: the export's; a card on the Hub loads the model from there.
+        directory: the exported files, except the card.
+        report: export_report.json, as far as it is complete.
+        adapter: None if all weights were trained.
+        run: the known facts about the training.
+        licence: fields of the base's own card, from `licence_of`.
+        stops: stop ids that a user must give when decoding; None if the files contain them.
     """
 
     base_name: str
@@ -109,7 +109,7 @@ class Card:
 
     @property
     def _here(self) -> str:
-        """What a reader gives to load the export."""
+        """Return the name that a reader gives to load the export."""
         return self.destination.removeprefix("hf://") if is_hub(self.destination) else "path/to/this/directory"
 
     @property
@@ -132,7 +132,7 @@ class Card:
         return _KIND[self._layout].format(base=self._base)
 
     def _front(self, datasets: tuple[str, ...]) -> str:
-        """The metadata that the Hub reads."""
+        """Return the metadata that the Hub reads."""
         lines = []
         if self._repository:
             lines += [f"base_model: {self._repository}"]
@@ -146,7 +146,7 @@ class Card:
         return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
     def _use(self) -> list[str]:
-        """Sections on loading and serving."""
+        """Return the sections on loading and serving."""
         names = names_in(self.directory)
         chats = any(name.startswith(("chat_template", "additional_chat_templates/")) for name in names)
         config = self.directory / "tokenizer_config.json"
@@ -165,7 +165,7 @@ class Card:
         return parts
 
     def _method(self) -> dict[str, str]:
-        """Rows on how the weights came about."""
+        """Return the rows on how the weights were trained."""
         if self.adapter is None:
             told = {"Method": f"all weights trained ({self.report['tensors']['trained']:,} tensors)"}
         else:
@@ -203,7 +203,7 @@ class Card:
 
 
 def _beside(adapter: Adapter) -> list[str]:
-    """Names and values of adapter_config.json for what is trained besides the factors."""
+    """Return the adapter_config.json entries for weights that are trained besides the factors."""
     config = adapter.config
     named = {"bias": config.bias, "lora_bias": config.lora_bias, "modules_to_save": list(config.modules_to_save)}
     named["trainable_token_indices"] = {name: list(rows) for name, rows in config.trainable_token_indices.items()}
@@ -219,7 +219,7 @@ _PLAIN = re.compile(r"[\w .,:/+@()#?=&~%-]+")
 
 
 def licence_of(directory: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of a base's own card, where it has one that names them."""
+    """Return `license`, `license_name` and `license_link` of a base's own card, if it has one that names them."""
     path = directory / "README.md"
     if not path.is_file():
         return {}
@@ -234,7 +234,7 @@ def licence_of(directory: Path) -> dict[str, str]:
 
 
 def summary(destination: str, report: dict) -> str:
-    """An export_report.json in a few lines, for whoever started the export."""
+    """Summarise an export_report.json in a few lines, for the user who started the export."""
     weights = {name: entry for name, entry in report["files"].items() if name.endswith(".safetensors")}
     size_gb = sum(entry["bytes"] for entry in weights.values()) / 1e9
     lines = [f"exported {report['layout']} to {destination}: {len(weights)} weight files, {size_gb:.3g} GB"]

@@ -1,7 +1,7 @@
-"""The files that travel with an export beside its weights, and notes on those that do not.
+"""Copy the files that an export contains besides its weights, and note those that it leaves out.
 
-A file of the base is copied when it is data. The tokenizer's files are those that the model was trained with, where
-they are known. Code is never copied: a configuration that names some is written without it, or is refused.
+A file of the base is copied if it is data. The tokenizer's files are those that the model was trained with, if they are
+known. Code is never copied: a configuration that names code is written without it, or is refused.
 """
 
 import logging
@@ -37,14 +37,14 @@ _SHOWN = 12
 def carry(
     base: BaseCheckpoint, directory: Path, base_name: str, tokenizer: Mapping[str, bytes] | None, with_model: bool
 ) -> list[str]:
-    """Copy what travels into `directory`, which holds config.json and weights already; returns notes.
+    """Copy files into `directory`, which already holds config.json and weights; return notes.
 
     Args:
         base_name: the base's handle.
-        tokenizer: the files of the tokenizer that the model was trained with, as of `read_tokenizer`; None takes the
+        tokenizer: the files of the tokenizer that the model was trained with, from `read_tokenizer`; None takes the
             base's.
-        with_model: whether the export holds a whole model. An adapter alone gets the tokenizer, the processor and the
-            licence; all else is read from the base.
+        with_model: True if the export holds a whole model. An export of only an adapter gets the tokenizer, the
+            processor and the licence; readers take all else from the base.
     """
     names, notes = names_in(base.directory), []
     tokenizer = dict(tokenizer or {})
@@ -82,7 +82,7 @@ def _target(directory: Path, name: str) -> Path:
 
 
 def _replaced(base: Path, names: list[str], tokenizer: Mapping[str, bytes]) -> set[str]:
-    """The base's tokenizer files that give way to those of the training."""
+    """Return the base's tokenizer files that the training's files replace."""
     if not tokenizer:
         return set()
     of_base = {name for name in names if is_tokenizer_file(name)}
@@ -92,7 +92,7 @@ def _replaced(base: Path, names: list[str], tokenizer: Mapping[str, bytes]) -> s
 
 
 def _left_out(base: BaseCheckpoint, directory: Path, base_name: str, replaced: set[str]) -> list[str]:
-    """A note that names every file of the base that has no counterpart in the export."""
+    """Return a note that names every file of the base without a counterpart in the export."""
     names, notes = set(names_in(base.directory)), []
     url = base.source or (base_name if is_hub(base_name) and "snapshots" in base.directory.parts else None)
     if url is not None:
@@ -114,7 +114,7 @@ def _left_out(base: BaseCheckpoint, directory: Path, base_name: str, replaced: s
 
 
 def _by_directory(names: list[str]) -> list[str]:
-    """A subdirectory with all that it holds as one entry."""
+    """Group the files of each subdirectory into one entry."""
     counts = Counter(f"{top}/" if rest else top for top, _, rest in (name.partition("/") for name in names))
     return [
         name if not name.endswith("/") else f"{name} with {count} file{'' if count == 1 else 's'}"
@@ -134,7 +134,7 @@ def _kind(name: str) -> str:
 
 
 def _local_code(value: Mapping[str, Any]) -> list[str]:
-    """The modules beside a configuration that its auto_map names. `org/name--module.Class` is elsewhere, on the Hub."""
+    """Return the local modules that a configuration's auto_map names; `org/name--module.Class` is on the Hub."""
     references = _references(value.get(AUTO_MAP))
     modules = {reference.rpartition(".")[0] for reference in references if "--" not in reference}
     return sorted(f"{module.replace('.', '/')}.py" for module in modules if module)
@@ -149,14 +149,14 @@ def _references(auto_map: Any) -> list[str]:
 
 
 def _known(model_type: str | None) -> bool:
-    """Whether transformers has this architecture itself."""
+    """True if transformers has this architecture itself."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # imports transformers: seconds
 
     return model_type in CONFIG_MAPPING_NAMES
 
 
 def _without_code(path: Path, base_name: str) -> list[str]:
-    """A JSON file of an export that names no code which is not there; returns notes."""
+    """Remove a JSON file's references to missing code, or point them to the Hub; return notes."""
     if b'"auto_map"' not in path.read_bytes():
         return []
     value = read_json(path)
@@ -180,7 +180,7 @@ def _without_code(path: Path, base_name: str) -> list[str]:
 
 
 def _own_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The class that transformers has for a model_type, where `architectures` names one of the code's."""
+    """Return `architectures` with transformers' own class if it names a class of the code; else {}."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as OWN
 
     own = OWN.get(config.get("model_type"))

@@ -1,7 +1,7 @@
-"""The three layouts in which a trained adapter leaves: alone, beside its base, merged into it.
+"""Export a trained adapter in one of three layouts: by itself, next to its base, or merged into it.
 
-Everything is written to a staging directory, read back and proved there, described in export_report.json, and only
-then published. A failed proof raises ExportError and publishes nothing.
+An export is written to a staging directory, read back and proved there, and described in export_report.json. Only then
+is it published. A failed proof raises ExportError and publishes nothing.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ REPORT = "export_report.json"
 CARD = "README.md"
 RUN = "run.json"
 ADAPTER_DIRECTORY = (
-    "adapter"  # apart from config.json: transformers redirects from_pretrained where both stand together
+    "adapter"  # separate from config.json: transformers redirects from_pretrained if one directory has both
 )
 
 
@@ -57,7 +57,7 @@ class Layout(StrEnum):
 
 
 def export(base: BaseCheckpoint, adapter: Adapter, destination: str, layout: Layout, **options: Any) -> str:
-    """`export_with_report`, which see; returns the destination."""
+    """Call `export_with_report` and return the destination."""
     export_with_report(base, adapter, destination, layout, **options)
     return str(destination)
 
@@ -78,19 +78,20 @@ def export_with_report(
     write: Callable[[list[Part]], Iterable[Written]] = write_here,
     prove: Callable[[Path], str] | None = None,
 ) -> dict[str, Any]:
-    """Write `layout` at `destination` (a directory or fsspec URL that is absent or empty); returns export_report.json.
+    """Write `layout` at `destination` (a directory or fsspec URL, absent or empty); return export_report.json.
 
-    base_name: what adapter_config.json names as its base, a hub name, a path, or an hf:// handle with a revision.
+    base_name: the base in adapter_config.json: a hub name, a path, or an hf:// handle with a revision.
     dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
     written: the adapter's in ADAPTER, base and adapter in SEPARATE, the merged weights in MERGED (factors stay exact).
-    run: what is known of the training; written as run.json, without local paths and facts of the host.
+    run: the known facts about the training; written as run.json, without local paths and facts about the host.
     tokenizer: the directory or URL of the tokenizer that the adapter was trained with; None takes the base's.
     max_shard_size: bytes, or text like "5GB", of one weight file; the base's own files by default.
-    check_finite: refuse a NaN or an infinity in a written weight, also one that the base has.
-    resume: go on from what a killed or failed export of the same left at `destination`, and leave what there is if
-    this one fails. write: what runs the parts, one per weight file.
-    prove: a further proof of a merged model in a local directory: takes it before it is published, returns what it has
-    shown for the report.
+    check_finite: refuse a NaN or an infinity in a written weight, even one from the base.
+    resume: continue from the files that a killed or failed export of the same plan left at `destination`. If this one
+    fails, keep the files.
+    write: the function that runs the parts, one per weight file.
+    prove: a further proof of a merged model. It receives the local directory before publication, and returns its result
+    for the report.
     Raises DestinationError, AdapterError, UnsupportedError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
@@ -125,10 +126,11 @@ def _layout(layout: Layout | str) -> Layout:
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `export` that decide what is written, and who writes it.
+    """The arguments of `export` that decide the written content, and the function that writes it.
 
-    files: as of `part.files_of`. tags: a safetensors tag a tensor, in place of `dtype`, where there are values of
-    other dtypes than the base's; config.json and the index are then those of `like`.
+    files: the result of `part.files_of`.
+    tags: a safetensors tag per tensor, instead of `dtype`, if values have other dtypes than the base's. config.json and
+    the index are then those of `like`.
     """
 
     layout: Layout
@@ -142,10 +144,10 @@ class Settings:
 
 
 def _plan(base: BaseCheckpoint, adapter: Adapter, settings: Settings) -> str:
-    """A digest of all that decides the bytes of the weight files but the base's own bytes, which parts compare."""
+    """Digest everything that decides the weight files' bytes except the base's own bytes, which parts compare."""
     config = repr(adapter.config)
     what = [VERSION, settings.layout, settings.dtype, settings.files, config, base.source, settings.check_finite]
-    what.append(base.directory.name if base.source else str(base.directory))  # a cache's name tells the version
+    what.append(base.directory.name if base.source else str(base.directory))  # a cache's name identifies the version
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for name in sorted(adapter.tensors):
         digest.update(name.encode() + np.ascontiguousarray(adapter.tensors[name]).view(np.uint8).tobytes())
@@ -155,7 +157,7 @@ def _plan(base: BaseCheckpoint, adapter: Adapter, settings: Settings) -> str:
 def _write(
     base: BaseCheckpoint, adapter: Adapter, stage: publish.Stage, settings: Settings
 ) -> tuple[dict[str, object], dict[str, dict]]:
-    """Fill and prove the stage; returns the report without its file list, and the weight files' digests."""
+    """Fill and prove the stage; return the report without its file list, and the weight files' digests."""
     layout, dtype, base_name = settings.layout, settings.dtype, settings.base_name
     checks, counts, written = [], {}, []
     if layout is not Layout.ADAPTER:
@@ -202,7 +204,7 @@ def _write(
 def write_weights(
     base: BaseCheckpoint, merged: Adapter | None, stage: publish.Stage, settings: Settings
 ) -> list[Written]:
-    """The weight files, by `write`, then config.json and the index; proven as one checkpoint."""
+    """Write the weight files with `write`, then config.json and the index; prove them as one checkpoint."""
     dtype, files = settings.dtype, settings.files
     like = settings.like or base
     parts = parts_of(base, merged, stage.target, settings.tags or dtype, files, settings.check_finite)
@@ -227,8 +229,10 @@ def write_weights(
 
 
 def _taken_up(stage: publish.Stage, parts: list[Part]) -> dict[str, Written]:
-    """The weight files that an earlier run left, checked once more: against the base where that is at hand, and, if
-    local, byte by byte."""
+    """Check again and return the weight files that an earlier run left.
+
+    They are checked against the base if it is at hand, and byte by byte if they are local.
+    """
     taken, kept = {}, stage.kept()
     for part in parts:
         if part.name not in kept:
@@ -245,7 +249,7 @@ def _taken_up(stage: publish.Stage, parts: list[Part]) -> dict[str, Written]:
 
 
 def _fingerprint(base: BaseCheckpoint, written: list[Written]) -> str | None:
-    """Of the base; None when nothing read its weights: an adapter alone, of a base that stays on an object store."""
+    """Return the base's fingerprint; None if nothing read its weights, as for only an adapter of a remote base."""
     if written:
         return base.fingerprint_of({name: digest for file in written for name, digest in file.digests.items()})
     return None if base.source else base.fingerprint()
@@ -261,7 +265,7 @@ def add_files(
     adapter: Adapter | None,
     destination: str,
 ) -> None:
-    """Everything beside weights and config.json: what travels, run.json and the card. Notes go into the report."""
+    """Add everything besides weights and config.json: copied files, run.json and the card. Notes go into the report."""
     directory, with_model = stage.directory, report["layout"] != Layout.ADAPTER
     files, notes = tokenizer_at(tokenizer) if tokenizer else {}, []
     if tokenizer and not files:
@@ -279,9 +283,9 @@ def add_files(
 
 
 def describe(stage: publish.Stage, report: dict[str, Any], files: Mapping[str, dict], started_s: float) -> None:
-    """The last file of a stage: the report, to which the list of all files is added.
+    """Write the last file of a stage: the report, with the list of all files added.
 
-    files: the weight files' digests. started_s: by `time.perf_counter`.
+    files: the weight files' digests. started_s: the start, from `time.perf_counter`.
     """
     report["files"] = dict(sorted((dict(files) | _other_files(stage.directory, files)).items()))
     report["seconds"] = round(time.perf_counter() - started_s, 3)
@@ -289,12 +293,12 @@ def describe(stage: publish.Stage, report: dict[str, Any], files: Mapping[str, d
 
 
 def _other_files(directory: Path, known: Iterable[str]) -> dict[str, dict]:
-    """Size and SHA-256 of the files in a stage's directory that are not known yet."""
+    """Return size and SHA-256 of the files in a stage's directory that are not known yet."""
     names = (p.relative_to(directory).as_posix() for p in sorted(directory.rglob("*")) if p.is_file())
     return {name: digest(directory / name) for name in names if name != publish.MARKER and name not in known}
 
 
 def digest(path: Path) -> dict[str, object]:
-    """Size and SHA-256 of a file, as a report names them."""
+    """Return size and SHA-256 of a file, as a report names them."""
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

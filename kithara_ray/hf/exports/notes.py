@@ -1,4 +1,4 @@
-"""Notes of an export for those who will serve it."""
+"""Notes of an export for users who will serve it."""
 
 import json
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
 from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.model_files import GENERATION, end_of_sequence, read_tokenizer, token_texts
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
 
 
 def max_lora_rank(adapter: Adapter) -> int | None:
-    """The smallest --max-lora-rank of vLLM that this adapter fits; None when there is none."""
+    """Return vLLM's smallest --max-lora-rank that fits this adapter; None if none does."""
     rank = max(adapter.config.rank_of(module) for module in adapter.modules)
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def adapter_notes(adapter: Adapter, counts: Mapping[str, int]) -> list[str]:
-    """An adapter that changes nothing, or less than it should."""
+    """Note an adapter that changes nothing, or less than it should."""
     if adapter.is_zero:
         return ["every lora_B is zero: the adapter is untrained and the model computes what the base computes"]
     unchanged = counts.get("merged", 0) - counts.get("merged_and_changed", 0)
@@ -29,7 +29,7 @@ def adapter_notes(adapter: Adapter, counts: Mapping[str, int]) -> list[str]:
 
 
 def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
-    """What a server that applies the adapter (vLLM) would get wrong or refuse; a merged model has no such limits."""
+    """Note what a server of the adapter (vLLM) computes wrongly or refuses; a merged model has no such limits."""
     notes, config = [], adapter.config
     if max_lora_rank(adapter) is None:
         notes.append(f"vLLM serves adapters up to rank {VLLM_RANKS[-1]}; serve the merged layout")
@@ -54,15 +54,15 @@ def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
 def unserved_ends(
     base: BaseCheckpoint, directory: Path, tokenizer: Mapping[str, bytes] | None, with_model: bool
 ) -> tuple[list[str], list[int] | None]:
-    """Ends of trained answers at which a server of the export would not stop.
+    """Find ends of trained answers at which a server of the export would not stop.
 
     Args:
-        directory: of the export.
-        tokenizer: the files that the run has kept, whose generation settings hold the trained ends; None where that is
-            not known, and the tokenizer's own end of sequence is looked for.
-        with_model: whether the export has a config.json and generation_config.json; else a server reads the base's.
+        directory: the export's.
+        tokenizer: the files that the run kept, whose generation settings hold the trained ends. None if they are not
+            known: then this looks for the tokenizer's own end of sequence.
+        with_model: True if the export has a config.json and generation_config.json; else a server reads the base's.
 
-    Returns: notes, and all ids to stop at; None where there is nothing to say.
+    Returns: notes, and all ids to stop at; None if there is nothing to report.
     """
     files = read_tokenizer(str(directory)) or read_tokenizer(str(base.directory))
     config = read_json(directory / CONFIG) if with_model else base.config

@@ -1,7 +1,7 @@
 """One weight file of an export, written and proven by any process on any host: the unit of a distributed merge.
 
-A part is pickled with the headers and the factors that concern its file, a few megabytes; the weights go from the base
-to the destination through the process that runs it, in blocks, and never through the one that made it.
+A pickled part holds the headers and the factors for its file, a few megabytes. The weights go in blocks from the base
+to the destination through the process that runs the part. They never pass through the process that made it.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ FILES_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Part:
-    """What is to be written: one weight file.
+    """The order to write one weight file.
 
-    base: the tensors that go into it. adapter: the modules of it that are merged in; None copies or casts.
-    name: of the file. target: the directory or URL that it goes to.
-    dtype: as of `export`, or a safetensors tag a tensor.
-    check_finite: refuse a NaN or an infinity in what is written, wherever it comes from.
+    base: the tensors of the file. adapter: the modules to merge into them; None copies or casts.
+    name: the file's name. target: the directory or URL of the file.
+    dtype: as in `export`, or a safetensors tag per tensor.
+    check_finite: refuse a NaN or an infinity in a written weight, whatever its origin.
     """
 
     base: BaseCheckpoint
@@ -49,22 +49,22 @@ class Part:
 
     @property
     def runs_anywhere(self) -> bool:
-        """Whether it needs no directory of this host."""
+        """True if it needs no directory of this host."""
         return self.base.source is not None and urls.is_url(self.target)
 
     @property
     def out_bytes(self) -> int:
-        """Of the written tensors."""
+        """The size of the written tensors in bytes."""
         tag = check_dtype(self.dtype)
         return sum(out_bytes(info, tag) for info in self.base.tensors.values())
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written and proven.
+    """The record of a weight file that was written and proven.
 
     file: its size and SHA-256. counts: see `prove_file`. digests: of the base's tensors, for its fingerprint.
-    receipt: how the destination names what it holds, see `publish.put_file`.
+    receipt: the destination's own record of the file, see `publish.put_file`.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Written:
     receipt: dict[str, object] = field(default_factory=dict)
 
     def record(self) -> dict[str, object]:
-        """As plain data, without the name."""
+        """Return the record as plain data, without the name."""
         hexadecimal = {tensor: digest.hex() for tensor, digest in self.digests.items()}
         return {"file": self.file, "counts": self.counts, "digests": hexadecimal, "receipt": self.receipt}
 
@@ -85,7 +85,7 @@ class Written:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of 5_000_000_000, "5GB" or "500 MiB". Raises ConfigError."""
+    """Convert 5_000_000_000, "5GB" or "500 MiB" to bytes. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
     if not match or match[2] not in UNITS or not float(match[1]) * UNITS[match[2]] >= 1:
         raise ConfigError(f'max_shard_size must be bytes or text like "5GB" or "500MB", got {size!r}')
@@ -93,8 +93,10 @@ def parse_size(size: int | str) -> int:
 
 
 def files_of(base: BaseCheckpoint, dtype: str = "auto", max_shard_bytes: int | None = None) -> dict[str, str]:
-    """Tensor -> weight file of an export, in the order in which they lie there: the base's own files, or new ones of
-    at most `max_shard_bytes` of tensors; a larger tensor has a file to itself."""
+    """Map each tensor of an export to its weight file, in the order of the tensors in the files.
+
+    The files are the base's own, or new ones of up to `max_shard_bytes` of tensors. A larger tensor has its own file.
+    """
     infos = base.in_file_order()
     if max_shard_bytes is None:
         return {info.name: info.file.name for info in infos}
@@ -118,7 +120,7 @@ def parts_of(
     files: Mapping[str, str],
     check_finite: bool = False,
 ) -> list[Part]:
-    """One part a weight file of `files_of`. The caller has checked that the adapter fits."""
+    """Make one part per weight file of `files_of`. Check first that the adapter fits."""
     names: dict[str, list[str]] = {}
     for tensor, file in files.items():
         names.setdefault(file, []).append(tensor)
@@ -131,8 +133,11 @@ def parts_of(
 
 
 def write_part(part: Part) -> Written:
-    """Fetch (from a URL), merge, prove, digest and put (to a URL). Raises CheckpointError, ExportError,
-    DestinationError. May be run again, even while an earlier run goes on: it puts the same bytes."""
+    """Fetch (from a URL), merge, prove, digest and put (to a URL) a weight file.
+
+    It may run again, even while an earlier run goes on: it puts the same bytes. Raises CheckpointError, ExportError,
+    DestinationError.
+    """
     base, is_remote = part.base, urls.is_url(part.target)
     with tempfile.TemporaryDirectory(prefix="kithara_ray_part_") as scratch:
         _check_room(part, scratch)
@@ -159,7 +164,7 @@ def write_part(part: Part) -> Written:
 
 @contextlib.contextmanager
 def _syncing(file: Path) -> Iterator[None]:
-    """The file goes to the disk while the block reads it from memory."""
+    """Write the file to the disk while the `with` block reads it from memory."""
     with file.open("rb") as stream, ThreadPoolExecutor(1) as pool:
         synced = pool.submit(os.fsync, stream.fileno())
         yield
@@ -167,13 +172,13 @@ def _syncing(file: Path) -> Iterator[None]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """What tasks that were killed have left in a local target; none may be running any more."""
+    """Remove files that killed tasks left in a local target. Call this only when no task is running."""
     for path in directory.glob(".*.safetensors.*"):
         path.unlink()
 
 
 def _check_room(part: Part, scratch: str) -> None:
-    """A part with a URL at one end takes disk for its whole files, at both ends twice."""
+    """Check the disk space: a part needs room for its whole file if one end is a URL, and twice that if both are."""
     infos = part.base.tensors.values()
     needed = sum(info.nbytes for info in infos) if part.base.source else 0
     needed += part.out_bytes if urls.is_url(part.target) else 0
@@ -186,7 +191,7 @@ def _check_room(part: Part, scratch: str) -> None:
 
 
 def fetch_part(base: BaseCheckpoint, directory: Path) -> BaseCheckpoint:
-    """The tensors of a part whose weights are at a URL, and nothing else of its files, into `directory`."""
+    """Fetch only the part's tensors, and nothing else of its files, from a URL into `directory`."""
     for file in base.files:
         spans = [(i.offset, i.offset + i.nbytes) for i in base.in_file_order() if i.file == file]
         fetch_tensors(base.source, file.name, directory, spans)
@@ -194,8 +199,10 @@ def fetch_part(base: BaseCheckpoint, directory: Path) -> BaseCheckpoint:
 
 
 def write_here(parts: Iterable[Part]) -> Iterator[Written]:
-    """In this process, two at a time: one merges while the other is proven. When one fails, nothing is written any
-    more after this has ended."""
+    """Write the parts in this process, two at a time: one merges while the other is proven.
+
+    If one fails, nothing is written after this function ends.
+    """
     waiting, running = deque(parts), set()
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         while waiting or running:

@@ -1,4 +1,4 @@
-"""Proofs of a written export, by reading it back. Each raises ExportError naming the tensor; none repairs anything.
+"""Prove a written export by reading it back. Each proof raises ExportError naming the tensor; none repairs anything.
 
 The merged rows are checked against float64 arithmetic, not against the code that wrote them.
 Legend: O out features, I in features, R rank.
@@ -30,7 +30,7 @@ UNIT_ROUNDOFF_32 = 2.0**-24
 
 
 def prove_adapter(directory: Path, adapter: Adapter) -> None:
-    """The adapter read back equals the one given, tensor by tensor, bit by bit, with the same scales."""
+    """Prove that the adapter read back equals the given one, tensor by tensor, bit by bit, with the same scales."""
     try:
         found = Adapter.read(directory)
     except (AdapterError, UnsupportedError) as error:
@@ -52,9 +52,9 @@ def prove_adapter(directory: Path, adapter: Adapter) -> None:
 def prove_checkpoint(
     directory: Path, base: BaseCheckpoint, tag: str | None, files: Mapping[str, str] | None = None
 ) -> None:
-    """The written checkpoint opens, and its headers say the base's names, shapes and (cast to `tag`, if any) dtypes.
+    """Prove that the written checkpoint opens with the base's names, shapes and (cast to `tag`, if any) dtypes.
 
-    files: tensor -> weight file, where they are not the base's.
+    files: tensor -> weight file, if they are not the base's.
     """
     try:
         written = BaseCheckpoint.open(directory)
@@ -70,9 +70,12 @@ def prove_checkpoint(
 def prove_file(
     written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: str | None, check_finite: bool = False
 ) -> tuple[dict[str, int], str]:
-    """One written weight file against the base's (a `part`): every tensor there, untouched ones equal bit by bit
-    (after the cast to `tag`, if any), the adapter's modules equal to W + scale * B @ A, or what DoRA makes of it.
-    Returns how many tensors were untouched, merged, and changed by it, and the file's SHA-256. The file is read once.
+    """Prove one written weight file against the base's (a `part`), reading it once.
+
+    Every tensor must be there. Untouched tensors must equal the base bit by bit (after the cast to `tag`, if any). The
+    adapter's modules must equal W + scale * B @ A, or DoRA's result.
+
+    Returns the numbers of tensors untouched, merged, and changed by the merge, and the file's SHA-256.
     """
     try:
         tensors, _ = read_header(written)
@@ -102,7 +105,7 @@ def prove_file(
 
 
 class _Hasher:
-    """SHA-256 of blocks in order, in a thread beside the one that reads and compares them."""
+    """SHA-256 of blocks in order, in a separate thread from the one that reads and compares them."""
 
     def __init__(self):
         self._sha256 = hashlib.sha256()
@@ -116,7 +119,7 @@ class _Hasher:
         self._pool.shutdown()
 
     def add(self, block: bytes | bytearray | memoryview) -> None:
-        """The block must not be changed any more."""
+        """Hash one more block, which must not change afterwards."""
         while len(self._pending) >= HASH_AHEAD:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._sha256.update, block))
@@ -133,7 +136,7 @@ class _Hasher:
 
 
 def _read_and_compare(info: TensorInfo, found: TensorInfo, hasher: _Hasher, check_finite: bool) -> bool:
-    """Whether the written tensor equals the base's after the cast; every block that was read is hashed."""
+    """True if the written tensor equals the base's after the cast; this hashes every block that it reads."""
     is_equal, position, size = True, 0, max(1, math.prod(found.shape[1:]))
     blocks = _raw_pairs(info, found) if info.dtype == found.dtype else _cast_pairs(info, found)
     for before, after in blocks:
@@ -147,7 +150,10 @@ def _read_and_compare(info: TensorInfo, found: TensorInfo, hasher: _Hasher, chec
 
 
 def _raw_pairs(info: TensorInfo, found: TensorInfo) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same elements of both, flat; each written block is a private copy, the base's is overwritten by the next."""
+    """Yield the same elements of both, flat.
+
+    A written block is a private copy. The next block of the base overwrites the one before.
+    """
     dtype, base_block = info.numpy_dtype, np.empty(min(info.nbytes, BLOCK_BYTES), np.uint8)
     with info.file.open("rb", buffering=0) as base, found.file.open("rb", buffering=0) as written:
         base.seek(info.offset)
@@ -194,7 +200,7 @@ def _rows(info: TensorInfo, rows: np.ndarray) -> np.ndarray:
 
 
 def _prove_replaced(info: TensorInfo, found: TensorInfo, change: Change) -> None:
-    """Every element against float64: the adapter's value where it has one, else the base's, and what is added to it."""
+    """Prove every element against float64: the adapter's value if it has one, else the base's, plus any added bias."""
     eps = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).eps)
     tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).smallest_subnormal)
     own = range(info.shape[0]) if change.rows is None else change.rows
@@ -210,7 +216,7 @@ def _prove_replaced(info: TensorInfo, found: TensorInfo, change: Change) -> None
             expected[kept], allowed[kept] = cast(before[kept], found.numpy_dtype), 0
         if change.added is not None:
             added = change.added[begin : begin + len(before), None].astype(np.float64) * change.scale
-            # The value is rounded, then what is added to it, the product, and the sum.
+            # Roundings: the value, then the added array, the product, and the sum.
             allowed = allowed + 0.51 * eps * np.abs(expected + added) + 2 * UNIT_ROUNDOFF_32 * np.abs(added)
             expected = expected + added
         wrong = ~(np.abs(found_64 - expected) <= allowed)
@@ -223,7 +229,7 @@ def _prove_replaced(info: TensorInfo, found: TensorInfo, change: Change) -> None
 
 
 def _prove_merged(info: TensorInfo, found: TensorInfo, adapter: Adapter, module: str) -> None:
-    """A sample of rows, the ones with the largest |B| among them, against float64 within the rounding of the dtypes."""
+    """Prove a sample of rows, including those with the largest |B|, against float64 within the dtypes' rounding."""
     b_OR, a_RI = adapter.b(module).astype(np.float64), adapter.a(module).astype(np.float64)
     n_out, r = b_OR.shape
     strongest = np.argsort(np.abs(b_OR).sum(axis=1))[-SAMPLE_ROWS // 2 :]
@@ -236,7 +242,7 @@ def _prove_merged(info: TensorInfo, found: TensorInfo, adapter: Adapter, module:
     in_float32_OI = np.abs(b_OR[rows]) @ np.abs(a_RI) * scale * (r + 4) * UNIT_ROUNDOFF_32
     formula = "W + scale * B @ A"
     if adapter.config.use_dora:
-        # A norm in float32 is off by half of what its sum of squares is, of 8 lanes; then a quotient and a product.
+        # A float32 norm has half the error of its sum of squares in 8 lanes; a quotient and a product add theirs.
         norm_O1 = np.linalg.norm(expected_OI, axis=1, keepdims=True)
         factor_O1 = adapter.magnitude(module)[rows, None].astype(np.float64) / norm_O1
         off_O1 = np.linalg.norm(in_float32_OI, axis=1, keepdims=True) / norm_O1

@@ -1,4 +1,4 @@
-"""How an export names its base."""
+"""The name by which an export refers to its base."""
 
 
 def is_hub(base_name: str) -> bool:
@@ -6,7 +6,7 @@ def is_hub(base_name: str) -> bool:
 
 
 def split_reference(base_name: str) -> tuple[str, str | None]:
-    """(name, revision) of `hf://org/name@revision`; any other handle is its own name."""
+    """Split `hf://org/name@revision` into (name, revision); any other handle is its own name."""
     if not is_hub(base_name):
         return base_name, None
     name, _, revision = base_name.removeprefix("hf://").partition("@")
@@ -14,12 +14,12 @@ def split_reference(base_name: str) -> tuple[str, str | None]:
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name without a scheme can be one of the Hub, org/name."""
+    """True if a name without a scheme can be a name on the Hub, org/name."""
     return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")) and "://" not in name
 
 
 def shown_name(base_name: str) -> str:
-    """A base's name for readers elsewhere: without the directories of this host."""
+    """Return a base's name for readers elsewhere, without the directories of this host."""
     name = split_reference(base_name)[0]
     if is_hub(base_name) or "://" in name or is_repository(name):
         return name

@@ -1,4 +1,4 @@
-"""What `save_in_hf_format` is asked for. A run that will be exported is refused for it before it is trained."""
+"""Requests to `save_in_hf_format`. A wrong request for an export after a run fails before the training."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from kithara_ray.storage.urls import absolute, is_url
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """The arguments of one `KerasHubModel.save_in_hf_format`, which see; a local `output_dir` made absolute."""
+    """The arguments of one `KerasHubModel.save_in_hf_format` call; see there. A local `output_dir` becomes absolute."""
 
     output_dir: str
     dtype: str = "auto"
@@ -32,22 +32,22 @@ class ExportRequest:
 
     @property
     def layout(self) -> Layout:
-        """Of a model with an adapter."""
+        """The layout for a model with an adapter."""
         if self.only_save_adapters:
             return Layout.ADAPTER
         return Layout.SEPARATE if self.save_adapters_separately else Layout.MERGED
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the export itself is told, whatever its layout."""
+        """The export's options that do not depend on its layout."""
         names = ("dtype", "max_shard_size", "check_finite", "resume")
         return {name: getattr(self, name) for name in names} | {"max_files": self.parallel_threads}
 
     def check(self, lora: LoraConfig | None) -> None:
-        """What can be known without anything trained.
+        """Check all that can be checked before training.
 
         Args:
-            lora: of the model; None where all its weights are trained.
+            lora: the model's; None if all its weights are trained.
 
         Raises:
             ConfigError: an argument is wrong, or contradicts another or the model.
@@ -74,14 +74,14 @@ class ExportRequest:
 
 
 def requests_of(exports: Sequence[Mapping[str, Any]], lora: LoraConfig | None) -> list[ExportRequest]:
-    """The exports that will follow a run.
+    """Return the exports that will follow a run.
 
     Args:
-        exports: arguments of `save_in_hf_format`, a dict an export.
-        lora: as of `ExportRequest.check`.
+        exports: arguments of `save_in_hf_format`, one dict per export.
+        lora: as in `ExportRequest.check`.
 
     Raises:
-        ConfigError: of one of them; or two of them are to one place.
+        ConfigError: one export is wrong, or two have the same destination.
     """
     requests = []
     for arguments in exports:

@@ -1,21 +1,21 @@
-"""What an export says of its training: run.json as it is published, and the facts that the model card shows."""
+"""An export's record of its training: the published run.json, and the facts that the model card shows."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Entries of a run.json that concern the host and its storage; the run's own file keeps them.
+# Entries of run.json about the host and its storage; only the run's own file keeps them.
 _OF_THE_HOST = frozenset(
     {"platform", "environment", "config", "run_config", "git", "path", "storage_path", "error"}
     | {"tensorboard_dir", "profiler", "checkpointer", "checkpoint_dir", "output_dir", "export_dir"}
 )
-# A path at the start of a text, or behind a quote, a space or a bracket.
+# A path at the start of a text, or after a quote, a space or a bracket.
 _LOCAL_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s'"(\[=,]))(?:file://)?(?:~|\.{1,2})?(?:/[^\s'",)\]/]+)+/?""")
 
 
 def published(run: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json for readers elsewhere: without facts of the host, local paths cut to their last part."""
+    """Return run.json for readers elsewhere: without facts of the host, with local paths cut to their last part."""
     return {key: _published(value) for key, value in run.items() if key not in _OF_THE_HOST}
 
 
@@ -28,7 +28,7 @@ def _published(value: Any) -> Any:
 
 
 def without_paths(text: str) -> str:
-    """A text in which local paths are cut to their last part."""
+    """Cut the local paths in a text to their last part."""
     if "{%" in text or "{{" in text:  # a chat template
         return text
     return _LOCAL_PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], text)
@@ -36,7 +36,7 @@ def without_paths(text: str) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """Rows of the card's tables, name -> text. datasets: names on the Hub."""
+    """Rows of the card's tables, name -> text. `datasets` holds names on the Hub."""
 
     data: dict[str, str] = field(default_factory=dict)
     training: dict[str, str] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Facts:
 
 
 def facts_of(run: Mapping[str, Any] | None) -> Facts:
-    """The part of a run that a reader of the model wants to know; what is not known is left out."""
+    """Return the facts about a run that matter to the model's users; unknown facts are left out."""
     if not run:
         return Facts()
     run = {**_mapping(run.get("training")), **{key: value for key, value in run.items() if key != "training"}}
@@ -65,7 +65,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _sources(dataset: Mapping[str, Any]) -> list[str]:
-    """Files and data sets by name; rows that a script held in memory have none."""
+    """List files and data sets by name; rows that a script held in memory have none."""
     parts = dataset.get("datasets")
     if isinstance(parts, list):
         return [source for part in parts for source in _sources(_mapping(part))]

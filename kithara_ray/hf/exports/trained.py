@@ -1,7 +1,7 @@
-"""Trained weights as a Hugging Face model, written slice by slice as they come.
+"""Write trained weights as a Hugging Face model, slice by slice as they arrive.
 
-A slice is a box of one tensor and goes to its place in its file. When all of a file has come, it is read back and every
-box compared with the checksum that its sender took. No tensor is held whole.
+A slice is a box of one tensor and goes to its place in its file. When a file is complete, the writer reads it back and
+compares every box with its sender's checksum. It never holds a whole tensor.
 """
 
 import logging
@@ -31,12 +31,12 @@ class TensorSlice:
     """A box of one tensor.
 
     Attributes:
-        name: the tensor's.
-        shape: the tensor's, with dims that may be split further: (N, H, D) of (N * H, D).
+        name: the tensor's name.
+        shape: the tensor's shape, in which dims may be split further: (N, H, D) for (N * H, D).
         bounds: (start, stop) in each dim of `shape`.
         data: the box.
         rank: the process that held it.
-        checksum: `checksum` of the data, taken where it was.
+        checksum: `checksum` of the data, computed by the sender.
     """
 
     name: str
@@ -48,7 +48,7 @@ class TensorSlice:
 
 
 def checksum(data: np.ndarray) -> int:
-    """Of an array's bytes, row-major."""
+    """Return the checksum of an array's bytes, row-major."""
     return zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
 
 
@@ -57,8 +57,8 @@ class _File:
     """One weight file that is being filled.
 
     Attributes:
-        missing: elements that have not come.
-        arrived: (tensor, shape, bounds, checksum, rank) of every slice that has.
+        missing: the number of elements that have not arrived.
+        arrived: (tensor, shape, bounds, checksum, rank) of every slice that has arrived.
     """
 
     mapped: np.memmap
@@ -68,15 +68,15 @@ class _File:
 
 
 class TrainedWriter:
-    """The weight files of a base with the trained values in the base's place; filled by several threads.
+    """A writer of a base's weight files with trained values in place of the base's; several threads may fill it.
 
     Args:
-        base: names, shapes, files; and the values of what is not trained.
-        trained: names of the tensors that will come. A head that is tied to the embedding and stands in the file all
-            the same is written with it.
-        dtype: of what will come, "float32" or "bfloat16".
-        directory: where the files are written.
-        complete: called with each file once it is whole and proven.
+        base: names, shapes and files; and the values of untrained tensors.
+        trained: names of the tensors that will arrive. If the file has a tensor for a tied head, it is written together
+        with the embedding.
+        dtype: of the values that will arrive, "float32" or "bfloat16".
+        directory: the directory for the files.
+        complete: called with each file once it is complete and proven.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TrainedWriter:
             self._create(base.part(file), expected, Path(directory, file.name))
 
     def _create(self, part: BaseCheckpoint, expected: set[str], path: Path) -> None:
-        """A file of its full size with its header, and in it what is not trained."""
+        """Create a file of its full size with its header and the untrained values."""
         infos = sorted(part.tensors.values(), key=lambda info: (info.offset, info.nbytes))
         tags = [self._tag if i.name in expected and i.dtype in FLOAT_TAGS else i.dtype for i in infos]
         entries = [(info.name, tag, info.shape) for info, tag in zip(infos, tags, strict=True)]
@@ -130,7 +130,7 @@ class TrainedWriter:
         """Write one slice to its place.
 
         Raises:
-            ExportError: it belongs nowhere; or it was its file's last, and the file does not hold what was sent.
+            ExportError: the slice fits no tensor; or it was its file's last, and the file differs from the data sent.
         """
         if part.name not in self._trained:
             raise ExportError(f"rank {part.rank} sent {part.name}, which is no tensor of this model")
@@ -167,10 +167,10 @@ class TrainedWriter:
         self._complete(path)
 
     def check_complete(self, num_ranks: int) -> None:
-        """Everything has come, from `num_ranks` ranks.
+        """Check that everything has arrived from `num_ranks` ranks.
 
         Raises:
-            ExportError: names the tensor, and the ranks that were not heard.
+            ExportError: data is missing; the message names the file, and the ranks that sent nothing.
         """
         heard = {entry[-1] for file in self._files.values() for entry in file.arrived}
         silent = sorted(set(range(num_ranks)) - heard)
@@ -186,7 +186,7 @@ def _array(mapped: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 
 def _check_tiled(filename: str, file: _File) -> None:
-    """As many elements have come as there are; without overlap they are all of them."""
+    """Check that no slices overlap: the number of elements is right, so without overlap they cover everything."""
     of_tensor: dict[str, list] = {}
     for name, shape, bounds, _, rank in file.arrived:
         of_tensor.setdefault(name, []).append((bounds, shape, rank))

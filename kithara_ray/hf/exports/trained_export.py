@@ -1,7 +1,7 @@
-"""A model whose weights were all trained: the directory that a run leaves, and its export.
+"""A model whose weights were all trained: its directory in a run, and its export.
 
-The run's directory is a Hugging Face model in the dtype that was trained in. It is what training goes on from and what
-exports are made of: those have the base's dtypes.
+The run's directory is a Hugging Face model in the training's dtype. Training resumes from it, and exports are made from
+it; exports have the base's dtypes.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ DIRECTORY, TOKENIZER = "model", "tokenizer"
 
 
 class Receiver:
-    """Takes the trained weights of one run and publishes them as `<directory>/model`, or `model-2` and so on.
+    """A receiver of one run's trained weights, which it publishes as `<directory>/model`, or `model-2` and so on.
 
     Args:
-        base: what was trained.
-        names: of the tensors that will come.
-        dtype: that they come in.
-        directory: the run's, a path or a URL. For a URL every file is kept here until it is whole.
+        base: the model that was trained.
+        names: names of the tensors that will arrive.
+        dtype: the dtype in which they arrive.
+        directory: the run's, a path or a URL. For a URL, every file stays on this host until it is complete.
 
     Attributes:
-        token: tells this receiver from one of an earlier attempt.
+        token: distinguishes this receiver from that of an earlier attempt.
     """
 
     def __init__(self, base: BaseCheckpoint, names: Collection[str], dtype: str, directory: str):
@@ -59,18 +59,18 @@ class Receiver:
             raise
 
     def put(self, part: TensorSlice) -> None:
-        """See `TrainedWriter.put`; threads may call it at once."""
+        """See `TrainedWriter.put`; several threads may call it at the same time."""
         self._writer.put(part)
 
     def _place(self, path: Path) -> None:
-        """A whole file of a URL goes there at once, so that this host's disk holds a few."""
+        """Upload a complete file at once if the directory is a URL, so that this host's disk holds only a few."""
         if self._stage.is_remote:
             self._stage.expect([path.name])
             publish.put_file(path, self._stage.target, path.name)
             path.unlink()
 
     def publish(self, num_ranks: int) -> str:
-        """Where it is. Raises ExportError when something is missing."""
+        """Publish the weights and return their location. Raises ExportError if something is missing."""
         try:
             self._writer.check_complete(num_ranks)
             write_config(self._base, self._stage.directory, self._dtype)
@@ -84,7 +84,7 @@ class Receiver:
         return self._destination
 
     def abandon(self) -> None:
-        """Leave nothing, unless it was published."""
+        """Remove everything, unless it was published."""
         error = DestinationError("the run began again")
         self._open.__exit__(DestinationError, error, None)
 
@@ -120,10 +120,10 @@ def export_trained(
     resume: bool = False,
     write: Callable[[list[Part]], Iterable[Written]] = write_here,
 ) -> str:
-    """Write what a `Receiver` published at `destination`, in files and dtypes like the base's; returns the destination.
+    """Export a `Receiver`'s model to `destination`, in files and dtypes like the base's; return the destination.
 
-    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. The others: as of `hf.exports.export`. The
-    tokenizer is the one beside the trained weights.
+    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. For the others see `hf.exports.export`. The
+    tokenizer is the one next to the trained weights.
     Raises DestinationError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
@@ -161,7 +161,7 @@ def _check_same_tensors(base: BaseCheckpoint, trained: BaseCheckpoint) -> None:
 
 
 def _plan(base: BaseCheckpoint, trained: BaseCheckpoint, settings: Settings) -> str:
-    """A digest of all that decides the bytes of the weight files; trained weights are never written over."""
+    """Digest everything that decides the weight files' bytes; trained weights are never overwritten."""
     where = [one.source or str(one.directory) for one in (base, trained)]
     what = [VERSION, settings.layout, settings.dtype, settings.files, settings.tags, settings.check_finite, where]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

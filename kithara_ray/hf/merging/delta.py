@@ -30,18 +30,19 @@ FLOAT32 = np.dtype(np.float32)
 
 MKL_K_BLOCK = 192  # measured with torch 2.13 (MKL 2024.2, AVX2): R <= 192 is one chain
 CHAIN_ELEMENTS = 1 << 15  # float64 scratch of 256 KiB each: stays in the L2 cache
-CACHED_ELEMENTS = 1 << 18  # of the 16-bit path: its float32 scratch is 1 MiB each
+CACHED_ELEMENTS = 1 << 18  # for the 16-bit path: float32 scratch of 1 MiB each
 ONE_THREAD_PRODUCTS = 1 << 17  # multiplications up to which OpenBLAS' sgemm uses one thread
 UNIT_ROUNDOFF = 2.0**-24
 LOW_BITS = (1 << 29) - 1  # float64's bits below float32's last bit
 TIE = 1 << 28
-NORM_LANES = 8  # of torch.linalg.norm over rows, torch 2.13 with AVX2 and AVX-512
+NORM_LANES = 8  # in torch.linalg.norm over rows, torch 2.13 with AVX2 and AVX-512
 
 
 def k_chunks(r: int) -> list[tuple[int, int]]:
     """Return the [begin, end) ranges of R that torch's sgemm sums separately with AVX2.
 
-    Measurements are bit-identical for R up to 1024."""
+    Measurements are bit-identical for R up to 1024.
+    """
     size = r if r <= MKL_K_BLOCK else r // 2 if r <= 2 * MKL_K_BLOCK else MKL_K_BLOCK
     return [(begin, min(begin + size, r)) for begin in range(0, r, size)]
 

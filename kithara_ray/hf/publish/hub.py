@@ -1,8 +1,8 @@
-"""A destination on the Hugging Face Hub: `hf://org/name`, private if it is made here, one commit.
+"""Publish to the Hugging Face Hub, `hf://org/name`, in one commit; a repository made here is private.
 
-Weight files are uploaded beforehand, by whoever wrote them: the Hub keeps such objects by their SHA-256 and shows them
-nowhere until a commit names them. So a killed export leaves an empty repository, and a second one does not send again
-what is there. The commit is refused by the Hub when another has been made since the export began.
+The process that writes a weight file uploads it before the commit. The Hub keeps such objects by their SHA-256, and
+hides them until a commit names them. A killed export therefore leaves an empty repository, and a second export does not
+upload existing objects again. The Hub refuses the commit if another one has been made since the export began.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from kithara_ray.storage.urls import cause_of
 
 log = logging.getLogger(__name__)
 
-OF_THE_HUB = frozenset({".gitattributes"})  # what a new repository holds
-SMALL_BYTES = 8 << 20  # such a file is carried in memory: the Hub may want it within the commit
+OF_THE_HUB = frozenset({".gitattributes"})  # the files of a new repository
+SMALL_BYTES = 8 << 20  # a file up to this size stays in memory: the Hub may want it within the commit
 
 
 @dataclass
 class HubStage(Stage):
-    """`target` is the destination. expected: names of the weight files."""
+    """`target` is the destination. `expected` holds the names of the weight files."""
 
     expected: list[str] = field(default_factory=list)
 
@@ -33,10 +33,10 @@ class HubStage(Stage):
         self.expected = list(names)
 
     def kept(self) -> dict[str, dict[str, Any]]:
-        return {}  # the Hub knows what it has by itself
+        return {}  # the Hub itself knows which objects it has
 
     def read_headers(self, directory: Path) -> None:
-        """As they were sent: what is not committed cannot be read, but the Hub has compared its SHA-256."""
+        """Use the headers as sent: uncommitted files cannot be read, but the Hub has compared their SHA-256."""
         for name in self.expected:
             receipt = self.journal.parts[name]["receipt"]
             with (directory / name).open("wb") as stream:
@@ -45,7 +45,7 @@ class HubStage(Stage):
 
 
 def check(url: str) -> None:
-    """See `publish.check_destination`. A repository that is not there is made and deleted again."""
+    """See `publish.check_destination`. A missing repository is created and deleted again."""
     repo = _repo_of(url)
     if _head(url, repo) is None:
         _create(url, repo)
@@ -72,7 +72,7 @@ def staged(url: str, plan: str, resume: bool) -> Iterator[HubStage]:
     except BaseException:
         if made and not resume:
             with contextlib.suppress(Exception):
-                if _api().repo_info(repo).sha == head:  # nothing of anybody's is in it
+                if _api().repo_info(repo).sha == head:  # it holds nobody's files
                     _api().delete_repo(repo)
         raise
     log.info("published %s: weight_files=%d", url, len(stage.expected))
@@ -128,7 +128,7 @@ def _repo_of(url: str) -> str:
 
 
 def _head(url: str, repo: str) -> str | None:
-    """The newest commit of an empty repository; None where there is none. Raises DestinationError for a full one."""
+    """Return an empty repository's newest commit; None if there is none. Raises DestinationError if it is not empty."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with _as_ours(url, "it cannot be looked at; check the name, the network and HF_TOKEN"):
@@ -150,10 +150,10 @@ def _create(url: str, repo: str) -> None:
 
 @contextlib.contextmanager
 def _as_ours(url: str, advice: str) -> Iterator[None]:
-    """What huggingface_hub raises, as DestinationError."""
+    """Raise the errors of huggingface_hub as DestinationError."""
     try:
         yield
     except DestinationError:
         raise
-    except Exception as error:  # its own, httpx', and those of the transfer library
+    except Exception as error:  # its own errors, httpx's, and the transfer library's
         raise DestinationError(f"{url}: {advice} ({cause_of(error)})") from error

@@ -1,7 +1,7 @@
-"""A local destination: a hidden sibling of it is filled, fsynced and renamed.
+"""Publish to a local destination: fill a hidden sibling of it, fsync and rename it.
 
-The sibling is locked while its writer lives (flock): a second writer is refused at once, and what a dead one has left
-is recognised and either taken up (resume) or removed.
+The sibling is locked while its writer lives (flock), so a second writer is refused at once. The files of a dead writer
+are recognised, and either reused (resume) or removed.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ class LocalStage(Stage):
         self.save()
 
     def save(self) -> None:
-        """Replaced as a whole: a kill leaves the journal of before or of after."""
+        """Replace the journal as a whole: a kill leaves either the old or the new one."""
         write_atomic(self.directory / MARKER, self.journal.to_bytes())
 
     def kept(self) -> dict[str, dict[str, Any]]:
         return {
             name: record for name, record in self.journal.parts.items() if (self.directory / name).is_file()
-        }  # their SHA-256 is for whoever reads them to check
+        }  # the process that reads them checks their SHA-256
 
 
 def check(path: Path) -> None:
@@ -48,7 +48,7 @@ def check(path: Path) -> None:
             raise DestinationError(f"{path} exists and is a file; choose another destination")
         if next(path.iterdir(), None) is not None:
             raise DestinationError(f"{path} exists and is not empty; remove it or choose another destination")
-    ancestor = path.resolve().parent  # the staging directory is made beside the destination
+    ancestor = path.resolve().parent  # the staging directory is a sibling of the destination
     while not ancestor.exists():
         ancestor = ancestor.parent
     try:
@@ -90,7 +90,7 @@ def staged(path: Path, plan: str, resume: bool) -> Iterator[LocalStage]:
 
 @contextlib.contextmanager
 def _locked(staging: Path, target: Path) -> Iterator[Path]:
-    """The staging directory, which no other living process writes to. Raises DestinationError."""
+    """Lock the staging directory, so that no other living process writes to it. Raises DestinationError."""
     staging.mkdir(exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -110,7 +110,7 @@ def _locked(staging: Path, target: Path) -> Iterator[Path]:
 
 
 def _open(staging: Path, plan: str, resume: bool) -> LocalStage:
-    """The stage in a directory that may hold what a dead writer has left."""
+    """Open the stage in a directory that may hold a dead writer's files."""
     journal = Journal(plan)
     left = staging / MARKER
     if resume and left.is_file():

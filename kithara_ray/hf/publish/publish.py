@@ -1,8 +1,8 @@
-"""Where exports go: local directories, object stores that fsspec knows (gs://, s3://), the Hub. Readers find all of an
-export or none of it.
+"""Publish exports to local directories, object stores that fsspec knows (gs://, s3://) and the Hub.
 
-Local: a hidden sibling is filled, fsynced and renamed (`local`). Object stores have no rename of a directory:
-a marker is put first, what loaders start from last (`store`). The Hub has commits (`hub`).
+Readers find all of an export or none of it. A local directory (`local`) is a hidden sibling that is filled, fsynced and
+renamed. An object store (`store`) cannot rename a directory, so a marker is put first, and the files from which loaders
+start are put last. The Hub (`hub`) has commits.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ __all__ = ["MARKER", "PUBLISHED_LAST", "Stage", "check_destination", "put_file",
 
 @contextlib.contextmanager
 def staged(destination: str, plan: str = "", resume: bool = False) -> Iterator[Stage]:
-    """Yields where to write; publishes it at `destination` when the block ends without exception.
+    """Yield a stage to write to; publish it at `destination` if the block ends without an exception.
 
-    On an exception the destination is as it was. plan: what is exported, as a digest. resume: go on from what a
-    killed or failed export of the same plan left there, and leave what there is if this one fails.
+    On an exception the destination stays as it was. plan: a digest of the exported content. resume: continue from the
+    files that a killed or failed export of the same plan left there. If this one fails, keep the files.
     Raises DestinationError.
     """
     destination = str(destination)
@@ -36,10 +36,10 @@ def staged(destination: str, plan: str = "", resume: bool = False) -> Iterator[S
 
 
 def check_destination(destination: str) -> None:
-    """Raises DestinationError unless a directory can be published at `destination`. Leaves nothing behind.
+    """Check that a directory can be published at `destination`, leaving nothing behind. Raises DestinationError.
 
-    It must not exist, or be an empty directory; writing is probed by creating and deleting: credentials that are
-    missing or expired show here and not after the training.
+    The destination must not exist, or be an empty directory. This creates and deletes something there, so that missing
+    or expired credentials show now and not after the training.
     """
     destination = str(destination)
     if _is_local(destination):
@@ -50,8 +50,10 @@ def check_destination(destination: str) -> None:
 
 
 def put_file(local: Path, target: str, name: str) -> dict[str, Any]:
-    """Upload one file as `name` at the URL `target` and check what arrived; returns the destination's receipt, plain
-    data. Raises DestinationError."""
+    """Upload one file as `name` at the URL `target` and check what arrived. Raises DestinationError.
+
+    Returns the destination's receipt, plain data.
+    """
     module = hub if target.startswith("hf://") else store
     return module.put_file(local, target, name)
 

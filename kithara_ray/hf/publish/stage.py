@@ -1,6 +1,7 @@
-"""An export that nobody can load yet: where it is written, and what is known of it so that another run can go on.
+"""An export that nobody can load yet: its location, and the records from which another run can continue it.
 
-While it is being written, MARKER lies at the destination: who writes, what, and which weight files are done.
+During the export, MARKER lies at the destination. It names the writer, the exported content and the finished weight
+files.
 """
 
 import json
@@ -16,13 +17,16 @@ from typing import Any
 from kithara_ray.storage.urls import is_url
 
 MARKER = ".kithara_ray_unfinished"
-# Without one of these no loader reads the rest: put last, taken back first.
+# Loaders need one of these files to read the rest: they are put last, and taken back first.
 PUBLISHED_LAST = ("model.safetensors.index.json", "adapter_config.json", "config.json")
 
 
 @dataclass
 class Journal:
-    """What MARKER says. plan: what is exported, as a digest. parts: weight file -> its record, once it is proven."""
+    """The content of MARKER.
+
+    plan: a digest of the exported content. parts: weight file -> its record, once it is proven.
+    """
 
     plan: str
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -38,7 +42,7 @@ class Journal:
 
     @classmethod
     def of(cls, raw: bytes) -> "Journal":
-        """What another writer left; one that says nothing legible left nothing to go on from."""
+        """Read another writer's journal; an illegible one is empty, with nothing from which to continue."""
         try:
             value = json.loads(raw)
             return cls(str(value["plan"]), dict(value["parts"]), dict(value["writer"]))
@@ -56,8 +60,8 @@ class Journal:
 class Stage:
     """An export before anybody can load it.
 
-    directory: local; what is written here is published with the rest.
-    target: where weight files are put by whoever writes them: `directory`, or the destination's URL.
+    directory: local; the files in it are published with the rest.
+    target: the place where the processes that write weight files put them: `directory`, or the destination's URL.
     """
 
     directory: Path
@@ -69,26 +73,26 @@ class Stage:
         return is_url(self.target)
 
     def kept(self) -> dict[str, dict[str, Any]]:
-        """The records of the weight files that an earlier run of the same plan has left, still as they were."""
+        """Return the records of the weight files that an earlier run of the same plan left unchanged."""
         return dict(self.journal.parts)
 
     def expect(self, names: list[str]) -> None:
-        """Weight files of these names will be put at the target by others."""
+        """Expect other processes to put weight files of these names at the target."""
 
     def add(self, name: str, record: Mapping[str, Any]) -> None:
-        """A weight file is there and proven."""
+        """Record that a weight file is there and proven."""
         self.journal.parts[name] = dict(record)
 
     def drop(self, name: str) -> None:
-        """A weight file that was kept is not what it should be."""
+        """Drop the record of a kept weight file that has the wrong content."""
         self.journal.parts.pop(name, None)
 
     def read_headers(self, directory: Path) -> None:
-        """The headers of the weight files at the target, read back into `directory`. Raises ExportError."""
+        """Read the headers of the weight files at the target back into `directory`. Raises ExportError."""
         raise NotImplementedError
 
 
 def publishing_order(name: str) -> tuple[int, str]:
-    """A key: what loaders start from comes last."""
+    """Return a sort key that puts the files from which loaders start last."""
     leaf = name.rpartition("/")[2]
     return PUBLISHED_LAST.index(leaf) if leaf in PUBLISHED_LAST else -1, name

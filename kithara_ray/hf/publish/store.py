@@ -1,11 +1,11 @@
-"""A destination on an object store. There is no rename of a directory there, so
+"""Publish to an object store, which cannot rename a directory. So
 
 * a marker object is created first, which only one writer can do; it holds the place and is deleted last;
 * config.json and adapter_config.json, without which no loader reads the rest, are put after everything else;
-* a failure takes back what was put, in the opposite order.
+* a failure takes back the objects that were put, in the opposite order.
 
-A killed export so leaves files that load nowhere, under a marker that says what they are and which are done: another
-run can go on from there when it is told to (resume). Nothing is ever written through a remote `open()`: an exception
+A killed export therefore leaves files that nobody can load, under a marker that names their plan and the finished ones.
+Another run can continue from there on request (resume). Nothing is ever written through a remote `open()`: an exception
 inside it would publish the truncated object.
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StoreStage(Stage):
-    """`target` is the destination. placed: names of the objects that are taken back if the export fails."""
+    """`target` is the destination. `placed` names the objects to take back if the export fails."""
 
     fs: Any = None
     root: str = ""
@@ -42,7 +42,7 @@ class StoreStage(Stage):
         self.save()
 
     def kept(self) -> dict[str, dict[str, Any]]:
-        """Those whose object is still the one that was put, by what the store says of it."""
+        """Return the records whose object is still the one that was put, according to the store."""
         kept = {}
         for name, record in self.journal.parts.items():
             with contextlib.suppress(FileNotFoundError):
@@ -51,7 +51,7 @@ class StoreStage(Stage):
         return kept
 
     def save(self) -> None:
-        """The journal into the marker, unless another writer has taken the place over. Raises DestinationError."""
+        """Write the journal into the marker unless another writer has taken over. Raises DestinationError."""
         self.check_owner()
         try:
             self.fs.pipe_file(f"{self.root}/{MARKER}", self.journal.to_bytes())
@@ -59,7 +59,7 @@ class StoreStage(Stage):
             raise DestinationError(f"{self.target}: {MARKER} could not be written ({cause_of(error)})") from error
 
     def check_owner(self) -> None:
-        """Raises DestinationError when the marker is another's: a resumed export that we did not survive."""
+        """Check that the marker is still ours. Raises DestinationError if a resumed export has taken over the place."""
         try:
             found = Journal.of(self.fs.cat_file(f"{self.root}/{MARKER}"))
         except Exception as error:
@@ -77,7 +77,7 @@ class StoreStage(Stage):
 
 
 class _TakenOverError(DestinationError):
-    """What is there belongs to another writer."""
+    """The content of the destination belongs to another writer."""
 
 
 def check(url: str) -> None:
@@ -106,13 +106,13 @@ def staged(url: str, plan: str, resume: bool) -> Iterator[StoreStage]:
             raise
     try:
         _release(stage)
-    except DestinationError as error:  # the export is whole all the same
+    except DestinationError as error:  # the export is complete nevertheless
         log.warning("%s", error)
     log.info("published %s: files=%d", url, len(stage.placed))
 
 
 def _claim(url: str, directory: Path, plan: str, resume: bool) -> StoreStage:
-    """A place on an object store that this process alone writes to."""
+    """Claim a place on an object store to which only this process writes."""
     fs, root = filesystem(url, DestinationError)
     stage = StoreStage(directory, url, Journal(plan), fs, root)
     if _is_unfinished(stage):
@@ -143,8 +143,10 @@ def _left(stage: StoreStage) -> Journal:
 
 
 def _take_over(stage: StoreStage) -> None:
-    """The marker becomes ours, then everything goes that is not a proven weight file of the same plan: first what
-    loaders start from."""
+    """Make the marker ours, then delete everything except the proven weight files of the same plan.
+
+    The files from which loaders start are deleted first.
+    """
     earlier = _left(stage)
     if earlier.plan == stage.journal.plan:
         stage.journal.parts = earlier.parts
@@ -162,7 +164,7 @@ def _take_over(stage: StoreStage) -> None:
 
 
 def _is_unfinished(stage: StoreStage) -> bool:
-    """Whether a marker is there. Raises DestinationError when anything else is, without one."""
+    """True if a marker is there. Raises DestinationError if there is anything else without a marker."""
     fs, root, url = stage.fs, stage.root, stage.target
     try:
         found = [entry["name"] for entry in fs.ls(root, detail=True)]
@@ -179,7 +181,7 @@ def _is_unfinished(stage: StoreStage) -> bool:
 
 
 def _is_object(fs: Any, name: str) -> bool:
-    """A listing of "dir/" may hold the placeholder object "dir/" itself (size 0); a real object is in the way."""
+    """True if a real object has this name; a listing of "dir/" may hold only the placeholder "dir/" (size 0)."""
     try:
         info = fs.info(name)
     except FileNotFoundError:
@@ -198,15 +200,16 @@ def _release(stage: StoreStage) -> None:
 
 
 def _take_back(stage: StoreStage) -> list[str]:
-    """Delete what was put, what loaders start from first, then the marker; returns what could not be deleted.
+    """Delete the objects that were put, then the marker; return those that could not be deleted.
 
-    Where a file that loaders start from cannot be deleted, the rest stays too: it is whole, or nothing.
+    The files from which loaders start are deleted first. If one of them cannot be deleted, the rest stays too: an
+    export is complete or absent.
     """
     return _delete(stage, [*sorted(stage.placed, key=publishing_order, reverse=True), MARKER])
 
 
 def _delete(stage: StoreStage, names: Iterable[str]) -> list[str]:
-    """In this order, up to the first that cannot be deleted; returns the rest from there."""
+    """Delete objects in this order up to the first that cannot be deleted; return the rest from there."""
     names = list(names)
     for number, name in enumerate(names):
         try:
