@@ -97,6 +97,21 @@ def test_a_prompt_is_what_a_row_of_training_begins_with(tokenizers, kind, eos_be
     assert prompt_ids(messages[:1], tokenizer, CHATML) == [context]
 
 
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "question"}]}]
+
+
+def test_messages_are_fitted_to_the_template_as_rows_are(tokenizers):
+    """Content in parts under a template that takes text: a row has the text, and so has the prompt."""
+    tokenizer = tokenizers["chat"]
+    made = RowTokenizer(tokenizer, PromptAnswer(), 100, chat_template=CHATML)
+    (row,) = made([{"messages": [*PARTS, {"role": "assistant", "content": "answer"}]}], 0).rows()
+    (ids,) = prompt_ids([PARTS], tokenizer, CHATML)
+    assert ids == row.token_ids[row.loss_mask == 0].tolist()
+    assert "<user>question" in tokenizer.decode(ids)
+    with pytest.raises(DataError, match=r"prompt 0: .*message 0 has no role"):
+        prompt_ids([{"content": "question"}], tokenizer, CHATML)
+
+
 BEYOND = {
     "an id": ([5, 4000, 7], "prompt 0: id 4000 is beyond the model's vocabulary of 300"),
     "a negative id": ([[5], [5, -3]], "prompt 1: -3 is no token id; ids are 0 to 299"),

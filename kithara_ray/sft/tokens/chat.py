@@ -79,12 +79,11 @@ class ChatTemplate:
         """
         template = self._template(tools)
         silent = {number for number, message in enumerate(messages) if message.get("weight") == 0}
-        plain = [{k: v for k, v in message.items() if v is not None and k != "weight"} for message in messages]
 
         def render(given: Sequence[Mapping], with_tools: Any = tools) -> str:
             return self._render(template, given, with_tools, options)[0]
 
-        messages = self.fit.adapted(plain, render)
+        messages = self.fit.adapted(_plain(messages), render)
         if _GENERATION.search(template):
             text, marks = self._render(template, messages, tools, options, mark=True)
             spans, unlearned = self._without(silent, template, messages, tools, options, text, marks), 0
@@ -198,11 +197,19 @@ class ChatTemplate:
     ) -> str:
         """Return a conversation's text up to the assistant's next turn, as in a training row.
 
+        Args: as of `__call__`.
+
         Raises:
             DataError: there is no template, it fails, or takes too long.
         """
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return self._render(self._template(tools), messages, tools, options, prompt=True)[0]
+        template = self._template(tools)
+        given = self.fit.adapted(_plain(messages), lambda some: self._render(template, some, tools, options)[0])
+        return self._render(template, given, tools, options, prompt=True)[0]
+
+
+def _plain(messages: Sequence[Mapping]) -> list[dict]:
+    """Messages with what the template reads."""
+    return [{k: v for k, v in message.items() if v is not None and k != "weight"} for message in messages]
 
 
 def _is_empty(message: Mapping) -> bool:

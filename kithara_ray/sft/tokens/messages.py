@@ -37,12 +37,7 @@ def check_messages(messages: Any) -> list[dict]:
     Raises:
         DataError: the messages are not a list of dicts with a role and text, or the assistant says nothing.
     """
-    messages = as_list(messages, "messages")
-    if not messages:
-        raise DataError("is empty")
-    checked = [_checked(number, message) for number, message in enumerate(messages)]
-    if any("tool_calls" in old for old in checked) and any("function_call" in old for old in messages):
-        checked = [message | {"role": "tool"} if message["role"] == "function" else message for message in checked]
+    checked = as_messages(messages)
     saying = [message for message in checked if says_something(message)]
     if not saying:
         meant = [m["role"] for m in checked if m["role"] != "assistant" and meant_role(m["role"]) == "assistant"]
@@ -50,6 +45,17 @@ def check_messages(messages: Any) -> list[dict]:
         raise DataError(f"has no message of role 'assistant' that says something: nothing is learned{hint}")
     if all("weight" in message for message in saying):
         raise DataError("has only messages of the assistant with weight 0: nothing is learned")
+    return checked
+
+
+def as_messages(messages: Any) -> list[dict]:
+    """`check_messages` of a conversation in which the assistant need not have spoken yet: a prompt."""
+    messages = as_list(messages, "messages")
+    if not messages:
+        raise DataError("is empty")
+    checked = [_checked(number, message) for number, message in enumerate(messages)]
+    if any("tool_calls" in old for old in checked) and any("function_call" in old for old in messages):
+        checked = [message | {"role": "tool"} if message["role"] == "function" else message for message in checked]
     return checked
 
 

@@ -16,6 +16,7 @@ from kithara_ray.hf.fetch import tokenizer_at
 from kithara_ray.hf.model_files import GENERATION
 from kithara_ray.sft.tokens.chat import ChatTemplate
 from kithara_ray.sft.tokens.encode import encode, put_first
+from kithara_ray.sft.tokens.messages import as_messages
 from kithara_ray.sft.tokens.tokenizer import bos_of, load_tokenizer
 from kithara_ray.storage.urls import absolute
 
@@ -144,7 +145,7 @@ def _render(messages: list[Mapping], number: int, tokenizer: Any, chat_template:
             "model was trained on, or a tokenizer with tokenizer.chat_template"
         )
     try:
-        return encode(ChatTemplate(tokenizer, chat_template).prompt(messages), tokenizer)
+        return encode(ChatTemplate(tokenizer, chat_template).prompt(as_messages(messages)), tokenizer)
     except DataError as error:
         what = f"generate: prompt {number}: the tokenizer's chat template does not take it"
         raise DataError(f"{what} ({error})") from error
