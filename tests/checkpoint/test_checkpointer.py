@@ -5,7 +5,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
 from kithara_ray import Checkpointer
 from kithara_ray.errors import ConfigError
-from kithara_ray.orchestration.request import choose
+from kithara_ray.orchestration.request.arguments import checkpointer_of
 
 BAD = {
     "interval": (dict(save_interval_steps=0), "save_interval_steps must be an integer >= 1, got 0"),
@@ -32,14 +32,14 @@ def test_paths_are_absolute_and_urls_are_kept(tmp_path, monkeypatch):
 
 def test_what_rays_configurations_ask_for():
     common = dict(name="run", storage_path="gs://bucket/runs")
-    assert choose(None, RunConfig(**common), evaluates=False) is None
+    assert checkpointer_of(None, RunConfig(**common), evaluates=False) is None
     asked = CheckpointConfig(num_to_keep=3, checkpoint_score_attribute="eval_loss", checkpoint_score_order="min")
-    taken = choose(None, RunConfig(checkpoint_config=asked, **common), evaluates=True)
+    taken = checkpointer_of(None, RunConfig(checkpoint_config=asked, **common), evaluates=True)
     assert taken == Checkpointer("gs://bucket/runs/run/checkpoints", max_to_keep=3, score_attribute="eval_loss")
-    taken = choose(None, RunConfig(failure_config=FailureConfig(max_failures=2), **common), evaluates=False)
+    taken = checkpointer_of(None, RunConfig(failure_config=FailureConfig(max_failures=2), **common), evaluates=False)
     assert taken.checkpoint_dir == "gs://bucket/runs/run/checkpoints"
-    assert choose(Checkpointer("/a"), RunConfig(**common), evaluates=False) == Checkpointer("/a")
+    assert checkpointer_of(Checkpointer("/a"), RunConfig(**common), evaluates=False) == Checkpointer("/a")
     with pytest.raises(ConfigError, match="beside checkpointer=: the Checkpointer says what is kept"):
-        choose(Checkpointer("/a"), RunConfig(checkpoint_config=asked, **common), evaluates=True)
+        checkpointer_of(Checkpointer("/a"), RunConfig(checkpoint_config=asked, **common), evaluates=True)
     with pytest.raises(ConfigError, match=r"score_attribute='eval_loss' needs Trainer\(eval_dataloader"):
-        choose(Checkpointer("/a", score_attribute="eval_loss"), RunConfig(**common), evaluates=False)
+        checkpointer_of(Checkpointer("/a", score_attribute="eval_loss"), RunConfig(**common), evaluates=False)
