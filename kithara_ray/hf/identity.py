@@ -6,6 +6,7 @@ directory); the weights themselves, where this host has both; revision; name.
 
 import json
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def named(name: str | None, revision: str | None = None, fingerprint: str | None
         return BaseIdentity(repo_id, at or revision, fingerprint)
     if is_url(name) and not name.startswith("file://"):
         return BaseIdentity(name.rstrip("/"), None, fingerprint)
-    path = Path(name.removeprefix("file://")).expanduser()
+    path = Path(os.path.expanduser(name.removeprefix("file://")))
     if not path.is_dir() and name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/"):
         return BaseIdentity(name, revision, fingerprint)
     cached = _CACHED.search(str(path.absolute()))
@@ -100,7 +101,14 @@ def read_identity(directory: Path, config: dict[str, Any], metadata: dict[str, s
     for path in reports if directory.name == "adapter" else reports[:1]:
         if fingerprint is None and path.is_file():
             fingerprint = _fingerprint_in(path)
-    return named(config.get("base_model_name_or_path"), config.get("revision"), fingerprint)
+    return named(_text(config, "base_model_name_or_path"), _text(config, "revision"), fingerprint)
+
+
+def _text(config: dict[str, Any], field: str) -> str | None:
+    value = config.get(field)
+    if value is None or isinstance(value, str):
+        return value
+    raise AdapterError(f"adapter_config.json: {field} must be a text, got {value!r}; name the base there, or null")
 
 
 def _fingerprint_in(path: Path) -> str | None:

@@ -63,8 +63,10 @@ def checked_layer_patterns(given: object) -> tuple[str, ...] | None:
 def checked_modules(given: object) -> tuple[str, ...]:
     """Return the embedding and the head by the last part of their names, in this order."""
     entries = given if isinstance(given, list | tuple | set | frozenset) else (given,) if given else ()
-    leaves = {entry.rpartition(".")[2] if isinstance(entry, str) else entry for entry in entries}
-    other = sorted(map(str, leaves - {EMBEDDING, HEAD}))
+    if not all(isinstance(entry, str) for entry in entries):
+        raise ConfigError(f"modules_to_save must be a module's name or a list of them, got {given!r}")
+    leaves = {entry.rpartition(".")[2] for entry in entries}
+    other = sorted(leaves - {EMBEDDING, HEAD})
     if other:
         raise UnsupportedError(
             f"modules_to_save={given!r} is not supported: {other[0]!r} is neither {EMBEDDING!r} nor {HEAD!r}, which "
