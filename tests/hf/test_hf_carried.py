@@ -196,6 +196,7 @@ RUN = {
     "settings": {
         "model": {"preset_handle": "/home/me/base", "precision": "float32", "target": r".*\.(q|v)_proj"},
         "run_config": {"storage_path": "/home/me/runs"},
+        "optimizer": {"class_name": "AdamW", "config": {"beta_1": 0.9}},
         "train_dataloader": {
             "packing": True,
             "dataset": {"source": ["/data/me/train.jsonl", "hf://datasets/org/set/x.parquet"], "max_seq_len": 64},
@@ -219,6 +220,9 @@ def test_what_is_published_names_no_place_of_the_host():
     dataset = told["settings"]["train_dataloader"]["dataset"]
     assert dataset["source"] == ["train.jsonl", "hf://datasets/org/set/x.parquet"]
     assert told["settings"]["model"] == {"preset_handle": "base", "precision": "float32", "target": r".*\.(q|v)_proj"}
+    assert told["settings"]["optimizer"] == {"class_name": "AdamW", "config": {"beta_1": 0.9}}
+    within = published({"source": "/home/me/runs/r", "training": {"manifest_version": 1, **RUN}})["training"]
+    assert within == {"manifest_version": 1, **told}
     assert RUN["platform"]  # what was given is left as it is
 
 

@@ -150,7 +150,7 @@ def test_the_same_again_as_a_job_by_its_run_json(trained, cluster, small, tmp_pa
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
     # The job runs in a packed copy of the directory, which has no history.
-    assert json.loads((tmp_path / "adapter" / "run.json").read_text())["git"] is None
+    assert json.loads((tmp_path / "runs" / "again" / "run.json").read_text())["git"] is None
 
 
 def test_doctor_finds_nothing(cluster, small, tmp_path, capsys):

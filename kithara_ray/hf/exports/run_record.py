@@ -7,21 +7,28 @@ from typing import Any
 
 # Entries of run.json about the host and its storage; only the run's own file keeps them.
 _OF_THE_HOST = frozenset(
-    {"platform", "environment", "config", "run_config", "git", "path", "storage_path", "error"}
+    {"run_config", "path", "storage_path", "error"}
     | {"tensorboard_dir", "profiler", "checkpointer", "checkpoint_dir", "output_dir", "export_dir"}
 )
+# The same at the top of run.json; deeper, a name such as "config" means something else, an optimizer's for one.
+_OF_A_RECORD = frozenset({"platform", "environment", "config", "git"})
 # A path at the start of a text, or after a quote, a space or a bracket.
 _LOCAL_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s'"(\[=,]))(?:file://)?(?:~|\.{1,2})?(?:/[^\s'",)\]/]+)+/?""")
 
 
 def published(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return run.json for readers elsewhere: without facts of the host, with local paths cut to their last part."""
-    return {key: _published(value) for key, value in run.items() if key not in _OF_THE_HOST}
+    return _without(run, _OF_THE_HOST | _OF_A_RECORD)
+
+
+def _without(entries: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {key: _published(value) for key, value in entries.items() if key not in names}
 
 
 def _published(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return published(value)
+        is_record = "manifest_version" in value
+        return published(value) if is_record else _without(value, _OF_THE_HOST)
     if isinstance(value, (list, tuple)):
         return [_published(inner) for inner in value]
     return without_paths(value) if isinstance(value, str) else value
