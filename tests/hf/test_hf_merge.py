@@ -14,10 +14,10 @@ import transformers
 from merging import merge, merge_file
 
 from kithara_ray.errors import AdapterError, ConfigError, ExportError, UnsupportedError
-from kithara_ray.hf import merge as merge_module
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.merging import merge as merge_module
 from kithara_ray.hf.merging.merge import check_mergeable, write_tensors
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -278,7 +278,7 @@ def test_dropout_before_the_magnitude_is_peft_s(tiny_models, tmp_path):
     (layer,) = {id(slot.layers[0]): slot.layers[0] for slot in model.factor_slots}.values()
     factors, frozen = model.place_factors(tensors), model.load(base)
     with model.bind(factors, frozen, unstack=True), dropout.dropping(jax.random.key(0)):
-        kept = np.asarray(layers.dropped(x, 0.4, layer._lora_number))
+        kept = np.asarray(layers.dropped(x, 0.4, layer.lora_number))
         ours = np.asarray(layer(x))
     reference = loaded_by_peft(base, tmp_path).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     reference.lora_dropout["default"].forward = lambda _: torch.tensor(kept)
