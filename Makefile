@@ -50,7 +50,7 @@ quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, s
 test: $(VENV)/.test $(VENV)/.browser lint  ## the test suite, but for what takes longest
 	@$(BIN)/python -m pytest -n 2 -m "not long"
 
-test-long: $(VENV)/.test  ## the rest of it; 14 minutes
+test-long: $(VENV)/.test  ## the rest of it; 13 minutes
 	@$(BIN)/python -m pytest -n 2 -m long
 
 lint: $(VENV)/.test

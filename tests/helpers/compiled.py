@@ -1,4 +1,4 @@
-"""Where the tests' compiled programs stay between runs."""
+"""The directory that keeps the tests' compiled programs between runs."""
 
 import hashlib
 import importlib.metadata

@@ -93,7 +93,7 @@ def data_spec(rows: list[dict], directory: str, rows_per_device: int) -> DataSpe
 
 
 def spec_of(directory: Path, out: Path, channel: LocalChannel, **changes: Any) -> RunSpec:
-    """Of a run on all devices of this process: 8 steps of 8 of 22 rows, so that the epoch turns twice.
+    """A run on all devices of this process: 8 steps of 8 of 22 rows, so that the epoch turns twice.
 
     Args:
         changes: fields of RunSpec, ModelSpec and StepSettings, by their names.
@@ -141,7 +141,7 @@ def held_out(directory: Path, every_steps: int | None = 4, every_epochs: int | N
 
 @dataclass(frozen=True)
 class Ended:
-    """What is left of a run: itself, its summary, and what the driver would make of what it told."""
+    """The remains of a run: itself, its summary, and what the driver would make of what it told."""
 
     run: Any
     summary: dict[str, Any]
