@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -94,7 +95,7 @@ def tell_generation(base: str) -> None:
         logger.warning("%s", text)
 
 
-def start_generator(weights: Weights) -> ray.actor.ActorHandle:
+def start_generator(weights: Weights) -> ActorHandle:
     """Start the actor on any node. It requests no CPU from the scheduler, so it also starts on a full cluster."""
     env = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "XLA_FLAGS": ""}
     return ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote(weights)

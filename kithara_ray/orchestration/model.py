@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.checkpoint.run_files import tokenizer_of
@@ -271,9 +272,7 @@ class KerasHubModel:
                 logger.warning("the report in %s was not told of %s: %s", self.run_directory, written, error)
         return written
 
-    def _export_adapter(
-        self, coordinator: ray.actor.ActorHandle, request: ExportRequest, options: dict[str, Any]
-    ) -> str:
+    def _export_adapter(self, coordinator: ActorHandle, request: ExportRequest, options: dict[str, Any]) -> str:
         max_files = options.pop("max_files")
 
         def export(adapter: AdapterRef) -> ray.ObjectRef:
@@ -299,7 +298,7 @@ class KerasHubModel:
         """Location of the weights that an adapter applies to, or that training continues from."""
         return self.trained or self.preset_handle
 
-    def coordinator(self) -> ray.actor.ActorHandle:
+    def coordinator(self) -> ActorHandle:
         """Return this model's coordinator; start it on the first call, or if Ray was restarted."""
         start_ray()
         self._coordinator = living_coordinator(self._coordinator)

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import ray
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from kithara_ray.errors import ClusterError, ConfigError, TrainingError
@@ -38,7 +38,7 @@ _ZIPPED_TO_SEE = 10  # above this multiple of the limit, no compression is enoug
 _RETRY_S = 2.0
 _QUIET_S = 120.0  # seconds without output after which the log is requested again
 # Errors of requests, aiohttp and Ray for a server that is gone, refuses or sends an invalid answer.
-_FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, asyncio.TimeoutError, ray.exceptions.RayError)
+_FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, asyncio.TimeoutError, RayError)
 
 
 def connect(address: str) -> JobSubmissionClient:

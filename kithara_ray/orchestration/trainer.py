@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.callbacks import Callback, Profiler
@@ -224,7 +226,7 @@ class Trainer:
     def _prepared(
         self,
         request: RunRequest,
-        coordinator: ray.actor.ActorHandle,
+        coordinator: ActorHandle,
         manifest: RunManifest,
         samples: Samples,
         progress: Progress,
@@ -249,7 +251,7 @@ class Trainer:
 
     def _described(
         self,
-        coordinator: ray.actor.ActorHandle,
+        coordinator: ActorHandle,
         manifest: RunManifest,
         result: TrainResult,
         summary: Mapping[str, Any],
@@ -260,9 +262,7 @@ class Trainer:
         failed = {"error": problem} if problem else {}
         return manifest.end(coordinator, "failed" if problem else "finished", result=more, **failed)
 
-    def _take(
-        self, coordinator: ray.actor.ActorHandle, spec: RunSpec, summary: Mapping[str, Any], directory: str
-    ) -> str:
+    def _take(self, coordinator: ActorHandle, spec: RunSpec, summary: Mapping[str, Any], directory: str) -> str:
         """Hand the trained tensors from the coordinator to the model, and return where they are written.
 
         Args:
@@ -291,10 +291,10 @@ def _asked_of(model: KerasHubModel) -> ModelRequest:
     )
 
 
-def _events_so_far(coordinator: ray.actor.ActorHandle) -> list[Event]:
+def _events_so_far(coordinator: ActorHandle) -> list[Event]:
     """Return the events of a run that has failed."""
     try:
         return one_history(ray.get(coordinator.events.remote(0), timeout=30))
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         logger.warning("the history of the run is lost: %s", error)
         return []

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError
 from ray.train import Result
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -26,16 +28,16 @@ class InterruptibleTrainer(HookedJaxTrainer):
         coordinator: receives the request to stop; set before `fit`. With None, an interrupt ends the run at once.
     """
 
-    coordinator: ray.actor.ActorHandle | None
+    coordinator: ActorHandle | None
     interrupts = 0
 
-    def on_sigint(self, controller: ray.actor.ActorHandle) -> None:
+    def on_sigint(self, controller: ActorHandle) -> None:
         self.interrupts += 1
         if self.interrupts == 1 and self.coordinator is not None:
             logger.warning("interrupted: saving and leaving after the step; once more to end the run at once")
             self.coordinator.ask.remote("interrupt")
             return
-        with contextlib.suppress(ray.exceptions.RayActorError):
+        with contextlib.suppress(RayActorError):
             ray.get(controller.abort.remote())
         raise KeyboardInterrupt
 
@@ -53,7 +55,7 @@ def sigint_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle | None) -> Result:
+def fit(trainer: InterruptibleTrainer, coordinator: ActorHandle | None) -> Result:
     """Run to the end.
 
     Raises:
@@ -65,20 +67,20 @@ def fit(trainer: InterruptibleTrainer, coordinator: ray.actor.ActorHandle | None
             return trainer.fit()
     except TrainingFailedError as error:
         raise named(error, _stalled(coordinator)) from error
-    except ray.exceptions.RayActorError as error:
+    except RayActorError as error:
         raise TrainingError(f"Ray's controller of the run died: {_one_line(error)}") from error
     finally:
         if coordinator is not None:
             coordinator.stop_watching.remote()
 
 
-def _stalled(coordinator: ray.actor.ActorHandle | None) -> str | None:
+def _stalled(coordinator: ActorHandle | None) -> str | None:
     """Return why the watchdog ended the last attempt; None if it did not."""
     if coordinator is None:
         return None
     try:
         events = ray.get(coordinator.events.remote(0), timeout=30)
-    except ray.exceptions.RayError:
+    except RayError:
         return None
     text = None
     for event in events:
@@ -115,7 +117,7 @@ def _collateral(failure: BaseException) -> int:
     cause = error_of_worker(failure)
     if type(cause).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return 2
-    return int(isinstance(cause, ray.exceptions.RayActorError))
+    return int(isinstance(cause, RayActorError))
 
 
 def _one_line(error: BaseException) -> str:

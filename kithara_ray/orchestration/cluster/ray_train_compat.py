@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import ray
+from ray.actor import ActorHandle
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.jax import JaxTrainer
@@ -21,7 +21,7 @@ __all__ = ["HookedJaxTrainer", "JaxBackend", "error_of_worker", "preemption_noti
 class HookedJaxTrainer(JaxTrainer):
     """Ray's JaxTrainer without its data-sharing actor, and with a hook for interrupts."""
 
-    def on_sigint(self, controller: ray.actor.ActorHandle) -> None:
+    def on_sigint(self, controller: ActorHandle) -> None:
         """Handle one SIGINT of the driver, in a signal handler."""
         raise NotImplementedError
 
@@ -33,7 +33,7 @@ class HookedJaxTrainer(JaxTrainer):
         """
         return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
-    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
         """Hand SIGINT to `on_sigint`.
 
         Needed because Ray's own handler aborts at the first signal and loses all training since the last save.

@@ -3,6 +3,7 @@
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import KitharaRayError
 from kithara_ray.orchestration.cluster.ray_compat import HEAD_NODE_RESOURCE
@@ -12,7 +13,7 @@ def remote_get(reference: Any) -> Any:
     """Call `ray.get`, and raise this library's errors as themselves, not in Ray's wrapper."""
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, KitharaRayError):
             raise error.cause from None
         raise

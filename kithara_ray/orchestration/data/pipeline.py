@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import sources
@@ -75,7 +76,7 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
             blocks.append(tokens)
             summaries.append(summary)
         results += ray.get(list(summaries))
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise error.cause if isinstance(error.cause, DataError) else error from None
     lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
     counts, unread_columns, told = _concluded(len(lengths), [result[2] for result in results])

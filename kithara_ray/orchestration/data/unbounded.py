@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data.sources import COUNTS, stream, tokenize_rows
@@ -63,7 +65,7 @@ class EndlessOrder:
 class EndlessStore:
     """The counterpart of a TokenStore for a stream: it holds the actor that reads the source."""
 
-    reader: ray.actor.ActorHandle
+    reader: ActorHandle
     pad_id: int
     max_seq_len: int
     content: str = "endless"
@@ -146,7 +148,7 @@ class Reader:
                 block_ref, summary_ref = pending.popleft()
                 try:
                     block, summary = ray.get([block_ref, summary_ref])
-                except ray.exceptions.RayTaskError as error:
+                except RayTaskError as error:
                     raise error.cause if isinstance(error.cause, DataError) else error from None
                 self._report(summary)
                 yield from block.rows()

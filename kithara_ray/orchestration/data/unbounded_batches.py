@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import ray
 from jax.sharding import NamedSharding
+from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data.placement import place
@@ -52,7 +53,7 @@ class EndlessStream:
     def _make(self, step: int) -> tuple[dict[str, jax.Array], int]:
         try:
             batch = ray.get(self.store.reader.batch.remote(step, self.order, self._shape))
-        except ray.exceptions.RayTaskError as error:
+        except RayTaskError as error:
             raise error.cause if isinstance(error.cause, DataError) else error from None
         tokens = [sum(len(row.token_ids) for row in pack) for pack in batch]
         shape = next(shape for shape in self.shapes if shape[0] >= max(tokens))

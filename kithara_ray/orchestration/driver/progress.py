@@ -5,6 +5,8 @@ import threading
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -42,7 +44,7 @@ class Progress:
     """Shows the driver's phases and, once `follow` names a coordinator, its events. Use it in a `with` block."""
 
     def __init__(self, enabled: bool = True):
-        self._coordinator: ray.actor.ActorHandle | None = None
+        self._coordinator: ActorHandle | None = None
         self._console = Console(stderr=True, quiet=not enabled, highlight=False)
         self._seen = 0
         self._total_steps: int | None = None
@@ -64,7 +66,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def follow(self, coordinator: ray.actor.ActorHandle) -> None:
+    def follow(self, coordinator: ActorHandle) -> None:
         """Show the events of a run, in a thread."""
         self._coordinator = coordinator
         self._thread.start()
@@ -87,7 +89,7 @@ class Progress:
     def _drain(self) -> None:
         try:
             events = ray.get(self._coordinator.events.remote(self._seen), timeout=10)
-        except ray.exceptions.RayError:
+        except RayError:
             return
         self._seen += len(events)
         for event in events:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from kithara_ray.checkpoint.run_files import RUN
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -78,7 +80,7 @@ class RunManifest:
         """The run's directory on the head node, or a URL; None if only Ray's own file system reaches it."""
         return None if self._request.group.run_config.storage_filesystem else self._request.directory
 
-    def begin(self, coordinator: ray.actor.ActorHandle, spec: RunSpec, tokenizer: Mapping[str, Any]) -> None:
+    def begin(self, coordinator: ActorHandle, spec: RunSpec, tokenizer: Mapping[str, Any]) -> None:
         """Write the manifest before the first step.
 
         Args:
@@ -96,12 +98,12 @@ class RunManifest:
         self.content["mesh"] = {**axes, "platform": spec.platform, "devices": devices, "hosts": spec.num_workers}
         self._write(coordinator)
 
-    def end(self, coordinator: ray.actor.ActorHandle, status: str, **more: Any) -> dict[str, Any]:
+    def end(self, coordinator: ActorHandle, status: str, **more: Any) -> dict[str, Any]:
         """Write the manifest of a run that has ended, "finished" or "failed"; return the written content."""
         self.content |= {"status": status, "ended": _now(), **more}
         return self._write(coordinator)
 
-    def write_report(self, coordinator: ray.actor.ActorHandle, history: Mapping[str, Any]) -> None:
+    def write_report(self, coordinator: ActorHandle, history: Mapping[str, Any]) -> None:
         """Write report.html beside run.json. A failure is logged, and never ends a run."""
         if self.directory is None:
             return
@@ -115,12 +117,12 @@ class RunManifest:
         """Return the manifest as plain data, without secrets."""
         return redact(json.loads(json.dumps(self.content, default=str)), self._secrets)
 
-    def _write(self, coordinator: ray.actor.ActorHandle) -> dict[str, Any]:
+    def _write(self, coordinator: ActorHandle) -> dict[str, Any]:
         content = self.told()
         if self.directory is not None:
             try:
                 ray.get(coordinator.write_run.remote(self.directory, content), timeout=60)
-            except (ray.exceptions.RayError, OSError) as error:  # a missing description must not end the run
+            except (RayError, OSError) as error:  # a missing description must not end the run
                 logger.warning("%s in %s was not written: %s", RUN, self.directory, error)
         return content
 
@@ -149,7 +151,7 @@ def _of_task(reference: ray.ObjectRef) -> dict[str, Any]:
     """Return a task's facts, or the error as an "unknown" entry: a missing fact must not end a run."""
     try:
         return ray.get(reference, timeout=120)
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         return {"unknown": str(getattr(error, "cause", None) or error).strip().splitlines()[-1]}
 
 

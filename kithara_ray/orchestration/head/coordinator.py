@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.checkpoint.disk_format import Checkpoint
@@ -224,7 +226,7 @@ def _kill(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def start_coordinator() -> ray.actor.ActorHandle:
+def start_coordinator() -> ActorHandle:
     """Start a coordinator on the head node. It holds no CPU, because it must also start on a full cluster."""
     head = head_node_id()
     # Ray restarts it if it dies: rank 0 and the checkpoints also hold all that it holds of a run.
@@ -235,12 +237,12 @@ def start_coordinator() -> ray.actor.ActorHandle:
     return ray.remote(Coordinator).options(**options).remote()
 
 
-def living_coordinator(known: ray.actor.ActorHandle | None) -> ray.actor.ActorHandle:
+def living_coordinator(known: ActorHandle | None) -> ActorHandle:
     """Return the known coordinator if it answers, else a new one: the cluster may have been restarted."""
     if known is not None:
         try:
             ray.get(known.__ray_ready__.remote(), timeout=30)
             return known
-        except (ray.exceptions.RayError, ValueError):
+        except (RayError, ValueError):
             pass
     return start_coordinator()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.errors import ExportError, KitharaRayError
@@ -75,9 +76,9 @@ def _result(done: ray.ObjectRef, name: str) -> Written:
         return remote_get(done)
     except KitharaRayError:
         raise
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise ExportError(f"{name}: {type(error.cause).__name__}: {error.cause}") from error
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise ExportError(
             f"{name}: its task was lost {MAX_RETRIES + 1} times ({type(error).__name__}); a node that runs out of "
             "memory or disk does this; start the export again with resume=True"

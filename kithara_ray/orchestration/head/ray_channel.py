@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import ray
+from ray.actor import ActorHandle
 
 from kithara_ray.hf.exports.trained import TensorSlice
 from kithara_ray.orchestration.cluster.process_setup import is_draining
@@ -25,7 +26,7 @@ class RayChannel:
         coordinator: the actor; Ray restarts it if it dies.
     """
 
-    coordinator: ray.actor.ActorHandle
+    coordinator: ActorHandle
 
     @property
     def node_id(self) -> str:

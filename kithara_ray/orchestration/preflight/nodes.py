@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.errors import ClusterError
@@ -138,7 +139,7 @@ def _answers(nodes: Mapping[str, Mapping[str, Any]], asked: Mapping[str, ray.Obj
     for node_id, reference in asked.items():
         try:
             found[node_id] = ray.get(reference)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise ClusterError(
                 f"{_name(nodes, node_id)}: kithara_ray cannot be run there ({cause}); install the driver's version on "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.errors import DataError, DestinationError, KitharaRayError
@@ -168,7 +169,7 @@ class FirstRows:
         for name, asked in self._asked:
             try:
                 error, text = ray.get(asked, timeout=_TIMEOUT_S)
-            except ray.exceptions.GetTimeoutError:
+            except GetTimeoutError:
                 raise DataError(
                     f"{name}: the tokenizer did not load within {_TIMEOUT_S:g} s; check its handle and the network"
                 ) from None

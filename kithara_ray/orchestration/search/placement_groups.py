@@ -9,6 +9,7 @@ import contextlib
 import time
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import remove_placement_group
 
 from kithara_ray.orchestration.cluster import ray_compat
@@ -32,7 +33,7 @@ def free() -> None:
     """Remove the groups whose creator is dead."""
     for group, orphaned in groups().items():
         if orphaned:
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(RayError):
                 remove_placement_group(ray_compat.placement_group_of(group))
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 import ray.tune
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError
 from ray.train import ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -113,7 +115,7 @@ class TrialDriver:
         with contextlib.suppress(OSError):
             os.chdir(settings.cwd)
 
-    def prepare(self, point: Mapping[str, Any], directory: str) -> ray.actor.ActorHandle:
+    def prepare(self, point: Mapping[str, Any], directory: str) -> ActorHandle:
         """Make the Trainer; return the run's coordinator. Raises the errors of the Trainer and its parts."""
         settings = self._settings
         try:
@@ -184,7 +186,7 @@ def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
         driver = ray.remote(TrialDriver).options(**options).remote(settings)
         try:
             last = _watched(driver, point, directory, settings.metric)
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             # Tune would take this error for the death of its own process, and not record that the trial failed.
             raise TrainingError(f"a process of the trial died: {' '.join(str(error).split())[:_SHOWN]}") from None
         except KitharaRayError as error:
@@ -200,7 +202,7 @@ def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
     return ray.tune.with_resources(trial, ray.tune.PlacementGroupFactory([{ray_compat.HEAD_NODE_RESOURCE: _SLIVER}]))
 
 
-def _watched(driver: ray.actor.ActorHandle, point: Mapping[str, Any], directory: str, metric: str) -> dict[str, Any]:
+def _watched(driver: ActorHandle, point: Mapping[str, Any], directory: str, metric: str) -> dict[str, Any]:
     """Drive a trial to its end, with reports to Tune on the way; return its last report."""
     coordinator = remote_get(driver.prepare.remote(point, directory))
     running = driver.train.remote()
@@ -208,7 +210,7 @@ def _watched(driver: ray.actor.ActorHandle, point: Mapping[str, Any], directory:
     while not ray.wait([running], timeout=_POLL_S)[0]:
         try:
             events = ray.get(coordinator.events.remote(seen), timeout=10)
-        except ray.exceptions.RayError:
+        except RayError:
             continue
         seen += len(events)
         for report in reports.of(events):
