@@ -298,6 +298,32 @@ def merge(
 
 
 @app.command()
+def models(
+    handles: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[HANDLE]...", help="hf://org/name, a directory (config.json is enough), gs://..."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the families; with HANDLEs, report for each whether it can be trained, or the reason. Reads no weights.
+
+    Exit code 1 if any is refused. Example: kithara-ray models hf://org/name ~/models/*
+    """
+    from kithara_ray.cli import models
+
+    console = Console(highlight=False)
+    if not handles:
+        typer.echo(models.families_json()) if as_json else console.print(models.families_table())
+        return
+    from kithara_ray.model.families.admission import admissions
+
+    found = admissions(handles)
+    typer.echo(models.as_json(found)) if as_json else console.print(models.as_table(found))
+    if not all(each.accepted for each in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory or URL: <storage_path>/<name>.")],
 ) -> None:

@@ -77,6 +77,12 @@ class BaseCheckpoint:
         return cls.open(directory, source=source)
 
     @classmethod
+    def described(cls, handle: str) -> "BaseCheckpoint":
+        """Open as `at` does; a directory whose only model file is config.json gives a checkpoint without tensors."""
+        directory, source = fetch_headers(str(handle))
+        return cls.open(directory, weights=_has_weights(directory), source=source)
+
+    @classmethod
     def open(cls, directory: str | Path, weights: bool = True, source: str | None = None) -> "BaseCheckpoint":
         """Open and validate headers, offsets and index without reading tensor bytes. Raises CheckpointError."""
         directory = Path(directory).expanduser().absolute()
@@ -247,8 +253,17 @@ def _step(path: Path) -> tuple[int, str]:
     return len(path.name), path.name
 
 
+def _has_weights(directory: Path) -> bool:
+    """True if any file says that this directory should hold a model's weights."""
+    return (directory / INDEX).exists() or any(directory.glob(f"*{SUFFIX}")) or bool(_pickled(directory))
+
+
+def _pickled(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+
+
 def _without_weights(directory: Path) -> str:
-    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    pickled = _pickled(directory)
     if pickled:
         return (
             f"{directory}: only pickled weights ({pickled[0]}); pickle is not read. Convert once where you trust the "

@@ -22,6 +22,7 @@ from kithara_ray.hf.identity import check_same_base
 from kithara_ray.hf.model_files import has_tokenizer
 from kithara_ray.hf.publish.publish import check_destination
 from kithara_ray.model.families import family_of
+from kithara_ray.model.families.family import training_note
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, lora_config_of, other_modules_of
 from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
@@ -169,6 +170,8 @@ class KerasHubModel:
         base = BaseCheckpoint.at(handle)
         family_of(base.config)
         check_tensors(base)
+        if note := training_note(base.config):
+            logger.warning("%s: %s", handle, note)
         if adapter is not None:
             check_unset(
                 cls.from_preset, {"lora_rank": lora_rank, **settings}, "beside adapter=: the adapter brings its own"

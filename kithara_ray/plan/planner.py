@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import ConfigError, PlanError, UnsupportedError
-from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, read_json
-from kithara_ray.hf.fetch import fetch_headers
+from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.options import ModelOptions
@@ -154,15 +153,10 @@ def config_of(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(base, Mapping):
         return dict(base)
-    directory, source = Path(str(base)).expanduser(), None
-    if not directory.is_dir():
-        directory, source = fetch_headers(str(base))
-    if not (directory / CONFIG).is_file():
-        raise ConfigError(f"{directory}: {CONFIG} is missing; it is all that a plan needs of a model")
-    config = read_json(directory / CONFIG, UnsupportedError)
-    if any((directory / name).exists() for name in (SINGLE, INDEX)):
-        check_tensors(BaseCheckpoint.open(directory, source=source), values=False)
-    return config
+    described = BaseCheckpoint.described(str(base))
+    if described.has_weights:
+        check_tensors(described, values=False)
+    return described.config
 
 
 def _why_not_compiled(where: Slice, compile: bool) -> str | None:

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model import keras_compat
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.families import FAMILIES, family_of
-from kithara_ray.model.families.family import completed
+from kithara_ray.model.families.family import completed, training_note
 from kithara_ray.model.generate import Decoder
 from kithara_ray.model.lora.targets import linear_modules_of
 from kithara_ray.model.options import groups_of
@@ -296,6 +297,20 @@ OLD_ROPE = {
 }
 
 
+TRAINING_ONLY = dict(attention_dropout=0.1, output_router_logits=True, pretraining_tp=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_fields_that_only_training_reads_are_off_and_told(family, tiny_models):
+    config = json.loads((tiny_models[family] / "config.json").read_text())
+    assert training_note(config) is None
+    note = training_note(config | TRAINING_ONLY)
+    assert "attention_dropout=0.1, output_router_logits=True: off in training here" in note
+    model = build(config | TRAINING_ONLY, None, make_mesh(), "float32")
+    rates = [layer.rate for layer in keras_compat.all_layers(model.model) if type(layer).__name__ == "Dropout"]
+    assert not any(rates)
+
+
 @pytest.mark.parametrize("family", OLD_ROPE)
 def test_rope_settings_in_their_former_places(family):
     given = dict(model_type=family, num_hidden_layers=9) | OLD_ROPE[family]
@@ -325,7 +340,6 @@ REFUSED = {
     "gemma3 rope": ("gemma3_text", dict(rope_parameters=LINEAR_YARN), "'yarn' of full_attention is dropped"),
     "gemma3 both ways": ("gemma3_text", dict(use_bidirectional_attention=True), "computes it as False only"),
     "gemma3 cap": ("gemma3_text", dict(attn_logit_softcapping=50.0), "KerasHub applies it and transformers does not"),
-    "dropout": ("qwen3", dict(attention_dropout=0.1), "attention_dropout=0.1 .* computes it as 0.0 only"),
     "head_dim": ("llama", dict(head_dim=8), "head_dim=8 of this llama model: KerasHub's llama derives head_dim"),
     "bias": ("llama", dict(attention_bias=True), "attention_bias=True .* computes it as False only"),
     "rope": ("llama", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn' is dropped"),
@@ -335,8 +349,6 @@ REFUSED = {
     "quantised": ("llama", dict(quantization_config={"quant_method": "gptq"}), "a base quantised by 'gptq'"),
     "quantised otherwise": ("gpt_oss", dict(quantization_config={"quant_method": "fp8"}), "a base quantised by 'fp8'"),
     "mixtral head_dim": ("mixtral", dict(head_dim=8), "derives head_dim as hidden_size / num_attention_heads"),
-    "mixtral router loss": ("mixtral", dict(output_router_logits=True), "adds the routers' loss to the model's"),
-    "mixtral jitter": ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise=0.1 .* computes it as 0.0 only"),
     "mixtral top k": ("mixtral", dict(num_experts_per_tok=6), "num_experts_per_tok=6 .* there are 5 experts"),
     "qwen3_moe window": (
         "qwen3_moe",
@@ -359,12 +371,27 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "gemma3", "gemma4"])
-def test_a_family_that_is_not_there_is_refused_with_the_reason(model_type):
-    with pytest.raises(
-        UnsupportedError, match=f"model_type='{model_type}' is not supported: .*; supported are gemma, "
-    ):
-        family_of({"model_type": model_type})
+PIECES = {
+    "is_encoder_decoder": (True, "it has an encoder .* would take batches with separate rows"),
+    "kv_lora_rank": (512, "one latent vector .* LoRA on its two-step projections"),
+    "mamba_d_state": (16, r"state-space scans \(mamba_d_state\).* a state that restarts where packed rows meet"),
+    "linear_num_value_heads": (4, "linear attention with a recurrent state"),
+    "conv_L_cache": (3, "short convolutions"),
+    "n_routed_experts": (8, r"mixture of experts \(n_routed_experts\).* its router and experts"),
+    "text_config": ({"num_hidden_layers": 2}, "reads images or sound"),
+    "hidden_size": (64, "no block here computes what its blocks do"),
+}
+
+
+@pytest.mark.parametrize("field", PIECES)
+def test_a_family_that_is_not_there_is_refused_with_the_missing_piece(field):
+    value, why = PIECES[field]
+    for config in ({field: value}, {"text_config": {field: value}}):
+        if field in config or why.startswith(("one", "state")):
+            with pytest.raises(UnsupportedError, match=f"model_type='another' is not supported: .*{why}.* lists the"):
+                family_of({"model_type": "another"} | config)
+    with pytest.raises(UnsupportedError, match=r"model_type=None is not supported: config\.json must name the family"):
+        family_of({field: value})
 
 
 def test_a_field_that_is_needed_and_left_out_is_named(tiny_models):

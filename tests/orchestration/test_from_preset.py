@@ -56,6 +56,12 @@ def test_options_reach_the_configuration(directory):
     )
 
 
+def test_a_base_s_own_dropout_is_accepted_and_told(tmp_path, caplog):
+    base = plain_llama.write(tmp_path / "base", attention_dropout=0.1)
+    KerasHubModel.from_preset(str(base), lora_rank=2)
+    assert f"{base}: config.json: attention_dropout=0.1: off in training here" in caplog.text
+
+
 def test_options_beside_the_factors_reach_the_configuration(directory):
     """Spelled out as PEFT understands them for a base whose head is its embedding."""
     fields = {"lora_rank": 8, "ensure_weight_tying": True, "layers_to_transform": 1, "layers_pattern": "layers"}

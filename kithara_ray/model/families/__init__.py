@@ -9,15 +9,12 @@ from collections.abc import Mapping
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model.families import gemma, gemma4, gpt_oss, llama, moe
-from kithara_ray.model.families.family import Family, completed, fields_needed
+from kithara_ray.model.families.family import Family, check_sizes, completed, fields_needed, refuse
+from kithara_ray.model.families.refused import why_refused
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | gemma4.FAMILIES | moe.FAMILIES | gpt_oss.FAMILIES
-
-_REFUSED = {
-    "gemma4": "it reads images; take a checkpoint of its text model, gemma4_text",
-    "gemma3": "it reads images; take a checkpoint of its text model, gemma3_text",
-    "phi3": "KerasHub has no converter for it",
-}
+# How an error ends where the table of families is not at hand.
+LISTED = ". `kithara-ray models` lists the families"
 
 
 def family_of(config: Mapping) -> Family:
@@ -26,24 +23,36 @@ def family_of(config: Mapping) -> Family:
     Raises:
         UnsupportedError: an unknown `model_type`, or a field that KerasHub cannot express.
     """
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    model_type = model_type_of(config)
+    if model_type not in FAMILIES:
+        given = config.get("model_type")
+        loaded = "" if model_type == given else f" with layer_types, which transformers loads as {model_type!r},"
         raise UnsupportedError(
-            f"config.json: model_type={model_type!r} is not supported{_reason(model_type)}; supported are "
-            f"{', '.join(sorted(FAMILIES))} (a family is added with a test that its logits equal transformers')"
+            f"config.json: model_type={given!r}{loaded} is not supported: {why_refused(config)}{LISTED}"
         )
     family = FAMILIES[model_type]
     quantised = config.get("quantization_config")
     quantisation = str(quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised)
     if quantised and quantisation not in family.quantisations:
         raise UnsupportedError(
-            f"config.json: a base quantised by {quantisation!r} cannot be trained or merged; "
-            "use the unquantised checkpoint"
+            f"config.json: a base quantised by {quantisation!r} (quantization_config) cannot be trained or merged; "
+            "use the unquantised checkpoint. It would take dequantising its tensors as they are read"
         )
+    # transformers' masks read this field of every family, which no config class declares.
+    if config.get("is_causal", True) is not True:
+        refuse(config, "is_causal", "each token would see all others; only causal models are trained here")
+    check_sizes(config)
     with fields_needed(config):
         family.check(completed(family, config))
     return family
 
 
-def _reason(model_type: str | None) -> str:
-    return f": {_REFUSED[model_type]}" if isinstance(model_type, str) and model_type in _REFUSED else ""
+def model_type_of(config: Mapping) -> str | None:
+    """Return the `model_type` as which transformers loads a config.json; None if it has none.
+
+    A mistral whose config.json has `layer_types`, even null, is loaded as ministral, whose blocks differ.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return None
+    return "ministral" if model_type == "mistral" and "layer_types" in config else model_type

@@ -62,9 +62,30 @@ class Family:
         return backbone
 
 
+# Fields that change transformers' computation only while it trains. Here they are off: no block reads them.
+_TRAINING_ONLY = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout") + (
+    *("residual_dropout", "embedding_dropout", "router_jitter_noise", "output_router_logits"),
+)
+
+
+def training_note(config: Mapping) -> str | None:
+    """A note for the user about fields with which transformers would train otherwise; None if there are none."""
+    used = [f"{field}={config[field]!r}" for field in _TRAINING_ONLY if config.get(field)]
+    if not used:
+        return None
+    return (
+        f"config.json: {', '.join(used)}: off in training here, as in inference. The base's own dropout and losses "
+        "of its routers are not computed; lora_dropout drops inputs of the factors"
+    )
+
+
 def completed(family: Family, config: Mapping) -> dict:
-    """Fill in the config's defaults, and put its rope settings where transformers 5 and the converters have them."""
+    """Fill in the config's defaults, and put its rope settings where transformers 5 and the converters have them.
+
+    Fields that only training would read are off.
+    """
     whole = family.complete(config)
+    whole |= {field: type(whole[field])() for field in _TRAINING_ONLY if whole.get(field)}
     rope = rope_of(whole)
     former = ("rope_scaling", "rope_theta", "rope_local_base_freq")
     return {field: value for field, value in whole.items() if field not in former} | {"rope_parameters": rope}
@@ -104,8 +125,21 @@ def _global_policy(dtype_policy) -> Iterator[None]:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
+_MOST_LAYERS = 10_000  # a number that is no typing error; the models of today have up to 128
+
+
 def refuse(config: Mapping, field: str, why: str) -> None:
     raise UnsupportedError(f"config.json: {field}={config.get(field)!r} of this {config['model_type']} model: {why}")
+
+
+def check_sizes(config: Mapping) -> None:
+    """Refuse a size that is no count, before it is computed with."""
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        size = config.get(field, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
+            refuse(config, field, "expected a whole number above 0")
+    if config.get("num_hidden_layers", 1) > _MOST_LAYERS:
+        refuse(config, "num_hidden_layers", f"no model has more than {_MOST_LAYERS:,}")
 
 
 def expect(config: Mapping, **allowed: tuple) -> None:

@@ -12,7 +12,7 @@ def _check_every(config: Mapping) -> None:
     # transformers also reads gemma's legacy value "gelu" as the tanh approximation.
     expect(config, **({"hidden_act": (*tanh, "gelu")} if config["model_type"] == "gemma" else {}))
     expect(config, **({"hidden_activation": tanh} if config["model_type"] != "gemma" else {}))
-    expect(config, attention_bias=(False, None), attention_dropout=(0.0, None), tie_word_embeddings=(True, None))
+    expect(config, attention_bias=(False, None), tie_word_embeddings=(True, None))
     expect(config, use_bidirectional_attention=(False, None))
 
 

@@ -41,7 +41,7 @@ def _complete(config: Mapping) -> dict:
 
 def _check(config: Mapping) -> None:
     expect(config, hidden_activation=("gelu_pytorch_tanh", None), tie_word_embeddings=(True, None))
-    expect(config, attention_bias=_ABSENT, attention_dropout=(0.0, None))
+    expect(config, attention_bias=_ABSENT)
     # "vision" lets the tokens of an image see each other; text has none.
     expect(config, use_bidirectional_attention=(None, "vision"))
     if config["num_kv_shared_layers"]:

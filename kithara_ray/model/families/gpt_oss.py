@@ -24,7 +24,6 @@ def _complete(config: Mapping) -> dict:
 
 def _check(config: Mapping) -> None:
     expect(config, hidden_act=("silu",), attention_bias=(True,), tie_word_embeddings=(False, None))
-    expect(config, attention_dropout=(0.0, None))
     check_routing(config)
     rope = config["rope_parameters"]
     if rope["rope_type"] not in ("yarn", "default"):

@@ -15,12 +15,10 @@ from kithara_ray.model.families.family import (
 )
 
 _ABSENT = (False, None)
-_NO_DROPOUT = (0.0, None)
 
 
 def _check_llama(config: Mapping) -> None:
-    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT, pretraining_tp=(1, None))
-    expect(config, attention_dropout=_NO_DROPOUT)
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT)
     check_derived_head_dim(config)
     check_rope(config, "default", "llama3")
 
@@ -39,13 +37,13 @@ def _correct_llama(config: Mapping, kwargs: dict) -> None:
 
 def _check_mistral(config: Mapping) -> None:
     # KerasHub's mistral always has a separate head.
-    expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT, attention_dropout=_NO_DROPOUT)
+    expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT)
     check_rope(config, "default")
 
 
 def _check_qwen2(config: Mapping) -> None:
     # Both libraries use biases of q, k and v, whatever `attention_bias` says.
-    expect(config, hidden_act=("silu",), attention_dropout=_NO_DROPOUT)
+    expect(config, hidden_act=("silu",))
     check_derived_head_dim(config)
     check_rope(config, "default")
     check_no_window(config)
@@ -57,7 +55,7 @@ def _correct_qwen2(config: Mapping, kwargs: dict) -> None:
 
 
 def _check_qwen3(config: Mapping) -> None:
-    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, attention_dropout=_NO_DROPOUT)
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT)
     check_rope(config, "default")
     check_no_window(config)
 
@@ -84,9 +82,9 @@ def _complete_smollm3(config: Mapping) -> dict:
 
 
 def _check_smollm3(config: Mapping) -> None:
-    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT, attention_dropout=_NO_DROPOUT)
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT)
     expect(config, tie_word_embeddings=(True, None), layer_types=(["full_attention"] * config["num_hidden_layers"],))
-    expect(config, use_sliding_window=_ABSENT, pretraining_tp=(1, None))
+    expect(config, use_sliding_window=_ABSENT)
     check_derived_head_dim(config)
     check_rope(config, "default")
 

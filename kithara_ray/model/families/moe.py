@@ -17,12 +17,9 @@ from kithara_ray.model.families.family import (
 )
 
 _ABSENT = (False, None)
-_OFF = (0.0, None)
 
 
 def check_routing(config: Mapping) -> None:
-    if config.get("output_router_logits"):
-        refuse(config, "output_router_logits", "it adds the routers' loss to the model's, which is not computed here")
     if not 1 <= config["num_experts_per_tok"] <= config["num_local_experts"]:
         refuse(config, "num_experts_per_tok", f"there are {config['num_local_experts']} experts")
 
@@ -42,7 +39,7 @@ def route_in_float32(router) -> None:
 
 def _check_mixtral(config: Mapping) -> None:
     # KerasHub's mixtral always has a separate head.
-    expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT, attention_dropout=_OFF, router_jitter_noise=_OFF)
+    expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT)
     check_routing(config)
     check_derived_head_dim(config)
     check_rope(config, "default")
@@ -80,7 +77,7 @@ def _complete_qwen3_moe(config: Mapping) -> dict:
 
 
 def _check_qwen3_moe(config: Mapping) -> None:
-    expect(config, hidden_act=("silu",), attention_bias=_ABSENT, attention_dropout=_OFF)
+    expect(config, hidden_act=("silu",), attention_bias=_ABSENT)
     check_routing(config)
     check_rope(config, "default")
     if config.get("use_sliding_window") and config.get("sliding_window"):

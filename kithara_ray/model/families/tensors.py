@@ -13,7 +13,7 @@ from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint
 from kithara_ray.hf.names import without_wrappers
 from kithara_ray.hf.tied_head import EMBEDDING, HEAD, check_tied_head, is_tied
 from kithara_ray.hf.unused import is_beyond, why_unused
-from kithara_ray.model.families import FAMILIES, completed, fields_needed
+from kithara_ray.model.families import FAMILIES, completed, fields_needed, model_type_of
 
 # A tensor's dims: config.json's name for each, and its size.
 Dims = tuple[tuple[str, int], ...]
@@ -31,7 +31,7 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, Dims] | None:
     Raises:
         UnsupportedError: the config lacks a field.
     """
-    family = FAMILIES.get(config.get("model_type") or "")
+    family = FAMILIES.get(model_type_of(config) or "")
     if family is None:
         return None
     with fields_needed(config):

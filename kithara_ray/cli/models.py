@@ -1,0 +1,57 @@
+"""Run `kithara-ray models`: the families, or for each given model whether it is accepted, as a table or JSON."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from kithara_ray.model.families import FAMILIES
+from kithara_ray.model.families.admission import Admission
+from kithara_ray.redact import redact
+
+
+def families_json() -> str:
+    rows = [{"model_type": name, "class": FAMILIES[name].causal_lm} for name in sorted(FAMILIES)]
+    return json.dumps(rows, indent=1)
+
+
+def families_table() -> Table:
+    table = Table("model_type", "KerasHub class", title="families", highlight=False)
+    for name in sorted(FAMILIES):
+        table.add_row(name, FAMILIES[name].causal_lm)
+    return table
+
+
+def as_json(found: Sequence[Admission]) -> str:
+    order = ("handle", "model_type", "accepted", "reason", "parameters")
+    rows = [dataclasses.asdict(each) | {"accepted": each.accepted} for each in found]
+    return redact(json.dumps([{name: row[name] for name in order} for row in rows], indent=1))
+
+
+def as_table(found: Sequence[Admission]) -> Table:
+    accepted = sum(each.accepted for each in found)
+    table = Table("handle", "model_type", "parameters", "", "reason", highlight=False)
+    table.title = f"{accepted} of {len(found)} accepted"
+    for each in found:
+        count = "" if each.parameters is None else short_count(each.parameters)
+        verdict = "[green]accepted[/]" if each.accepted else "[bold red]refused[/]"
+        reason = escape(redact(each.reason or ""))
+        table.add_row(escape(redact(each.handle)), escape(each.model_type or ""), count, verdict, reason)
+    return table
+
+
+def as_markdown(found: Sequence[Admission], names: Sequence[str]) -> str:
+    """A table for the docs, with a name for each model in place of its handle."""
+    lines = ["| model | `model_type` | parameters | accepted, or the reason |", "|---|---|---|---|"]
+    for each, name in zip(found, names, strict=True):
+        count = "" if each.parameters is None else short_count(each.parameters)
+        reason = (each.reason or "accepted").removeprefix("config.json: ").replace("|", "\\|")
+        lines.append(f"| {name} | `{each.model_type}` | {count} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def short_count(parameters: int) -> str:
+    """Write a number of parameters as 135M or 8.0B."""
+    return f"{parameters / 1e9:.1f}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.0f}M"
