@@ -249,7 +249,7 @@ def build(
     with keras_compat.without_values():
         targets = layers.inject(backbone, recorded, lora_config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
-    attention.install(chain.blocks, mesh)
+    attention.install(chain.blocks, mesh, chosen.remat)
     embedding.install(backbone.token_embedding, mesh)
     scanned = chain if chosen.scan else None
     stacked = scanned if chosen.stack_factors or not chosen.train_weights else None

@@ -13,11 +13,16 @@ QUANTIZATIONS = (None, "int8")
 # Policies for the arrays that a decoder block keeps for its backward pass. Gathered weights are never kept: they would
 # be the whole model on each device.
 # "block": only the block's input; the rest is computed again.
-# "dots": also the results of products with weights, so that only norms, rope and attention are computed again.
+# "attention": also attention's output, so that attention is not computed again.
+# "dots": also the results of products with weights, so that only norms, rope and activations are computed again.
 # "nested": only the inputs of groups of blocks, about as many groups as the square root of the number of blocks. A
 # group runs once more to restore the inputs within it. This costs one more forward pass and its gathers. It is meant
 # for models whose kept inputs are too large under "block".
-REMAT = ("block", "dots", "nested")
+REMAT = ("block", "attention", "dots", "nested")
+# Policies under which attention runs once per step.
+KEEPS_ATTENTION = ("attention", "dots")
+# Longest row, in positions, whose attention has one backward kernel, see `fuses_backward`.
+FUSED_LIMIT = 8192
 
 # Tokens of a chunk on one device. Products read a block's weights once per chunk, so a chunk must be large enough to
 # be efficient. Up to twice as many tokens form one chunk.
@@ -55,6 +60,15 @@ class ModelOptions:
             raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {self.remat!r}")
         if self.quantize not in QUANTIZATIONS:
             raise ConfigError(f"quantize must be one of {QUANTIZATIONS}, got {self.quantize!r}")
+
+
+def fuses_backward(remat: str, positions: int) -> bool:
+    """True if attention's backward pass on a TPU is one kernel of five products instead of two kernels of seven.
+
+    The one kernel writes a part of the queries' gradient, as large as the queries, for each 1,024 keys. Policies that
+    save memory, and rows of more than 8,192 positions, take the two kernels.
+    """
+    return remat in KEEPS_ATTENTION and positions <= FUSED_LIMIT
 
 
 def groups_of(steps: int) -> int:

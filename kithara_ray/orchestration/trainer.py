@@ -74,8 +74,9 @@ class Trainer:
         cpu_devices_per_worker: number of CPU devices in each worker when there is no accelerator.
         mesh: axes of the device mesh. By default the devices of a TPU slice are on `fsdp`, the slices on `data`.
         remat: values that the blocks keep for the backward pass. "block" keeps each block's input only and recomputes
-            the rest. "dots" also keeps the results of products with weights: faster, if memory allows. "nested" keeps
-            the inputs of a few blocks only: one forward pass slower, for the largest models.
+            the rest. "attention" also keeps attention's output, which is slow for long rows. "dots" also keeps
+            the results of products with weights: fastest, if memory allows. "nested" keeps the inputs of a few blocks
+            only: one forward pass slower, for the largest models.
         gradient_accumulation_steps: forward and backward passes per step. The loss is the mean over the tokens of all
             of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: seed of the initial factors and of dropout.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kithara_ray.model.options import KEEPS_ATTENTION, fuses_backward
 from kithara_ray.plan import terms
 from kithara_ray.plan.chips import CHIPS, Slice, slice_of, slice_sizes
 from kithara_ray.plan.terms import Counts
@@ -117,7 +118,7 @@ def assemble(
     times = _times(where, per_chip, traffic, collectives)
     bound = max(times.values(), default=None)
     peak = where.chip.flops_per_s if where.chip else None
-    model_flops = terms.model_flops_per_token(flops) * tokens / found["devices"]
+    model_flops = terms.model_flops_per_token(flops, request["remat"], seq_len) * tokens / found["devices"]
     fits = None if hbm["available"] is None else "refusal" not in found and hbm["total"] <= hbm["available"]
     return Plan(
         slice=where.name,
@@ -193,8 +194,9 @@ def _program_flops(request, found, counts: Counts) -> float | None:
     if "cost" not in found:
         return None
     rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
+    fused = fuses_backward(request["remat"], request["seq_len"])
     kernels = sum(
-        runs * terms.kernel_flops(name, counts, request["seq_len"], rows) / found["mesh"]["tensor"]
+        runs * terms.kernel_flops(name, counts, request["seq_len"], rows, fused) / found["mesh"]["tensor"]
         for name, runs in found["cost"]["kernels"].items()
     )
     return found["cost"]["matmul_flops"] + kernels
@@ -252,7 +254,7 @@ def _advice(request, where: Slice, found, hbm, counts: Counts) -> list[str]:
         return split * where.chips / slice.chips + rest <= slice.chip.hbm_bytes
 
     tried = []
-    if request["remat"] == "dots":
+    if request["remat"] in KEEPS_ATTENTION:
         tried.append('remat="block"')
     if request["remat"] == "block":
         shape = request["seq_len"], request["per_device_batch_size"] * found["mesh"]["tensor"], _width(request)

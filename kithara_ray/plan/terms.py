@@ -9,7 +9,7 @@ each product's input but not of its weight: 2N, the same as forward.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kithara_ray.model.options import chunk_length, groups_of
+from kithara_ray.model.options import KEEPS_ATTENTION, chunk_length, fuses_backward, groups_of
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,50 @@ class Counts:
 def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) -> dict[str, float]:
     """FLOPs per token of the ideal program under this remat policy, by term.
 
-    `attention` covers the scores and the weighted sum over the keys that a causal row sees. It counts them forward,
-    once more under remat, and backward, where each of the two kernels computes the scores again.
+    `attention` covers the scores and the weighted sum over the keys that a causal row sees, as often as the policy's
+    program computes them.
     """
     attended = sum(heads * width * seen_pairs(seq_len, window) / seq_len for heads, width, window in counts.attention)
     share = predictions / seq_len
-    again = {"block": 1, "dots": 0, "nested": 2}[remat]
-    # Scores and weighted sum are two products. Backward has seven: scores and their gradient in both kernels, and
-    # the gradients of q, k and v.
+    again = _FORWARD_AGAIN[remat]
     terms = {
         "forward": 2.0 * counts.blocks,
         "backward": 2.0 * counts.blocks,
         "recompute": 2.0 * counts.blocks * again,
-        "attention": 2.0 * attended * (2 + 2 * max(1, again) + 7),
+        "attention": 2.0 * attended * _attention_products(remat, seq_len),
         "lora": 2.0 * counts.lora * (3 + again),
         "head": 4.0 * counts.head * share,
     }
     return terms | {"total": sum(terms.values())}
 
 
-def model_flops_per_token(terms: Mapping[str, float]) -> float:
+# How often a policy runs a block's forward pass again.
+_FORWARD_AGAIN = {"block": 1, "attention": 1, "dots": 0, "nested": 2}
+# Products of attention's size: the scores and the weighted sum forward; backward the scores again, the gradient of the
+# softmax, and those of q, k and v. Two kernels instead of one compute the scores and the softmax's gradient twice.
+_FORWARD, _BACKWARD_FUSED, _BACKWARD_SPLIT = 2, 5, 7
+
+
+def _attention_products(remat: str, seq_len: int) -> int:
+    backward = _BACKWARD_FUSED if fuses_backward(remat, seq_len) else _BACKWARD_SPLIT
+    forward = 1 if remat in KEEPS_ATTENTION else 1 + _FORWARD_AGAIN[remat]
+    return forward * _FORWARD + backward
+
+
+def model_flops_per_token(terms: Mapping[str, float], remat: str, seq_len: int) -> float:
     """FLOPs that count for MFU: those of the model, without recomputation."""
-    again = terms["recompute"] / terms["forward"]
-    lora, attention = terms["lora"] * 3 / (3 + again), terms["attention"] * 7 / (9 + 2 * max(1, again))
+    lora = terms["lora"] * 3 / (3 + _FORWARD_AGAIN[remat])
+    attention = terms["attention"] * (_FORWARD + _BACKWARD_FUSED) / _attention_products(remat, seq_len)
     return terms["forward"] + terms["backward"] + terms["head"] + lora + attention
 
 
-def kernel_flops(name: str, counts: Counts, seq_len: int, rows: int) -> float:
-    """FLOPs of one run of a splash kernel over `rows` rows, the mean over the blocks; 0 for an unknown kernel."""
-    products = next((n for part, n in (("_fwd", 2), ("_dkv", 4), ("_dq", 3)) if part in name), 0)
+def kernel_flops(name: str, counts: Counts, seq_len: int, rows: int, fused: bool = False) -> float:
+    """FLOPs of one run of a splash kernel over `rows` rows, the mean over the blocks; 0 for an unknown kernel.
+
+    Args:
+        fused: the kernel that computes dk and dv computes dq as well.
+    """
+    products = next((n for part, n in (("_fwd", 2), ("_dkv", 5 if fused else 4), ("_dq", 3)) if part in name), 0)
     each = sum(heads * width * seen_pairs(seq_len, window) for heads, width, window in counts.attention)
     return 2.0 * products * rows * each / counts.layers
 
@@ -109,8 +124,12 @@ def estimated_temporaries(
 
 
 def kept_bytes(counts: Counts, seq_len: int, rows: int, activation_bytes: int, remat: str) -> int:
-    """Bytes, on one device, of the block inputs kept for the backward pass."""
+    """Bytes, on one device, of block inputs and attention's residuals that are kept for the backward pass."""
     blocks = counts.layers
+    if remat in KEEPS_ATTENTION:
+        # The output in activations' width, and a float32 of each head.
+        of_token = sum(heads * (width * activation_bytes + 4) for heads, width, _ in counts.attention)
+        return rows * seq_len * (blocks * counts.hidden * activation_bytes + of_token)
     if remat == "nested":
         groups = groups_of(counts.steps)
         blocks = groups + counts.layers // groups

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model.blocks.attention import Settings, splash_attention, xla_attention
+from kithara_ray.model.blocks import attention
+from kithara_ray.model.blocks.attention import Kernel, Settings, splash_attention, xla_attention
 from kithara_ray.model.causal_lm import build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
@@ -59,17 +60,27 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("remat", ["block", pytest.param("dots", marks=pytest.mark.long)])
 @pytest.mark.parametrize("case", SETTINGS)
-def test_the_tpu_kernel_equals_xla_and_so_do_its_gradients(case):
-    """In Pallas' interpret mode, rows split over fsdp and heads over tensor."""
+def test_the_tpu_kernel_equals_xla_and_so_do_its_gradients(case, remat, monkeypatch):
+    """In Pallas' interpret mode, rows split over fsdp and heads over tensor.
+
+    Backward it is two kernels, or one over two blocks of keys that are two tiles long.
+    """
     settings, with_sinks = SETTINGS[case]
     b, t, n, kv, h = 2, 256, 4, 2, 64
+    if remat == "dots":
+        monkeypatch.setattr(attention, "_MAX_TILE", 128)
+        monkeypatch.setattr(attention, "_FUSED_TILE", 256)
+        t = 512
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2))
     keys = jax.random.split(jax.random.key(0), 5)
     q, upstream = (jax.random.normal(key, (b, t, n, h)) for key in keys[:2])
     k, v = (jax.random.normal(key, (b, t, kv, h)) for key in keys[2:4])
     sinks = jax.random.normal(keys[4], (n,)) if with_sinks else None
-    segments = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [60, 70, 80, 46], axis=1), jnp.int32)
+    segments = jnp.asarray(
+        np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], np.array([60, 70, 80, 46]) * t // 256, axis=1), jnp.int32
+    )
 
     def gradients(attend):
         def loss(q, k, v):
@@ -79,7 +90,7 @@ def test_the_tpu_kernel_equals_xla_and_so_do_its_gradients(case):
         (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return out, *grads
 
-    kernel = gradients(lambda *args: splash_attention(*args, mesh=mesh, interpret=True))
+    kernel = gradients(lambda *args: splash_attention(*args, how=Kernel(mesh, remat, interpret=True)))
     for name, ours, theirs in zip(("out", "dq", "dk", "dv"), kernel, gradients(xla_attention), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-4, err_msg=name)
 
@@ -88,6 +99,6 @@ def test_what_the_kernel_cannot_split_is_named():
     mesh = make_mesh(MeshShape(fsdp=1, tensor=4))
     q = jnp.zeros((1, 128, 4, 64))
     with pytest.raises(UnsupportedError, match="mesh tensor=4 does not divide the model's 2 key and value heads"):
-        splash_attention(q, q[:, :, :2], q[:, :, :2], jnp.ones((1, 128), int), Settings(1.0), mesh=mesh)
+        splash_attention(q, q[:, :, :2], q[:, :, :2], jnp.ones((1, 128), int), Settings(1.0), how=Kernel(mesh))
     with pytest.raises(UnsupportedError, match="a multiple of 128, got 100"):
-        splash_attention(*[jnp.zeros((1, 100, 4, 64))] * 3, jnp.ones((1, 100), int), Settings(1.0), mesh=mesh)
+        splash_attention(*[jnp.zeros((1, 100, 4, 64))] * 3, jnp.ones((1, 100), int), Settings(1.0), how=Kernel(mesh))

@@ -128,7 +128,9 @@ def test_every_target_is_alive(every_family, logits_of, random_adapter):
 
 # Blocks that the scan takes at a time: sliding and full ones, with and without rotation, dense and of experts.
 PERIODS = dict.fromkeys(SIZES, 1) | dict(gemma2=2, gemma3_text=2, gemma4_text=3, gpt_oss=2, qwen3_moe=2, smollm3=2)
-ALL_SCANS = {"block": dict(remat="block"), "dots": dict(remat="dots"), "unstacked factors": dict(stack_factors=False)}
+ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "dots")} | {
+    "unstacked factors": dict(stack_factors=False)
+}
 SCANS = {"gemma2": ALL_SCANS, "gemma4_text": {"block": ALL_SCANS["block"]}, "llama": ALL_SCANS}
 
 

@@ -33,7 +33,7 @@ CONFIG = dict(
 )
 
 
-def compile_for_v5e() -> None:
+def compile_for_v5e(remat: str) -> None:
     """Prints the program as JSON; runs in a process of its own, whose environment names the slice."""
     from kithara_ray.model import runtime
 
@@ -55,7 +55,7 @@ def compile_for_v5e() -> None:
     options._CHUNK_TOKENS = CHUNK
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2), devices)
-    model = build(CONFIG, LoraConfig(r=8, target_modules=("q_proj", "down_proj")), mesh, "mixed_bfloat16")
+    model = build(CONFIG, LoraConfig(r=8, target_modules=("q_proj", "down_proj")), mesh, "mixed_bfloat16", remat=remat)
     optimizer = KerasOptimizer(keras.optimizers.serialize(keras.optimizers.AdamW(1e-3)))
     state = step.abstract_state(model, optimizer)
     frozen = model.abstract_frozen(np.dtype(ml_dtypes.bfloat16))
@@ -68,6 +68,10 @@ def compile_for_v5e() -> None:
 
 @pytest.fixture(scope="module")
 def program():
+    return program_of("block")
+
+
+def program_of(remat):
     env = os.environ | {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -78,7 +82,7 @@ def program():
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, remat], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -130,5 +134,20 @@ def test_the_program_computes_what_the_model_needs(program):
     assert 0.95 * ideal < cost.matmul_flops + attention < 1.15 * ideal
 
 
+@pytest.mark.long
+def test_attention_runs_once_where_its_residuals_are_kept():
+    """Forward once a step, and one backward kernel of five products in place of two of seven."""
+    program = program_of("attention")
+    counts = terms.Counts(**program["counts"])
+    cost = cost_of(program["text"])
+    assert cost.kernels == {
+        "splash_mha_fwd_segmented_residuals": LAYERS,
+        "splash_mha_dkv_segmented_no_residuals": LAYERS,
+    }
+    attention = sum(runs * terms.kernel_flops(name, counts, T, 1, True) / 2 for name, runs in cost.kernels.items())
+    ideal = terms.flops_per_token(counts, T, T, "attention")["total"] * 2 * T / 4
+    assert 0.95 * ideal < cost.matmul_flops + attention < 1.15 * ideal
+
+
 if __name__ == "__main__":
-    compile_for_v5e()
+    compile_for_v5e(sys.argv[1])

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
+from kithara_ray.model.options import fuses_backward
 from kithara_ray.sharding.mesh import BATCH_AXES
 
 # Splash tile length in positions; if it does not divide the sequence, the largest smaller power of two that does.
@@ -35,8 +36,12 @@ _MIN_TILE = 128
 # Limits of XLA's blocks of queries: shorter blocks make products inefficient, and more blocks slow compilation down.
 _MIN_QUERIES = 64
 _MAX_BLOCKS = 8
-# Name of the arrays that `remat="dots"` keeps instead of the projections: rotated queries and keys, and values.
+# Keys of a block of the fused backward kernel; longer ones do not fit the memory of a v5e's core.
+_FUSED_TILE = 1024
+# Names of the arrays that `remat` may keep: rotated queries and keys, and values; attention's output, and on a TPU the
+# logarithm of its normaliser, from which the backward kernel restores the softmax.
 INPUTS = "attention inputs"
+RESIDUALS = "attention residuals"
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 # State while a block is traced in parts: the list that records its attention's output, or the output to return.
@@ -108,13 +113,33 @@ def _softmax(logits_BKGQS, seen_BQS, soft_cap: float | None, sinks_N) -> jax.Arr
     return jax.nn.softmax(jnp.concatenate([logits_BKGQS, sinks], axis=-1), axis=-1)[..., :-1]
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """Where and how the TPU's kernel runs.
+
+    Attributes:
+        mesh: the devices; rows are split over the batch axes, heads over `tensor`.
+        remat: one of `options.REMAT`; it decides whether the gradients of q, k and v come from one kernel, see
+            `options.fuses_backward`.
+        interpret: run the kernel on any device, slowly; for tests.
+    """
+
+    mesh: Mesh
+    remat: str = "block"
+    interpret: bool = False
+
+
 def splash_attention(
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks_N=None, *, mesh: Mesh, interpret: bool = False
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    segments_BT,
+    settings: Settings,
+    sinks_N=None,
+    *,
+    how: Kernel,
 ) -> jax.Array:
     """Compute the same with Pallas' TPU kernel: rows split over the batch axes, heads over `tensor`.
-
-    Args:
-        interpret: run the kernel on any device, slowly; for tests.
 
     Raises:
         UnsupportedError: the sequence is not a multiple of 128, or `tensor` does not divide the key and value heads.
@@ -123,7 +148,7 @@ def splash_attention(
 
     _, t, n, _ = q_BTNH.shape
     tile = next((size for size in (_MAX_TILE, 256, _MIN_TILE) if t % size == 0), None)
-    tensor = mesh.shape["tensor"]
+    tensor = how.mesh.shape["tensor"]
     if tile is None:
         raise UnsupportedError(f"attention on TPU needs a sequence that is a multiple of {_MIN_TILE}, got {t}")
     if k_BTKH.shape[2] % tensor:
@@ -135,17 +160,14 @@ def splash_attention(
         mask = splash.CausalMask((t, t))
     else:
         mask = splash.LocalMask((t, t), (settings.window - 1, 0), 0)
-    sizes = splash.BlockSizes(
-        block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_kv_dkv_compute=tile,
-        block_q_dq=tile, block_kv_dq=tile,
-    )  # fmt: skip
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * (n // tensor)),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=settings.soft_cap,
-        block_sizes=sizes,
-        interpret=interpret,
+        block_sizes=_block_sizes(t, tile, fuses_backward(how.remat, t)),
+        residual_checkpoint_name=RESIDUALS,
+        interpret=how.interpret,
     )
 
     def local(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N):
@@ -159,8 +181,23 @@ def splash_attention(
     heads = PartitionSpec(BATCH_AXES, None, "tensor")
     specs = (heads, heads, heads, PartitionSpec(BATCH_AXES), None if sinks_N is None else PartitionSpec("tensor"))
     # The kernel's output carries no record of the mesh axes it varies over.
-    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    split = jax.shard_map(local, mesh=how.mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return split(q_BTNH, k_BTKH, v_BTKH, segments_BT, sinks_N)
+
+
+def _block_sizes(t: int, tile: int, fused: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    if fused:
+        wide = _FUSED_TILE if t % _FUSED_TILE == 0 else tile
+        return splash.BlockSizes(
+            block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=wide, block_kv_dkv_compute=tile,
+            use_fused_bwd_kernel=True,
+        )  # fmt: skip
+    return splash.BlockSizes(
+        block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_kv_dkv_compute=tile,
+        block_q_dq=tile, block_kv_dq=tile,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -242,15 +279,18 @@ _REPEATED_BY_CALL = {
 }  # fmt: skip
 
 
-def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
+def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh, remat: str = "block") -> None:
     """Make these decoder blocks attend within segments whenever they run without a KV cache.
+
+    Args:
+        remat: one of `options.REMAT`; see `options.fuses_backward`.
 
     Raises:
         UnsupportedError: the library does not know a block's attention.
     """
     attend = xla_attention
     if mesh.devices.flat[0].platform == "tpu":
-        attend = partial(splash_attention, mesh=mesh)
+        attend = partial(splash_attention, how=Kernel(mesh, remat))
     for block in blocks:
         _hand_over_segments(block)
         _attend_by_segments(_layer_of(block), settings_of(block), attend)
@@ -299,6 +339,9 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
         sinks = None if sinks is None else keras.ops.convert_to_tensor(sinks)
         query, key, value = (checkpoint_name(array, INPUTS) for array in (query, key, value))
         output = attend(query, key, value, attention_mask[..., 0], settings, sinks)
+        if attend is xla_attention:
+            # The TPU's kernel names its own.
+            output = checkpoint_name(output, RESIDUALS)
         if (record := _RECORD.get()) is not None:
             record.append(output)
         return output

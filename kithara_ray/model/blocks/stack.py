@@ -32,9 +32,10 @@ Gather = Callable[[keras.Variable, jax.Array], jax.Array]
 
 _POLICIES = {
     "block": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.INPUTS),
+        jax.checkpoint_policies.save_only_these_names(attention.INPUTS, attention.RESIDUALS),
     ),
     "nested": None,
 }
