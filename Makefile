@@ -46,12 +46,13 @@ $(VENV)/.browser: $(VENV)/.test
 quickstart: $(VENV)/.demo  ## fine-tune SmolLM2-135M on two local Ray workers, score it, write the three exports
 	@$(BIN)/python examples/quickstart.py
 
-# Two processes: much of the suite waits for Ray; see tests/conftest.py.
+# Two processes: one runs all tests that start Ray, the other begins with the rest; see tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 test: $(VENV)/.test $(VENV)/.browser lint  ## the test suite, but for what takes longest
-	@$(BIN)/python -m pytest -n 2 -m "not long"
+	@$(PYTEST) -m "not long"
 
 test-long: $(VENV)/.test  ## the rest of it; 13 minutes
-	@$(BIN)/python -m pytest -n 2 -m long
+	@$(PYTEST) -m long
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check .

@@ -1,8 +1,6 @@
 """The test process computes on four CPU devices, so that sharding is tested anywhere; set before jax is imported."""
 
-import functools
 import os
-import re
 import sys
 
 from compiled import kept_programs
@@ -68,27 +66,16 @@ def _needs_ray(item) -> int:
     return 2 if "cluster" in item.fixturenames else int("no_cluster" in item.fixturenames)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What needs Ray takes longest and comes first; what shares a cluster, together."""
+    """Put tests that need Ray first, since they take longest, and name each test's group for `--dist loadgroup`.
+
+    All tests that start a Ray cluster run in one process: of two clusters on one machine, a job that was given to one
+    may join the other, and their agents want the same port. The other tests of a file share its fixtures in a process.
+    """
     items.sort(key=_needs_ray, reverse=True)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """A file's tests stay together for their fixtures, and all that start a Ray cluster are run by one process: of two
-    clusters on one machine, a job that was given to one may join the other, and their agents want the same port."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByCluster(LoadScopeScheduling):
-        @functools.cache  # noqa: B019
-        def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.partition("::")[0]
-            # xdist knows the names of tests, not their fixtures.
-            text = (config.rootpath / path).read_text()
-            return "ray" if re.search(r"\bdef \w+\([^)]*\b(no_)?cluster\b", text) else path
-
-    config.option.loadscopereorder = False
-    return ByCluster(config, log)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else item.location[0]))
 
 
 @pytest.fixture(autouse=True)
