@@ -6,13 +6,15 @@ Only entry points and worker start-up call `prepare`: it changes the environment
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.model import keras_compat
 
 # KerasHub imports TensorFlow for its preprocessors, which this library does not use: 3 s and 0.6 GB per process.
 _UNUSED = ("tensorflow", "tensorflow_text")
+# Keras imports it for galleries of images: 0.6 s of processor time per process. A user's callback may import it later.
+_UNUSED_BY_KERAS = ("matplotlib",)
 
 
 def prepare() -> None:
@@ -25,7 +27,8 @@ def prepare() -> None:
     for name in _UNUSED:
         if name not in sys.modules:
             sys.modules[name] = None
-    import keras
+    with _hidden(_UNUSED_BY_KERAS):
+        import keras
 
     if keras.backend.backend() != "jax":
         raise ConfigError(
@@ -57,11 +60,17 @@ def without_tensorflow() -> Iterator[None]:
     Whatever its backend, Keras looks for TensorFlow when it serialises. That import costs 4 s and a page of messages
     for nothing. On exit, everything is as before.
     """
-    hidden = [name for name in _UNUSED if name not in sys.modules]
-    with keras_compat.tensorflow_asked_anew():
-        sys.modules.update(dict.fromkeys(hidden))
-        try:
-            yield
-        finally:
-            for name in hidden:
-                del sys.modules[name]
+    with keras_compat.tensorflow_asked_anew(), _hidden(_UNUSED):
+        yield
+
+
+@contextlib.contextmanager
+def _hidden(names: Iterable[str]) -> Iterator[None]:
+    """Let imports of these modules fail inside this context, unless they are loaded already."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

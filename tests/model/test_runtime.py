@@ -35,3 +35,15 @@ def test_where_programs_are_kept(platform, variable, kept, tmp_path):
     assert directory.endswith(kept)
     assert directory.startswith(str(tmp_path))
     assert os.listdir(directory)
+
+
+def test_a_worker_starts_without_what_keras_does_not_need_and_may_import_it_later():
+    script = """
+import sys
+from kithara_ray.model import runtime
+
+runtime.prepare()
+print([name for name in ("tensorflow", "matplotlib") if sys.modules.get(name)], "matplotlib" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] False"
