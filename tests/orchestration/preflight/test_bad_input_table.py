@@ -1,5 +1,5 @@
 """What a user gets wrong, through the command line: each case ends in bounded time, with exit code 1 and one message
-that names the thing, and leaves the destinations as they were. No case starts a worker.
+that names the thing, and leaves the destinations as they were. No case starts a worker, most do not even start Ray.
 """
 
 import json
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import tiny
-from bad_inputs import CASES, Space
+from bad_inputs import CASES, ON_THE_CLUSTER, Space
 
 from kithara_ray.cli.app import main
 from kithara_ray.hf.adapter import Adapter, target_modules_of
@@ -55,8 +56,21 @@ def tree(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ON_THE_CLUSTER])
+def test_bad_input_is_refused_before_ray_starts(name, space, capsys, monkeypatch):
+    def init(*arguments, **settings):
+        raise AssertionError("this case starts Ray: add it to ON_THE_CLUSTER")
+
+    monkeypatch.setattr(ray, "init", init)
+    assert_refused(name, space, capsys)
+
+
+@pytest.mark.parametrize("name", ON_THE_CLUSTER)
 def test_bad_input(name, cluster, space, capsys):
+    assert_refused(name, space, capsys)
+
+
+def assert_refused(name, space, capsys):
     spoil, message = CASES[name]
     spoil(space)
     path = space.root / "run.yaml"
