@@ -1,7 +1,7 @@
 """Tiny random models as a user's directory holds them: config, float32 weights, a tokenizer with a chat template."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +125,19 @@ MIXTURES = {family for family, size in SIZES.items() if "num_experts_per_tok" in
 TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in SIZES}
 
 
+# Those of the short tests: between them periods, windows, soft caps, sinks, experts, and a tied head.
+SHORT_FAMILIES = ("gemma2", "gpt_oss", "llama")
+
+
 def mostly_long(short: Iterable[str], families: Iterable[str] = SIZES) -> list:
     """Parameters: these families, and the others of `families` among the long tests."""
     others = sorted(set(families) - set(short))
     return [*short, *(pytest.param(family, marks=pytest.mark.long) for family in others)]
+
+
+def long_unless(chosen: Callable[..., bool], cases: Iterable[tuple]) -> list:
+    """Parameters: these cases, and those among the long tests of which `chosen(*case)` is false."""
+    return [pytest.param(*case, marks=[] if chosen(*case) else pytest.mark.long) for case in cases]
 
 
 def write_model(directory: Path, family: str, **fields) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from killing import KILLED, Server
 from stores import gs_emulator, s3_emulator
+from tiny import long_unless
 
 from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
@@ -60,7 +61,10 @@ def s3():
         yield env
 
 
-@pytest.fixture(scope="module", params=["local", "gs", "s3"])
+STORES = ("local", "gs", "s3")
+
+
+@pytest.fixture(scope="module", params=STORES)
 def store(request, tmp_path_factory):
     """(scheme, server with its environment, function that gives a new destination)."""
     scheme = request.param
@@ -139,7 +143,15 @@ def _look(store, url: str) -> dict:
     return server.run(action="snapshot", url=url)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def on_stores(chosen, *cases):
+    """Parameters (store, *case): a request to an emulator takes long, so most loops over one are long tests."""
+    product = [(name, *case) for name in STORES for case in cases]
+    return long_unless(lambda name, *case: name == "local" or (name, *case) == chosen, product)
+
+
+@pytest.mark.parametrize(
+    ("store", "layout"), on_stores(("gs", "adapter"), *((layout,) for layout in LAYOUTS)), indirect=["store"]
+)
 def test_killed_at_every_operation(store, files, layout, record_property):
     """Each kill leaves nothing that loads, or all of it; another run is told so, and one that resumes completes it."""
     scheme, server, new = store
@@ -172,8 +184,11 @@ def test_killed_at_every_operation(store, files, layout, record_property):
     assert readable == (0 if scheme == "local" else 1)  # before the marker is deleted
 
 
+FAILURES = [("adapter", "fail"), ("separate", "fail"), ("merged", "fail"), ("merged", "lost")]
+
+
 @pytest.mark.parametrize(
-    ("layout", "mode"), [("adapter", "fail"), ("separate", "fail"), ("merged", "fail"), ("merged", "lost")]
+    ("store", "layout", "mode"), on_stores(("gs", "adapter", "fail"), *FAILURES), indirect=["store"]
 )
 def test_failing_at_every_operation(store, files, layout, mode, record_property):
     """A failure is an error of ours and leaves the destination as it was."""
