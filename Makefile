@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LOCK := tests/requirements.lock
 PIP = @$(PYTHON) .ci/one_line.py "installing $(1)" $(BIN)/pip install --progress-bar off --disable-pip-version-check -c $(LOCK)
 
-.PHONY: quickstart test test-long check docs lint format lock clean families faults
+.PHONY: quickstart test test-long check docs lint format lock clean families models faults
 .PHONY: bench-step bench-load bench-export bench-tpu bench-data bench-sft
 
 $(VENV)/.base: pyproject.toml $(LOCK)
@@ -73,6 +73,9 @@ lock: $(VENV)/.dev  ## tests/requirements.lock from what .venv holds
 
 families:  ## the table of families in docs/features.md, from the parity suite
 	@$(PYTHON) tests/helpers/families_table.py
+
+models: $(VENV)/.test  ## the table in docs/models.md, from CONFIGS=DIRECTORY, which holds a directory with config.json for each model
+	@$(BIN)/python tests/helpers/models_table.py $(CONFIGS)
 
 $(VENV)/.bench: $(VENV)/.test
 	$(call PIP,what is compared with) -e ".[bench]"

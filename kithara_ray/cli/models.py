@@ -42,16 +42,6 @@ def as_table(found: Sequence[Admission]) -> Table:
     return table
 
 
-def as_markdown(found: Sequence[Admission], names: Sequence[str]) -> str:
-    """A table for the docs, with a name for each model in place of its handle."""
-    lines = ["| model | `model_type` | parameters | accepted, or the reason |", "|---|---|---|---|"]
-    for each, name in zip(found, names, strict=True):
-        count = "" if each.parameters is None else short_count(each.parameters)
-        reason = (each.reason or "accepted").removeprefix("config.json: ").replace("|", "\\|")
-        lines.append(f"| {name} | `{each.model_type}` | {count} | {reason} |")
-    return "\n".join(lines) + "\n"
-
-
 def short_count(parameters: int) -> str:
     """Write a number of parameters as 135M or 8.0B."""
     return f"{parameters / 1e9:.1f}B" if parameters >= 999.5e6 else f"{parameters / 1e6:.0f}M"

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import plain_llama
 import pytest
+from models_table import table
 from tiny import SIZES
 
 from kithara_ray.cli.app import main
-from kithara_ray.cli.models import as_markdown
 from kithara_ray.model.families import FAMILIES
 from kithara_ray.model.families.admission import Admission, admissions
 
@@ -100,9 +100,10 @@ def test_the_table_and_the_families(tmp_path, capsys, monkeypatch):
     assert main(["models", "--yaml"]) == 2
 
 
-def test_markdown_names_models_and_not_their_directories():
+def test_the_docs_table_names_models_and_not_their_directories():
     rows = [Admission("/a/b", "llama", None, 135_000_000), Admission("/a/c", "x", "config.json: a|b is new", None)]
-    assert as_markdown(rows, ["b", "c"]).splitlines()[2:] == [
+    assert table(rows).splitlines()[0] == "1 of 2 are accepted."
+    assert table(rows).splitlines()[4:] == [
         "| b | `llama` | 135M | accepted |",
         "| c | `x` |  | a\\|b is new |",
     ]

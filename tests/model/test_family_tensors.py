@@ -1,6 +1,7 @@
 """Tensors that config.json says a checkpoint has, beside what transformers writes; and what the driver refuses."""
 
 import json
+import re
 
 import numpy as np
 import plain_llama
@@ -30,6 +31,29 @@ def test_a_family_has_the_tensors_that_transformers_writes(family, tiny_models):
 def test_every_family_is_known():
     assert set(SIZES) == set(FAMILIES)
     assert expected_tensors({"model_type": "another"}) is None
+
+
+def kinds_of(names):
+    """The first tensor of each kind: the names without the numbers in them."""
+    return {re.sub(r"\\d+", "N", name): name for name in reversed(sorted(names))}.values()
+
+
+def test_each_tensor_is_used_or_known_or_an_error(every_family, tiny_models):
+    base = BaseCheckpoint.open(tiny_models[every_family])
+
+    def tensors(change):
+        held = dict(base.tensors)
+        change(held)
+        return BaseCheckpoint(base.directory, base.config, held, base.files)
+
+    for name in kinds_of(base.tensors):
+        with pytest.raises(CheckpointError, match=r"missing|lack the prefix"):
+            check_tensors(tensors(lambda held, name=name: held.pop(name)), values=False)
+        beside = f"{name.rpartition('.')[0]}.other"
+        with pytest.raises(CheckpointError, match=f"1 tensors belong to nothing in the model, the first is {beside}"):
+            check_tensors(
+                tensors(lambda held, name=name, beside=beside: held.update({beside: held[name]})), values=False
+            )
 
 
 VARIANTS = {

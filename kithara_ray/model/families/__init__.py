@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model.families import gemma, gemma4, gpt_oss, llama, moe
-from kithara_ray.model.families.family import Family, check_sizes, completed, fields_needed, refuse
+from kithara_ray.model.families.family import Family, check_causal, check_sizes, completed, fields_needed
 from kithara_ray.model.families.refused import why_refused
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | gemma4.FAMILIES | moe.FAMILIES | gpt_oss.FAMILIES
@@ -38,9 +38,7 @@ def family_of(config: Mapping) -> Family:
             f"config.json: a base quantised by {quantisation!r} (quantization_config) cannot be trained or merged; "
             "use the unquantised checkpoint. It would take dequantising its tensors as they are read"
         )
-    # transformers' masks read this field of every family, which no config class declares.
-    if config.get("is_causal", True) is not True:
-        refuse(config, "is_causal", "each token would see all others; only causal models are trained here")
+    check_causal(config)
     check_sizes(config)
     with fields_needed(config):
         family.check(completed(family, config))

@@ -132,6 +132,12 @@ def refuse(config: Mapping, field: str, why: str) -> None:
     raise UnsupportedError(f"config.json: {field}={config.get(field)!r} of this {config['model_type']} model: {why}")
 
 
+def check_causal(config: Mapping) -> None:
+    """Refuse attention that looks ahead. transformers' masks read this field; no config class has it."""
+    if config.get("is_causal", True) is not True:
+        refuse(config, "is_causal", "each token would see all others; only causal models are trained here")
+
+
 def check_sizes(config: Mapping) -> None:
     """Refuse a size that is no count, before it is computed with."""
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -150,8 +156,11 @@ def expect(config: Mapping, **allowed: tuple) -> None:
 
 
 def rope_of(config: Mapping) -> dict:
-    """The rope settings under either of transformers' names for them; by layer type for gemma3."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    """The rope settings under either of transformers' names for them; by layer type for gemma3.
+
+    The former name goes before the present one, as in transformers.
+    """
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if "full_attention" in rope:
         return rope
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))

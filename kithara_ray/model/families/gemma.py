@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from kithara_ray.model.families.family import Family, expect, refuse, rope_of
+from kithara_ray.model.families.family import Family, expect, refuse, rope_of, with_defaults
 
 _NORMS = ("pre_attention_norm", "post_attention_norm", "pre_ffw_norm", "post_ffw_norm")
 
@@ -63,10 +63,10 @@ def _finish(config: Mapping, backbone) -> None:
 
 def _complete_gemma3(config: Mapping) -> dict:
     """Rope settings by layer type, as transformers 5 writes them; formerly, `rope_scaling` was for full layers only."""
-    whole = dict(config)
+    whole = {"rms_norm_eps": 1e-6} | dict(config)
     given = whole.get("rope_parameters") or {}
     rope = {kind: dict(given.get(kind) or {}) for kind in ("full_attention", "sliding_attention")}
-    rope["full_attention"].update(whole.get("rope_scaling") or {})
+    rope["full_attention"].update(whole.pop("rope_scaling", None) or {})
     rope["full_attention"].setdefault("rope_theta", whole.get("rope_theta", 1_000_000.0))
     rope["sliding_attention"].setdefault("rope_theta", whole.get("rope_local_base_freq", 10_000.0))
     for settings in rope.values():
@@ -101,9 +101,11 @@ def _finish_gemma3(config: Mapping, backbone) -> None:
         attention.query_norm.epsilon = attention.key_norm.epsilon = config["rms_norm_eps"]
 
 
+_EPSILON = with_defaults(rms_norm_eps=1e-6)
+
 FAMILIES = {
-    "gemma": Family("convert_gemma", "GemmaCausalLM", _check_gemma, _correct, _finish),
-    "gemma2": Family("convert_gemma", "GemmaCausalLM", _check_gemma2, _correct, _finish),
+    "gemma": Family("convert_gemma", "GemmaCausalLM", _check_gemma, _correct, _finish, complete=_EPSILON),
+    "gemma2": Family("convert_gemma", "GemmaCausalLM", _check_gemma2, _correct, _finish, complete=_EPSILON),
     "gemma3_text": Family(
         "convert_gemma3", "Gemma3CausalLM", _check_gemma3, finish=_finish_gemma3, complete=_complete_gemma3
     ),

@@ -8,6 +8,7 @@ from kithara_ray.model.families.family import Family, expect, refuse
 
 _ABSENT = (False, None)
 _DEFAULTS = dict(
+    rms_norm_eps=1e-6,
     tie_word_embeddings=True,
     attention_k_eq_v=False,
     num_kv_shared_layers=0,
@@ -25,7 +26,7 @@ _ROPE = {
 def _complete(config: Mapping) -> dict:
     """Convert older `global_*` fields of the full layers to transformers 5's `per_layer_config`, and add defaults."""
     whole = _DEFAULTS | dict(config)
-    whole["rope_parameters"] = whole.get("rope_parameters") or _ROPE
+    whole["rope_parameters"] = whole.pop("rope_scaling", None) or whole.get("rope_parameters") or _ROPE
     layers = whole["num_hidden_layers"]
     kinds = whole.get("layer_types") or ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)]
     whole["layer_types"] = [*kinds[:-1], "full_attention"]

@@ -11,10 +11,10 @@ _ROPE = dict(
 
 
 def _complete(config: Mapping) -> dict:
-    defaults = dict(tie_word_embeddings=False, attention_bias=True, sliding_window=128, head_dim=64)
+    defaults = dict(rms_norm_eps=1e-5, tie_word_embeddings=False, attention_bias=True, sliding_window=128, head_dim=64)
     whole = defaults | dict(swiglu_alpha=1.702, swiglu_limit=7.0) | dict(config)
     theta = whole.get("rope_theta", 150_000.0)
-    given = dict(whole.get("rope_parameters") or whole.get("rope_scaling") or _ROPE)
+    given = dict(whole.pop("rope_scaling", None) or whole.get("rope_parameters") or _ROPE)
     whole["rope_parameters"] = {"rope_theta": theta} | given
     if whole.get("layer_types") is None:
         kinds = ("sliding_attention", "full_attention")

@@ -72,7 +72,13 @@ def _finish_qwen3(config: Mapping, backbone) -> None:
 
 
 def _complete_smollm3(config: Mapping) -> dict:
-    whole = {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "rope_theta": 2e6} | dict(config)
+    whole = {
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "rope_theta": 2e6,
+    } | dict(config)
     layers, interval = whole["num_hidden_layers"], whole.get("no_rope_layer_interval", 4)
     # Despite the field's name, 1 means that a block rotates.
     if whole.get("no_rope_layers") is None:
@@ -100,7 +106,9 @@ def _finish_smollm3(config: Mapping, backbone) -> None:
         rotary.inv_freq = rotary.original_inv_freq = 1 / np.float32(rotary.rope_theta) ** exponents
 
 
-_QWEN = dict(tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+_QWEN = dict(
+    rms_norm_eps=1e-6, tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, max_window_layers=28
+)
 
 FAMILIES = {
     "llama": Family(
@@ -108,11 +116,14 @@ FAMILIES = {
         "Llama3CausalLM",
         _check_llama,
         _correct_llama,
-        complete=with_defaults(tie_word_embeddings=False),
+        complete=with_defaults(rms_norm_eps=1e-6, tie_word_embeddings=False),
     ),
     # Its converter also casts weights through float16: see ports.Piece.view.
     "mistral": Family(
-        "convert_mistral", "MistralCausalLM", _check_mistral, complete=with_defaults(sliding_window=4096)
+        "convert_mistral",
+        "MistralCausalLM",
+        _check_mistral,
+        complete=with_defaults(rms_norm_eps=1e-6, sliding_window=4096),
     ),
     "qwen2": Family("convert_qwen", "QwenCausalLM", _check_qwen2, _correct_qwen2, complete=with_defaults(**_QWEN)),
     "qwen3": Family(

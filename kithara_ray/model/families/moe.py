@@ -63,7 +63,13 @@ def _complete_qwen3_moe(config: Mapping) -> dict:
 
     It writes `num_local_experts` instead of `num_experts`, and no `head_dim` if that is hidden/heads.
     """
-    defaults = dict(tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, norm_topk_prob=False)
+    defaults = dict(
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        sliding_window=4096,
+        norm_topk_prob=False,
+    )
     whole = defaults | dict(decoder_sparse_step=1, router_aux_loss_coef=0.001) | dict(config)
     whole["mlp_only_layers"] = whole.get("mlp_only_layers") or []
     for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
@@ -108,7 +114,11 @@ FAMILIES = {
         _correct_mixtral,
         _finish_mixtral,
         complete=with_defaults(
-            tie_word_embeddings=False, sliding_window=None, output_router_logits=False, rope_theta=1_000_000.0
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            sliding_window=None,
+            output_router_logits=False,
+            rope_theta=1_000_000.0,
         ),
     ),
     "qwen3_moe": Family(

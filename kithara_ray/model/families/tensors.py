@@ -21,6 +21,8 @@ Dims = tuple[tuple[str, int], ...]
 _QK_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "gemma4_text"})
 _FEEDFORWARD_NORMS = frozenset({"gemma2", "gemma3_text", "gemma4_text"})
 _BIASED = frozenset({"qwen2"})
+# Families without biases, for which transformers reads no such field.
+_UNBIASED = frozenset({"mistral", "mixtral"})
 _DTYPES = ("F32", "BF16", "F16")
 _PREFIX = "model."
 
@@ -76,7 +78,7 @@ def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) 
     outs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
     if keys_are_values:
         del outs["v_proj"]
-    biased = bool(config.get("attention_bias"))
+    biased = bool(config.get("attention_bias")) and family not in _UNBIASED
     for name, out in outs.items():
         yield f"self_attn.{name}.weight", (out, hidden)
         if biased or family in _BIASED:
@@ -118,7 +120,7 @@ def _feedforward(config: Mapping[str, Any], number: int, hidden: tuple[str, int]
     else:
         for name, dims in _gated(inner, hidden):
             yield f"mlp.{name}.weight", dims
-            if config.get("mlp_bias"):
+            if config.get("mlp_bias") and family not in _UNBIASED:
                 yield f"mlp.{name}.bias", dims[:1]
 
 
