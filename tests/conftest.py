@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
-from tiny import SIZES, mostly_long, write_model
+from tiny import LIKE_OTHERS, SIZES, mostly_long, write_model
 
 from kithara_ray.model import runtime
 
@@ -50,7 +50,7 @@ def family(request):
     return request.param
 
 
-@pytest.fixture(params=sorted(SIZES))
+@pytest.fixture(params=mostly_long(sorted(SIZES.keys() - LIKE_OTHERS)))
 def every_family(request):
     return request.param
 

@@ -16,7 +16,9 @@ from kithara_ray.hf.fetch import read_ranges
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Each model_type for which transformers ties the head if config.json has no tie_word_embeddings; False for any other.
-TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "gemma4_text", "smollm3"})
+TIED_BY_DEFAULT = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "gemma4_text", "smollm3", "cohere2", "ernie4_5", "ernie4_5_moe", "starcoder2"}
+)
 _ROWS_BYTES = 16 << 20
 
 

@@ -270,11 +270,9 @@ def build(
 def _with_ports(config: Mapping, options: ModelOptions) -> tuple[keras.Model, list[ports.Port]]:
     """Build KerasHub's `keras_hub.models.CausalLM` without values, and list the tensors that feed it."""
     family = family_of(config)
-    import keras_hub
-
     with keras_compat.without_values():
         backbone = family.build(config, keras.DTypePolicy(options.precision))
-    model = getattr(keras_hub.models, family.causal_lm)(backbone=backbone, preprocessor=None)
+    model = family.task(backbone)
     recorded = ports.record_ports(family.converter, model, config)
     if options.train_weights:
         ports.check_invertible(recorded, config)

@@ -229,9 +229,9 @@ def _(space):
     (space.model / "config.json").write_text("{")
 
 
-@case("another family", "model_type='phi3' is not supported")
+@case("another family", "model_type='mamba' is not supported")
 def _(space):
-    space.json(space.model / "config.json", model_type="phi3")
+    space.json(space.model / "config.json", model_type="mamba")
 
 
 @case("a field that KerasHub drops", "attention_bias")

@@ -118,11 +118,126 @@ SIZES = {
         rms_norm_eps=1e-4,
     ),
 }
+# Decoders of our own block; each field that it reads differs from what another family would have.
+_PLAIN = dict(_SMALL, **_ROPE, num_hidden_layers=3)
+_PARTIAL = dict(rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5))
+_WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+OWN = {
+    # Rows are longer than the short factors reach.
+    "phi3": dict(
+        _SMALL,
+        num_hidden_layers=3,
+        sliding_window=8,
+        rms_norm_eps=1e-4,
+        max_position_embeddings=64,
+        original_max_position_embeddings=8,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=500.0,
+            partial_rotary_factor=0.75,
+            short_factor=[1.0] * 6,
+            long_factor=[1.0, 1.5, 2.0, 3.0, 4.0, 5.0],
+        ),
+    ),
+    "phi": dict(_SMALL, **_PARTIAL, num_hidden_layers=3, layer_norm_eps=1e-4, qk_layernorm=True),
+    "granite": dict(
+        _PLAIN,
+        rms_norm_eps=1e-4,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.125,
+        logits_scaling=2.0,
+        attention_bias=True,
+        mlp_bias=True,
+        attention_dropout=0.1,
+    ),
+    "olmo2": dict(_PLAIN, rms_norm_eps=1e-4),
+    "olmo3": dict(
+        _SMALL,
+        num_hidden_layers=3,
+        layer_types=_WINDOWED,
+        sliding_window=8,
+        rms_norm_eps=1e-4,
+        rope_parameters=dict(
+            full_attention=dict(
+                rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0
+            ),
+            sliding_attention=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
+    "glm4": dict(_SMALL, **_PARTIAL, num_hidden_layers=3, head_dim=32, rms_norm_eps=1e-4),
+    "seed_oss": dict(_PLAIN, head_dim=32, attention_out_bias=True, mlp_bias=True, rms_norm_eps=1e-4),
+    "hunyuan_v1_dense": dict(
+        _SMALL,
+        num_hidden_layers=3,
+        head_dim=32,
+        rms_norm_eps=1e-4,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=1.0, alpha=100.0),
+    ),
+    "ernie4_5": dict(_PLAIN, head_dim=32, use_bias=True, rms_norm_eps=1e-4),
+    "exaone4": dict(_PLAIN, layer_types=_WINDOWED, sliding_window=8, rms_norm_eps=1e-4),
+    "cohere2": dict(_PLAIN, layer_types=_WINDOWED, sliding_window=8, logit_scale=0.5, layer_norm_eps=1e-4),
+    "stablelm": dict(_SMALL, **_PARTIAL, num_hidden_layers=3, use_qkv_bias=True, layer_norm_eps=1e-4),
+    "starcoder2": dict(_PLAIN, sliding_window=8, norm_epsilon=1e-4),
+    "nemotron": dict(_SMALL, **_PARTIAL, num_hidden_layers=3, head_dim=32, norm_eps=1e-4, attention_bias=True),
+    "arcee": dict(_PLAIN, head_dim=32, rms_norm_eps=1e-4, mlp_bias=True),
+    "apertus": dict(_PLAIN, rms_norm_eps=1e-4),
+    "internlm3": dict(
+        _SMALL,
+        num_hidden_layers=3,
+        head_dim=32,
+        rms_norm_eps=1e-4,
+        max_position_embeddings=64,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=4.0),
+    ),
+    # A dense block first, and two of experts.
+    "ernie4_5_moe": dict(
+        _PLAIN,
+        rms_norm_eps=1e-4,
+        moe_intermediate_size=48,
+        moe_num_experts=5,
+        moe_k=3,
+        moe_num_shared_experts=2,
+        use_bias=True,
+    ),
+    "glm4_moe": dict(
+        _SMALL,
+        **_PARTIAL,
+        num_hidden_layers=3,
+        head_dim=32,
+        rms_norm_eps=1e-4,
+        attention_bias=True,
+        use_qk_norm=True,
+        moe_intermediate_size=48,
+        n_routed_experts=5,
+        num_experts_per_tok=3,
+        routed_scaling_factor=1.5,
+    ),
+    "minimax_m2": dict(
+        _SMALL,
+        **_PARTIAL,
+        num_hidden_layers=3,
+        head_dim=32,
+        rms_norm_eps=1e-4,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+    ),
+}
+SIZES |= OWN
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
-MIXTURES = {family for family, size in SIZES.items() if "num_experts_per_tok" in size}
+MIXTURES = {family for family, size in SIZES.items() if {"num_experts_per_tok", "moe_k"} & size.keys()}
+# Families that are like another of the table but for what the long tests compare.
+LIKE_OTHERS = OWN.keys() - {"phi3", "olmo3"}
 # The names of a family's linear layers, which LoRA can adapt.
-TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in SIZES}
+_NO_GATE = (*_ATTENTION, "up_proj", "down_proj")
+TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in SIZES} | {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "glm4": (*_ATTENTION, "gate_up_proj", "down_proj"),
+    "starcoder2": (*_ATTENTION, "c_fc", "c_proj"),
+    **dict.fromkeys(("nemotron", "arcee", "apertus"), _NO_GATE),
+}
 
 
 # Those of the short tests: between them periods, windows, soft caps, sinks, experts, and a tied head.
@@ -154,7 +269,7 @@ def write_model(directory: Path, family: str, **fields) -> Path:
         for name, parameter in model.named_parameters():
             # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,
             # and its gradients of smollm3 1.1e-5, of gemma4_text 2.3e-5.
-            gain = 1.5 if family in {*MIXTURES, "gemma4_text", "smollm3"} else 2.5
+            gain = 1.5 if family in {*MIXTURES, *OWN, "gemma4_text", "smollm3"} else 2.5
             std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])
             parameter.add_(torch.randn_like(parameter) * std)
             if family == "gemma4_text" and "q_norm" in name:
@@ -163,6 +278,8 @@ def write_model(directory: Path, family: str, **fields) -> Path:
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.5)
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory

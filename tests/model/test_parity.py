@@ -128,6 +128,7 @@ def test_every_target_is_alive(every_family, logits_of, random_adapter):
 
 # Blocks that the scan takes at a time: sliding and full ones, with and without rotation, dense and of experts.
 PERIODS = dict.fromkeys(SIZES, 1) | dict(gemma2=2, gemma3_text=2, gemma4_text=3, gpt_oss=2, qwen3_moe=2, smollm3=2)
+PERIODS |= dict.fromkeys(("cohere2", "exaone4", "olmo3"), 2)
 ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "dots")} | {
     "unstacked factors": dict(stack_factors=False)
 }
@@ -326,25 +327,10 @@ def test_rope_settings_in_their_former_places(family):
 
 LINEAR_YARN = {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {"rope_type": "default"}}
 REFUSED = {
-    "qwen2 window": (
-        "qwen2",
-        dict(use_sliding_window=True, sliding_window=8, layer_types=None, max_window_layers=1),
-        "use_sliding_window=True of this qwen2 model: KerasHub has no sliding window on a part",
-    ),
-    "qwen2 head_dim": ("qwen2", dict(head_dim=8), "derives head_dim as hidden_size / num_attention_heads"),
-    "qwen3 rope": ("qwen3", dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope type 'yarn' is dropped"),
-    "qwen3 bias": ("qwen3", dict(attention_bias=True), "computes it as False only"),
-    "mistral tied": ("mistral", dict(tie_word_embeddings=True), "tie_word_embeddings=True .* computes it as False"),
-    "mistral act": ("mistral", dict(hidden_act="gelu"), "hidden_act='gelu' .* computes it as 'silu' only"),
-    "smollm3 untied": ("smollm3", dict(tie_word_embeddings=False), "computes it as True only"),
-    "smollm3 window": ("smollm3", dict(use_sliding_window=True), "use_sliding_window=True"),
     "gemma act": ("gemma", dict(hidden_act="relu"), "computes it as 'gelu_pytorch_tanh' only"),
     "gemma3 rope": ("gemma3_text", dict(rope_parameters=LINEAR_YARN), "'yarn' of full_attention is dropped"),
     "gemma3 both ways": ("gemma3_text", dict(use_bidirectional_attention=True), "computes it as False only"),
     "gemma3 cap": ("gemma3_text", dict(attn_logit_softcapping=50.0), "KerasHub applies it and transformers does not"),
-    "head_dim": ("llama", dict(head_dim=8), "head_dim=8 of this llama model: KerasHub's llama derives head_dim"),
-    "bias": ("llama", dict(attention_bias=True), "attention_bias=True .* computes it as False only"),
-    "rope": ("llama", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope type 'yarn' is dropped"),
     "scalar": ("gemma2", dict(query_pre_attn_scalar=7), "query_pre_attn_scalar=7 .* scales queries by head_dim"),
     "theta": ("gemma2", dict(rope_theta=5e5), "rotates with rope_theta 10000 only"),
     "layers": ("gemma2", dict(layer_types=["full_attention"] * 5), "alternates sliding and full attention"),

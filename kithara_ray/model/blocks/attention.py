@@ -254,6 +254,8 @@ def _qwen2(block, layer) -> Settings:
     return _windowed_by_layer(block, layer) if layer.use_sliding_window_attention else _unwindowed(block, layer)
 
 
+# The attention of `model.decoder`, which takes segment ids as they are.
+_OWN = "DecoderAttention"
 # Settings by the class of the attention layer. KerasHub has no common interface for these.
 _SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
     "LlamaAttention": _unwindowed,
@@ -267,6 +269,7 @@ _SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
     "Qwen3Attention": _windowed_by_layer,
     "Qwen3MoeAttention": _windowed_by_layer,
     "GptOssAttention": _windowed_by_block,
+    _OWN: lambda block, layer: layer.settings,
 }
 
 # The families' names for the padding mask and the cache that their mask builders take.
@@ -292,8 +295,12 @@ def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh, remat: str = "bl
     if mesh.devices.flat[0].platform == "tpu":
         attend = partial(splash_attention, how=Kernel(mesh, remat))
     for block in blocks:
+        layer = _layer_of(block)
+        if type(layer).__name__ == _OWN:
+            layer.attend = partial(_attended, attend)
+            continue
         _hand_over_segments(block)
-        _attend_by_segments(_layer_of(block), settings_of(block), attend)
+        _attend_by_segments(layer, settings_of(block), attend)
 
 
 def settings_of(block: keras.layers.Layer) -> Settings:
@@ -333,17 +340,26 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
         if attention_mask is None or attention_mask.shape[-1] != 1:
             key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
             return original(query, key, value, attention_mask, *args, **kwargs)
-        if (output := _GIVEN.get()) is not None:
-            return output
         sinks = getattr(layer, "sinks", None)
         sinks = None if sinks is None else keras.ops.convert_to_tensor(sinks)
-        query, key, value = (checkpoint_name(array, INPUTS) for array in (query, key, value))
-        output = attend(query, key, value, attention_mask[..., 0], settings, sinks)
-        if attend is xla_attention:
-            # The TPU's kernel names its own.
-            output = checkpoint_name(output, RESIDUALS)
-        if (record := _RECORD.get()) is not None:
-            record.append(output)
-        return output
+        return _attended(attend, query, key, value, attention_mask[..., 0], settings, sinks)
 
     keras_compat.replace_attention(layer, compute)
+
+
+def _attended(attend: Callable, query, key, value, segments_BT, settings: Settings, sinks_N=None) -> jax.Array:
+    """Compute attention with `attend`, except where the output is given, and record it where that is wanted."""
+    if (output := _GIVEN.get()) is not None:
+        return output
+    query, key, value = (checkpoint_name(array, INPUTS) for array in (query, key, value))
+    output = attend(query, key, value, segments_BT, settings, sinks_N)
+    if attend is xla_attention:
+        # The TPU's kernel names its own.
+        output = checkpoint_name(output, RESIDUALS)
+    if (record := _RECORD.get()) is not None:
+        record.append(output)
+    return output
+
+
+# Attention of decoders of ours on any device, until `install` gives them their mesh's.
+attend_locally = partial(_attended, xla_attention)

@@ -8,11 +8,19 @@ none.
 from collections.abc import Mapping
 
 from kithara_ray.errors import UnsupportedError
-from kithara_ray.model.families import gemma, gemma4, gpt_oss, llama, moe
+from kithara_ray.model.families import decoder_mixtures, decoders, gemma, gemma4, gpt_oss, llama, moe
 from kithara_ray.model.families.family import Family, check_causal, check_sizes, completed, fields_needed
 from kithara_ray.model.families.refused import why_refused
 
-FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | gemma4.FAMILIES | moe.FAMILIES | gpt_oss.FAMILIES
+FAMILIES: dict[str, Family] = (
+    llama.FAMILIES
+    | gemma.FAMILIES
+    | gemma4.FAMILIES
+    | moe.FAMILIES
+    | gpt_oss.FAMILIES
+    | decoders.FAMILIES
+    | decoder_mixtures.FAMILIES
+)
 # How an error ends where the table of families is not at hand.
 LISTED = ". `kithara-ray models` lists the families"
 
@@ -41,7 +49,9 @@ def family_of(config: Mapping) -> Family:
     check_causal(config)
     check_sizes(config)
     with fields_needed(config):
-        family.check(completed(family, config))
+        whole = completed(family, config)
+        family.check(whole)
+        family.described(whole)
     return family
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from kithara_ray.errors import KitharaRayError, UnsupportedError
 from kithara_ray.model import keras_compat
+from kithara_ray.model.decoder.description import Description
 
 
 def _as_it_is(config: Mapping) -> dict:
@@ -20,27 +21,48 @@ def with_defaults(**fields: Any) -> Callable[[Mapping], dict]:
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of Hugging Face.
+    """One `model_type` of Hugging Face, computed by KerasHub's blocks, by the block of `model.decoder`, or by either.
 
     Attributes:
-        converter: name of KerasHub's converter, for `keras_compat.converter_of`.
+        converter: name of KerasHub's converter, for `keras_compat.converter_of`; "" if KerasHub has none.
         causal_lm: class name in `keras_hub.models`.
-        check: raises UnsupportedError for fields that KerasHub cannot express.
+        check: raises UnsupportedError for fields that no block here can express.
         correct: changes the keyword arguments that the converter made for the backbone.
         finish: changes the built backbone.
         complete: returns the config with the values that transformers would fill in.
         takes_dtype: True if the backbone hands its dtype on to its layers; if not, a global policy sets theirs.
         quantisations: quantisation methods of checkpoints that are dequantised as they are read.
+        limits: raises UnsupportedError for fields that KerasHub's block cannot express and `general` can.
+        general: describes the decoder of ours that computes what KerasHub cannot; None if there is none.
     """
 
-    converter: str
-    causal_lm: str
-    check: Callable[[Mapping], None]
+    converter: str = ""
+    causal_lm: str = ""
+    check: Callable[[Mapping], None] = lambda config: None
     correct: Callable[[Mapping, dict], None] = lambda config, kwargs: None
     finish: Callable[[Mapping, Any], None] = lambda config, backbone: None
     complete: Callable[[Mapping], dict] = _as_it_is
     takes_dtype: bool = True
     quantisations: tuple[str, ...] = ()
+    limits: Callable[[Mapping], None] = lambda config: None
+    general: Callable[[Mapping], Description] | None = None
+
+    def described(self, config: Mapping) -> Description | None:
+        """Describe the decoder of ours that computes a completed config; None if KerasHub's block computes it.
+
+        Raises:
+            UnsupportedError: neither can.
+        """
+        if self.general is None:
+            self.limits(config)
+            return None
+        if self.converter:
+            try:
+                self.limits(config)
+                return None
+            except UnsupportedError:
+                pass
+        return self.general(config)
 
     def build(self, config: Mapping, dtype_policy):
         """Build the backbone that a checked config describes.
@@ -49,6 +71,12 @@ class Family:
             UnsupportedError: the config lacks a field that the converter reads.
         """
         config = completed(self, config)
+        with fields_needed(config):
+            description = self.described(config)
+        if description is not None:
+            from kithara_ray.model.decoder.backbone import DecoderBackbone
+
+            return DecoderBackbone(description, dtype=dtype_policy)
         converter = keras_compat.converter_of(self.converter)
         with fields_needed(config):
             kwargs = converter.convert_backbone_config(dict(config))
@@ -60,6 +88,16 @@ class Family:
                 backbone = converter.backbone_cls(**kwargs)
         self.finish(config, backbone)
         return backbone
+
+    def task(self, backbone):
+        """Build the causal LM around a backbone from `build`."""
+        import keras_hub
+
+        from kithara_ray.model.decoder.backbone import DecoderBackbone, DecoderCausalLM
+
+        own = isinstance(backbone, DecoderBackbone)
+        made = DecoderCausalLM if own else getattr(keras_hub.models, self.causal_lm)
+        return made(backbone=backbone, preprocessor=None)
 
 
 # Fields that change transformers' computation only while it trains. Here they are off: no block reads them.
@@ -87,7 +125,7 @@ def completed(family: Family, config: Mapping) -> dict:
     whole = family.complete(config)
     whole |= {field: type(whole[field])() for field in _TRAINING_ONLY if whole.get(field)}
     rope = rope_of(whole)
-    former = ("rope_scaling", "rope_theta", "rope_local_base_freq")
+    former = ("rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
     return {field: value for field, value in whole.items() if field not in former} | {"rope_parameters": rope}
 
 
@@ -164,7 +202,15 @@ def rope_of(config: Mapping) -> dict:
     if "full_attention" in rope:
         return rope
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if config.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    original = "original_max_position_embeddings"
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        if config.get(original) is not None:
+            rope[original] = config[original]
+        elif config.get("max_position_embeddings") is not None:
+            rope.setdefault(original, config["max_position_embeddings"])
     return rope
 
 

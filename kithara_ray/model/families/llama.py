@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from kithara_ray.model import keras_compat
+from kithara_ray.model.families import general
 from kithara_ray.model.families.family import (
     Family,
     check_derived_head_dim,
@@ -17,7 +18,7 @@ from kithara_ray.model.families.family import (
 _ABSENT = (False, None)
 
 
-def _check_llama(config: Mapping) -> None:
+def _limits_of_llama(config: Mapping) -> None:
     expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT)
     check_derived_head_dim(config)
     check_rope(config, "default", "llama3")
@@ -35,13 +36,13 @@ def _correct_llama(config: Mapping, kwargs: dict) -> None:
         kwargs["rope_pretraining_sequence_length"] = rope["original_max_position_embeddings"]
 
 
-def _check_mistral(config: Mapping) -> None:
+def _limits_of_mistral(config: Mapping) -> None:
     # KerasHub's mistral always has a separate head.
     expect(config, hidden_act=("silu",), tie_word_embeddings=_ABSENT)
     check_rope(config, "default")
 
 
-def _check_qwen2(config: Mapping) -> None:
+def _limits_of_qwen2(config: Mapping) -> None:
     # Both libraries use biases of q, k and v, whatever `attention_bias` says.
     expect(config, hidden_act=("silu",))
     check_derived_head_dim(config)
@@ -54,7 +55,7 @@ def _correct_qwen2(config: Mapping, kwargs: dict) -> None:
     del kwargs["use_sliding_window"], kwargs["sliding_window_size"]
 
 
-def _check_qwen3(config: Mapping) -> None:
+def _limits_of_qwen3(config: Mapping) -> None:
     expect(config, hidden_act=("silu",), attention_bias=_ABSENT)
     check_rope(config, "default")
     check_no_window(config)
@@ -83,11 +84,14 @@ def _complete_smollm3(config: Mapping) -> dict:
     # Despite the field's name, 1 means that a block rotates.
     if whole.get("no_rope_layers") is None:
         whole["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(layers)]
-    whole["layer_types"] = whole.get("layer_types") or ["full_attention"] * layers
+    if whole.get("layer_types") is None:
+        slides = whole.get("use_sliding_window") and whole.get("sliding_window") is not None
+        kinds = ("full_attention", "sliding_attention")
+        whole["layer_types"] = [kinds[bool(slides and not rotates)] for rotates in whole["no_rope_layers"]]
     return whole
 
 
-def _check_smollm3(config: Mapping) -> None:
+def _limits_of_smollm3(config: Mapping) -> None:
     expect(config, hidden_act=("silu",), attention_bias=_ABSENT, mlp_bias=_ABSENT)
     expect(config, tie_word_embeddings=(True, None), layer_types=(["full_attention"] * config["num_hidden_layers"],))
     expect(config, use_sliding_window=_ABSENT)
@@ -114,32 +118,43 @@ FAMILIES = {
     "llama": Family(
         "convert_llama3",
         "Llama3CausalLM",
-        _check_llama,
-        _correct_llama,
+        correct=_correct_llama,
         complete=with_defaults(rms_norm_eps=1e-6, tie_word_embeddings=False),
+        limits=_limits_of_llama,
+        general=general.llama,
     ),
     # Its converter also casts weights through float16: see ports.Piece.view.
     "mistral": Family(
         "convert_mistral",
         "MistralCausalLM",
-        _check_mistral,
         complete=with_defaults(rms_norm_eps=1e-6, sliding_window=4096),
+        limits=_limits_of_mistral,
+        general=general.mistral,
     ),
-    "qwen2": Family("convert_qwen", "QwenCausalLM", _check_qwen2, _correct_qwen2, complete=with_defaults(**_QWEN)),
+    "qwen2": Family(
+        "convert_qwen",
+        "QwenCausalLM",
+        correct=_correct_qwen2,
+        complete=with_defaults(**_QWEN),
+        limits=_limits_of_qwen2,
+        general=general.qwen2,
+    ),
     "qwen3": Family(
         "convert_qwen3",
         "Qwen3CausalLM",
-        _check_qwen3,
-        _correct_qwen3,
-        _finish_qwen3,
+        correct=_correct_qwen3,
+        finish=_finish_qwen3,
         complete=with_defaults(head_dim=128, **_QWEN),
+        limits=_limits_of_qwen3,
+        general=general.qwen3,
     ),
     "smollm3": Family(
         "convert_smollm3",
         "SmolLM3CausalLM",
-        _check_smollm3,
         finish=_finish_smollm3,
         complete=_complete_smollm3,
         takes_dtype=False,
+        limits=_limits_of_smollm3,
+        general=general.smollm3,
     ),
 }

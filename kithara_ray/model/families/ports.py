@@ -19,6 +19,7 @@ from kithara_ray.errors import CheckpointError, UnsupportedError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import keras_compat
+from kithara_ray.model.decoder.backbone import DecoderBackbone, fed_variables
 from kithara_ray.model.identity import IdentitySet
 
 Transform = Callable[[np.ndarray, Sequence[int]], np.ndarray]
@@ -257,10 +258,17 @@ def record_ports(converter: str, model, config: Mapping) -> list[Port]:
     Raises:
         UnsupportedError: the converter does not feed a variable, or feeds it twice.
     """
-    module = keras_compat.converter_of(converter)
     recorder = _Recorder()
-    with recorder.assignments():
-        module.convert_weights(model.backbone, recorder, dict(config))
+    if isinstance(model.backbone, DecoderBackbone):
+        for variable, names, transform in fed_variables(model.backbone):
+            if isinstance(names, str):
+                recorder.port_weight(variable, names, transform)
+            else:
+                recorder.assign(variable, _Joined(tuple(_Tensor(name, transform) for name in names), 0, stacked=True))
+    else:
+        module = keras_compat.converter_of(converter)
+        with recorder.assignments():
+            module.convert_weights(model.backbone, recorder, dict(config))
     fed = IdentitySet(port.variable for port in recorder.ports)
     unfed = [v.path for v in model.variables if v not in fed and not is_seed(v)]
     if unfed or len(fed) != len(recorder.ports):

@@ -13,10 +13,8 @@ from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint
 from kithara_ray.hf.names import without_wrappers
 from kithara_ray.hf.tied_head import EMBEDDING, HEAD, check_tied_head, is_tied
 from kithara_ray.hf.unused import is_beyond, why_unused
+from kithara_ray.model.decoder.tensors import Dims, tensors_of
 from kithara_ray.model.families import FAMILIES, completed, fields_needed, model_type_of
-
-# A tensor's dims: config.json's name for each, and its size.
-Dims = tuple[tuple[str, int], ...]
 
 _QK_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "gemma4_text"})
 _FEEDFORWARD_NORMS = frozenset({"gemma2", "gemma3_text", "gemma4_text"})
@@ -38,7 +36,8 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, Dims] | None:
         return None
     with fields_needed(config):
         whole = completed(family, config)
-        return dict(_tensors(whole))
+        description = family.described(whole)
+        return dict(_tensors(whole) if description is None else tensors_of(description))
 
 
 def _tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, Dims]]:
