@@ -30,9 +30,6 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     from kithara_ray.model import runtime
 
     runtime.prepare()
-    import ml_dtypes
-    import numpy as np
-
     from kithara_ray.model.causal_lm import build
     from kithara_ray.sharding.mesh import make_mesh
     from kithara_ray.sharding.shape import MeshShape
@@ -50,9 +47,8 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
         remat=request["remat"],
         stack_factors=is_elementwise("keras", request["optimizer"]),
     )
-    dtype = np.dtype(ml_dtypes.bfloat16 if request["base_dtype"] == "bfloat16" else request["base_dtype"])
     state = step.abstract_state(model, optimizer)
-    frozen = model.abstract_frozen(dtype)
+    frozen = model.abstract_frozen(_dtypes(request["base_dtype"]))
     micro = request["gradient_accumulation_steps"]
     rows = request["per_device_batch_size"] * micro * mesh.size
     batch = step.abstract_batch(model, rows, request["seq_len"], request["predictions"])
@@ -72,6 +68,17 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
     }
     return found | (_compiled(step, model, optimizer, state, frozen, batch, micro) if request["compile"] else {})
+
+
+def _dtypes(given: str | Mapping[str, str]):
+    """The dtype of all tensors, or of each by its name."""
+    import ml_dtypes  # numpy knows bfloat16 by it
+    import numpy as np
+
+    known = {"bfloat16": ml_dtypes.bfloat16}
+    if isinstance(given, str):
+        return np.dtype(known.get(given, given))
+    return {name: np.dtype(known.get(dtype, dtype)) for name, dtype in given.items()}
 
 
 def _lora(settings: Mapping[str, Any]):

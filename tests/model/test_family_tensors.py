@@ -159,4 +159,4 @@ def test_plan_reads_the_headers(tmp_path):
     with pytest.raises(CheckpointError, match="tensors are missing"):
         config_of(directory)
     (directory / "model.safetensors").unlink()
-    assert config_of(directory)["num_hidden_layers"] == 3
+    assert config_of(directory)[0]["num_hidden_layers"] == 3

@@ -1,10 +1,11 @@
 """The frozen arrays of a model, loaded sharded: each process reads only the slices that its devices own."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -48,6 +49,11 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.ports), *self.ports[0].shape) if self.stacked else self.ports[0].shape
+
+    def dtype_of(self, dtypes: Mapping[str, np.dtype]) -> np.dtype:
+        """The array's dtype where `load_sharded` reads tensors of these dtypes; MXFP4 is read as bfloat16."""
+        names = [piece.hf_name for port in self.ports for piece in port.pieces]
+        return holding([dtypes.get(name, np.dtype(jnp.bfloat16)) for name in names])
 
     def split(self, array: jax.Array | Int8) -> list[tuple[Port, jax.Array]]:
         """Pair each port with its own value, in floats."""
