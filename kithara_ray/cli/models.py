@@ -13,14 +13,14 @@ from kithara_ray.redact import redact
 
 
 def families_json() -> str:
-    rows = [{"model_type": name, "class": FAMILIES[name].causal_lm} for name in sorted(FAMILIES)]
+    rows = [{"model_type": name, "class": FAMILIES[name].causal_lm or None} for name in sorted(FAMILIES)]
     return json.dumps(rows, indent=1)
 
 
 def families_table() -> Table:
-    table = Table("model_type", "KerasHub class", title="families", highlight=False)
+    table = Table("model_type", "computed by", title=f"{len(FAMILIES)} families", highlight=False)
     for name in sorted(FAMILIES):
-        table.add_row(name, FAMILIES[name].causal_lm)
+        table.add_row(name, FAMILIES[name].causal_lm or "the general decoder block")
     return table
 
 

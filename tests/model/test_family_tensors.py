@@ -35,7 +35,7 @@ def test_every_family_is_known():
 
 def kinds_of(names):
     """The first tensor of each kind: the names without the numbers in them."""
-    return {re.sub(r"\\d+", "N", name): name for name in reversed(sorted(names))}.values()
+    return {re.sub(r"\d+", "N", name): name for name in reversed(sorted(names))}.values()
 
 
 def test_each_tensor_is_used_or_known_or_an_error(every_family, tiny_models):

@@ -235,6 +235,7 @@ CORRECTED = [
     ("llama", LLAMA3_ROPE),
     ("llama", UNTIED),
     ("mistral", dict(sliding_window=None, head_dim=None)),
+    ("llama", dict(num_key_value_heads=None)),
     ("qwen2", UNTIED),
     ("qwen3", UNTIED),
     ("mixtral", dict(sliding_window=None)),

@@ -124,6 +124,8 @@ def completed(family: Family, config: Mapping) -> dict:
     """
     whole = family.complete(config)
     whole |= {field: type(whole[field])() for field in _TRAINING_ONLY if whole.get(field)}
+    if "num_attention_heads" in whole and whole.get("num_key_value_heads", 1) is None:
+        whole["num_key_value_heads"] = whole["num_attention_heads"]
     rope = rope_of(whole)
     former = ("rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
     return {field: value for field, value in whole.items() if field not in former} | {"rope_parameters": rope}
