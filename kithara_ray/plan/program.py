@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import ConfigError
+from kithara_ray.hf.tower import text_of
 from kithara_ray.plan.terms import Counts
 
 
@@ -159,15 +160,18 @@ def _leaves(tree: Any) -> list:
 def counts_of(model, config: Mapping[str, Any]) -> Counts:
     """Count the elements that a token is multiplied with; only the experts that a token is sent to count."""
     from kithara_ray.model.blocks import attention
+    from kithara_ray.model.families import family_of
+    from kithara_ray.model.families.family import completed
     from kithara_ray.model.identity import IdentitySet
 
+    config = completed(family_of(config), text_of(config))
     in_blocks = IdentitySet(variable for block in model.chain.blocks for variable in block.variables)
     size = lambda variable: math.prod(variable.shape)  # noqa: E731
     # The stored variables are those that a tensor feeds, in the blocks too.
     ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
     nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
     experts = config.get("num_local_experts") or config.get("num_experts") or 1
-    active = (config.get("num_experts_per_tok") or experts) / experts
+    active = (config.get("num_experts_per_tok") or config.get("top_k_experts") or experts) / experts
 
     def multiplied(variable) -> float:
         if len(variable.shape) < 2:

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-import transformers
 from private_names import names_in
-from tiny import SIZES, VOCABULARY
+from tiny import SIZES, config_of
 
 from kithara_ray.model import keras_compat, runtime
 from kithara_ray.model.families import FAMILIES, family_of
@@ -110,8 +109,7 @@ def blocks():
 
     def get(family: str):
         if family not in made:
-            kind = type(transformers.AutoConfig.for_model(family))
-            config = kind(vocab_size=VOCABULARY, **SIZES[family]).to_dict()
+            config = config_of(family).to_dict()
             with keras_compat.without_values():
                 backbone = family_of(config).build(config, keras.DTypePolicy("float32"))
             block = backbone.transformer_layers[0]

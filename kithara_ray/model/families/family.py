@@ -30,6 +30,7 @@ class Family:
         correct: changes the keyword arguments that the converter made for the backbone.
         finish: changes the built backbone.
         complete: returns the config with the values that transformers would fill in.
+        converts_as: the `model_type` that the converter knows, if not the config's own.
         takes_dtype: True if the backbone hands its dtype on to its layers; if not, a global policy sets theirs.
         quantisations: quantisation methods of checkpoints that are dequantised as they are read.
         limits: raises UnsupportedError for fields that KerasHub's block cannot express and `general` can.
@@ -42,6 +43,7 @@ class Family:
     correct: Callable[[Mapping, dict], None] = lambda config, kwargs: None
     finish: Callable[[Mapping, Any], None] = lambda config, backbone: None
     complete: Callable[[Mapping], dict] = _as_it_is
+    converts_as: str | None = None
     takes_dtype: bool = True
     quantisations: tuple[str, ...] = ()
     limits: Callable[[Mapping], None] = lambda config: None
@@ -79,7 +81,7 @@ class Family:
             return DecoderBackbone(description, dtype=dtype_policy)
         converter = keras_compat.converter_of(self.converter)
         with fields_needed(config):
-            kwargs = converter.convert_backbone_config(dict(config))
+            kwargs = converter.convert_backbone_config(self.for_converter(config))
             self.correct(config, kwargs)
         if self.takes_dtype:
             backbone = converter.backbone_cls(**kwargs, dtype=dtype_policy)
@@ -98,6 +100,10 @@ class Family:
         own = isinstance(backbone, DecoderBackbone)
         made = DecoderCausalLM if own else getattr(keras_hub.models, self.causal_lm)
         return made(backbone=backbone, preprocessor=None)
+
+    def for_converter(self, config: Mapping) -> dict:
+        """The config of a text model as KerasHub's converter reads it."""
+        return dict(config) | ({"model_type": self.converts_as} if self.converts_as else {})
 
 
 # Fields that change transformers' computation only while it trains. Here they are off: no block reads them.

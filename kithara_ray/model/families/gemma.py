@@ -63,6 +63,19 @@ def _finish(config: Mapping, backbone) -> None:
 _GEMMA3 = dict(rms_norm_eps=1e-6, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096)
 
 
+# Published configs of the multimodal models leave these out.
+_GEMMA3 = dict(
+    vocab_size=262_208,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    query_pre_attn_scalar=256,
+    rms_norm_eps=1e-6,
+    sliding_window=4096,
+    max_position_embeddings=131_072,
+)
+
+
 def _complete_gemma3(config: Mapping) -> dict:
     """Rope settings by layer type, as transformers 5 writes them; formerly, `rope_scaling` was for full layers only."""
     whole = _GEMMA3 | dict(config)

@@ -228,11 +228,11 @@ def _counterparts(
 
     Places whose targets differ in rank or scale are left out: their blocks differ anyway.
     """
-    chain = find_chain(backbone)
     module_of = IdentityMap((layer.kernel, module) for module, layer in layers.items())
     found: dict[str, str] = {}
-    for place in range(chain.period):
-        for group in zip(*(block.variables for block in chain.blocks[place :: chain.period]), strict=True):
+    places = ((section, place) for section in find_chain(backbone).sections for place in range(section.period))
+    for section, place in places:
+        for group in zip(*(block.variables for block in section.blocks[place :: section.period]), strict=True):
             modules = [module_of[variable] for variable in group if variable in module_of]
             adapted = [module for module in modules if module in targets]
             if len({(config.rank_of(module), config.scale_of(module)) for module in adapted}) == 1:

@@ -14,6 +14,7 @@ from kithara_ray.errors import CheckpointError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.tied_head import HEAD, is_tied
+from kithara_ray.hf.tower import is_beside
 from kithara_ray.hf.unused import why_unused
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.stack import Chain
@@ -202,7 +203,9 @@ def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:
     if missing:
         raise CheckpointError(f"{base.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
     tied = {HEAD} if is_tied(base.config) else set()
-    extra = sorted(name for name in set(base.names) - needed - tied if why_unused(name) is None)
+    others = set(base.names) - needed - tied
+    known = (name for name in others if why_unused(base.config, name) is not None or is_beside(base.config, name))
+    extra = sorted(others - set(known))
     if extra:
         raise CheckpointError(
             f"{base.directory}: {len(extra)} tensors belong to nothing in the model, the first is {extra[0]}; "
