@@ -37,14 +37,7 @@ _LLAMA31 = dict(
     ),
     tie_word_embeddings=False, max_position_embeddings=131072,
 )  # fmt: skip
-_QWEN35 = dict(
-    model_type="qwen3_5_text", vocab_size=248320, head_dim=256, rms_norm_eps=1e-6, hidden_act="silu",
-    linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
-    linear_conv_kernel_dim=4, full_attention_interval=4, tie_word_embeddings=False,
-    rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25),
-)  # fmt: skip
-# google/gemma-2-2b, google/gemma-2-9b, meta-llama/Llama-3.1-8B and -70B, and the text model of Qwen/Qwen3.5-9B:
-# their config.json, what decides the program.
+# google/gemma-2-2b, google/gemma-2-9b, meta-llama/Llama-3.1-8B and -70B: their config.json, what decides the program.
 MODELS = {
     "Gemma-2-2B": _GEMMA2
     | dict(
@@ -58,10 +51,33 @@ MODELS = {
     | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
     "Llama-3.1-70B": _LLAMA31
     | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
-    "Qwen3.5-9B": _QWEN35
-    | dict(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4
+}
+# google/gemma-3-27b-it, gemma-4-31B-it and gemma-4-26B-A4B-it: text_config, and what names the whole model.
+_GEMMA4 = dict(
+    model_type="gemma4_text", head_dim=256, global_head_dim=512, attention_k_eq_v=True, sliding_window=1024,
+    hidden_size_per_layer_input=0, final_logit_softcapping=30.0, vocab_size=262144, rms_norm_eps=1e-6,
+)  # fmt: skip
+_TEXTS = {
+    "Gemma-3-27B": dict(
+        model_type="gemma3_text", hidden_size=5376, intermediate_size=21504, num_hidden_layers=62,
+        num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=168, sliding_window=1024,
+        rope_scaling=dict(rope_type="linear", factor=8.0),
     ),
+    "Gemma-4-31B": _GEMMA4
+    | dict(
+        hidden_size=5376, intermediate_size=21504, num_hidden_layers=60, num_attention_heads=32,
+        num_key_value_heads=16, num_global_key_value_heads=4,
+    ),
+    "Gemma-4-26B-A4B": _GEMMA4
+    | dict(
+        hidden_size=2816, intermediate_size=2112, num_hidden_layers=30, num_attention_heads=16, num_key_value_heads=8,
+        num_global_key_value_heads=2, enable_moe_block=True, num_experts=128, top_k_experts=8,
+        moe_intermediate_size=704,
+    ),
+}  # fmt: skip
+MODELS |= {
+    name: dict(model_type=text["model_type"].removesuffix("_text"), dtype="bfloat16", text_config=text)
+    for name, text in _TEXTS.items()
 }
 # name -> (model, slice, T, settings). LoRA of rank 16 on q and v, one sequence a chip.
 RUNS = {
@@ -75,10 +91,9 @@ RUNS = {
     "llama-3.1-8b-8192-attention": ("Llama-3.1-8B", "v5e-8", 8192, {"remat": "attention"}),
     "llama-3.1-70b-4096": ("Llama-3.1-70B", "v5e-32", 4096, {}),
     "llama-3.1-70b-4096-v5e-16": ("Llama-3.1-70B", "v5e-16", 4096, {}),
-    "qwen3.5-9b-4096": ("Qwen3.5-9B", "v5e-16", 4096, {}),
-    "qwen3.5-9b-4096-v6e-8": ("Qwen3.5-9B", "v6e-8", 4096, {}),
     "llama-3.1-70b-4096-nested": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": "nested"}),
 }
+RUNS |= {f"{model.lower()}-4096-{where}": (model, where, 4096, {}) for model in _TEXTS for where in ("v5e-16", "v6e-8")}
 # What the compiler is told that a chip has, MiB. Where there is more than enough it reserves more than it must.
 HBM = {"gemma-2-2b-4096-tight": 1360}
 # What compiling takes by the clock, of so many blocks of one of them, in turns; the machine must do nothing else.
@@ -97,11 +112,14 @@ _JSON = HERE / "results" / "tpu.json"
 def compiled(name: str, layers: int | None = None) -> dict:
     """One configuration's plan, of so many blocks or all."""
     model, where, seq_len, settings = RUNS[name]
-    config = MODELS[model] | {"num_hidden_layers": layers or MODELS[model]["num_hidden_layers"]}
+    text = MODELS[model].get("text_config", MODELS[model])
+    layers = layers or text["num_hidden_layers"]
+    fewer = text | {"num_hidden_layers": layers}
+    config = MODELS[model] | ({"text_config": fewer} if text is not MODELS[model] else fewer)
     if name in HBM:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_tpu_max_hbm_size_mib={HBM[name]}"
     made = plan(config, where, seq_len, lora=LoraConfig(r=16), cache=False, **settings)
-    known = {"model": model, "layers": config["num_hidden_layers"], "remat": settings.get("remat", "block")}
+    known = {"model": model, "layers": layers, "remat": settings.get("remat", "block")}
     return known | {"hbm_mib": HBM.get(name)} | dataclasses.asdict(made)
 
 

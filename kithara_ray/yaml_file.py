@@ -231,6 +231,13 @@ def _variable(found: re.Match, where: str) -> str:
     return os.environ[variable]
 
 
+def variables_of(text: str) -> list[str]:
+    """List the environment variables that a YAML text reads, in order. Raises yaml.YAMLError."""
+    scalars = (event.value for event in yaml.parse(text) if isinstance(event, yaml.ScalarEvent))
+    found = (match for scalar in scalars for match in _VARIABLE.finditer(scalar))
+    return list(dict.fromkeys(match[1] for match in found if match[1] and not match.group().startswith("$$")))
+
+
 def escaped(value: Any) -> Any:
     """Escape `${` in the texts of a JSON-like value, so that it stays the same when written as YAML and read."""
     if isinstance(value, dict):

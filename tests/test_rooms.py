@@ -78,7 +78,7 @@ ARROWS = {
     # The handles: trainer, model, results, generator, submit.
     "orchestration": {
         *("errors", "storage", "hf", "hf.exports", "hf.publish", "sft", "sharding", "model", "train", "callbacks"),
-        *("yaml_file", "checkpoint"),
+        *("yaml_file", "checkpoint", "redact"),
         *(f"orchestration.{room}" for room in ("cluster", "data", "request", "preflight", "worker", "head", "driver")),
     },
     "orchestration.search": {

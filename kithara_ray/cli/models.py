@@ -7,21 +7,28 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from kithara_ray.hf.tower import WRAPPERS
 from kithara_ray.model.families import FAMILIES
 from kithara_ray.model.families.admission import Admission
 from kithara_ray.redact import redact
 
 
 def families_json() -> str:
-    rows = [{"model_type": name, "class": FAMILIES[name].causal_lm} for name in sorted(FAMILIES)]
-    return json.dumps(rows, indent=1)
+    return json.dumps([{"model_type": name, "class": made or None} for name, made in _classes().items()], indent=1)
 
 
 def families_table() -> Table:
-    table = Table("model_type", "KerasHub class", title="families", highlight=False)
-    for name in sorted(FAMILIES):
-        table.add_row(name, FAMILIES[name].causal_lm)
+    classes = _classes()
+    table = Table("model_type", "computed by", title=f"{len(classes)} families", highlight=False)
+    for name, made in classes.items():
+        table.add_row(name, made or "the general decoder block")
     return table
+
+
+def _classes() -> dict[str, str]:
+    """Map each `model_type` to KerasHub's class, which for a multimodal model is its text model's."""
+    texts = {name: name for name in FAMILIES} | {name: wrapper.text for name, wrapper in WRAPPERS.items()}
+    return {name: FAMILIES[texts[name]].causal_lm for name in sorted(texts)}
 
 
 def as_json(found: Sequence[Admission]) -> str:

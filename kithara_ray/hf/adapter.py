@@ -30,6 +30,7 @@ from kithara_ray.hf.names import (
     why_absent,
 )
 from kithara_ray.hf.safetensors_file import TAGS, read_array, read_header, write_arrays
+from kithara_ray.hf.tower import name_of
 from kithara_ray.hf.unused import is_beyond, why_unused
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter", "LoraConfig", "target_modules_of"]
@@ -47,7 +48,7 @@ def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ..
 
     Skip tensors that transformers does not compute with: PEFT finds no module there.
     """
-    used = (n for n in base.names if why_unused(n) is None and not is_beyond(base.config, n))
+    used = (n for n in base.names if why_unused(base.config, n) is None and not is_beyond(base.config, n))
     modules = (n.removesuffix(WEIGHT_SUFFIX) for n in used if n.endswith(WEIGHT_SUFFIX))
     return tuple(module for module in modules if config.matches(module))
 
@@ -133,6 +134,18 @@ class Adapter:
     def b_bias(self, module: str) -> np.ndarray:
         """The bias of a module's lora_B, (out,). Only an adapter with `lora_bias` has one."""
         return self.tensors[module + BIAS_SUFFIX]
+
+    def named_for(self, base: BaseCheckpoint) -> "Adapter":
+        """Return the adapter with the names of transformers' modules; an older PEFT adapter of a multimodal base has
+        others.
+
+        Raises:
+            AdapterError: two tensors get one name.
+        """
+        names = {name: name_of(base.config, name) for name in self.tensors}
+        if len(set(names.values())) != len(names):
+            raise AdapterError("the adapter holds modules under two names, an older and a newer; save it again")
+        return dataclasses.replace(self, tensors={names[name]: array for name, array in self.tensors.items()})
 
     def only(self, modules: Iterable[str]) -> "Adapter":
         """Return an adapter with only the tensors of these modules, under the same config."""

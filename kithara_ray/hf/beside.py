@@ -21,6 +21,7 @@ from kithara_ray.hf import tied_head
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_checks import EMBEDDING, HEAD
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.tower import is_in_tower
 
 BIAS = ".bias"
 BASE_BIAS = ".base_layer.bias"
@@ -82,11 +83,21 @@ def tables_of(config: LoraConfig, modules: Iterable[str]) -> list[Beside]:
 
 def of_base(config: LoraConfig, base: BaseCheckpoint) -> list[Beside]:
     """List all tensors that an adapter of this config has besides its factors."""
-    biases = ((bias_name(config, name), name) for name in base.names if name.endswith(BIAS))
+    biases = [(bias_name(config, name), name) for name in base.names if name.endswith(BIAS)]
+    _refuse_biases_beside(config, base, [name for trained, name in biases if trained is not None])
     tables = (n.removesuffix(WEIGHT) for n in base.names if n.endswith((f"{EMBEDDING}{WEIGHT}", f"{HEAD}{WEIGHT}")))
     tied = is_tied(base)
     tables = [name for name in tables if not (tied and name.endswith(HEAD))]
     return [Beside(name, bias) for name, bias in biases if name is not None] + tables_of(config, tables)
+
+
+def _refuse_biases_beside(config: LoraConfig, base: BaseCheckpoint, trained: Iterable[str]) -> None:
+    outside = [name for name in trained if not is_in_tower(base.config, name)]
+    if outside:
+        raise UnsupportedError(
+            f"bias={config.bias!r} would train {outside[0]}, which is beside the text model; only the text model of a "
+            'multimodal checkpoint is trained. Give bias="lora_only" or "none"'
+        )
 
 
 def is_tied(base: BaseCheckpoint) -> bool:

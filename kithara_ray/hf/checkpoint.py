@@ -14,6 +14,7 @@ import numpy as np
 from kithara_ray.errors import CheckpointError
 from kithara_ray.hf.fetch import fetch_headers
 from kithara_ray.hf.safetensors_file import TensorInfo, read_header
+from kithara_ray.hf.tower import renamed
 
 __all__ = ["CONFIG", "INDEX", "SINGLE", "BaseCheckpoint", "TensorInfo", "read_json"]
 
@@ -93,7 +94,7 @@ class BaseCheckpoint:
         config = read_json(directory / CONFIG)
         if not weights:
             return cls(directory, config, {}, ())
-        tensors = _open_tensors(directory)
+        tensors = renamed(config, _open_tensors(directory))
         log.debug("opened %s: tensors=%d", directory, len(tensors))
         return cls(directory, config, tensors, tuple(sorted({info.file for info in tensors.values()})), source)
 
@@ -117,7 +118,7 @@ class BaseCheckpoint:
         }
         files = tuple(directory / file.name for file in self.files)
         for file in files:
-            found = read_header(file)[0]
+            found = renamed(self.config, read_header(file)[0])
             for info in expected.values():
                 if info.file == file and found.get(info.name) != info:
                     raise CheckpointError(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
+from kithara_ray.hf.hub_place import hub_place
 from kithara_ray.hf.model_files import (
     LICENCE_FILES,
     REFUSED_FILES,
@@ -54,7 +55,7 @@ def is_model_file(name: str) -> bool:
 def fetch(handle: str, report: Report | None = None) -> Path:
     """Return the local directory of a model: the handle itself if local, else a copy downloaded once per host.
 
-    handle: a local directory, `hf://org/name[@revision]`, or an fsspec URL such as `gs://bucket/dir`.
+    handle: a local directory, `hf://org/name[/folder][@revision]`, or an fsspec URL such as `gs://bucket/dir`.
     report: called with a download's progress; not called if nothing is downloaded.
     Raises CheckpointError if there is nothing to fetch, UnsupportedError for a handle that is not supported.
     """
@@ -94,25 +95,29 @@ def _fetch_hub(handle: str, rest: str, report: Report | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repo_id, revision = repo_of(handle)
+    place = hub_place(handle)
+    within = f"{place.folder}/" if place.folder else ""
     try:
         directory = Path(
             huggingface_hub.snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=list(MODEL_FILES),
-                ignore_patterns=["*/*", *REFUSED_FILES],  # no original/, onnx/, checkpoints of the training run
+                place.repo_id,
+                revision=place.revision,
+                allow_patterns=[within + pattern for pattern in MODEL_FILES],
+                # No original/, onnx/, checkpoints of the training run.
+                ignore_patterns=[f"{within}*/*", *REFUSED_FILES],
                 tqdm_class=_reporting_bar(report) if report else None,
             )
         )
         if "snapshots" in directory.parts[:-1]:  # named after the commit: a branch may have moved since
             huggingface_hub.snapshot_download(
-                repo_id,
+                place.repo_id,
                 revision=directory.name,
-                allow_patterns=[f"{name}/*" for name in SUBDIRECTORIES],
-                ignore_patterns=[f"{name}/*/*" for name in SUBDIRECTORIES] + list(REFUSED_FILES),
+                allow_patterns=[f"{within}{name}/*" for name in SUBDIRECTORIES],
+                ignore_patterns=[f"{within}{name}/*/*" for name in SUBDIRECTORIES] + list(REFUSED_FILES),
             )
-        return directory
+        if place.folder and not (directory / place.folder).is_dir():
+            raise CheckpointError(f"{handle}: hf://{place.repo_id} has no folder {place.folder!r} with model files")
+        return directory / place.folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise _not_from_hub(handle, error) from error
 
@@ -161,9 +166,10 @@ def fetched_from_hub(handle: str) -> Path | None:
     """Return a Hub model's directory in this host's cache; None unless all its weights are there."""
     import huggingface_hub
 
-    repo_id, revision = repo_of(handle)
+    place = hub_place(handle)
     try:
-        directory = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+        found = huggingface_hub.snapshot_download(place.repo_id, revision=place.revision, local_files_only=True)
+        directory = Path(found) / place.folder
         index = directory / "model.safetensors.index.json"
         weights = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
     except (OSError, ValueError, KeyError):
@@ -173,15 +179,15 @@ def fetched_from_hub(handle: str) -> Path | None:
 
 
 def _with_commit(handle: str) -> str:
-    """Return hf://org/name@<commit>, since a branch may move while files are read."""
+    """Return hf://org/name@<commit>[/folder], since a branch may move while files are read; fsspec reads it so."""
     import huggingface_hub
 
-    repo_id, revision = repo_of(handle)
+    place = hub_place(handle)
     try:
-        commit = huggingface_hub.HfApi().model_info(repo_id, revision=revision).sha
+        commit = huggingface_hub.HfApi().model_info(place.repo_id, revision=place.revision).sha
     except Exception as error:
         raise _not_from_hub(handle, error) from error
-    return f"hf://{repo_id}@{commit}"
+    return f"hf://{place.repo_id}@{commit}" + (f"/{place.folder}" if place.folder else "")
 
 
 def tokenizer_at(location: str) -> dict[str, bytes]:
@@ -194,33 +200,19 @@ def names_at(handle: str) -> list[str]:
     if handle.startswith("hf://"):
         import huggingface_hub
 
-        repo_id, revision = repo_of(handle)
+        place = hub_place(handle)
+        within = f"{place.folder}/" if place.folder else ""
         try:
-            return sorted(huggingface_hub.HfApi().list_repo_files(repo_id, revision=revision))
+            names = huggingface_hub.HfApi().list_repo_files(place.repo_id, revision=place.revision)
         except Exception as error:
             raise _not_from_hub(handle, error) from error
+        return sorted(name.removeprefix(within) for name in names if name.startswith(within))
     fs, root = filesystem(handle, CheckpointError)
     try:
         found = fs.find(root)
     except Exception as error:
         raise CheckpointError(f"{handle}: cannot be listed ({cause_of(error)}); check credentials") from error
     return sorted(name.removeprefix(root).lstrip("/") for name in found)
-
-
-def repo_of(handle: str) -> tuple[str, str | None]:
-    """Split hf://org/name[@revision] into (org/name, revision)."""
-    repo_id, _, revision = handle.removeprefix("hf://").partition("@")
-    parts = repo_id.split("/")
-    if len(parts) > 2 and all(parts):
-        folder = "/".join(parts[2:])
-        raise CheckpointError(
-            f"{handle}: {folder!r} is a folder in hf://{parts[0]}/{parts[1]}, and only a whole repository is taken. "
-            f"Download the folder, hf download {parts[0]}/{parts[1]} --include '{folder}/*' --local-dir DIRECTORY, and "
-            f"give DIRECTORY/{folder}"
-        )
-    if len(parts) != 2 or not all(parts):
-        raise CheckpointError(f"{handle}: expected hf://org/name or hf://org/name@revision")
-    return repo_id, revision or None
 
 
 def _not_from_hub(handle: str, error: Exception) -> CheckpointError:

@@ -14,7 +14,8 @@ from typing import Any
 
 from kithara_ray.errors import AdapterError, KitharaRayError
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint
-from kithara_ray.hf.fetch import fetched_from_hub, repo_of
+from kithara_ray.hf.fetch import fetched_from_hub
+from kithara_ray.hf.hub_place import hub_place
 from kithara_ray.storage.urls import is_url
 
 __all__ = ["UNKNOWN", "BaseIdentity", "check_same_base", "identity_of"]
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT = "base_fingerprint"  # in the metadata of adapter_model.safetensors
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
-_CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
+_CACHED = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(/.+?)?/?$")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class BaseIdentity:
     """The known facts about a base. All fields are None if nothing is known.
 
     Attributes:
-        name: `org/name` on the Hub, an absolute directory, or a URL.
+        name: `org/name` or `org/name/folder` on the Hub, an absolute directory, or a URL.
         revision: on the Hub: a commit, else a tag or a branch as written.
         fingerprint: the result of `BaseCheckpoint.fingerprint`.
     """
@@ -67,8 +68,8 @@ def named(name: str | None, revision: str | None = None, fingerprint: str | None
     if not name:
         return BaseIdentity(None, None, fingerprint)
     if name.startswith("hf://"):
-        repo_id, at = repo_of(name)
-        return BaseIdentity(repo_id, at or revision, fingerprint)
+        place = hub_place(name)
+        return BaseIdentity(place.name, place.revision or revision, fingerprint)
     if is_url(name) and not name.startswith("file://"):
         return BaseIdentity(name.rstrip("/"), None, fingerprint)
     path = Path(os.path.expanduser(name.removeprefix("file://")))
@@ -76,7 +77,7 @@ def named(name: str | None, revision: str | None = None, fingerprint: str | None
         return BaseIdentity(name, revision, fingerprint)
     cached = _CACHED.search(str(path.absolute()))
     if cached:
-        return BaseIdentity(f"{cached[1]}/{cached[2]}", cached[3], fingerprint)
+        return BaseIdentity(f"{cached[1]}/{cached[2]}{cached[4] or ''}", cached[3], fingerprint)
     return BaseIdentity(str(path.absolute()), None, fingerprint)
 
 

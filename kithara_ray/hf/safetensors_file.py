@@ -34,7 +34,11 @@ TAGS: Mapping[np.dtype, str] = {dtype: tag for tag, dtype in NUMPY_DTYPES.items(
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The place of one tensor. `dtype` is the safetensors tag, `offset` the absolute byte offset in `file`."""
+    """The place of one tensor.
+
+    name: the tensor's name in transformers' model. stored: its name in the file, which may be an older one; see
+    `tower.renamed`. dtype: the safetensors tag. offset: the absolute byte offset in `file`.
+    """
 
     name: str
     file: Path
@@ -42,6 +46,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stored: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "stored", self.stored or self.name)
 
     @property
     def numpy_dtype(self) -> np.dtype:

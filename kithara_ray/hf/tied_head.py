@@ -13,19 +13,28 @@ import numpy as np
 from kithara_ray.errors import CheckpointError
 from kithara_ray.hf.checkpoint import CONFIG, EDGE_BYTES, BaseCheckpoint, TensorInfo
 from kithara_ray.hf.fetch import read_ranges
+from kithara_ray.hf.tower import in_tower, text_of
 
+# Names in a text model by itself.
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Each model_type for which transformers ties the head if config.json has no tie_word_embeddings; False for any other.
 TIED_BY_DEFAULT = frozenset(
-    {"gemma", "gemma2", "gemma3_text", "gemma4_text", "smollm3", "cohere2", "ernie4_5", "ernie4_5_moe", "starcoder2"}
+    {"gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "smollm3", "cohere2", "ernie4_5"}
+    | {"ernie4_5_moe", "starcoder2"}
 )
 _ROWS_BYTES = 16 << 20
 
 
+def embedding_of(config: Mapping[str, Any]) -> str:
+    """Return the name of the token embedding's tensor."""
+    return in_tower(config, EMBEDDING)
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """True if config.json says that the head is the token embedding."""
-    said = config.get("tie_word_embeddings")
-    return config.get("model_type") in TIED_BY_DEFAULT if said is None else bool(said)
+    text = text_of(config)
+    said = text.get("tie_word_embeddings")
+    return text.get("model_type") in TIED_BY_DEFAULT if said is None else bool(said)
 
 
 def check_tied_head(base: BaseCheckpoint) -> None:
@@ -36,14 +45,15 @@ def check_tied_head(base: BaseCheckpoint) -> None:
     Raises:
         CheckpointError: config.json ties the head, and the file's head differs from the embedding.
     """
-    if HEAD not in base.tensors or EMBEDDING not in base.tensors or not is_tied(base.config):
+    name = embedding_of(base.config)
+    if HEAD not in base.tensors or name not in base.tensors or not is_tied(base.config):
         return
-    head, embedding = base.tensors[HEAD], base.tensors[EMBEDDING]
+    head, embedding = base.tensors[HEAD], base.tensors[name]
     if head.shape == embedding.shape and _same_values(base, head, embedding):
         return
     raise CheckpointError(
         f"{base.source or base.directory}: {CONFIG} ties the head to the embedding (tie_word_embeddings), but "
-        f"{HEAD} {head.shape} differs from {EMBEDDING} {embedding.shape}. transformers computes with {HEAD}, other "
+        f"{HEAD} {head.shape} differs from {name} {embedding.shape}. transformers computes with {HEAD}, other "
         f'readers with the embedding. If {HEAD} is right, write "tie_word_embeddings": false in {CONFIG}; else take '
         f"{HEAD} out of the weights"
     )

@@ -18,6 +18,7 @@ import keras
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kithara_ray.hf.adapter import LoraConfig
+from kithara_ray.hf.tower import text_of
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks import attention, embedding, stack
 from kithara_ray.model.blocks.dropout import dropping
@@ -152,8 +153,8 @@ class CausalLM(ModelArrays):
         values = IdentityMap((slot.ports[0].variable, array) for slot, array in plain)
         return values | IdentityMap(self._each_factor(factors, unstack=False))
 
-    def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[jax.Array]]:
-        """The values of all steps, for each place of the period and each variable of its block."""
+    def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[list[jax.Array]]]:
+        """The values of all steps, for each section, each place of its period and each variable of its block."""
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
         # Factors are small: one gather for all steps costs less than one per step.
@@ -162,15 +163,18 @@ class CausalLM(ModelArrays):
         peers, layouts = self.chain.peers(), self._layouts()
         single = self._values(factors, frozen)
 
-        def all_steps(variable: keras.Variable) -> jax.Array:
+        def all_steps(variable: keras.Variable, steps: int) -> jax.Array:
             if variable in arrays:
                 return arrays[variable]
             if ports.is_seed(variable):
-                return jnp.zeros((self.chain.steps, *variable.shape), variable.dtype)
+                return jnp.zeros((steps, *variable.shape), variable.dtype)
             of_all = jnp.stack([single[peer] for peer in peers[variable]])
             return self._constrain(of_all, None, *layouts.get(variable, ()))
 
-        return [[all_steps(v) for v in block.variables] for block in self.chain.blocks[: self.chain.period]]
+        return [
+            [[all_steps(v, section.steps) for v in block.variables] for block in section.blocks[: section.period]]
+            for section in self.chain.sections
+        ]
 
     # --- layout of the arrays ----------------------------------------------------------------------------------------
 
@@ -233,7 +237,7 @@ def build(
     """Build the model that a Hugging Face config.json describes, without weights.
 
     Args:
-        config: the parsed config.json.
+        config: the parsed config.json; of a multimodal model, only the text model is built.
         lora_config: the layers to adapt; None adapts nothing, and trains either all weights or none.
         mesh: the devices that will hold the model's arrays.
         precision, options: the fields of `ModelOptions`: scan, remat, stack_factors, quantize, train_weights.
@@ -245,13 +249,14 @@ def build(
     chosen = ModelOptions(precision=precision, **options)
     model, recorded = _with_ports(config, chosen)
     backbone = model.backbone
-    linear = layers.linear_modules(backbone, recorded, config).values() if chosen.quantize else ()
-    kernels = [layer.kernel for layer in linear]
+    kernels = [layer.kernel for layer in layers.linear_modules(backbone, recorded).values()] if chosen.quantize else []
     with keras_compat.without_values():
-        targets = layers.inject(backbone, recorded, lora_config, config, alike=chosen.scan) if lora_config else []
+        targets = layers.inject(backbone, recorded, lora_config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh, chosen.remat)
-    embedding.install(backbone.token_embedding, mesh)
+    for table in keras_compat.all_layers(backbone):
+        if isinstance(table, keras.layers.Embedding):
+            embedding.install(table, mesh)
     scanned = chain if chosen.scan else None
     stacked = scanned if chosen.stack_factors or not chosen.train_weights else None
     weights = slots.slots(backbone, recorded, stacked, kernels)
@@ -272,9 +277,9 @@ def _with_ports(config: Mapping, options: ModelOptions) -> tuple[keras.Model, li
     """Build KerasHub's `keras_hub.models.CausalLM` without values, and list the tensors that feed it."""
     family = family_of(config)
     with keras_compat.without_values():
-        backbone = family.build(config, keras.DTypePolicy(options.precision))
+        backbone = family.build(text_of(config), keras.DTypePolicy(options.precision))
     model = family.task(backbone)
-    recorded = ports.record_ports(family.converter, model, config, family.tensor)
+    recorded = ports.record_ports(family, model, config)
     if options.train_weights:
         ports.check_invertible(recorded, config)
     return model, recorded

@@ -12,6 +12,7 @@ import numpy as np
 from kithara_ray.errors import ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.tower import text_of
 from kithara_ray.model.causal_lm import CausalLM, Frozen, Params, build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 
@@ -55,7 +56,7 @@ def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, n
 
 def _logits_BTV(model: CausalLM, checkpoint: BaseCheckpoint, *factors: Callable[[Frozen], Params]) -> list[np.ndarray]:
     """Compute float64 logits of the same tokens with each set of factors. The loaded weights make each set."""
-    ids = np.random.default_rng(0).integers(0, checkpoint.config["vocab_size"], (1, TOKENS)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, text_of(checkpoint.config)["vocab_size"], (1, TOKENS)).astype(np.int32)
     # One row per device, all equal.
     ids = np.repeat(ids, model.mesh.size, axis=0)
     tokens, segments = (jax.device_put(array, batch_sharding(model.mesh)) for array in (ids, np.ones_like(ids)))

@@ -21,6 +21,7 @@ from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.identity import check_same_base
 from kithara_ray.hf.model_files import has_tokenizer
 from kithara_ray.hf.publish.publish import check_destination
+from kithara_ray.hf.tower import text_of
 from kithara_ray.model.families import family_of
 from kithara_ray.model.families.family import training_note
 from kithara_ray.model.families.tensors import check_tensors
@@ -170,7 +171,7 @@ class KerasHubModel:
         base = BaseCheckpoint.at(handle)
         family_of(base.config)
         check_tensors(base)
-        if note := training_note(base.config):
+        if note := training_note(text_of(base.config)):
             logger.warning("%s: %s", handle, note)
         if adapter is not None:
             check_unset(
@@ -199,7 +200,7 @@ class KerasHubModel:
         quantize: str | None,
     ) -> "KerasHubModel":
         directory = fetch(adapter)
-        loaded = Adapter.read(directory)
+        loaded = Adapter.read(directory).named_for(base)
         trained_on, allow = loaded.trained_on, allow_other_base
         check_same_base(trained_on, base, handle, adapter=adapter, allow=allow, override="allow_other_base=True")
         loaded.validate(base)

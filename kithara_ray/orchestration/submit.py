@@ -27,7 +27,8 @@ from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.orchestration.cluster.run_name import check_run_name
 from kithara_ray.orchestration.driver.packed import check_packed
 from kithara_ray.orchestration.driver.run_manifest import GIT_VARIABLE, git_revision
-from kithara_ray.yaml_file import override, read_yaml
+from kithara_ray.redact import is_secret_name
+from kithara_ray.yaml_file import override, read_yaml, variables_of
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +167,28 @@ def submit(
     words = [python, "-m", "kithara_ray", command, inside.as_posix()]
     words += [word for override in overrides for word in ("--set", override)]
     revision = git_revision(working_dir)
-    env = {GIT_VARIABLE: json.dumps(revision)} if revision else {}  # the copy has no .git
+    env = _variables(config, overrides)
+    env |= {GIT_VARIABLE: json.dumps(revision)} if revision else {}  # the copy has no .git
     runtime_env = {"working_dir": str(working_dir), "excludes": list(EXCLUDED), "env_vars": env}
     return start(client, shlex.join(words), runtime_env)
+
+
+def _variables(config: Path, overrides: Sequence[str]) -> dict[str, str]:
+    """Return the environment variables that the configuration reads, with their values here.
+
+    The dashboard shows a job's variables, so one that may hold a secret is left to the cluster.
+    """
+    texts = [config.read_text(encoding="utf-8"), *(f"value: {change.partition('=')[2]}" for change in overrides)]
+    names = dict.fromkeys(name for text in texts for name in variables_of(text))
+    carried = {name: os.environ[name] for name in names if not is_secret_name(name)}
+    if carried:
+        logger.info("environment variables that the job gets from here: %s", ", ".join(carried))
+    for name in names.keys() - carried.keys():
+        logger.warning(
+            "the environment variable %s is not given to the job, whose variables the dashboard shows; set it on the "
+            "cluster's head node", name,
+        )  # fmt: skip
+    return carried
 
 
 def _check_reads(config: Path, overrides: Sequence[str], working_dir: Path) -> None:

@@ -128,8 +128,7 @@ def _request(
     options: ModelOptions,
 ) -> dict[str, Any]:
     """The request for `program.facts`, except whether to compile and for which slice."""
-    config = config_of(base)
-    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    config, stored = config_of(base)
     kind, optimizer_config = optimizer or ("keras", _ADAMW)
     return {
         "config": config,
@@ -145,18 +144,31 @@ def _request(
     }
 
 
-def config_of(base: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Read a base's config.json; a local directory may hold nothing else.
+def config_of(base: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str | dict[str, str]]:
+    """Read a base's config.json, and the dtype of its weights, which may be absent.
+
+    Returns:
+        config.json, and one dtype, or each tensor's if they differ. The weights' headers say it; without weights,
+        config.json does.
 
     Raises:
         CheckpointError: the directory holds weights that do not match config.json.
     """
     if isinstance(base, Mapping):
-        return dict(base)
+        return dict(base), _configured_dtype(base)
     described = BaseCheckpoint.described(str(base))
-    if described.has_weights:
-        check_tensors(described, values=False)
-    return described.config
+    if not described.has_weights:
+        return described.config, _configured_dtype(described.config)
+    check_tensors(described, values=False)
+    stored = {name: info.numpy_dtype.name for name, info in sorted(described.tensors.items())}
+    return described.config, stored if len(set(stored.values())) > 1 else next(iter(stored.values()))
+
+
+def _configured_dtype(config: Mapping[str, Any]) -> str:
+    text = config.get("text_config")
+    configs = [config, *([text] if isinstance(text, Mapping) else [])]
+    given = (each.get(name) for each in configs for name in ("dtype", "torch_dtype"))
+    return next((dtype for dtype in given if dtype), "bfloat16")
 
 
 def _why_not_compiled(where: Slice, compile: bool) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import ConfigError
+from kithara_ray.hf.tower import text_of
 from kithara_ray.plan.terms import Counts
 
 
@@ -30,9 +31,6 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     from kithara_ray.model import runtime
 
     runtime.prepare()
-    import ml_dtypes
-    import numpy as np
-
     from kithara_ray.model.causal_lm import build
     from kithara_ray.sharding.mesh import make_mesh
     from kithara_ray.sharding.shape import MeshShape
@@ -50,9 +48,8 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
         remat=request["remat"],
         stack_factors=is_elementwise("keras", request["optimizer"]),
     )
-    dtype = np.dtype(ml_dtypes.bfloat16 if request["base_dtype"] == "bfloat16" else request["base_dtype"])
     state = step.abstract_state(model, optimizer)
-    frozen = model.abstract_frozen(dtype)
+    frozen = model.abstract_frozen(_dtypes(request["base_dtype"]))
     micro = request["gradient_accumulation_steps"]
     rows = request["per_device_batch_size"] * micro * mesh.size
     batch = step.abstract_batch(model, rows, request["seq_len"], request["predictions"])
@@ -72,6 +69,17 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
     }
     return found | (_compiled(step, model, optimizer, state, frozen, batch, micro) if request["compile"] else {})
+
+
+def _dtypes(given: str | Mapping[str, str]):
+    """The dtype of all tensors, or of each by its name."""
+    import ml_dtypes  # numpy knows bfloat16 by it
+    import numpy as np
+
+    known = {"bfloat16": ml_dtypes.bfloat16}
+    if isinstance(given, str):
+        return np.dtype(known.get(given, given))
+    return {name: np.dtype(known.get(dtype, dtype)) for name, dtype in given.items()}
 
 
 def _lora(settings: Mapping[str, Any]):
@@ -152,15 +160,18 @@ def _leaves(tree: Any) -> list:
 def counts_of(model, config: Mapping[str, Any]) -> Counts:
     """Count the elements that a token is multiplied with; only the experts that a token is sent to count."""
     from kithara_ray.model.blocks import attention
+    from kithara_ray.model.families import family_of
+    from kithara_ray.model.families.family import completed
     from kithara_ray.model.identity import IdentitySet
 
+    config = completed(family_of(config), text_of(config))
     in_blocks = IdentitySet(variable for block in model.chain.blocks for variable in block.variables)
     size = lambda variable: math.prod(variable.shape)  # noqa: E731
     # The stored variables are those that a tensor feeds, in the blocks too.
     ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
     nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
     experts = config.get("num_local_experts") or config.get("num_experts") or 1
-    active = (config.get("num_experts_per_tok") or experts) / experts
+    active = (config.get("num_experts_per_tok") or config.get("top_k_experts") or experts) / experts
 
     def multiplied(variable) -> float:
         if len(variable.shape) < 2:
@@ -174,7 +185,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
     heads = [v for v in tables if v.path.endswith("reverse_embeddings")] or tables
     of_block = [sum(nbytes(v) for v in block.variables if v in ports) for block in model.chain.blocks]
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    settings = [attention.settings_of(block) for block in model.chain.blocks if attention.attends(block)]
+    settings = [attention.settings_of(block) for block in model.chain.blocks]
     return Counts(
         blocks=int(sum(multiplied(v) for v in blocks)),
         head=size(heads[0]),

@@ -9,9 +9,10 @@ import numpy as np
 import plain_llama
 import pytest
 from models_table import table
-from tiny import SIZES
+from tiny import MULTIMODAL, SIZES
 
 from kithara_ray.cli.app import main
+from kithara_ray.hf.tower import WRAPPERS, is_beside
 from kithara_ray.model.families import FAMILIES
 from kithara_ray.model.families.admission import Admission, admissions
 
@@ -96,7 +97,7 @@ def test_the_table_and_the_families(tmp_path, capsys, monkeypatch):
     assert main(["models"]) == 0
     assert set(FAMILIES) <= set(capsys.readouterr().out.split())
     assert main(["models", "--json"]) == 0
-    assert {row["model_type"] for row in json.loads(capsys.readouterr().out)} == set(FAMILIES)
+    assert {row["model_type"] for row in json.loads(capsys.readouterr().out)} == {*FAMILIES, *WRAPPERS}
     assert main(["models", "--yaml"]) == 2
 
 
@@ -130,6 +131,9 @@ def test_every_family_is_accepted_with_transformers_count(family, tiny_models, c
 
     (row,) = answer(capsys, tiny_models[family])
     model = AutoModelForCausalLM.from_pretrained(tiny_models[family])
-    saved = model.state_dict().keys()
-    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved)
-    assert row["parameters"] == model.num_parameters() + buffers
+    config, saved = model.config.to_dict(), model.state_dict().keys()
+    held = ((name, buffer) for name, buffer in model.named_buffers() if not is_beside(config, name))
+    buffers = sum(buffer.numel() for name, buffer in held if name in saved)
+    beside = sum(p.numel() for name, p in model.named_parameters() if is_beside(config, name))
+    assert row["parameters"] == model.num_parameters() - beside + buffers
+    assert (beside > 0) == (family in MULTIMODAL)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tiny import SIZES, TARGETS
+from tiny import SIZES, TARGETS, text_size
 
 PAGE = Path(__file__).parents[2] / "docs" / "features.md"
 BEGIN, END = "<!-- families: written by tests/helpers/families_table.py -->\n", "<!-- end of families -->\n"
@@ -13,9 +13,10 @@ _PLAIN = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 def table() -> str:
     lines = ['| `model_type` | `"all-linear"` adapts | tested with |', "|---|---|---|"]
     for family in sorted(SIZES):
-        fields = ", ".join(f"`{name}`" for name in sorted(SIZES[family].keys() - _PLAIN))
+        fields = ", ".join(f"`{name}`" for name in sorted(text_size(family).keys() - _PLAIN))
         targets = ", ".join(TARGETS[family])
-        lines.append(f"| `{family}` | {targets} | {fields} |")
+        kind, _, word = family.partition(" ")
+        lines.append(f"| `{kind}`{word and f', {word}'} | {targets} | {fields} |")
     return "\n".join(lines) + "\n"
 
 

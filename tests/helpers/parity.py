@@ -3,14 +3,18 @@
 import jax
 import numpy as np
 import torch
-from tiny import TARGETS, VOCABULARY
+from tiny import TARGETS, VOCABULARY, model_type
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
+from kithara_ray.model.lora.targets import of_text_model
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 
-LORA = {family: LoraConfig(r=4, lora_alpha=12, target_modules=targets) for family, targets in TARGETS.items()}
+LORA = {
+    family: of_text_model(LoraConfig(r=4, lora_alpha=12, target_modules=targets), {"model_type": model_type(family)})
+    for family, targets in TARGETS.items()
+}
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 24)).astype(np.int32)
 # The last row is padded, as a batch's rows are.
 SEGMENTS = np.ones_like(TOKENS)

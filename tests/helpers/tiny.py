@@ -117,27 +117,6 @@ SIZES = {
         head_dim=32,
         rms_norm_eps=1e-4,
     ),
-    # A block with a recurrent state to one with attention, and one over; value heads in pairs, a partial rotation.
-    "qwen3_5_text": dict(
-        _SMALL,
-        num_hidden_layers=5,
-        layer_types=["linear_attention", "full_attention"] * 2 + ["linear_attention"],
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=48,
-        linear_conv_kernel_dim=4,
-        rms_norm_eps=1e-4,
-        rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5, mrope_section=[4, 2, 2]),
-    ),
-}
-_EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, shared_expert_intermediate_size=40)
-SIZES |= {
-    "qwen3_5_moe_text": dict(SIZES["qwen3_5_text"], **_EXPERTS),
-    "qwen3_next": dict(SIZES["qwen3_5_text"], **_EXPERTS),
-    # A shared expert beside the others.
-    "qwen2_moe": dict(_SMALL, **_ROPE, **_EXPERTS, num_hidden_layers=3, rms_norm_eps=1e-4),
 }
 # Decoders of our own block; each field that it reads differs from what another family would have.
 _PLAIN = dict(_SMALL, **_ROPE, num_hidden_layers=3)
@@ -245,26 +224,52 @@ OWN = {
     ),
 }
 SIZES |= OWN
+# Text models of multimodal checkpoints, with small towers beside them; see `config_of`.
+_VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+_SIGLIP = dict(_VISION, image_size=28, patch_size=14, vision_use_head=False)
+_VISION4 = dict(
+    _VISION, num_key_value_heads=2, head_dim=16, global_head_dim=16, patch_size=4, position_embedding_size=64
+)
+_PAIRS = ["sliding_attention", "full_attention"]
+_DENSE4 = dict(SIZES["gemma4_text"], num_hidden_layers=4, layer_types=_PAIRS * 2)
+# The last four blocks attend to keys of the third and the fourth, and have wider MLPs. Each has embeddings of its own.
+_SHARED4 = dict(
+    _DENSE4,
+    num_hidden_layers=8,
+    layer_types=_PAIRS * 4,
+    attention_k_eq_v=False,
+    num_global_key_value_heads=None,
+    num_kv_shared_layers=4,
+    use_double_wide_mlp=True,
+    hidden_size_per_layer_input=16,
+    vocab_size_per_layer_input=VOCABULARY,
+)
+_EXPERTS4 = dict(_DENSE4, enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=48)
+_UNIFIED = {name: value for name, value in _DENSE4.items() if name != "hidden_size_per_layer_input"}
+_PATCHES = dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=8, output_proj_dims=32)
+SIZES |= {
+    "gemma3": dict(text_config=SIZES["gemma3_text"], vision_config=_SIGLIP, mm_tokens_per_image=1),
+    "gemma4": dict(text_config=_SHARED4, vision_config=_VISION4 | dict(use_clipped_linears=True)),
+    "gemma4 experts": dict(text_config=_EXPERTS4, vision_config=_VISION4),
+    "gemma4_unified": dict(text_config=_UNIFIED, vision_config=_PATCHES, audio_config=dict(audio_embed_dim=32)),
+    "gemma4_unified_text": _UNIFIED,
+}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
-RECURRENT = {family for family, size in SIZES.items() if "linear_num_key_heads" in size}
 MIXTURES = {family for family, size in SIZES.items() if {"num_experts_per_tok", "moe_k"} & size.keys()}
 # Families that are like another of the table but for what the long tests compare.
-LIKE_OTHERS = OWN.keys() - {"phi3", "olmo3"} | {"qwen3_5_moe_text", "qwen2_moe"}
+LIKE_OTHERS = (OWN.keys() - {"phi3", "olmo3"}) | {"gemma4 experts", "gemma4_unified", "gemma4_unified_text"}
+# Families with more in their files than is built and trained.
+MULTIMODAL = {family for family, size in SIZES.items() if "text_config" in size}
 # The names of a family's linear layers, which LoRA can adapt.
 _NO_GATE = (*_ATTENTION, "up_proj", "down_proj")
-_RECURRENT = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in SIZES} | {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
     "glm4": (*_ATTENTION, "gate_up_proj", "down_proj"),
     "starcoder2": (*_ATTENTION, "c_fc", "c_proj"),
+    "gemma4": (*_LINEAR, "per_layer_input_gate", "per_layer_model_projection", "per_layer_projection"),
     **dict.fromkeys(("nemotron", "arcee", "apertus"), _NO_GATE),
-    "qwen3_5_text": (*_LINEAR, *_RECURRENT),
-    # PEFT takes "up_proj" for the shared expert's layer here, and for all experts' parameter in qwen2_moe.
-    "qwen3_5_moe_text": (*_LINEAR, *_RECURRENT, "shared_expert_gate"),
-    "qwen3_next": (*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
-    "qwen2_moe": (*_ATTENTION, "shared_expert_gate"),
 }
 
 
@@ -283,26 +288,41 @@ def long_unless(chosen: Callable[..., bool], cases: Iterable[tuple]) -> list:
     return [pytest.param(*case, marks=[] if chosen(*case) else pytest.mark.long) for case in cases]
 
 
+def model_type(family: str) -> str:
+    """The `model_type` of a row of SIZES, whose name may add a word."""
+    return family.partition(" ")[0]
+
+
+def text_size(family: str) -> dict:
+    """The fields of a family's text model."""
+    return SIZES[family].get("text_config", SIZES[family])
+
+
+def config_of(family: str, **fields):
+    """transformers' config of a tiny model; `fields` are the text model's."""
+    import transformers
+
+    config_class = type(transformers.AutoConfig.for_model(model_type(family)))
+    special = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    text = special | text_size(family) | fields
+    return config_class(**SIZES[family] | {"text_config": text}) if family in MULTIMODAL else config_class(**text)
+
+
 def write_model(directory: Path, family: str, **fields) -> Path:
     """A model of a family; weights large enough that a wrong mask, norm or scale shows."""
     import torch
     import transformers
 
-    config_class = type(transformers.AutoConfig.for_model(family))
     torch.manual_seed(0)
-    special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    config = config_class(vocab_size=VOCABULARY, **special, **{**SIZES[family], **fields})
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,
             # and its gradients of smollm3 1.1e-5, of gemma4_text 2.3e-5.
-            # Where torch computes a recurrent state in chunks and where token by token, its logits differ by 2e-4.
-            low = {*MIXTURES, *OWN, "gemma4_text", "smollm3"}
-            gain = 1.0 if family in RECURRENT else 1.5 if family in low else 2.5
+            gain = 1.5 if family in {*MIXTURES, *OWN, "smollm3"} or family.startswith("gemma4") else 2.5
             std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])
             parameter.add_(torch.randn_like(parameter) * std)
-            if family == "gemma4_text" and "q_norm" in name:
+            if family.startswith("gemma4") and "q_norm" in name:
                 # What scales its attention, which has no other factor.
                 parameter.mul_(0.25)
         for name, buffer in model.named_buffers():

@@ -8,7 +8,9 @@ import huggingface_hub
 import pytest
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf.fetch import fetch, names_at
+from kithara_ray.hf.fetch import fetch, fetched_from_hub, names_at
+from kithara_ray.hf.hub_place import hub_place
+from kithara_ray.hf.identity import named
 from kithara_ray.storage.urls import CACHE_VARIABLE, cache_dir
 
 
@@ -48,7 +50,7 @@ def test_fetch_local(tmp_path, monkeypatch):
         ),
         ("kaggle://keras/gemma", UnsupportedError, "exports are made from Hugging Face files"),
         ("hf://justname", CheckpointError, "expected hf://org/name"),
-        ("hf://org/name/sub/dir", CheckpointError, "'sub/dir' is a folder in hf://org/name, .* give DIRECTORY/sub/dir"),
+        ("hf://org/name/../x", CheckpointError, "expected hf://org/name"),
         ("hf://org//sub", CheckpointError, "expected hf://org/name"),
         ("nosuch://x/y", CheckpointError, "no filesystem for it"),
     ],
@@ -105,6 +107,57 @@ def test_templates_in_a_subdirectory_are_fetched(memory, cache, monkeypatch, tmp
     assert _names(directory) == {"config.json", "model.safetensors", names[0]}
     assert (directory / names[0]).read_bytes() == b"tool"
     assert set(names_at("memory://t/m")) == set(files)
+
+
+PLACES = {
+    "hf://o/n": ("o/n", None, ""),
+    "hf://o/n/": ("o/n", None, ""),
+    "hf://o/n@v1.0": ("o/n", "v1.0", ""),
+    "hf://o/n@refs/pr/1": ("o/n", "refs/pr/1", ""),
+    "hf://o/n/sub/dir": ("o/n", None, "sub/dir"),
+    "hf://o/n/sub@v1": ("o/n", "v1", "sub"),
+    f"hf://o/n@{'a' * 40}/sub": ("o/n", "a" * 40, "sub"),
+    "hf://o/n@main/sub": ("o/n", "main", "sub"),
+}
+
+
+@pytest.mark.parametrize("handle", PLACES)
+def test_a_place_on_the_hub(handle):
+    assert hub_place(handle) == PLACES[handle]
+
+
+def test_a_folder_of_a_repository_is_fetched_alone(monkeypatch, tmp_path):
+    """Its files and its templates, no others; a folder without model files is told by name."""
+    commit = tmp_path / "models--o--n/snapshots" / ("c" * 40)
+    (commit / "sub").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **kw: asked.append((repo, kw)) or str(commit)
+    )
+    assert fetch("hf://o/n/sub@v1") == commit / "sub"
+    assert [(repo, given["revision"]) for repo, given in asked] == [("o/n", "v1"), ("o/n", "c" * 40)]
+    names = ["config.json", "sub/config.json", "sub/a.py", "sub/deep/config.json", "subs/config.json"]
+    names += ["sub/additional_chat_templates/a.jinja", "additional_chat_templates/a.jinja"]
+    kept = [
+        list(
+            huggingface_hub.utils.filter_repo_objects(
+                names, allow_patterns=given["allow_patterns"], ignore_patterns=given["ignore_patterns"]
+            )
+        )
+        for _, given in asked
+    ]
+    assert kept == [["sub/config.json"], ["sub/additional_chat_templates/a.jinja"]]
+    identity = named(str(commit / "sub"))
+    assert (identity.name, identity.revision) == ("o/n/sub", "c" * 40)
+    assert named(identity.handle) == identity
+    for name in ("config.json", "model.safetensors"):
+        (commit / "sub" / name).touch()
+    assert fetched_from_hub("hf://o/n/sub") == commit / "sub"
+    assert fetched_from_hub("hf://o/n") is None
+    with pytest.raises(CheckpointError, match="hf://o/n has no folder 'other' with model files"):
+        fetch("hf://o/n/other")
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: names)
+    assert names_at("hf://o/n/sub") == ["a.py", "additional_chat_templates/a.jinja", "config.json", "deep/config.json"]
 
 
 def test_fetch_remote_once(memory, cache, monkeypatch):

@@ -11,12 +11,13 @@ import torch
 from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, logits, reference
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from tiny import SIZES, TARGETS, write_model
+from tiny import SIZES, TARGETS, model_type, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.tower import WRAPPERS, text_of
 from kithara_ray.model import keras_compat
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.families import FAMILIES, family_of
@@ -42,7 +43,7 @@ def random_adapter(tiny_models):
 
 
 def test_the_families_are_those_of_this_suite_and_the_table_of_features_is_written_from_it():
-    assert sorted(FAMILIES) == sorted(SIZES)
+    assert sorted([*FAMILIES, *WRAPPERS]) == sorted(set(map(model_type, SIZES)))
     page = families_table.PAGE.read_text(encoding="utf-8")
     assert families_table.with_table(page) == page, "run `make families`"
 
@@ -127,9 +128,10 @@ def test_every_target_is_alive(every_family, logits_of, random_adapter):
 
 
 # Blocks that the scan takes at a time: sliding and full ones, with and without rotation, dense and of experts.
-PERIODS = dict.fromkeys(SIZES, 1) | dict(gemma2=2, gemma3_text=2, gemma4_text=3, gpt_oss=2, qwen3_moe=2, smollm3=2)
-PERIODS |= dict.fromkeys(("cohere2", "exaone4", "olmo3"), 2)
-PERIODS |= dict(qwen3_5_text=2, qwen3_5_moe_text=2, qwen3_next=2)
+PERIODS = dict.fromkeys(SIZES, (1,)) | dict.fromkeys(["gemma2", "gemma3", "gemma3_text", "gpt_oss"], (2,))
+PERIODS |= dict.fromkeys(["qwen3_moe", "smollm3"], (2,)) | dict(gemma4_text=(3,), gemma4=(2, 2))
+PERIODS |= dict.fromkeys(["gemma4 experts", "gemma4_unified", "gemma4_unified_text"], (2,))
+PERIODS |= dict.fromkeys(["cohere2", "exaone4", "olmo3"], (2,)) | dict.fromkeys(["ernie4_5_moe", "glm4_moe"], (1, 1))
 ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "dots")} | {
     "unstacked factors": dict(stack_factors=False)
 }
@@ -236,12 +238,11 @@ CORRECTED = [
     ("llama", LLAMA3_ROPE),
     ("llama", UNTIED),
     ("mistral", dict(sliding_window=None, head_dim=None)),
+    ("llama", dict(num_key_value_heads=None)),
     ("qwen2", UNTIED),
     ("qwen3", UNTIED),
     ("mixtral", dict(sliding_window=None)),
     ("qwen3_moe", dict(norm_topk_prob=False, mlp_only_layers=[], decoder_sparse_step=2, tie_word_embeddings=True)),
-    ("qwen2_moe", dict(norm_topk_prob=True, tie_word_embeddings=True)),
-    ("qwen3_5_text", dict(tie_word_embeddings=True, linear_conv_kernel_dim=2, linear_num_key_heads=4)),
     ("gpt_oss", dict(layer_types=["full_attention"] + ["sliding_attention"] * 2, rope_parameters=PLAIN_ROPE)),
     ("gemma4_text", dict(attention_k_eq_v=False, num_global_key_value_heads=None, final_logit_softcapping=None)),
 ]
@@ -256,14 +257,14 @@ def test_fields_that_kerashub_drops_are_corrected(family, fields, tmp_path):
 def test_gemma3_s_blocks_are_scanned_six_at_a_time(tiny_models):
     config = json.loads((tiny_models["gemma3_text"] / "config.json").read_text())
     config |= dict(num_hidden_layers=13, layer_types=None)
-    assert build(config, None, make_mesh(), "float32").chain.period == 6
+    assert build(config, None, make_mesh(), "float32").chain.periods == (6,)
 
 
 def test_layers_compute_in_the_precision_that_was_asked_for(every_family, tiny_models):
     config = json.loads((tiny_models[every_family] / "config.json").read_text())
     before = keras.config.dtype_policy().name
     model = build(config, LORA[every_family], make_mesh(), "mixed_bfloat16")
-    assert model.chain.period == PERIODS[every_family]
+    assert model.chain.periods == PERIODS[every_family]
     backbone = model.model.backbone
     linear = [layer for layer in backbone._flatten_layers() if hasattr(layer, "lora_A")]
     modules = linear_modules_of(BaseCheckpoint.open(tiny_models[every_family]))
@@ -272,15 +273,16 @@ def test_layers_compute_in_the_precision_that_was_asked_for(every_family, tiny_m
     assert keras.config.dtype_policy().name == before
     weights = model.abstract_frozen(np.dtype("bfloat16"))
     out = jax.eval_shape(model.hidden_BTD, model.abstract_params(), weights, TOKENS, SEGMENTS)
-    assert (out.shape, out.dtype) == ((*TOKENS.shape, config["hidden_size"]), "bfloat16")
+    assert (out.shape, out.dtype) == ((*TOKENS.shape, text_of(config)["hidden_size"]), "bfloat16")
 
 
-def test_fields_that_a_config_leaves_out_are_those_of_transformers(every_family):
-    given = dict(model_type=every_family, num_hidden_layers=9, use_sliding_window=True)
-    ours = completed(FAMILIES[every_family], given)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_fields_that_a_config_leaves_out_are_those_of_transformers(family):
+    given = dict(model_type=family, num_hidden_layers=9, use_sliding_window=True)
+    ours = completed(FAMILIES[family], given)
     theirs = AutoConfig.for_model(**given).to_dict()
     # What converters look for under the name of before.
-    theirs.setdefault("num_experts", theirs.get("num_local_experts"))
+    theirs["num_experts"] = theirs.get("num_local_experts")
     assert ours == {name: theirs[name] for name in ours}
 
 
@@ -349,18 +351,17 @@ REFUSED = {
     "gpt_oss rope": ("gpt_oss", dict(rope_parameters={"rope_type": "linear", "factor": 2.0}), "'linear' is dropped"),
     "gpt_oss mscale": ("gpt_oss", dict(rope_parameters={"rope_type": "yarn", "mscale": 1.0}), "KerasHub has no mscale"),
     "gpt_oss bias": ("gpt_oss", dict(attention_bias=False), "attention_bias=False .* computes it as True only"),
-    "qwen3_5 rope": ("qwen3_5_text", dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope type 'yarn' is dropped"),
-    "qwen3_5 blocks": ("qwen3_5_text", dict(layer_types=["mamba"] * 5), "each block is either linear_attention or"),
-    "qwen3_5 heads": ("qwen3_5_text", dict(linear_num_value_heads=3), "is no multiple of linear_num_key_heads"),
-    "qwen3_5 top k": ("qwen3_5_moe_text", dict(num_experts_per_tok=7), "num_experts_per_tok=7 .* there are 6 experts"),
-    "qwen3_next scores": ("qwen3_next", dict(norm_topk_prob=False), "norm_topk_prob=False .* computes it as True only"),
-    "qwen3_next dense": ("qwen3_next", dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\] .* computes it as \[\] only"),
-    "qwen2_moe dense": ("qwen2_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 .* computes it as 1 only"),
-    "qwen2_moe bias": ("qwen2_moe", dict(qkv_bias=False), "qkv_bias=False .* computes it as True only"),
-    "qwen2_moe window": ("qwen2_moe", dict(use_sliding_window=True), "no sliding window on a part of the blocks"),
-    "gemma4 sharing": ("gemma4_text", dict(num_kv_shared_layers=2), "blocks that share keys and values"),
-    "gemma4 per layer": ("gemma4_text", dict(hidden_size_per_layer_input=8), "embeddings of each block's own"),
-    "gemma4 experts": ("gemma4_text", dict(enable_moe_block=True), "experts beside the MLP are not supported"),
+    "gemma4 sharing": (
+        "gemma4_text",
+        dict(num_kv_shared_layers=4),
+        "each kind of block needs one with keys and values",
+    ),
+    "gemma4 no experts": ("gemma4_text", dict(enable_moe_block=True), "num_experts=None .* enable_moe_block needs it"),
+    "gemma4 top k": (
+        "gemma4_text",
+        dict(enable_moe_block=True, num_experts=4, moe_intermediate_size=8, top_k_experts=5),
+        "top_k_experts=5 .* there are 4 experts",
+    ),
     "gemma4 rope": ("gemma4_text", dict(rope_parameters=LINEAR_YARN), "full layers 'proportional' and sliding ones"),
     "gemma4 both ways": ("gemma4_text", dict(use_bidirectional_attention="all"), "computes it as None only"),
     "gemma4 layers": (

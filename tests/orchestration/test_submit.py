@@ -1,10 +1,12 @@
 """examples/sft_lora.py by `ray job submit`, on a tiny model."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray.errors import ClusterError, ConfigError
 from kithara_ray.orchestration import submit
+from kithara_ray.orchestration.driver.run_manifest import GIT_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,3 +96,27 @@ def test_a_job_is_submitted_once_over_a_connection_that_drops(cluster):
     assert len(client.list_jobs()) == before + 1
     with pytest.raises(ClusterError, match="the job was not taken"):
         submit.start(submit.connect(address), "true", {"working_dir": "/nowhere"})
+
+
+def test_the_job_gets_the_variables_that_its_configuration_reads(tmp_path, monkeypatch, caplog):
+    """All but those that may hold a secret, since the dashboard shows them; the same values as the check read."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "answer": "a"}\n')
+    (tmp_path / "run.yaml").write_text(
+        "# ${IN_A_COMMENT}\nmodel: {preset_handle: 'hf://o/n', lora_rank: 4}\n"
+        "train_dataloader: {per_device_batch_size: 1, dataset: {type: SFTDataset, source: '${ROWS}'}}\n"
+        "optimizer:\n  learning_rate: ${RATE}\nrun_config: {name: '$${TEXT}-${MY_TOKEN}'}\n"
+    )
+    for name, value in dict(ROWS="rows.jsonl", RATE="1e-3", MY_TOKEN="t", STEPS="3", IN_A_COMMENT="x").items():
+        monkeypatch.setenv(name, value)
+    jobs = []
+    client = SimpleNamespace(submit_job=lambda **job: jobs.append(job) or "id")
+    with caplog.at_level(logging.INFO):
+        submit.submit(client, tmp_path / "run.yaml", ["trainer.steps=${STEPS}"], tmp_path)
+    carried = jobs[0]["runtime_env"]["env_vars"]
+    assert {name: value for name, value in carried.items() if name != GIT_VARIABLE} == {
+        "ROWS": "rows.jsonl",
+        "RATE": "1e-3",
+        "STEPS": "3",
+    }
+    assert "variable MY_TOKEN is not given to the job" in caplog.text
+    assert "from here: ROWS, RATE, STEPS" in caplog.text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import SIZES, VOCABULARY
 
 from kithara_ray.errors import ConfigError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model.causal_lm import build
 from kithara_ray.plan import hlo, plan, planner, slice_of, terms
 from kithara_ray.plan.chips import CHIPS, slice_of_topology, slice_sizes
 from kithara_ray.plan.program import refused_bytes
@@ -176,7 +179,6 @@ def test_the_program_is_the_one_that_training_runs(on_cpu, cache):
     import keras
     import numpy as np
 
-    from kithara_ray.model.causal_lm import build
     from kithara_ray.train import step
     from kithara_ray.train.optimizer import KerasOptimizer
 
@@ -216,6 +218,28 @@ def test_a_second_plan_is_read_from_the_cache(on_cpu, cache, monkeypatch):
     monkeypatch.setattr(planner, "_version", lambda package: "another")
     with pytest.raises(TypeError):
         plan(CONFIG, "cpu-4", T, lora=LoraConfig(r=4), precision="float32")
+
+
+def test_the_weights_headers_say_their_dtypes(cache, tiny_models, tmp_path):
+    """The plan's frozen bytes are those that `load` places, whatever config.json says."""
+    from safetensors.numpy import load_file, save_file
+
+    base = shutil.copytree(tiny_models["llama"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    tensors = load_file(base / "model.safetensors")
+    halved = {n: t.astype("bfloat16") if "1.mlp" in n or "norm" in n else t for n, t in tensors.items()}
+
+    def bytes_of(saved):
+        save_file(saved, base / "model.safetensors", {"format": "pt"})
+        model = build(config, None, make_mesh(devices=jax.devices()[:1]), "float32")
+        loaded = sum(array.nbytes for array in model.load(BaseCheckpoint.open(base)))
+        planned = plan(base, "cpu-1", 8, lora=LoraConfig(r=4), precision="float32", compile=False, cache=False)
+        return loaded, planned.hbm_bytes_per_chip["frozen"]
+
+    whole, mixed = bytes_of(tensors), bytes_of(halved)
+    assert whole[0] == whole[1] == sum(tensor.nbytes for tensor in tensors.values())
+    assert mixed[0] == mixed[1] < whole[0]
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_splits_are_those_that_datasets_finds(tmp_path, names):
         texts(tmp_path)
     for split, paths in found.items():
         assert repr(str(split)) in str(refused.value)
-        ours = [name for name, _ in files_of(str(tmp_path), Choice(str(split)))]
+        ours = [file.url for file in files_of(str(tmp_path), Choice(str(split)))]
         assert sorted(ours) == sorted(paths)
     with pytest.raises(DataError, match="has several splits"):
         texts(f"{tmp_path}/**/*.jsonl")

@@ -25,7 +25,7 @@ from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.card import Card, licence_of
 from kithara_ray.hf.exports.carried import carry, check_code
-from kithara_ray.hf.exports.notes import adapter_notes, max_lora_rank, serving_notes, unserved_ends
+from kithara_ray.hf.exports.notes import adapter_notes, max_lora_rank, serving_notes, tower_notes, unserved_ends
 from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
 from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.exports.reference import shown_name, split_reference
@@ -96,6 +96,7 @@ def export_with_report(
     """
     started_s = time.perf_counter()
     layout, destination, tag = _layout(layout), str(destination), check_dtype(dtype)
+    adapter = adapter.named_for(base)
     adapter.validate(base)
     if layout is Layout.MERGED:
         check_mergeable(base, adapter, dtype)
@@ -178,6 +179,7 @@ def _write(
         prove_adapter(target, final)
         checks.append("adapter reopened; tensors equal those given bit by bit, scales equal")
     notes = adapter_notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
+    notes += tower_notes(base, dtype) if layout is not Layout.ADAPTER else []
     report = {
         "layout": str(layout),
         "dtype": dtype,

@@ -8,6 +8,7 @@ from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
 from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.model_files import GENERATION, end_of_sequence, read_tokenizer, token_texts
+from kithara_ray.hf.tower import ALONE, is_beside
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
 
@@ -26,6 +27,16 @@ def adapter_notes(adapter: Adapter, counts: Mapping[str, int]) -> list[str]:
     if unchanged:
         return [f"{unchanged} of {counts['merged']} merged tensors equal the base: their delta is zero or rounds away"]
     return []
+
+
+def tower_notes(base: BaseCheckpoint, dtype: str = "auto") -> list[str]:
+    """Note the parts of a multimodal model beside the text model: an export of the model carries them as they are."""
+    beside = [name for name in base.names if is_beside(base.config, name)]
+    parts = sorted({name.removeprefix(ALONE).partition(".")[0] for name in beside})
+    if not parts:
+        return []
+    how = "byte for byte the base's" if dtype == "auto" else f"the base's, cast to {dtype}"
+    return [f"only the text model was trained: the {len(beside)} tensors of {', '.join(parts)} are {how}"]
 
 
 def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:

@@ -20,6 +20,7 @@ from kithara_ray.hf.adapter import Adapter, Change
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merging.merge import FLOAT_TAGS, cast, out_tag, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
+from kithara_ray.hf.tower import renamed
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def prove_file(
     Returns the numbers of tensors untouched, merged, and changed by the merge, and the file's SHA-256.
     """
     try:
-        tensors, _ = read_header(written)
+        tensors = renamed(base.config, read_header(written)[0])
     except CheckpointError as error:
         raise ExportError(f"the written file does not read back: {error}") from error
     _prove_headers(tensors, base, tag)

@@ -1,16 +1,18 @@
 """The name by which an export refers to its base."""
 
+from kithara_ray.hf.hub_place import hub_place
+
 
 def is_hub(base_name: str) -> bool:
     return base_name.startswith("hf://")
 
 
 def split_reference(base_name: str) -> tuple[str, str | None]:
-    """Split `hf://org/name@revision` into (name, revision); any other handle is its own name."""
+    """Split `hf://org/name[/folder]@revision` into (name, revision); any other handle is its own name."""
     if not is_hub(base_name):
         return base_name, None
-    name, _, revision = base_name.removeprefix("hf://").partition("@")
-    return name, revision or None
+    place = hub_place(base_name)
+    return place.name, place.revision
 
 
 def is_repository(name: str) -> bool:

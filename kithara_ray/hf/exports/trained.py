@@ -19,7 +19,8 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.merging.merge import CAST_TAGS, FLOAT_TAGS, row_blocks, written_metadata
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, read_header
-from kithara_ray.hf.tied_head import EMBEDDING, HEAD
+from kithara_ray.hf.tied_head import HEAD, embedding_of
+from kithara_ray.hf.tower import renamed
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +91,15 @@ class TrainedWriter:
         if base.source and not set(base.names) <= {*trained, HEAD}:
             base = BaseCheckpoint.open(fetch(base.source))
         self._tag, self._trained, self._complete = CAST_TAGS[dtype], set(trained), complete
+        self._config = base.config
         self._lock = threading.Lock()
         self._files: dict[Path, _File] = {}
         self._file_of: dict[str, Path] = {}
         self._same: dict[str, tuple[str, ...]] = {}
         if HEAD in base.tensors and HEAD not in self._trained:
-            if base.tensors[HEAD].shape == base.tensors[EMBEDDING].shape:
-                self._same[EMBEDDING] = (HEAD,)
+            embedding = embedding_of(base.config)
+            if base.tensors[HEAD].shape == base.tensors[embedding].shape:
+                self._same[embedding] = (HEAD,)
         expected = self._trained.union(*self._same.values())
         for file in base.files:
             self._create(base.part(file), expected, Path(directory, file.name))
@@ -105,13 +108,13 @@ class TrainedWriter:
         """Create a file of its full size with its header and the untrained values."""
         infos = sorted(part.tensors.values(), key=lambda info: (info.offset, info.nbytes))
         tags = [self._tag if i.name in expected and i.dtype in FLOAT_TAGS else i.dtype for i in infos]
-        entries = [(info.name, tag, info.shape) for info, tag in zip(infos, tags, strict=True)]
+        entries = [(info.stored, tag, info.shape) for info, tag in zip(infos, tags, strict=True)]
         header = pack_header(entries, written_metadata([read_header(part.files[0])[1]]))
         size = sum(math.prod(shape) * NUMPY_DTYPES[tag].itemsize for _, tag, shape in entries)
         with path.open("wb") as stream:
             stream.write(header)
             stream.truncate(len(header) + size)
-        written = read_header(path)[0]
+        written = renamed(part.config, read_header(path)[0])
         mapped = np.memmap(path, np.uint8, "r+")
         missing = 0
         for info in infos:
@@ -157,7 +160,7 @@ class TrainedWriter:
         file.mapped.flush()
         file.mapped = None
         _check_tiled(path.name, file)
-        reopened, infos = np.memmap(path, np.uint8, "r"), read_header(path)[0]
+        reopened, infos = np.memmap(path, np.uint8, "r"), renamed(self._config, read_header(path)[0])
         for name, shape, bounds, expected, rank in file.arrived:
             region = tuple(slice(*span) for span in bounds)
             if checksum(_array(reopened, infos[name]).reshape(shape)[region]) != expected:

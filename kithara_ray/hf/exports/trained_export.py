@@ -18,6 +18,7 @@ from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.carried import carry, check_code
 from kithara_ray.hf.exports.export import Settings, add_files, describe, write_weights
+from kithara_ray.hf.exports.notes import tower_notes
 from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, write_here
 from kithara_ray.hf.exports.reference import shown_name
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter
@@ -144,7 +145,7 @@ def export_trained(
                 "checkpoint reopened; names, shapes, files and dtypes are the base's",
                 "every tensor equals what was trained, rounded to its dtype, bit by bit",
             ],
-            "notes": [],
+            "notes": tower_notes(base, dtype),
         }
         files = {file.name: file.file for file in written}
         add_files(base, stage, report, str(trained.directory), run, base_name, None, destination)

@@ -132,7 +132,8 @@ def write_config(
         index = read_json(base.directory / INDEX) if has_index else {}
         total_bytes = sum(out_bytes(info, tag) for info in base.tensors.values())
         metadata = {**(index.get("metadata") or {}), "total_size": total_bytes}
-        write_json(directory / INDEX, {**index, "metadata": metadata, "weight_map": dict(sorted(files.items()))})
+        weight_map = {base.tensors[name].stored: file for name, file in files.items()}
+        write_json(directory / INDEX, {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     return tuple(written)
 
 
@@ -156,7 +157,7 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
     changes = adapter.changes if adapter else {}
     merged = [info for info in infos if info.name in changes]
     headers = [read_header(file) for file in base.files]
-    is_whole = len(headers) == 1 and headers[0][0].keys() == base.tensors.keys()
+    is_whole = len(headers) == 1 and headers[0][0].keys() == {info.stored for info in infos}
     if is_whole and all(out_tag(info, tag) == info.dtype for info in infos):
         copy_file(base.files[0], target)
         with target.open("r+b") as stream:
@@ -165,7 +166,7 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
                 for block in _tensor_blocks(info, adapter, changes[info.name], info.dtype):
                     stream.write(memoryview(block.reshape(-1).view(np.uint8)))
     else:
-        entries = [(info.name, out_tag(info, tag), info.shape) for info in infos]
+        entries = [(info.stored, out_tag(info, tag), info.shape) for info in infos]
         blocks = (b for i in infos for b in _tensor_blocks(i, adapter, changes.get(i.name), out_tag(i, tag)))
         write_blocks(target, entries, blocks, written_metadata(found for _, found in headers))
     log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)

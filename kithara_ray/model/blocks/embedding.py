@@ -36,8 +36,10 @@ def install(layer: keras.layers.Layer, mesh: Mesh) -> None:
     turned, in_parts = _turned(layer, mesh), _in_parts(layer, mesh)
 
     def call(inputs, reverse=False):
-        if reverse or inputs.ndim != 2:
-            return original(inputs, reverse=reverse)
+        if reverse:
+            return original(inputs, reverse=True)
+        if inputs.ndim != 2:
+            return original(inputs)
         rows, positions = inputs.shape
         tokens = rows * positions // mesh.shape["data"]
         if layer.output_dim % ways == 0 and layer.input_dim + tokens < tokens * ways:

@@ -3,19 +3,21 @@
 A KerasHub backbone is a functional graph: inputs, some layers, a chain of decoder blocks, some layers. This module
 finds the chain in the graph and runs it as `lax.scan`: one compiled body at any depth. Blocks that differ in
 configuration (gemma's sliding and global pairs) form a period of more than one block. Leftover blocks run after the
-scan.
+scan. Later blocks of another kind form a second scan: gemma4's attend to keys and values of earlier blocks, which the
+first scan carries along.
 
 For long rows, a block runs in parts: its attention over all positions, then the rest over chunks of positions. In the
 rest, no position looks at another. The block's widest arrays, those inside its MLP, exist for one chunk at a time.
 
-    N  blocks of the model    P  blocks of a period    S = N // P  steps of the scan
+    N  blocks of a section    P  blocks of a period    S = N // P  steps of the scan
     B  rows    T  positions    C  positions of a chunk    D  hidden width
 """
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +47,11 @@ _OWN_NAMES = ("lora_number",)
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The decoder blocks of a backbone.
+class Section:
+    """Consecutive decoder blocks that run as one scan, and then the blocks that are left over.
 
     Attributes:
-        blocks: the N blocks in order.
+        blocks: the blocks in order.
         period: P, the smallest for which block i equals block i - P.
     """
 
@@ -60,19 +62,52 @@ class Chain:
     def steps(self) -> int:
         return len(self.blocks) // self.period
 
+    @property
+    def scanned(self) -> tuple[keras.layers.Layer, ...]:
+        return self.blocks[: self.steps * self.period]
+
+    @property
+    def left(self) -> tuple[keras.layers.Layer, ...]:
+        return self.blocks[self.steps * self.period :]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The decoder blocks of a backbone.
+
+    Attributes:
+        sections: one, or two if the later blocks differ from the earlier ones, as gemma4's that share keys do.
+    """
+
+    sections: tuple[Section, ...]
+
+    @property
+    def blocks(self) -> tuple[keras.layers.Layer, ...]:
+        """The N blocks in order."""
+        return tuple(block for section in self.sections for block in section.blocks)
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        return tuple(section.period for section in self.sections)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all scans."""
+        return sum(section.steps for section in self.sections)
+
     def peers(self) -> IdentityMap[keras.Variable, tuple[keras.Variable, ...]]:
         """Map every variable of the scanned blocks to the same variable of every step."""
-        scanned = self.blocks[: self.steps * self.period]
         groups = (
             group
-            for place in range(self.period)
-            for group in zip(*(block.variables for block in scanned[place :: self.period]), strict=True)
+            for section in self.sections
+            for place in range(section.period)
+            for group in zip(*(block.variables for block in section.scanned[place :: section.period]), strict=True)
         )
         return IdentityMap((variable, group) for group in groups for variable in group)
 
 
 def find_chain(backbone: keras.Model) -> Chain:
-    """Find the backbone's decoder blocks and their period.
+    """Find the backbone's decoder blocks and their periods.
 
     Raises:
         UnsupportedError: the backbone has no `transformer_layers`.
@@ -80,9 +115,21 @@ def find_chain(backbone: keras.Model) -> Chain:
     blocks = tuple(getattr(backbone, "transformer_layers", ()))
     if not blocks:
         raise UnsupportedError(f"{type(backbone).__name__} keeps its decoder blocks in a place that is not known")
-    kinds = [_kind(block) for block in blocks]
-    period = next(p for p in range(1, len(blocks) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
-    return Chain(blocks, period)
+    numbers: dict[str, int] = {}
+    kinds = [numbers.setdefault(_kind(block), len(numbers)) for block in blocks]
+    ways = [[blocks], *([blocks[:cut], blocks[cut:]] for cut in range(1, len(blocks)))]
+
+    def sections(parts: Sequence[tuple]) -> list[Section]:
+        starts = [sum(map(len, parts[:number])) for number in range(len(parts))]
+        return [Section(part, _period(kinds[s : s + len(part)])) for part, s in zip(parts, starts, strict=True)]
+
+    # The fewest blocks to compile; of equal ways the first, which is one section.
+    found = min(map(sections, ways), key=lambda made: sum(one.period + len(one.left) for one in made))
+    return Chain(tuple(found))
+
+
+def _period(kinds: Sequence[int]) -> int:
+    return next(p for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
 
 
 def _kind(block: keras.layers.Layer) -> str:
@@ -102,7 +149,8 @@ class Pass:
 
     Attributes:
         values_of: gives the arrays of one block after the scan, in the order of its `variables`.
-        scanned: for each place of the period and each variable of its block, an array (S, ...) of all steps.
+        scanned: for each section, each place of its period and each variable of its block, an array (S, ...) of all
+            steps.
         gather: converts one variable's value to the one its block computes with, just before the block runs.
         place: puts the activations between blocks into their layout.
         remat: one of `options.REMAT`.
@@ -111,12 +159,23 @@ class Pass:
     """
 
     values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]]
-    scanned: Sequence[Sequence[jax.Array]]
+    scanned: Sequence[Sequence[Sequence[jax.Array]]]
     gather: Gather
     place: Callable[[jax.Array], jax.Array]
     remat: str
     chunk: int
     dropout_key: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class _KeysOf:
+    """A stand-in for the keys and values of a block, which it returns besides its output, for later blocks."""
+
+    block: int
+
+
+# A stand-in for a block's output, before the chain has run.
+_LATER = object()
 
 
 def run(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], how: Pass) -> jax.Array:
@@ -125,65 +184,148 @@ def run(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], ho
     Args:
         inputs: arrays by the names of the backbone's inputs. Variables outside the chain must be bound already.
     """
-    first, last = chain.blocks[0], chain.blocks[-1]
     known = IdentityMap((symbolic, inputs[symbolic.name]) for symbolic in backbone.inputs)
-    for node in keras_compat.nodes_of(backbone):
-        if node.is_input or (node.operation in chain.blocks and node.operation is not first):
-            continue
-        args, kwargs = keras_compat.arguments_of(node, known)
-        outputs = node.outputs
-        if node.operation is first:
-            result = _run_chain(chain, args[0], kwargs, how)
-            # A block may also return its keys and values for other blocks; no block here takes them.
-            outputs = [keras_compat.first_output_of(last)]
-        else:
-            result = node.operation(*args, **kwargs)
-        for symbolic, value in zip(outputs, keras.tree.flatten(result), strict=True):
-            known[symbolic] = value
+    nodes = [node for node in keras_compat.nodes_of(backbone) if not node.is_input]
+    number_of = IdentityMap((block, number) for number, block in enumerate(chain.blocks))
+    calls = {number_of[node.operation]: node for node in nodes if node.operation in number_of}
+    for number, node in calls.items():
+        given = [_LATER, _KeysOf(number)]
+        known |= IdentityMap(zip(node.outputs, given, strict=False))
+    others = [node for node in nodes if node.operation not in number_of]
+    behind = [node for node in others if not _compute(node, known)]
+    arguments = [keras_compat.arguments_of(calls[number], known) for number in range(len(calls))]
+    first = arguments[0][0][0]
+    known[calls[len(calls) - 1].outputs[0]] = _run_chain(chain, first, [kwargs for _, kwargs in arguments], how)
+    for node in behind:
+        _compute(node, known)
     return known[backbone.outputs[0]]
 
 
-def _run_chain(chain: Chain, x: jax.Array, kwargs: Mapping, how: Pass) -> jax.Array:
-    place = how.place
+def _compute(node, known: IdentityMap) -> bool:
+    """Compute a node of the graph; False if it needs a result of the chain, which has not run."""
+    if any(known.get(symbolic, _LATER) is _LATER for symbolic in node.input_tensors):
+        return False
+    args, kwargs = keras_compat.arguments_of(node, known)
+    result = node.operation(*args, **kwargs)
+    for symbolic, value in zip(node.outputs, keras.tree.flatten(result), strict=True):
+        known[symbolic] = value
+    return True
 
-    def call(block, x, values, key):
+
+def _run_chain(chain: Chain, x: jax.Array, kwargs: Sequence[Mapping], how: Pass) -> jax.Array:
+    """Compute the last block's output; `kwargs` are those of each block's call."""
+    read = {value.block for each in kwargs for value in each.values() if isinstance(value, _KeysOf)}
+    kept: dict[int, jax.Array] = {}
+    start = 0
+    for place, section in enumerate(chain.sections):
+        stop = start + len(section.blocks)
+        key = how.dropout_key
+        key = key if key is None or not place else jax.random.fold_in(key, place)
+        x, new = _run_section(section, start, x, kwargs[start:stop], read, kept, how, how.scanned[place], key)
+        kept |= new
+        start = stop
+    return x
+
+
+def _run_section(
+    section: Section,
+    start: int,
+    x: jax.Array,
+    kwargs: Sequence[Mapping],
+    read: Collection[int],
+    kept: Mapping[int, jax.Array],
+    how: Pass,
+    scanned: Sequence[Sequence[jax.Array]],
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """Compute the section's output, and the keys and values of those of its blocks that later blocks read.
+
+    Args:
+        start: the number of the section's first block.
+        read: the numbers of all blocks whose keys and values are read.
+        kept: keys and values of blocks before the section.
+    """
+    place, period, steps = how.place, section.period, section.steps
+
+    def call(block, with_keys, given, x, values, key):
         own = zip(block.variables, values, strict=True)
         pairs = [(variable, how.gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):
             if how.chunk == x.shape[1]:
-                return place(_output(block, x, kwargs))
-            return place(_in_chunks(block, x, kwargs, how.chunk, place, key))
+                output, *keys = _outputs(block, x, given)
+            else:
+                output, *keys = _in_chunks(block, x, given, how.chunk, place, key)
+        return place(output), [place(array) for array in keys[:with_keys]]
 
-    def rematerialised(block, *operands):
-        return jax.checkpoint(functools.partial(call, block), policy=_POLICIES[how.remat])(*operands)
+    def rematerialised(block, with_keys, x, values, key, given, kept):
+        given = {name: kept[v.block] if isinstance(v, _KeysOf) else v for name, v in given.items()}
+        run = functools.partial(call, block, with_keys, given)
+        return jax.checkpoint(run, policy=_POLICIES[how.remat])(x, values, key)
 
-    def body(x, step):
-        values, key = step
-        for block, own in zip(chain.blocks[: chain.period], values, strict=True):
-            x = rematerialised(block, x, own, key)
-        return x, None
-
-    behind = chain.blocks[chain.steps * chain.period :]
-    keys, last_key = None, None
-    if how.dropout_key is not None:
-        *keys, last_key = jax.random.split(how.dropout_key, chain.steps + 1)
+    same, different = zip(*(_common(kwargs[at : steps * period : period]) for at in range(period)), strict=True)
+    last_key, keys = None, None
+    if dropout_key is not None:
+        *keys, last_key = jax.random.split(dropout_key, steps + 1)
         keys = jnp.stack(keys)
-    groups = groups_of(chain.steps) if how.remat == "nested" else 1
-    x = _scan_in_groups(body, place(x), (how.scanned, keys), groups)
-    for block in behind:
-        x = rematerialised(block, x, how.values_of(block), last_key)
-    return x
+    # Number of the step whose block at this place is read by later ones.
+    wanted = {number % period: number // period for number in range(steps * period) if start + number in read}
+
+    def body(carry, step):
+        x, own = carry
+        values, key, given, number = step
+        for at, block in enumerate(section.blocks[:period]):
+            x, keys = rematerialised(block, at in wanted, x, values[at], key, {**same[at], **given[at]}, kept)
+            if at in wanted:
+                own = own | {at: jnp.where(number == wanted[at], keys[0], own[at])}
+        return (x, own), None
+
+    xs = scanned, keys, different, jnp.arange(steps)
+    x, own = place(x), {}
+    if wanted:
+        one = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), xs)
+        empty = dict.fromkeys(wanted, jnp.zeros(()))
+        shapes = _shapes_of_keys(body, x, empty, one)
+        own = {at: place(jnp.zeros(shape.shape, shape.dtype)) for at, shape in shapes.items()}
+    groups = groups_of(steps) if how.remat == "nested" else 1
+    x, own = _scan_in_groups(body, (x, own), xs, groups)
+    made = {start + wanted[at] * period + at: array for at, array in own.items()}
+    for number, block in enumerate(section.left, start=steps * period):
+        with_keys = start + number in read
+        values, given = how.values_of(block), kwargs[number]
+        x, keys = rematerialised(block, with_keys, x, values, last_key, given, {**kept, **made})
+        if with_keys:
+            made[start + number] = keys[0]
+    return x, made
 
 
-def _output(block: keras.layers.Layer, x: jax.Array, kwargs: Mapping) -> jax.Array:
-    return keras.tree.flatten(block(x, **kwargs))[0]
+def _shapes_of_keys(body, x, empty: Mapping[int, jax.Array], one) -> Mapping[int, jax.ShapeDtypeStruct]:
+    """Shapes of the keys and values that a scan carries: a scalar's place takes theirs by broadcasting."""
+    (_, own), _ = jax.eval_shape(lambda step: body((x, empty), step), one)
+    return own
 
 
-def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array | None) -> jax.Array:
-    """Compute the block's output; after attention, one chunk of positions at a time, each rematerialised."""
+def _common(kwargs: Sequence[Mapping]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Split the arguments of one place's calls: those that all steps share, and the others, stacked by step."""
+    same, different = {}, {}
+    for name, first in kwargs[0].items():
+        values = [each[name] for each in kwargs]
+        if all(value is first or (isinstance(first, _KeysOf) and value == first) for value in values):
+            same[name] = first
+        else:
+            different[name] = jnp.stack(values)
+    return same, different
+
+
+def _outputs(block: keras.layers.Layer, x: jax.Array, kwargs: Mapping) -> list[jax.Array]:
+    """The block's output, and its keys and values if it returns them."""
+    return keras.tree.flatten(block(x, **kwargs))
+
+
+def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array | None) -> list[jax.Array]:
+    """Compute the block's outputs; after attention, one chunk of positions at a time, each rematerialised."""
     with attention.recorded() as outputs:
-        # Only the output of attention is used from this trace.
-        _output(block, x_BTD, kwargs)
+        # Only the output of attention, and keys and values, are used from this trace.
+        _, *keys = _outputs(block, x_BTD, kwargs)
     (attended_BTNH,) = outputs
     rows, positions = x_BTD.shape[:2]
 
@@ -197,12 +339,12 @@ def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array 
     def rest(number, x_BCD, attended_BCNH, sliced):
         own_key = None if key is None else jax.random.fold_in(key, number)
         with attention.given(attended_BCNH), dropping(own_key):
-            return place(_output(block, place(x_BCD), {**kwargs, **sliced}))
+            return place(_outputs(block, place(x_BCD), {**kwargs, **sliced})[0])
 
     of_positions = {name: split(value) for name, value in kwargs.items() if is_of_positions(value)}
     parts = jnp.arange(positions // chunk), split(x_BTD), split(attended_BTNH), of_positions
     out = jax.lax.map(lambda part: rest(*part), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(x_BTD.shape)
+    return [jnp.moveaxis(out, 0, 1).reshape(x_BTD.shape), *keys]
 
 
 def _scan_in_groups(body, x, steps, groups: int) -> jax.Array:

@@ -8,8 +8,9 @@ none.
 from collections.abc import Mapping
 
 from kithara_ray.errors import UnsupportedError
-from kithara_ray.model.families import decoder_mixtures, decoders, gemma, gemma4, gpt_oss, llama, moe, qwen3_5
-from kithara_ray.model.families.family import Family, check_causal, check_sizes, completed, fields_needed
+from kithara_ray.hf.tower import text_of
+from kithara_ray.model.families import decoder_mixtures, decoders, gemma, gemma4, gpt_oss, llama, moe
+from kithara_ray.model.families.family import Family, check_causal, check_sizes, completed, fields_needed, refuse
 from kithara_ray.model.families.refused import why_refused
 
 FAMILIES: dict[str, Family] = (
@@ -20,18 +21,18 @@ FAMILIES: dict[str, Family] = (
     | gpt_oss.FAMILIES
     | decoders.FAMILIES
     | decoder_mixtures.FAMILIES
-    | qwen3_5.FAMILIES
 )
 # How an error ends where the table of families is not at hand.
 LISTED = ". `kithara-ray models` lists the families"
 
 
 def family_of(config: Mapping) -> Family:
-    """Look up the family of a Hugging Face config and check the config's fields.
+    """Look up the family of a Hugging Face config and check the config's fields; of a wrapper, the text model's family.
 
     Raises:
         UnsupportedError: an unknown `model_type`, or a field that KerasHub cannot express.
     """
+    of_all, config = config.get("model_type"), text_of(config)
     model_type = model_type_of(config)
     if model_type not in FAMILIES:
         given = config.get("model_type")
@@ -53,6 +54,8 @@ def family_of(config: Mapping) -> Family:
         whole = completed(family, config)
         family.check(whole)
         family.described(whole)
+    if of_all == "gemma3" and config.get("final_logit_softcapping") is not None:
+        refuse(config, "final_logit_softcapping", "transformers applies it in the text model alone, not in gemma3")
     return family
 
 

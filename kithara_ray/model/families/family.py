@@ -30,12 +30,11 @@ class Family:
         correct: changes the keyword arguments that the converter made for the backbone.
         finish: changes the built backbone.
         complete: returns the config with the values that transformers would fill in.
+        converts_as: the `model_type` that the converter knows, if not the config's own.
         takes_dtype: True if the backbone hands its dtype on to its layers; if not, a global policy sets theirs.
         quantisations: quantisation methods of checkpoints that are dequantised as they are read.
         limits: raises UnsupportedError for fields that KerasHub's block cannot express and `general` can.
         general: describes the decoder of ours that computes what KerasHub cannot; None if there is none.
-        prepare: changes the causal LM that `task` builds.
-        tensor: the name in a text model's checkpoint of a tensor that the converter asks for; None if there is none.
     """
 
     converter: str = ""
@@ -44,12 +43,11 @@ class Family:
     correct: Callable[[Mapping, dict], None] = lambda config, kwargs: None
     finish: Callable[[Mapping, Any], None] = lambda config, backbone: None
     complete: Callable[[Mapping], dict] = _as_it_is
+    converts_as: str | None = None
     takes_dtype: bool = True
     quantisations: tuple[str, ...] = ()
     limits: Callable[[Mapping], None] = lambda config: None
     general: Callable[[Mapping], Description] | None = None
-    prepare: Callable[[Any], None] = lambda model: None
-    tensor: Callable[[str], str | None] = lambda name: name
 
     def described(self, config: Mapping) -> Description | None:
         """Describe the decoder of ours that computes a completed config; None if KerasHub's block computes it.
@@ -83,7 +81,7 @@ class Family:
             return DecoderBackbone(description, dtype=dtype_policy)
         converter = keras_compat.converter_of(self.converter)
         with fields_needed(config):
-            kwargs = converter.convert_backbone_config(dict(config))
+            kwargs = converter.convert_backbone_config(self.for_converter(config))
             self.correct(config, kwargs)
         if self.takes_dtype:
             backbone = converter.backbone_cls(**kwargs, dtype=dtype_policy)
@@ -101,9 +99,11 @@ class Family:
 
         own = isinstance(backbone, DecoderBackbone)
         made = DecoderCausalLM if own else getattr(keras_hub.models, self.causal_lm)
-        model = made(backbone=backbone, preprocessor=None)
-        self.prepare(model)
-        return model
+        return made(backbone=backbone, preprocessor=None)
+
+    def for_converter(self, config: Mapping) -> dict:
+        """The config of a text model as KerasHub's converter reads it."""
+        return dict(config) | ({"model_type": self.converts_as} if self.converts_as else {})
 
 
 # Fields that change transformers' computation only while it trains. Here they are off: no block reads them.
@@ -130,6 +130,8 @@ def completed(family: Family, config: Mapping) -> dict:
     """
     whole = family.complete(config)
     whole |= {field: type(whole[field])() for field in _TRAINING_ONLY if whole.get(field)}
+    if "num_attention_heads" in whole and whole.get("num_key_value_heads", 1) is None:
+        whole["num_key_value_heads"] = whole["num_attention_heads"]
     rope = rope_of(whole)
     former = ("rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
     return {field: value for field, value in whole.items() if field not in former} | {"rope_parameters": rope}
@@ -220,15 +222,10 @@ def rope_of(config: Mapping) -> dict:
     return rope
 
 
-def check_rope_type(config: Mapping, *types: str) -> None:
+def check_rope(config: Mapping, *types: str) -> None:
     rope, family = rope_of(config), config["model_type"]
     if rope["rope_type"] not in types:
         refuse(config, "rope_parameters", f"rope type {rope['rope_type']!r} is dropped by KerasHub's {family}")
-
-
-def check_rope(config: Mapping, *types: str) -> None:
-    check_rope_type(config, *types)
-    rope = rope_of(config)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refuse(config, "rope_parameters", "KerasHub rotates all of a head's width")
 

@@ -60,10 +60,25 @@ def _finish(config: Mapping, backbone) -> None:
 
 # --- gemma3 ----------------------------------------------------------------------------------------------------------
 
+_GEMMA3 = dict(rms_norm_eps=1e-6, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096)
+
+
+# Published configs of the multimodal models leave these out.
+_GEMMA3 = dict(
+    vocab_size=262_208,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    query_pre_attn_scalar=256,
+    rms_norm_eps=1e-6,
+    sliding_window=4096,
+    max_position_embeddings=131_072,
+)
+
 
 def _complete_gemma3(config: Mapping) -> dict:
     """Rope settings by layer type, as transformers 5 writes them; formerly, `rope_scaling` was for full layers only."""
-    whole = {"rms_norm_eps": 1e-6} | dict(config)
+    whole = _GEMMA3 | dict(config)
     given = whole.get("rope_parameters") or {}
     rope = {kind: dict(given.get(kind) or {}) for kind in ("full_attention", "sliding_attention")}
     rope["full_attention"].update(whole.pop("rope_scaling", None) or {})
@@ -101,11 +116,18 @@ def _finish_gemma3(config: Mapping, backbone) -> None:
         attention.query_norm.epsilon = attention.key_norm.epsilon = config["rms_norm_eps"]
 
 
-_EPSILON = with_defaults(rms_norm_eps=1e-6)
+_GEMMA = dict(rms_norm_eps=1e-6, head_dim=256)
+_GEMMA2 = _GEMMA | dict(
+    query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0
+)
 
 FAMILIES = {
-    "gemma": Family("convert_gemma", "GemmaCausalLM", _check_gemma, _correct, _finish, complete=_EPSILON),
-    "gemma2": Family("convert_gemma", "GemmaCausalLM", _check_gemma2, _correct, _finish, complete=_EPSILON),
+    "gemma": Family(
+        "convert_gemma", "GemmaCausalLM", _check_gemma, _correct, _finish, complete=with_defaults(**_GEMMA)
+    ),
+    "gemma2": Family(
+        "convert_gemma", "GemmaCausalLM", _check_gemma2, _correct, _finish, complete=with_defaults(**_GEMMA2)
+    ),
     "gemma3_text": Family(
         "convert_gemma3", "Gemma3CausalLM", _check_gemma3, finish=_finish_gemma3, complete=_complete_gemma3
     ),

@@ -1,21 +1,38 @@
-"""Corrections for gemma4's text model with one dense MLP per block, and a block that LoRA can adapt."""
+"""Corrections for gemma4's text model, and a block that LoRA can adapt.
+
+    C  tokens    E  experts    I  width inside an expert    D  hidden width
+
+Its forms: dense blocks (31B, 12B); embeddings for each block, and later blocks that attend to the keys and values of
+earlier ones (E2B, E4B); experts beside the MLP (26B-A4B).
+"""
 
 import functools
 from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from kithara_ray.model import keras_compat
 from kithara_ray.model.families.family import Family, expect, refuse
 
 _ABSENT = (False, None)
+# Fields of gemma4_text that gemma4_unified_text does not have: it has neither experts nor embeddings for each block.
+_OF_GEMMA4 = dict(
+    hidden_size_per_layer_input=256,
+    vocab_size_per_layer_input=262_144,
+    enable_moe_block=False,
+    num_experts=None,
+    top_k_experts=None,
+    moe_intermediate_size=None,
+)
 _DEFAULTS = dict(
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
     attention_k_eq_v=False,
     num_kv_shared_layers=0,
-    hidden_size_per_layer_input=256,
-    enable_moe_block=False,
+    use_double_wide_mlp=False,
     final_logit_softcapping=None,
-    sliding_window=512,
 )
 _ROPE = {
     "full_attention": dict(rope_type="proportional", partial_rotary_factor=0.25, rope_theta=1_000_000.0),
@@ -25,7 +42,9 @@ _ROPE = {
 
 def _complete(config: Mapping) -> dict:
     """Convert older `global_*` fields of the full layers to transformers 5's `per_layer_config`, and add defaults."""
-    whole = _DEFAULTS | dict(config)
+    unified = config["model_type"] == "gemma4_unified_text"
+    window = dict(sliding_window=1024 if unified else 512)
+    whole = _DEFAULTS | window | ({} if unified else _OF_GEMMA4) | dict(config)
     whole["rope_parameters"] = whole.pop("rope_scaling", None) or whole.get("rope_parameters") or _ROPE
     layers = whole["num_hidden_layers"]
     kinds = whole.get("layer_types") or ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)]
@@ -36,7 +55,9 @@ def _complete(config: Mapping) -> dict:
         if kv_heads is not None and whole["attention_k_eq_v"]:
             own["num_key_value_heads"] = kv_heads
         full = (i for i, kind in enumerate(whole["layer_types"]) if kind == "full_attention")
-        whole["per_layer_config"] = {str(i): own for i in full}
+        whole["per_layer_config"] = {i: own for i in full}
+    # transformers pads the numbers with zeros.
+    whole["per_layer_config"] = {str(int(number)): own for number, own in whole["per_layer_config"].items()}
     return whole
 
 
@@ -45,18 +66,30 @@ def _check(config: Mapping) -> None:
     expect(config, attention_bias=_ABSENT)
     # "vision" lets the tokens of an image see each other; text has none.
     expect(config, use_bidirectional_attention=(None, "vision"))
-    if config["num_kv_shared_layers"]:
-        refuse(config, "num_kv_shared_layers", "blocks that share keys and values cannot be scanned here")
-    if config["hidden_size_per_layer_input"]:
-        refuse(config, "hidden_size_per_layer_input", "embeddings of each block's own are not supported here")
-    if config["enable_moe_block"]:
-        refuse(config, "enable_moe_block", "experts beside the MLP are not supported here")
+    _check_sharing(config)
+    if config.get("enable_moe_block"):
+        _check_experts(config)
     full, sliding = (config["rope_parameters"][kind] for kind in ("full_attention", "sliding_attention"))
     if full["rope_type"] not in ("default", "proportional") or sliding["rope_type"] != "default":
         refuse(config, "rope_parameters", "KerasHub rotates full layers 'proportional' and sliding ones 'default'")
     if sliding.get("partial_rotary_factor", 1.0) != 1.0 or full.get("factor", 1.0) != 1.0:
         refuse(config, "rope_parameters", "KerasHub knows no factor of sliding layers, and no scaling of full ones")
     _full_layers(config)
+
+
+def _check_sharing(config: Mapping) -> None:
+    own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    kinds = config["layer_types"]
+    if not 0 < own <= len(kinds) or set(kinds[:own]) != set(kinds):
+        refuse(config, "num_kv_shared_layers", "each kind of block needs one with keys and values of its own")
+
+
+def _check_experts(config: Mapping) -> None:
+    for field in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+        if not config[field]:
+            refuse(config, field, "enable_moe_block needs it")
+    if config["top_k_experts"] > config["num_experts"]:
+        refuse(config, "top_k_experts", f"there are {config['num_experts']} experts")
 
 
 def _full_layers(config: Mapping) -> Mapping:
@@ -92,7 +125,7 @@ def _finish(config: Mapping, backbone) -> None:
 def _block_class() -> type:
     import keras
 
-    class Gemma4DenseBlock(keras_compat.gemma4_text_block()):
+    class Gemma4Block(keras_compat.gemma4_text_block()):
         """A block that calls its MLP's layers, so that LoRA can adapt them; KerasHub's multiplies by their kernels.
 
         `call` keeps the signature that Keras has cached for the block.
@@ -116,14 +149,57 @@ def _block_class() -> type:
             cached = {}
             if cache is not None:
                 cached = dict(cache=cache, cache_update_index=cache_update_index, cache_update_mask=cache_update_mask)
-            attended, new_cache = self.attention(normed, attention_mask=mask, positions=positions, **cached)
+            attended, keys = self.attention(
+                normed, attention_mask=mask, shared_kv=shared_kv, positions=positions, **cached
+            )
             x = x + self.post_attention_norm(attended)
+            x = x + self.post_ffw_norm(self._feedforward(x))
+            if per_layer_input is not None:
+                gate = keras.activations.gelu(self.per_layer_input_gate(x), approximate=True)
+                own = gate * keras.ops.cast(per_layer_input, gate.dtype)
+                x = x + self.post_per_layer_input_norm(self.per_layer_up_proj(own))
+            return x * keras.ops.cast(self.layer_scalar, x.dtype), keys
+
+        def _feedforward(self, x):
             normed = self.pre_ffw_norm(x)
             gate = keras.activations.gelu(self.gating_ffw(normed), approximate=True)
-            x = x + self.post_ffw_norm(self.ffw_linear(gate * self.gating_ffw_2(normed)))
-            return x * keras.ops.cast(self.layer_scalar, x.dtype), new_cache
+            out = self.ffw_linear(gate * self.gating_ffw_2(normed))
+            if not self.enable_moe_block:
+                return out
+            flat_CD = keras.ops.reshape(x, (-1, x.shape[-1]))
+            weights_CE = _route(self.moe_router, flat_CD)
+            experts_CD = _experts(self.moe_expert_bank, self.pre_ffw_norm_moe(flat_CD), weights_CE)
+            return self.post_ffw_norm_dense(out) + self.post_ffw_norm_moe_path(
+                keras.ops.reshape(experts_CD, keras.ops.shape(x))
+            )
 
-    return Gemma4DenseBlock
+    return Gemma4Block
 
 
-FAMILIES = {"gemma4_text": Family("convert_gemma4", "Gemma4CausalLM", _check, _correct, _finish, complete=_complete)}
+def _route(router: Any, x_CD) -> jax.Array:
+    """Compute the experts' weights (C, E), float32; KerasHub's router chooses by probabilities rounded to bfloat16."""
+    normed_CD = router.rms_norm(x_CD)
+    normed_CD = normed_CD * jnp.asarray(router.per_dim_scale, normed_CD.dtype) * normed_CD.shape[-1] ** -0.5
+    probabilities_CE = jax.nn.softmax(router.proj(normed_CD).astype(jnp.float32), axis=-1)
+    values_CK, chosen_CK = jax.lax.top_k(probabilities_CE, router.num_experts_per_token)
+    values_CK = values_CK / values_CK.sum(axis=-1, keepdims=True)
+    return jnp.sum(jax.nn.one_hot(chosen_CK, router.num_experts) * values_CK[..., None], axis=1)
+
+
+def _experts(bank: Any, x_CD, weights_CE: jax.Array) -> jax.Array:
+    """Compute the weighted sum of all experts' outputs, (C, D); most weights are 0."""
+    gate_EDI, up_EDI, down_EID, scale_E = (
+        jnp.asarray(variable, x_CD.dtype)
+        for variable in (bank.gate_proj, bank.up_proj, bank.down_proj, bank.per_expert_scale)
+    )
+    gate_ECI = jax.nn.gelu(jnp.einsum("cd,edi->eci", x_CD, gate_EDI), approximate=True)
+    inner_ECI = gate_ECI * jnp.einsum("cd,edi->eci", x_CD, up_EDI)
+    weights_EC = (weights_CE * scale_E.astype(jnp.float32)).T.astype(x_CD.dtype)
+    # Weighted before the last product, so that no output of an expert by itself exists.
+    return jnp.einsum("eci,eid->cd", inner_ECI * weights_EC[..., None], down_EID)
+
+
+_TEXT = Family(
+    "convert_gemma4", "Gemma4CausalLM", _check, _correct, _finish, complete=_complete, converts_as="gemma4_text"
+)
+FAMILIES = {"gemma4_text": _TEXT, "gemma4_unified_text": _TEXT}

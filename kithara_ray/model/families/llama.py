@@ -24,6 +24,12 @@ def _limits_of_llama(config: Mapping) -> None:
     check_rope(config, "default", "llama3")
 
 
+def _complete_llama(config: Mapping) -> dict:
+    # The first Llama 2 have no num_key_value_heads.
+    keys = {"num_key_value_heads": config["num_attention_heads"]} if "num_attention_heads" in config else {}
+    return dict(rms_norm_eps=1e-6, tie_word_embeddings=False) | keys | dict(config)
+
+
 def _correct_llama(config: Mapping, kwargs: dict) -> None:
     # The converter drops rms_norm_eps and reads rope_scaling, which transformers 5 writes as rope_parameters.
     kwargs["layer_norm_epsilon"] = config["rms_norm_eps"]
@@ -119,7 +125,7 @@ FAMILIES = {
         "convert_llama3",
         "Llama3CausalLM",
         correct=_correct_llama,
-        complete=with_defaults(rms_norm_eps=1e-6, tie_word_embeddings=False),
+        complete=_complete_llama,
         limits=_limits_of_llama,
         general=general.llama,
     ),

@@ -8,7 +8,6 @@ covers these numpy calls too, so it knows every part of a variable and can still
 
 import contextlib
 import functools
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,12 @@ import keras
 import numpy as np
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf import mxfp4, stored
+from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.tower import in_tower, text_of
 from kithara_ray.model import keras_compat
 from kithara_ray.model.decoder.backbone import DecoderBackbone, fed_variables
+from kithara_ray.model.families.family import Family
 from kithara_ray.model.identity import IdentitySet
 
 Transform = Callable[[np.ndarray, Sequence[int]], np.ndarray]
@@ -55,7 +56,7 @@ class Piece:
 
     def view(self, base: BaseCheckpoint) -> np.ndarray | mxfp4.Packed:
         """The part in Keras' layout; nothing is read before it is sliced."""
-        tensor = stored.view(base, self.hf_name)
+        tensor = mxfp4.view(base, self.hf_name)
         view = self.of(tensor)
         if tuple(view.shape) != self.shape:
             raise CheckpointError(
@@ -216,28 +217,22 @@ class _Recorder:
     """A replacement for KerasHub's `SafetensorLoader` that records each request.
 
     Args:
-        tensor: `Family.tensor`.
-
-    Attributes:
-        safetensor_config: None, so that a converter does not print which tensors of a checkpoint it has no use for.
+        config: the config.json of the whole model, whose names the ports get. KerasHub asks by those of a text model.
     """
 
-    safetensor_config = None
-
-    def __init__(self, tensor: Callable[[str], str | None]):
+    def __init__(self, config: Mapping):
         self.ports: list[Port] = []
-        self._tensor = tensor
+        self._config = config
 
     def port_weight(self, keras_variable, hf_weight_key: str, hook_fn: Transform | None = None) -> None:
-        name = self._tensor(_full_name(hf_weight_key))
-        if name is not None:
-            self.assign(keras_variable, _Tensor(name, hook_fn or _unchanged))
+        self.assign(keras_variable, _Tensor(self._name(hf_weight_key), hook_fn or _unchanged))
+
+    def _name(self, hf_weight_key: str) -> str:
+        """The tensor's name. Converters may leave out `model.` (qwen3's do), which holds all but the head."""
+        return in_tower(self._config, hf_weight_key)
 
     def get_tensor(self, hf_weight_key: str) -> _Tensor | _Quantised:
-        name = self._tensor(_full_name(hf_weight_key))
-        if name is None:
-            # As a checkpoint without the tensor; the converter then asks for others.
-            raise KeyError(hf_weight_key)
+        name = self._name(hf_weight_key)
         for ending, dims in ((mxfp4.BLOCKS, 4), (mxfp4.SCALES, 3)):
             if name.endswith(ending):
                 return _Quantised.of(name.removesuffix(ending), dims)
@@ -263,38 +258,32 @@ class _Recorder:
             keras.Variable.assign = assign
 
 
-def _full_name(hf_weight_key: str) -> str:
-    """Add the prefix that converters may leave out (qwen3's do): transformers keeps all but the head in `model`."""
-    return hf_weight_key if hf_weight_key.startswith(("model.", "lm_head.")) else f"model.{hf_weight_key}"
-
-
-def record_ports(
-    converter: str, model, config: Mapping, tensor: Callable[[str], str | None] = lambda name: name
-) -> list[Port]:
+def record_ports(family: Family, model, config: Mapping) -> list[Port]:
     """Record the map of one built causal LM: a Port for each variable that holds weights.
 
     Args:
-        tensor: `Family.tensor`.
+        config: the whole config.json, which for a multimodal model holds the text model's.
 
     Raises:
         UnsupportedError: the converter does not feed a variable, or feeds it twice.
     """
-    recorder = _Recorder(tensor)
+    recorder = _Recorder(config)
     if isinstance(model.backbone, DecoderBackbone):
         for variable, names, transform in fed_variables(model.backbone):
             if isinstance(names, str):
                 recorder.port_weight(variable, names, transform)
             else:
-                recorder.assign(variable, _Joined(tuple(_Tensor(name, transform) for name in names), 0, stacked=True))
+                tensors = tuple(_Tensor(in_tower(config, name), transform) for name in names)
+                recorder.assign(variable, _Joined(tensors, 0, stacked=True))
     else:
-        module = keras_compat.converter_of(converter)
-        # qwen3_5's converters print that they compare with no checkpoint.
-        with recorder.assignments(), contextlib.redirect_stdout(io.StringIO()):
-            module.convert_weights(model.backbone, recorder, dict(config))
+        module = keras_compat.converter_of(family.converter)
+        with recorder.assignments():
+            # As a text model's: KerasHub's converter of a wrapper takes the first prefix it tries, since none fails.
+            module.convert_weights(model.backbone, recorder, family.for_converter(text_of(config)))
     fed = IdentitySet(port.variable for port in recorder.ports)
     unfed = [v.path for v in model.variables if v not in fed and not is_seed(v)]
     if unfed or len(fed) != len(recorder.ports):
-        raise UnsupportedError(f"KerasHub's {converter} leaves {unfed[:3]} unloaded or loads a variable twice")
+        raise UnsupportedError(f"KerasHub's {family.converter} leaves {unfed[:3]} unloaded or loads a variable twice")
     return recorder.ports
 
 

@@ -8,22 +8,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf import stored
+from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint
 from kithara_ray.hf.names import without_wrappers
-from kithara_ray.hf.tied_head import EMBEDDING, HEAD, check_tied_head, is_tied
-from kithara_ray.hf.unused import is_beyond, why_unused
+from kithara_ray.hf.tied_head import HEAD, check_tied_head, is_tied
+from kithara_ray.hf.tower import in_tower, is_beside, prefix_of, text_of, wrapper_of
+from kithara_ray.hf.unused import is_beyond, layers_of, shares_keys, why_unused
 from kithara_ray.model.decoder.tensors import Dims, tensors_of
-from kithara_ray.model.families import FAMILIES, completed, fields_needed, model_type_of, qwen3_5
+from kithara_ray.model.families import FAMILIES, completed, fields_needed, model_type_of
 
-_QK_NORMS = frozenset({"qwen3", "qwen3_moe", *qwen3_5.FAMILIES, "gemma3_text", "gemma4_text"})
-_FEEDFORWARD_NORMS = frozenset({"gemma2", "gemma3_text", "gemma4_text"})
-_BIASED = frozenset({"qwen2", "qwen2_moe"})
+_GEMMA4 = frozenset({"gemma4_text", "gemma4_unified_text"})
+_QK_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text"}) | _GEMMA4
+_FEEDFORWARD_NORMS = frozenset({"gemma2", "gemma3_text"}) | _GEMMA4
+_BIASED = frozenset({"qwen2"})
 # Families without biases, for which transformers reads no such field.
 _UNBIASED = frozenset({"mistral", "mixtral"})
 _DTYPES = ("F32", "BF16", "F16")
 _PREFIX = "model."
-_QWEN_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_next"})
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, Dims] | None:
@@ -32,23 +33,32 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, Dims] | None:
     Raises:
         UnsupportedError: the config lacks a field.
     """
-    family = FAMILIES.get(model_type_of(config) or "")
+    text = text_of(config)
+    family = FAMILIES.get(model_type_of(text) or "")
     if family is None:
         return None
-    with fields_needed(config):
-        whole = completed(family, config)
+    with fields_needed(text):
+        whole = completed(family, text)
         description = family.described(whole)
-        return dict(_tensors(whole) if description is None else tensors_of(description))
+        made = dict(_tensors(whole) if description is None else tensors_of(description))
+        return {in_tower(config, name): dims for name, dims in made.items()}
 
 
 def _tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, Dims]]:
     vocabulary, hidden = ("vocab_size", config["vocab_size"]), ("hidden_size", config["hidden_size"])
-    yield EMBEDDING, (vocabulary, hidden)
-    yield "model.norm.weight", (hidden,)
+    yield f"{_PREFIX}embed_tokens.weight", (vocabulary, hidden)
+    yield f"{_PREFIX}norm.weight", (hidden,)
     if not is_tied(config):
         yield HEAD, (vocabulary, hidden)
+    if config.get("hidden_size_per_layer_input"):
+        own = ("hidden_size_per_layer_input", config["hidden_size_per_layer_input"])
+        of_all = ("num_hidden_layers * hidden_size_per_layer_input", config["num_hidden_layers"] * own[1])
+        per_layer = ("vocab_size_per_layer_input", config["vocab_size_per_layer_input"])
+        yield f"{_PREFIX}embed_tokens_per_layer.weight", (per_layer, of_all)
+        yield f"{_PREFIX}per_layer_model_projection.weight", (of_all, hidden)
+        yield f"{_PREFIX}per_layer_projection_norm.weight", (own,)
     for number in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{number}."
+        layer = f"{_PREFIX}layers.{number}."
         for part in (_norms(config, hidden), _attention(config, number, hidden), _feedforward(config, number, hidden)):
             for name, dims in part:
                 yield layer + name, dims
@@ -60,30 +70,33 @@ def _norms(config: Mapping[str, Any], hidden: tuple[str, int]) -> Iterator[tuple
         names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     for name in names:
         yield f"{name}.weight", (hidden,)
-    if config["model_type"] == "gemma4_text":
+    if config["model_type"] in _GEMMA4:
         yield "layer_scalar", (("1", 1),)
+    if config.get("enable_moe_block"):
+        for name in ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2"):
+            yield f"{name}.weight", (hidden,)
+    if config.get("hidden_size_per_layer_input"):
+        own = ("hidden_size_per_layer_input", config["hidden_size_per_layer_input"])
+        yield "per_layer_input_gate.weight", (own, hidden)
+        yield "per_layer_projection.weight", (hidden, own)
+        yield "post_per_layer_input_norm.weight", (hidden,)
 
 
 def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
     heads, family = config["num_attention_heads"], config["model_type"]
-    if family in qwen3_5.FAMILIES and config["layer_types"][number] == qwen3_5.LINEAR:
-        for name, dims in qwen3_5.tensors_of_delta_net(config, hidden).items():
-            yield f"linear_attn.{name}", dims
-        return
     per_head, kv_heads = config.get("head_dim"), config.get("num_key_value_heads")
     per_head = config["hidden_size"] // heads if per_head is None else per_head
     kv_heads = heads if kv_heads is None else kv_heads
-    keys_are_values = False
-    if family == "gemma4_text" and config["layer_types"][number] == "full_attention":
+    lacks: set[str] = set()
+    if family in _GEMMA4 and config["layer_types"][number] == "full_attention":
         own = config["per_layer_config"].get(str(number), {})
         per_head, kv_heads = own.get("head_dim", per_head), own.get("num_key_value_heads", kv_heads)
-        keys_are_values = bool(config["attention_k_eq_v"])
+        lacks = {"v_proj"} if config["attention_k_eq_v"] else lacks
+    if family in _GEMMA4 and shares_keys(config, number):
+        lacks = {"k_proj", "v_proj", "k_norm"}
     queries, keys = ("num_attention_heads * head_dim", heads * per_head), ("key heads * head_dim", kv_heads * per_head)
-    # The second half of a query's width is the gate of the head's output.
-    doubled = ("2 * num_attention_heads * head_dim", 2 * queries[1]) if family in qwen3_5.FAMILIES else queries
-    outs = {"q_proj": doubled, "k_proj": keys, "v_proj": keys}
-    if keys_are_values:
-        del outs["v_proj"]
+    outs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    outs = {name: out for name, out in outs.items() if name not in lacks}
     biased = bool(config.get("attention_bias")) and family not in _UNBIASED
     for name, out in outs.items():
         yield f"self_attn.{name}.weight", (out, hidden)
@@ -94,33 +107,27 @@ def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) 
         yield "self_attn.o_proj.bias", (hidden,)
     if family in _QK_NORMS:
         for name in ("q_norm", "k_norm"):
-            yield f"self_attn.{name}.weight", (("head_dim", per_head),)
+            if name not in lacks:
+                yield f"self_attn.{name}.weight", (("head_dim", per_head),)
     if family == "gpt_oss":
         yield "self_attn.sinks", (("num_attention_heads", heads),)
 
 
 def _feedforward(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
-    family, sparse = config["model_type"], config["model_type"] in _QWEN_EXPERTS and _is_sparse(config, number)
-    # qwen3_5_moe has no dense MLP.
-    inner = ("intermediate_size", config.get("intermediate_size") if sparse else config["intermediate_size"])
+    inner, family = ("intermediate_size", config["intermediate_size"]), config["model_type"]
     if family == "mixtral":
         experts = ("num_local_experts", config["num_local_experts"])
         yield "block_sparse_moe.gate.weight", (experts, hidden)
         for expert in range(experts[1]):
             for name, dims in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
                 yield f"block_sparse_moe.experts.{expert}.{name}.weight", dims
-    elif sparse:
+    elif family == "qwen3_moe" and _is_sparse(config, number):
         experts = ("num_experts", config["num_experts"])
         yield "mlp.gate.weight", (experts, hidden)
         inner = ("moe_intermediate_size", config["moe_intermediate_size"])
         for expert in range(experts[1]):
             for name, dims in _gated(inner, hidden):
                 yield f"mlp.experts.{expert}.{name}.weight", dims
-        if family != "qwen3_moe":
-            inner = ("shared_expert_intermediate_size", config["shared_expert_intermediate_size"])
-            yield "mlp.shared_expert_gate.weight", (("1", 1), hidden)
-            for name, dims in _gated(inner, hidden):
-                yield f"mlp.shared_expert.{name}.weight", dims
     elif family == "gpt_oss":
         experts = ("num_local_experts", config["num_local_experts"])
         both = ("2 * intermediate_size", 2 * inner[1])
@@ -131,10 +138,26 @@ def _feedforward(config: Mapping[str, Any], number: int, hidden: tuple[str, int]
         yield "mlp.experts.down_proj", (experts, inner, hidden)
         yield "mlp.experts.down_proj_bias", (experts, hidden)
     else:
+        if config.get("use_double_wide_mlp") and shares_keys(config, number):
+            inner = ("2 * intermediate_size", 2 * inner[1])
+        if config.get("enable_moe_block"):
+            yield from _gemma4_experts(config, hidden)
         for name, dims in _gated(inner, hidden):
             yield f"mlp.{name}.weight", dims
             if config.get("mlp_bias") and family not in _UNBIASED:
                 yield f"mlp.{name}.bias", dims[:1]
+
+
+def _gemma4_experts(config: Mapping[str, Any], hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
+    experts, inner = (
+        ("num_experts", config["num_experts"]),
+        ("moe_intermediate_size", config["moe_intermediate_size"]),
+    )
+    yield "router.proj.weight", (experts, hidden)
+    yield "router.scale", (hidden,)
+    yield "router.per_expert_scale", (experts,)
+    yield "experts.gate_up_proj", (experts, ("2 * moe_intermediate_size", 2 * inner[1]), hidden)
+    yield "experts.down_proj", (experts, hidden, inner)
 
 
 def _gated(inner: tuple[str, int], hidden: tuple[str, int]) -> list[tuple[str, Dims]]:
@@ -142,9 +165,9 @@ def _gated(inner: tuple[str, int], hidden: tuple[str, int]) -> list[tuple[str, D
 
 
 def _is_sparse(config: Mapping[str, Any], number: int) -> bool:
-    """True if this block of a qwen mixture has experts, as in transformers."""
-    step = config.get("decoder_sparse_step", 1)
-    return number not in config.get("mlp_only_layers", ()) and config["num_experts"] > 0 and (number + 1) % step == 0
+    """True if this block of qwen3_moe has experts, as in transformers."""
+    step = config["decoder_sparse_step"]
+    return number not in config["mlp_only_layers"] and config["num_experts"] > 0 and (number + 1) % step == 0
 
 
 # --- compared with a checkpoint's headers ----------------------------------------------------------------------------
@@ -163,17 +186,17 @@ def check_tensors(base: BaseCheckpoint, trains: bool = True, values: bool = True
         CheckpointError: names the tensor, config.json's value and the remedy.
         UnsupportedError: a tensor's dtype.
     """
-    quantised = base.config.get("quantization_config")
+    quantised = text_of(base.config).get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
     expected = None if quantised and method != "mxfp4" else expected_tensors(base.config)
     if expected is None:
         return []
-    held = {name: stored.names_of(base, name) for name in expected}
+    held = {name: mxfp4.names_of(base, name) for name in expected}
     missing = [name for name, names in held.items() if not all(each in base.tensors for each in names)]
     if missing:
         raise CheckpointError(_missing(base, missing, len(expected)))
     for name, dims in expected.items():
-        shape, wanted = stored.shape_of(base, name), tuple(size for _, size in dims)
+        shape, wanted = mxfp4.shape_of(base, name), tuple(size for _, size in dims)
         if shape != wanted:
             raise CheckpointError(
                 f"{_where(base)}: {name} has shape {shape}, and {CONFIG} gives {wanted}, "
@@ -185,7 +208,7 @@ def check_tensors(base: BaseCheckpoint, trains: bool = True, values: bool = True
         used.add(HEAD)
     if values:
         check_tied_head(base)
-    extra = [name for name in base.names if name not in used]
+    extra = [name for name in base.names if name not in used and not is_beside(base.config, name)]
     if trains:
         _check_trainable(base, expected, extra)
     return extra
@@ -195,15 +218,15 @@ def unused_note(base: BaseCheckpoint, unused: list[str]) -> str | None:
     """A note for the user about the tensors that `check_tensors` returned; None if there are none."""
     if not unused:
         return None
-    why = why_unused(unused[0]) or f"{CONFIG} describes a model without it"
+    why = why_unused(base.config, unused[0]) or f"{CONFIG} describes a model without it"
     return f"{_where(base)}: {len(unused)} tensors are not used by the model, the first is {unused[0]} ({why})"
 
 
 def _check_trainable(base: BaseCheckpoint, expected: Mapping[str, Dims], extra: list[str]) -> None:
-    unknown = [name for name in extra if why_unused(name) is None]
+    unknown = [name for name in extra if why_unused(base.config, name) is None]
     if unknown:
         beyond = [name for name in unknown if is_beyond(base.config, name)]
-        why = f": {CONFIG} has {base.config['num_hidden_layers']} layers" if beyond == unknown else ""
+        why = f": {CONFIG} has {layers_of(base.config)} layers" if beyond == unknown else ""
         raise CheckpointError(
             f"{_where(base)}: {len(unknown)} tensors belong to nothing in the model, the first is {unknown[0]}{why}. "
             f"{CONFIG} and weights do not belong together: correct {CONFIG}, or save both with transformers' "
@@ -225,14 +248,15 @@ def _where(base: BaseCheckpoint) -> str:
 def _missing(base: BaseCheckpoint, missing: list[str], expected: int) -> str:
     """Describe the missing tensors, with the known cause if one applies."""
     start, names = f"{_where(base)}: ", base.tensors
-    if all(name.removeprefix(_PREFIX) in names for name in missing if name != HEAD):
+    prefix = prefix_of(base.config)
+    if all(name.removeprefix(prefix) in names for name in missing if name != HEAD):
         if missing == [HEAD]:
             return (
                 f"{start}{HEAD} is missing, and {CONFIG} does not tie the head to the embedding. If they are the same, "
                 f'write "tie_word_embeddings": true in {CONFIG}; else fetch or save the model with its head'
             )
         return (
-            f"{start}the tensors' names lack the prefix {_PREFIX!r}: {missing[0].removeprefix(_PREFIX)!r} stands for "
+            f"{start}the tensors' names lack the prefix {prefix!r}: {missing[0].removeprefix(prefix)!r} stands for "
             f"{missing[0]!r}. They were saved without a head, from the bare decoder (AutoModel). Save the model with "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
         )
@@ -243,7 +267,7 @@ def _missing(base: BaseCheckpoint, missing: list[str], expected: int) -> str:
             f"{missing[0]!r}. Save the model without its wrapper (torch.compile, FSDP, DDP)"
         )
     text = next((name for name in names if "language_model." in name), None)
-    if text is not None:
+    if text is not None and wrapper_of(base.config) is None:
         return (
             f"{start}{text!r} is of a multimodal checkpoint, whose text model has other names than {CONFIG} gives "
             f"({missing[0]!r}). Save the text model by itself, or give config.json of the whole model"

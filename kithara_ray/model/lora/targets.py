@@ -11,53 +11,52 @@ from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import is_named
+from kithara_ray.hf.tower import TOWER, in_tower, is_in_tower, prefix_of, wrapper_of
+from kithara_ray.hf.unused import why_unused
 
 _WEIGHT = ".weight"
-_EMBEDDINGS = ("embed_tokens", "lm_head")
+_EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "lm_head")
 _ROUTERS = ("gate", "router")
 _EXPERTS = ".experts."
-# Mixtures whose experts PEFT does not adapt by an expert's name.
-_BY_LAYER = ("qwen3_5_moe_text", "qwen3_5_moe")
 
 
 def linear_modules_of(base: BaseCheckpoint) -> list[str]:
-    """List modules with a matrix that are linear layers in transformers, except the head."""
+    """List the text model's modules with a matrix that are linear layers in transformers, except the head."""
     matrices = (name for name, info in base.tensors.items() if name.endswith(_WEIGHT) and len(info.shape) == 2)
-    return sorted(linear((name.removesuffix(_WEIGHT) for name in matrices), base.config))
+    used = (n for n in matrices if is_in_tower(base.config, n) and why_unused(base.config, n) is None)
+    return sorted(linear(name.removesuffix(_WEIGHT) for name in used))
 
 
-def linear(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+def linear(modules: Iterable[str]) -> list[str]:
     """Select, from a checkpoint's modules with a matrix, the linear layers in transformers, except the head.
 
     The experts and the router of a mixture are not selected. Transformers holds all experts in one parameter, and PEFT
-    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name. Only in `_BY_LAYER` it
-    takes the name for the layer.
-
-    Args:
-        config: config.json.
+    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name.
     """
     modules = list(modules)
-    apart = {*_EMBEDDINGS, *_ROUTERS}
-    if config.get("model_type") not in _BY_LAYER:
-        apart |= {_leaf(module) for module in modules if _EXPERTS in module}
-    return [module for module in modules if _leaf(module) not in apart and _EXPERTS not in module]
+    apart = {_leaf(module) for module in modules if _EXPERTS in module} | {*_EMBEDDINGS, *_ROUTERS}
+    return [module for module in modules if _leaf(module) not in apart and not _is_router(module)]
+
+
+def _is_router(module: str) -> bool:
+    """True for a mixture's router, or for the layer that it holds."""
+    return any(part in _ROUTERS for part in module.split(".")[-2:])
 
 
 def other_modules_of(base: BaseCheckpoint) -> list[str]:
-    """List modules that PEFT considers but that are not linear layers: embedding, head, norms, blocks and their parts.
+    """List modules that PEFT considers but that are not linear layers of the text model.
+
+    They are embedding, head, norms, blocks and their parts, and all modules beside the text model.
 
     A target that matches one of them is an error in PEFT, or an adapter that this library does not have.
     """
     linear = set(linear_modules_of(base))
-    names = base.tensors
-    if base.config.get("model_type") in _BY_LAYER:
-        # An expert is no module, but a part of a parameter.
-        names = [name for name in names if _EXPERTS not in name]
-    modules = {name.rpartition(".")[0] for name in names}
+    modules = {name.rpartition(".")[0] for name in base.tensors}
     parents = {module[: match.start()] for module in modules for match in re.finditer(r"\.", module)}
     # A tied head is a module without a tensor; activations and rotary embeddings never have one.
     activations = {f"{module}.act_fn" for module in parents if module.endswith(".mlp")}
-    return sorted((modules | parents | activations | {"lm_head", "model.rotary_emb"}) - linear)
+    rotary = {"lm_head", in_tower(base.config, "model.rotary_emb")}
+    return sorted((modules | parents | activations | rotary) - linear)
 
 
 def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, ...] | str:
@@ -80,7 +79,7 @@ def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConf
     if settings["init_lora_weights"] is False:
         raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
     patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    lora = LoraConfig(r=rank, target_modules=targets, **patterns, **settings)
+    lora = of_text_model(LoraConfig(r=rank, target_modules=targets, **patterns, **settings), base.config)
     lora = dataclasses.replace(lora, **beside.normal(lora, base))
     if lora.bias != "none" and not any(one.tensor.endswith(beside.BIAS) for one in beside.of_base(lora, base)):
         raise ConfigError(f"bias={lora.bias!r}: none of these layers has a bias in this base; leave it out")
@@ -88,6 +87,40 @@ def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConf
     check_selection(lora, linear_modules, others)
     check_targets(lora, linear_modules, others)
     return lora
+
+
+def of_text_model(config: LoraConfig, model_config: Mapping[str, Any]) -> LoraConfig:
+    """Restrict the targets to the text model of a multimodal checkpoint; a text model's config stays as it is.
+
+    PEFT applies adapter_config.json to the whole model, where "q_proj" names layers of the vision tower too. A list of
+    names becomes a regular expression. If `layers_to_transform` counts blocks, for which PEFT wants a list, the other
+    parts are excluded instead.
+    """
+    tower = prefix_of(model_config)
+    if wrapper_of(model_config) is None:
+        return config
+    within = re.escape(tower.removesuffix("."))
+    targets = config.target_modules
+    if isinstance(targets, str):
+        already = targets.startswith((tower, within, f"(?={within}"))
+        return config if already else dataclasses.replace(config, target_modules=rf"(?={within}\.)(?:{targets})")
+    if config.layers_to_transform is None:
+        names = "|".join(sorted({re.escape(_within(tower, name)) for name in targets}))
+        # vLLM looks for the names in the group at the end.
+        wanted = rf"{within}\b.*\.({names})"
+        return dataclasses.replace(config, target_modules=wanted)
+    excluded = config.exclude_modules or ()
+    if not isinstance(excluded, str):
+        excluded = "|".join(rf"(?:.*\.)?{re.escape(name)}" for name in excluded)
+    outside = rf"(?!{within}\.).*"
+    return dataclasses.replace(config, exclude_modules=f"{outside}|{excluded}" if excluded else outside)
+
+
+def _within(tower: str, target: str) -> str:
+    """The part of a target's name behind the tower's."""
+    parts = tower.removesuffix(".").split(".")
+    starts = (".".join(parts[at:]) + "." for at in range(len(parts)))
+    return next((target.removeprefix(start) for start in starts if target.startswith(start)), target)
 
 
 def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -103,7 +136,9 @@ def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[s
         wrong = next((module for module in others if one.matches(module)), None)
         if wrong is not None:
             what = "an embedding" if _leaf(wrong) in _EMBEDDINGS else "no linear layer"
-            if _EXPERTS in wrong or _leaf(wrong) in _ROUTERS:
+            if modules and modules[0].startswith(TOWER) and not wrong.startswith(TOWER):
+                what = "beside the text model, which alone is trained"
+            elif _EXPERTS in wrong or _is_router(wrong):
                 what = "of a mixture of experts, which transformers holds as parameters"
             raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts linear layers alone")
         if not any(is_named(entry, module) for module in modules):

@@ -133,12 +133,16 @@ class ModelArrays:
 
     # --- without values ----------------------------------------------------------------------------------------------
 
-    def abstract_frozen(self, dtype: np.dtype) -> list[jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings that `load` gives for a base of this dtype, to compile ahead of time."""
-        for slot in self.slots:
-            self._stored_as(slot, dtype)
+    def abstract_frozen(self, dtype: np.dtype | Mapping[str, np.dtype]) -> list[jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings that `load` gives, to compile ahead of time.
+
+        dtype: the dtype of the base's tensors, or of each by its name.
+        """
+        dtypes = [slot.dtype_of(dtype) if isinstance(dtype, Mapping) else dtype for slot in self.slots]
+        for slot, stored in zip(self.slots, dtypes, strict=True):
+            self._stored_as(slot, stored)
         self._store_trained()
-        return [self._abstract(slot, dtype) for slot in self.slots]
+        return [self._abstract(slot, stored) for slot, stored in zip(self.slots, dtypes, strict=True)]
 
     def _abstract(self, slot: slots.Slot, dtype: np.dtype) -> jax.ShapeDtypeStruct | Int8:
         split = self.weight_sharding(slot)

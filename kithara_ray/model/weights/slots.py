@@ -1,18 +1,20 @@
 """The frozen arrays of a model, loaded sharded: each process reads only the slices that its devices own."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kithara_ray.errors import CheckpointError
-from kithara_ray.hf import stored
+from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.tied_head import HEAD, is_tied
+from kithara_ray.hf.tower import is_beside
 from kithara_ray.hf.unused import why_unused
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.stack import Chain
@@ -48,6 +50,11 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.ports), *self.ports[0].shape) if self.stacked else self.ports[0].shape
+
+    def dtype_of(self, dtypes: Mapping[str, np.dtype]) -> np.dtype:
+        """The array's dtype where `load_sharded` reads tensors of these dtypes; MXFP4 is read as bfloat16."""
+        names = [piece.hf_name for port in self.ports for piece in port.pieces]
+        return holding([dtypes.get(name, np.dtype(jnp.bfloat16)) for name in names])
 
     def split(self, array: jax.Array | Int8) -> list[tuple[Port, jax.Array]]:
         """Pair each port with its own value, in floats."""
@@ -191,12 +198,14 @@ def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:
         CheckpointError: names the tensors.
     """
     check_tensors(base)
-    needed = {name for port in ports for piece in port.pieces for name in stored.names_of(base, piece.hf_name)}
+    needed = {name for port in ports for piece in port.pieces for name in mxfp4.names_of(base, piece.hf_name)}
     missing = sorted(needed - set(base.names))
     if missing:
         raise CheckpointError(f"{base.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
     tied = {HEAD} if is_tied(base.config) else set()
-    extra = sorted(name for name in set(base.names) - needed - tied if why_unused(name) is None)
+    others = set(base.names) - needed - tied
+    known = (name for name in others if why_unused(base.config, name) is not None or is_beside(base.config, name))
+    extra = sorted(others - set(known))
     if extra:
         raise CheckpointError(
             f"{base.directory}: {len(extra)} tensors belong to nothing in the model, the first is {extra[0]}; "

@@ -123,10 +123,10 @@ class SFTDataset(RowDataset):
             is dropped and counted.
         custom_formatting_fn: function applied to the raw rows first; it takes a row or a batch, as in Kithara.
         on_bad_row: "error" stops and names source and row; "skip" counts the row and goes on.
-        formatting_style: the input of custom_formatting_fn: "row" or "batch". "auto" detects it on the first row.
+        formatting_style: the input of custom_formatting_fn: "row" or "batch"; "auto" goes by the source's first row.
         chat_template: a Jinja template that replaces the tokenizer's own, or the path of a .jinja file.
         split: the split to read, if a directory, `hf://datasets/...`, a pattern or a DatasetDict has several:
-            "train", "test", ...
+            "train", "test", ..., or a slice of one: "train[:10%]", "train[100:200]", "train[-50:]".
         subset: the subset to read, if a directory or `hf://datasets/...` has several.
         format: the format of a row. "auto" detects it from the columns; the log and the preview report the result.
             "prompt_answer": texts `prompt` and `answer`, joined as they are.

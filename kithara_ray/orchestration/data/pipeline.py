@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import sources
-from kithara_ray.orchestration.data.sources import COUNTS, tokenize_rows
+from kithara_ray.orchestration.data.sources import COUNTS
 from kithara_ray.orchestration.data.token_store import TokenStore, describe
 from kithara_ray.orchestration.data.unbounded import SLICE_ROWS, UNREAD, EndlessStore, start_reader
 from kithara_ray.sft.batches.blocks import TokenizedRow
@@ -66,13 +66,13 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
     row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
     if dataset.is_endless:
         return start_reader(dataset.source, dataset.max_seq_len, row_tokenizer)
-    shared = ray.put(row_tokenizer)
+    tasks = sources.Tasks(row_tokenizer)
     blocks, summaries, results = [], collections.deque(), []
     try:
         for piece, part in sources.work(dataset.source, dataset.name, dataset.choice):
             if len(summaries) >= _MAX_TASKS:
                 results.append(ray.get(summaries.popleft()))
-            tokens, summary = tokenize_rows.remote(shared, piece, *part)
+            tokens, summary = tasks.start(piece, part)
             blocks.append(tokens)
             summaries.append(summary)
         results += ray.get(list(summaries))

@@ -4,6 +4,7 @@
 block by block. Every kind of source goes through the same normalisation, `sft.rows.values`.
 """
 
+import dataclasses
 import itertools
 import logging
 import sys
@@ -50,6 +51,7 @@ class Work:
         payload: the piece's content, if the driver has loaded it; else rows as a list, or an Arrow table.
         first_row: number of the first row in the source, or of the piece's first line in its file.
         keep_nulls, shapes: for rows that are a list, see `sft.rows.values.plain`.
+        kept: range of the piece's rows that belong to the source; None keeps all.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Work:
     first_row: int
     keep_nulls: bool = True
     shapes: Mapping[str, Any] | None = None
+    kept: tuple[int, int] | None = None
 
     def tokenize(self, tokenize: RowTokenizer, block: Any = None, start: int = 0, stop: int = 0) -> TokenizedBlock:
         """Tokenise the rows. `block`, `start` and `stop` give rows of a Ray Data block, if the payload has none."""
@@ -69,6 +72,12 @@ class Work:
         """Tokenise the rows; return the block, and its rows with their positions in the source."""
         made = self._made(tokenize, block, start, stop)
         return made.block(), made.rows()
+
+    def count(self) -> int:
+        """Count the piece's rows, by reading them unless the file's header tells. Raises DataError."""
+        if self.piece.num_rows:
+            return self.piece.num_rows
+        return sum(1 for _ in self.piece.rows(self.payload if self.payload is not None else self.piece.load()))
 
     def rows(self, block: Any = None, start: int = 0, stop: int = 0) -> list[Any]:
         """Return the normalised rows in memory; an exception stands in for each row that cannot be read.
@@ -97,7 +106,7 @@ class Work:
         return f"row {self.first_row + number}{f' of {self.name}' if self.name else ''}"
 
     def _of_piece(self, tokenize: RowTokenizer) -> tuple[Iterable[Any], int, Callable[[int], str]]:
-        piece = self.piece
+        piece, (begin, end) = self.piece, self.kept or (0, None)
         places: list[str] = []
 
         def rows() -> Iterator[Any]:
@@ -106,10 +115,11 @@ class Work:
             except DataError as error:
                 if tokenize.on_bad_row == "error" or not piece.num_rows:
                     raise
-                places.extend(f"row {piece.first_row + n}" for n in range(piece.num_rows))
-                yield from [error] * piece.num_rows
+                unread = range(piece.num_rows)[begin:end]
+                places.extend(f"row {piece.first_row + n}" for n in unread)
+                yield from [error] * len(unread)
                 return
-            for place, row in piece.rows(loaded):
+            for place, row in itertools.islice(piece.rows(loaded), begin, end):
                 places.append(place)
                 yield row
 
@@ -120,7 +130,7 @@ class Work:
                 return f"{kind} {int(count) + before} of {piece.url}"
             return f"{kind} {count} of {piece.url}"
 
-        return rows(), piece.first_id, where
+        return rows(), piece.first_id + begin, where
 
 
 @ray.remote(num_returns=2, num_cpus=1)
@@ -128,7 +138,27 @@ def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0
     """Tokenise some rows of the source; return them and the facts that the driver needs about them."""
     tokenized = work.tokenize(tokenize, block, start, stop)
     summary = tokenized.lengths, tokenized.trained(), outcome(tokenized), tokenized.content()
-    return tokenized, summary
+    return tokenized, (*summary, tokenize.format.formatting_style)
+
+
+class Tasks:
+    """Tokenise works of one source by a task each.
+
+    All tasks use the formatting style that the source's first deciding row gives, so the result does not depend on how
+    the source is cut.
+    """
+
+    def __init__(self, tokenizer: RowTokenizer):
+        self._tokenizer, self._shared = tokenizer, ray.put(tokenizer)
+
+    def start(self, work: Work, part: tuple = ()) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+        """Return references to a block and its summary. Wait for the block if its rows decide the formatting style."""
+        tokens, summary = tokenize_rows.remote(self._shared, work, *part)
+        if self._tokenizer.format.is_undecided and (style := ray.get(summary)[-1]) != "auto":
+            decided = dataclasses.replace(self._tokenizer.format, formatting_style=style)
+            self._tokenizer = dataclasses.replace(self._tokenizer, format=decided)
+            self._shared = ray.put(self._tokenizer)
+        return tokens, summary
 
 
 def outcome(block: TokenizedBlock) -> tuple[dict[str, int], tuple[str, ...], tuple[tuple[str, bool], ...], Told]:
@@ -147,7 +177,8 @@ def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[
         DataError: the source is not something to read rows from.
     """
     if isinstance(source, (str, Path)) or files.as_sequence(source):
-        yield from _of_files(source, name, choice)
+        is_sliced = choice is not None and choice.rows is not None
+        yield from (_sliced if is_sliced else _of_files)(source, name, choice)
     elif is_ray_dataset(source):
         yield from _of_ray(source, name)
     elif isinstance(source, (list, tuple)):
@@ -227,14 +258,30 @@ def part_of(source: Any, choice: Choice) -> Any:
     if choice.subset is not None:
         raise DataError(f"subset={choice.subset!r} is for a directory or hf://datasets/...; leave it out")
     if is_splits(source):
-        several = choice.split is None and len(source) > 1
-        return source if several else source[chosen(source, choice.split, f"the {type(source).__name__}")]
-    if choice.split is not None and choice.split != str(getattr(source, "split", None)):
+        several = choice.name is None and len(source) > 1
+        if several and choice.rows is None:
+            return source
+        return _rows_of(source[chosen(source, choice.name, f"the {type(source).__name__}")], choice)
+    own = getattr(source, "split", None)
+    if choice.rows is not None and hasattr(source, "select") and choice.name in (None, str(own)):
+        return _rows_of(source, choice)
+    if choice.split is not None and choice.split != str(own):
         raise DataError(
             f"split={choice.split!r} is for a directory, files or a DatasetDict; a {type(source).__name__} has no "
             "splits: leave it out"
         )
     return source
+
+
+def _rows_of(dataset: Any, choice: Choice) -> Any:
+    """Return the chosen rows of a Hugging Face dataset. Raises DataError if it streams, or no row is chosen."""
+    if choice.rows is None:
+        return dataset
+    if not hasattr(dataset, "__len__"):
+        raise DataError(f"split={choice.split!r}: a stream has no slices; use its take() and skip()")
+    if not (rows := choice.rows.of(len(dataset))):
+        raise DataError(f"split={choice.split!r}: the slice is empty; the split has {len(dataset)} rows")
+    return dataset.select(rows)
 
 
 def is_ray_dataset(source: Any) -> bool:
@@ -258,6 +305,19 @@ def _of_files(source: Any, name: str, choice: Choice | None) -> Iterator[tuple[W
         if piece.kind in files.LINES and payload is not None:
             lines[piece.url] = before + payload.count(b"\n")
         yield Work(name, piece, payload, before), ()
+
+
+def _sliced(source: Any, name: str, choice: Choice) -> Iterator[tuple[Work, tuple]]:
+    """Yield the works of a slice of the rows. All files are read once more, to count their rows."""
+    counts = [piece.count() for piece, _ in _of_files(source, name, choice)]
+    wanted, before = choice.rows.of(sum(counts)), 0
+    if not wanted:
+        raise DataError(f"split={choice.split!r}: the slice is empty; the split has {sum(counts)} rows")
+    for count, (piece, part) in zip(counts, _of_files(source, name, choice), strict=True):
+        begin, end = max(wanted.start - before, 0), min(wanted.stop - before, count)
+        if begin < end:
+            yield dataclasses.replace(piece, kept=(begin, end)), part
+        before += count
 
 
 def _slices(count: int, cut: Callable, name: str, **how: Any) -> Iterator[tuple[Work, tuple]]:

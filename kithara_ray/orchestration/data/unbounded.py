@@ -8,6 +8,7 @@ the actor reads and tokenises the source again from its start, because its rows 
 them. Resuming therefore repeats the sequence only if the source gives the same rows in the same order.
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -22,7 +23,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
-from kithara_ray.orchestration.data.sources import COUNTS, stream, tokenize_rows
+from kithara_ray.orchestration.data.sources import COUNTS, Tasks, stream
 from kithara_ray.orchestration.data.token_store import describe, rounded
 from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.batches.packing import packs
@@ -85,7 +86,7 @@ class Reader:
     """Reads one source from its start, as far as batches are requested."""
 
     def __init__(self, source: Any, tokenizer: RowTokenizer):
-        self._source, self._tokenizer = source, ray.put(tokenizer)
+        self._source, self._tasks = source, Tasks(tokenizer)
         self._how: tuple | None = None
         self._counts = dict.fromkeys(COUNTS, 0)
         self._unread: set[str] = set()
@@ -143,13 +144,11 @@ class Reader:
         works, pending = stream(self._source, SLICE_ROWS), deque()
         while True:
             if work := next(works, None):
-                pending.append(tokenize_rows.remote(self._tokenizer, work))
+                with _causes():
+                    pending.append(self._tasks.start(work))
             while pending and (len(pending) >= _MAX_TASKS or not work):
-                block_ref, summary_ref = pending.popleft()
-                try:
-                    block, summary = ray.get([block_ref, summary_ref])
-                except RayTaskError as error:
-                    raise error.cause if isinstance(error.cause, DataError) else error from None
+                with _causes():
+                    block, summary = ray.get(list(pending.popleft()))
                 self._report(summary)
                 yield from block.rows()
             if not work:
@@ -166,6 +165,15 @@ class Reader:
         self._counts = {name: self._counts[name] + counts[name] for name in COUNTS}
         if counts["dropped_untrained"] or counts["skipped_bad"]:
             logger.warning("streamed so far: rows that %s; for example: %s", describe(self._counts), "; ".join(samples))
+
+
+@contextlib.contextmanager
+def _causes() -> Iterator[None]:
+    """Raise the DataError of a task instead of Ray's error about it."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, DataError) else error from None
 
 
 def start_reader(source: Any, max_seq_len: int, tokenizer: RowTokenizer) -> EndlessStore:

@@ -122,7 +122,7 @@ def _in_directory(directory: Path, path: str, suffixes: tuple[str, ...]) -> list
 
 def _of_source(directory: Path, path: str, choice: Choice) -> list[Path]:
     files = files_of(str(_inside(directory, path)), choice)
-    return [Path(name.removeprefix("file://")) for name, _ in files]
+    return [Path(file.url.removeprefix("file://")) for file in files]
 
 
 def _dotted(keys: Keys) -> str:

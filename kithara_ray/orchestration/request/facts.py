@@ -4,6 +4,7 @@ import re
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.facts.positions import max_positions
+from kithara_ray.hf.facts.vocabulary import embedding_rows
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.sharding.shape import MeshShape
@@ -44,8 +45,8 @@ def weight_bytes(request: RunRequest) -> int:
 
 
 def vocabulary(request: RunRequest) -> int | None:
-    """Return the number of tokens that the base knows, from its config.json."""
-    return BaseCheckpoint.at(request.model.preset_handle).config.get("vocab_size")
+    """Return the number of tokens that the base knows: the rows of its embedding."""
+    return embedding_rows(BaseCheckpoint.at(request.model.preset_handle))
 
 
 def positions_of(request: RunRequest) -> int | None:

@@ -12,7 +12,7 @@ Paths are local or fsspec URLs: a file, a directory, a pattern with `*`, or a li
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -44,6 +44,7 @@ class Piece:
             for a file that is read whole.
         kind: format of the file, one of `listing.KNOWN`.
         first_row, num_rows: rows before the piece in the file, and in the piece, if known without reading them.
+        columns: the columns to read of an Arrow file; None reads all.
     """
 
     url: str
@@ -53,6 +54,7 @@ class Piece:
     stop: int = 0
     first_row: int = 0
     num_rows: int = 0
+    columns: tuple[str, ...] | None = None
 
     @property
     def first_id(self) -> int:
@@ -68,7 +70,8 @@ class Piece:
             if self.kind == ".parquet":
                 return pq.ParquetFile(file).read_row_groups(range(self.start, self.stop))
             if self.kind in (".arrow", ".feather"):
-                return _arrow(file, self.start, self.stop)
+                table = _arrow(file, self.start, self.stop)
+                return table if self.columns is None else table.select(list(self.columns))
             return file.read()
 
     def rows(self, loaded: Any) -> Iterator[tuple[str, Any]]:
@@ -118,7 +121,7 @@ def pieces(source: Any, piece_bytes: int | None = None, choice: Choice | None = 
             none is chosen.
     """
     piece_bytes = piece_bytes or PIECE_BYTES
-    for number, (url, size) in enumerate(files_of(source, choice or Choice())):
+    for number, (url, size, columns) in enumerate(files_of(source, choice or Choice())):
         kind = kind_of(url)
         if kind == ".json" and not _is_list(url):
             kind = ".jsonl"
@@ -133,7 +136,7 @@ def pieces(source: Any, piece_bytes: int | None = None, choice: Choice | None = 
         elif kind == ".parquet":
             yield from _row_groups(url, number, piece_bytes)
         elif kind in (".arrow", ".feather"):
-            yield from _record_batches(url, number)
+            yield from (replace(piece, columns=columns) for piece in _record_batches(url, number))
         else:
             yield Piece(url, number, kind)
 

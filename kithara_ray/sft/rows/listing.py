@@ -15,13 +15,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import yaml
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows.reading import reading
+from kithara_ray.sft.rows.split_slices import RowSlice, parsed
 
 KNOWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".txt")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -38,14 +39,38 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 
 @dataclass(frozen=True)
 class Choice:
-    """The part of a source to read; None if there is only one."""
+    """The part of a source to read; None if there is only one.
+
+    split: the split's name, or a slice of it: "train[:10%]".
+    """
 
     split: str | None = None
     subset: str | None = None
 
+    @property
+    def name(self) -> str | None:
+        """The split's name alone."""
+        return parsed(self.split)[0]
 
-def files_of(source: Any, choice: Choice = Choice()) -> list[tuple[str, int]]:
-    """Return (URL, bytes) of every file, in the order of the names.
+    @property
+    def rows(self) -> RowSlice | None:
+        """The slice of the split's rows; None takes all."""
+        return parsed(self.split)[1]
+
+
+class File(NamedTuple):
+    """A file of a source.
+
+    columns: the columns that a saved dataset shows; None shows all.
+    """
+
+    url: str
+    size: int
+    columns: tuple[str, ...] | None = None
+
+
+def files_of(source: Any, choice: Choice = Choice()) -> list[File]:
+    """Return every file, in the order of the names.
 
     Raises:
         DataError: there is no such file, split or subset, or there are several and none is chosen.
@@ -56,7 +81,9 @@ def files_of(source: Any, choice: Choice = Choice()) -> list[tuple[str, int]]:
         with reading(url, "cannot be opened"):
             fs, root = fsspec.core.url_to_fs(url)
             names = _names(fs, root, url, choice)
-            infos = [(fs.unstrip_protocol(name) if "://" in url else name, fs.size(name)) for name in names]
+            columns = _shown(fs, names) if names and fs.isdir(root.rstrip("/") or root) else None
+            full = [fs.unstrip_protocol(name) if "://" in url else name for name in names]
+            infos = [File(one, fs.size(name), columns) for one, name in zip(full, names, strict=True)]
         if not infos:
             raise DataError(f"{url}: holds no file of a known extension; known are {', '.join(KNOWN)}")
         found += infos
@@ -98,11 +125,11 @@ def _of_directory(fs: Any, root: str, url: str, choice: Choice) -> list[str]:
     if fs.isfile(f"{root}/dataset_dict.json"):
         splits = _read(fs, f"{root}/dataset_dict.json")["splits"]
         _no_subset(url, choice)
-        return _of_saved(fs, f"{root}/{chosen(splits, choice.split, url)}")
+        return _of_saved(fs, f"{root}/{chosen(splits, choice.name, url)}")
     if fs.isfile(f"{root}/state.json") and fs.isfile(f"{root}/dataset_info.json"):
         _no_subset(url, choice)
-        if choice.split is not None:
-            chosen([_read(fs, f"{root}/state.json").get("_split") or "train"], choice.split, url)
+        if choice.name is not None:
+            chosen([_read(fs, f"{root}/state.json").get("_split") or "train"], choice.name, url)
         return _of_saved(fs, root)
     found = sorted(name for name in fs.find(root) if _is_rows(name, root))
     configs = _configs(fs, root)
@@ -136,6 +163,16 @@ def _of_saved(fs: Any, root: str) -> list[str]:
     return [f"{root}/{entry['filename']}" for entry in _read(fs, f"{root}/state.json")["_data_files"]]
 
 
+def _shown(fs: Any, names: list[str]) -> tuple[str, ...] | None:
+    """The columns that a saved dataset's format keeps; None for all, and for other files."""
+    state = f"{names[0].rpartition('/')[0]}/state.json"
+    if suffix_of(names[0]) != ".arrow" or not fs.isfile(state):
+        return None
+    kept = _read(fs, state)
+    columns = kept.get("_format_columns")
+    return None if columns is None or kept.get("_output_all_columns") else tuple(columns)
+
+
 def _read(fs: Any, name: str) -> Any:
     return json.loads(fs.cat_file(name))
 
@@ -156,7 +193,8 @@ def chosen(names: Any, name: str | None, where: str, what: str = "split") -> str
         raise DataError(f"{where}: has several {what}s, {listed}; choose one: {what}={example!r}")
     wanted = _SPLIT_OF_WORD.get(name, name) if what == "split" and name not in names else name
     if wanted not in names:
-        raise DataError(f"{where}: has no {what} {name!r}; there are {listed}")
+        several = "; for several, make a dataset of each and `mix` them" if what == "split" and "+" in name else ""
+        raise DataError(f"{where}: has no {what} {name!r}; there are {listed}{several}")
     return wanted
 
 
@@ -176,8 +214,8 @@ def split_of(below: str) -> str | None:
 def _by_name(names: list[str], root: str, url: str, choice: Choice) -> list[str]:
     splits = {name: split_of(_below(name, root)) for name in names}
     found = [split for split in dict.fromkeys(splits.values()) if split is not None]
-    if choice.split is not None:
-        wanted = chosen(found, choice.split, url)
+    if choice.name is not None:
+        wanted = chosen(found, choice.name, url)
         return [name for name in names if splits[name] == wanted]
     unnamed = [name for name in names if splits[name] is None]
     if found and unnamed and len(names) > 1:
@@ -216,7 +254,7 @@ def _of_config(fs: Any, root: str, url: str, choice: Choice, configs: list[Mappi
     config = subsets[chosen(subsets, subset, url, "subset")]
     within = "/".join(filter(None, [root, str(config.get("data_dir") or "").strip("/")]))
     files = _patterns(config["data_files"])
-    split = chosen(files, choice.split, url)
+    split = chosen(files, choice.name, url)
     names = [
         name
         for pattern in files[split]

@@ -31,7 +31,8 @@ class _Format:
     custom_formatting_fn: called on every source row before anything else. It has one of two styles: "row" maps a dict
         of values to a dict of values, "batch" a dict of lists to a dict of lists. A batch function always receives one
         row and must return one, so its result does not depend on how the source is divided.
-    formatting_style: "auto" chooses between the two once, on the first row that decides it, and keeps the choice:
+    formatting_style: "auto" chooses between the two once, on the source's first row that decides it, and keeps the
+        choice for all rows:
         1. the function is called with the row; if it returns a dict in which no wanted column is a list, it is "row";
         2. otherwise it is called with the row as a batch of one; if it returns a dict in which every wanted column is a
            list, it is "batch";
@@ -90,6 +91,11 @@ class _Format:
 
     def _known_columns(self) -> tuple[str, ...]:
         return self.columns + self.optional
+
+    @property
+    def is_undecided(self) -> bool:
+        """True until a row decides the formatting style."""
+        return self.custom_formatting_fn is not None and self.formatting_style == "auto"
 
     def source_column(self, column: str) -> str:
         return self.column_mapping.get(column, column)

@@ -219,6 +219,57 @@ def test_a_split_of_several_is_chosen_by_name(directory):
         SFTDataset(one, tokenizer_handle=directory, subset="en")
 
 
+@pytest.mark.parametrize(
+    "split", ["train[:10%]", "train[35%:]", "train[-3:]", "train[2:9]", "train[-50%:-20%]", "train[:]", "train[5:900]"]
+)
+def test_a_slice_of_a_split_is_that_of_datasets(directory, tmp_path, monkeypatch, split):
+    monkeypatch.setattr("kithara_ray.sft.rows.files.PIECE_BYTES", 150)
+    rows = [{"prompt": f"{n} is", "answer": f"number {n}"} for n in range(27)]
+    (tmp_path / "lines").mkdir()
+    for name, part in (("train-a.jsonl", rows[:11]), ("train-b.jsonl", rows[11:]), ("test.jsonl", rows[:2])):
+        written(tmp_path / "lines", name, part)
+    both = datasets.DatasetDict(train=datasets.Dataset.from_list(rows), test=datasets.Dataset.from_list(rows[:2]))
+    both.save_to_disk(tmp_path / "saved")
+    files = {"train": str(tmp_path / "lines" / "train-*.jsonl")}
+    wanted = datasets.load_dataset("json", data_files=files, split=split, cache_dir=str(tmp_path / "cache"))
+    all_rows = list(SFTDataset(rows, tokenizer_handle=directory).tokenized_rows())
+    expected = [all_rows[rows.index(row)].token_ids.tolist() for row in wanted]
+    assert expected
+    for source in (tmp_path / "lines", tmp_path / "saved", both):
+        found = list(SFTDataset(source, tokenizer_handle=directory, split=split).tokenized_rows())
+        assert [row.token_ids.tolist() for row in found] == expected, source
+    last = list(SFTDataset(tmp_path / "lines", tokenizer_handle=directory, split="train[-1:]").tokenized_rows())
+    assert [row.place for row in last] == [f"line 16 of {tmp_path / 'lines' / 'train-b.jsonl'}"]
+
+
+def test_slices_that_are_none(directory, tmp_path):
+    path = written(tmp_path, "train.jsonl", [{"prompt": "a", "answer": "b"}] * 3)
+    for split, message in {
+        "train[3:]": "the slice is empty; the split has 3 rows",
+        "train[50%:2]": "a bound in percent and one in rows",
+        "train[3]": "is no slice of a split",
+        "train+test": "has no split 'train.test'; there are 'train'; for several, make a dataset of each",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            list(SFTDataset(path, tokenizer_handle=directory, split=split).tokenized_rows())
+    stream = datasets.IterableDatasetDict(train=iterable())
+    with pytest.raises(DataError, match="a stream has no slices"):
+        SFTDataset(stream, tokenizer_handle=directory, split="train[:2]")
+
+
+@pytest.mark.parametrize("all_columns", [False, True])
+def test_a_saved_dataset_shows_the_columns_of_its_format(directory, tmp_path, all_columns):
+    saved = datasets.Dataset.from_list([{"prompt": "a", "answer": "b", "completion": "c"}])
+    saved = saved.with_format("numpy", columns=["prompt", "completion"], output_all_columns=all_columns)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "both")
+    shown = [{name: str(value) for name, value in row.items()} for row in datasets.load_from_disk(tmp_path / "one")]
+    expected = [row.token_ids.tolist() for row in SFTDataset(shown, tokenizer_handle=directory).tokenized_rows()]
+    for source in (tmp_path / "one", tmp_path / "both"):
+        found = SFTDataset(source, tokenizer_handle=directory).tokenized_rows()
+        assert [row.token_ids.tolist() for row in found] == expected
+
+
 def test_a_configuration_names_split_and_subset(directory, tmp_path):
     from kithara_ray import config as configuration
 
@@ -315,3 +366,20 @@ def test_values_of_ray_data_are_plain(cluster):
 def test_a_preview_names_the_columns_that_nothing_reads(cluster, directory):
     rows = [{"id": n, "prompt": "a", "answer": "b"} for n in range(5)]
     assert "nothing reads 'id'" in str(SFTDataset(rows, tokenizer_handle=directory).preview(1))
+
+
+def test_the_sources_first_row_decides_the_formatting_style_for_all(cluster, directory, monkeypatch):
+    """A row that the function takes in the other style only is bad, even if it is the first of its task."""
+    monkeypatch.setattr("kithara_ray.orchestration.data.sources._SLICE_ROWS", 3)
+    rows = [{"prompt": f"{n}", "answer": str(n)} for n in range(9)]
+
+    def formatted(row):
+        if row["prompt"] == "3":  # the first row of the second task
+            raise ValueError("not as a row")
+        return {name: f"row {value}" if isinstance(value, str) else value for name, value in row.items()}
+
+    dataset = SFTDataset(rows, tokenizer_handle=directory, custom_formatting_fn=formatted, on_bad_row="skip")
+    blocks = ray.get(list(tokenize(dataset).blocks))
+    trained = [row.token_ids.tolist() for block in blocks for row in block.rows()]
+    assert len(trained) == 8
+    assert trained == [row.token_ids.tolist() for row in dataset.tokenized_rows()]

@@ -1,0 +1,123 @@
+"""The text model inside a multimodal checkpoint: its config, the names of its tensors, and the parts beside it.
+
+transformers builds the whole model for such a checkpoint, also in AutoModelForCausalLM. An adapter therefore has the
+names of the whole model (`model.language_model.layers...`), and so has everything here. A weight file may have other
+names, mostly older ones; `renamed` converts them. A text model by itself is named `model.layers...`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kithara_ray.errors import CheckpointError, UnsupportedError
+from kithara_ray.hf.safetensors_file import TensorInfo
+
+ALONE = "model."
+TOWER = "model.language_model."
+_HEAD = "lm_head."
+# Names in files, and the names of transformers' modules. Files of gemma3 and mistral3 have the older ones.
+_RENAMED = (
+    (re.compile(r"^language_model\.lm_head\."), _HEAD),
+    (re.compile(r"^language_model\.(model\.)?"), TOWER),
+    (re.compile(r"^(model\.)?vision_tower\.(vision_model\.)?"), "model.vision_tower."),
+    (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
+)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """One `model_type` of a multimodal model whose text model is at `model.language_model`.
+
+    Attributes:
+        text: the `model_type` of its text model, if `text_config` does not say.
+        beside: the parts of `model` beside the text model. They are copied, never built or trained.
+        tied: True if transformers ties the head when config.json has no tie_word_embeddings.
+    """
+
+    text: str
+    beside: tuple[str, ...]
+    tied: bool = True
+
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    "gemma3": Wrapper("gemma3_text", ("vision_tower", "multi_modal_projector")),
+    "gemma4": Wrapper("gemma4_text", ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
+    # Its published files name parts of embed_vision otherwise.
+    "gemma4_unified": Wrapper("gemma4_unified_text", ("vision_embedder", "embed_vision", "embed_audio")),
+}
+
+
+def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
+    """Return the wrapper that a config.json describes; None for a text model, and for an unknown wrapper."""
+    model_type = config.get("model_type")
+    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+
+
+def text_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the text model, with the fields that a wrapper decides for it; a text model's own as it is.
+
+    Raises:
+        UnsupportedError: a wrapper has no text_config.
+    """
+    wrapper = wrapper_of(config)
+    if wrapper is None:
+        return dict(config)
+    given = config.get("text_config")
+    if not isinstance(given, Mapping):
+        raise UnsupportedError(
+            f"config.json: this {config['model_type']} model has no text_config (found {given!r}); "
+            "write it anew with transformers' save_pretrained"
+        )
+    text = {"model_type": wrapper.text, **given}
+    # transformers reads these of the whole model.
+    tied = config.get("tie_word_embeddings")
+    text["tie_word_embeddings"] = wrapper.tied if tied is None else tied
+    of_all = ("dtype", "torch_dtype", "quantization_config")
+    return text | {name: config[name] for name in of_all if config.get(name) is not None}
+
+
+def prefix_of(config: Mapping[str, Any]) -> str:
+    """Return the start of the names of the text model's tensors, except its head."""
+    return TOWER if wrapper_of(config) else ALONE
+
+
+def in_tower(config: Mapping[str, Any], name: str) -> str:
+    """Convert the name that a tensor or a module has in a text model by itself to its name in the model of `config`."""
+    return name if name.startswith(_HEAD) else prefix_of(config) + name.removeprefix(ALONE)
+
+
+def is_in_tower(config: Mapping[str, Any], name: str) -> bool:
+    """True if a tensor or a module belongs to the text model, which may be the whole model."""
+    return wrapper_of(config) is None or name.startswith((TOWER, _HEAD)) or name == _HEAD.removesuffix(".")
+
+
+def is_beside(config: Mapping[str, Any], name: str) -> bool:
+    """True if a tensor belongs to a part of a multimodal model that is copied as it is."""
+    wrapper = wrapper_of(config)
+    return wrapper is not None and name.startswith(tuple(f"{ALONE}{part}." for part in wrapper.beside))
+
+
+def name_of(config: Mapping[str, Any], name: str) -> str:
+    """Convert a tensor's or a module's name, as a file has it, to the name of transformers' module."""
+    if wrapper_of(config) is None:
+        return name
+    return next((pattern.sub(new, name) for pattern, new in _RENAMED if pattern.search(name)), name)
+
+
+def renamed(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return a file's tensors by the names of transformers' modules; `stored` keeps the names in the file.
+
+    Raises:
+        CheckpointError: two tensors of the file get one name.
+    """
+    made: dict[str, TensorInfo] = {}
+    for stored, info in infos.items():
+        name = name_of(config, stored)
+        if name in made:
+            raise CheckpointError(
+                f"{info.file}: {made[name].stored!r} and {stored!r} are both {name!r}; save the model again"
+            )
+        made[name] = info if name == stored else dataclasses.replace(info, name=name, stored=stored)
+    return made
