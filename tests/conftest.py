@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
-from tiny import LIKE_OTHERS, SIZES, mostly_long, write_model
+from tiny import COMPARED, LIKE_OTHERS, SIZES, mostly_long, write_model
 
 from kithara_ray.model import runtime
 
@@ -55,7 +55,7 @@ def every_family(request):
     return request.param
 
 
-@pytest.fixture(params=mostly_long(["gemma2", "gpt_oss", "llama"]))
+@pytest.fixture(params=mostly_long(["gemma2", "gpt_oss", "llama"], COMPARED))
 def any_family(request):
     """Every family, most of them among the long tests: what `every_family` proves of each is behind what is asked."""
     return request.param

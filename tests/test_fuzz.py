@@ -139,7 +139,19 @@ CONFIG = {
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0},
     "hidden_act": "silu",
 }
-FAMILIES = ["llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3", "smollm3"]
+FAMILIES = [
+    "llama",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "olmo3",
+    "phi3",
+]
 
 
 @FUZZ

@@ -136,3 +136,5 @@ def test_an_unknown_type_and_factors_of_another_number_are_refused():
         rotation_of({"rope_type": "spiral", "rope_theta": 1e4}, WIDTH)
     with pytest.raises(ValueError, match="short_factor of rope_parameters has 16 numbers, not 8"):
         rotation_of(ROPES["longrope"], WIDTH // 2, POSITIONS)
+    with pytest.raises(ArithmeticError):
+        rotation_of({"rope_type": "default", "rope_theta": 0}, WIDTH)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, by_name
 from peft import PeftModel
-from tiny import SIZES, mostly_long, with_mild_attention
+from tiny import COMPARED, mostly_long, with_mild_attention
 from transformers import AutoModelForCausalLM
 
 from kithara_ray.hf.adapter import Adapter
@@ -40,7 +40,7 @@ def torch_s(directory, adapter_directory):
 SHORT = ["gemma3_text", "gpt_oss", "llama", "qwen3"]
 
 
-@pytest.mark.parametrize("family", mostly_long(SHORT, SIZES.keys() - {"gemma2", "gemma4_text"}))
+@pytest.mark.parametrize("family", mostly_long(SHORT, COMPARED - {"gemma2", "gemma4_text"}))
 def test_loss_and_gradients(family, tiny_models, tmp_path, monkeypatch):
     """Of gemma4_text float32's noise is above what is asserted, of gemma2 torch gives no float64: test_parity.py
     compares their scan with the unrolled model."""

@@ -54,31 +54,43 @@ def rotation_of(
     Raises:
         UnsupportedError: the type is unknown.
         KeyError: a setting that the type needs is missing.
+        ArithmeticError, ValueError: a setting is senseless.
     """
-    kind, theta = rope["rope_type"], rope["rope_theta"]
+    kind = rope["rope_type"]
     if kind not in TYPES:
         raise UnsupportedError(f"config.json: rope type {kind!r} is not supported; supported are {', '.join(TYPES)}")
-    width = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    wavelengths = np.float32(theta) ** exponents
-    plain = np.float32(1) / wavelengths
-    made: dict[str, Any] = {"frequencies": plain}
-    if kind == "linear":
-        made["frequencies"] = plain / np.float32(rope["factor"])
-    elif kind == "dynamic":
-        made |= {"limit": _needed(max_positions), "base": float(theta), "factor": float(rope["factor"])}
-    elif kind == "llama3":
-        made["frequencies"] = _llama3(rope, plain, _original(rope, max_positions))
-    elif kind == "yarn":
-        made["frequencies"], made["scale"] = _yarn(
-            rope, wavelengths, width, _original(rope, max_positions), max_positions
-        )
-    elif kind == "longrope":
-        made |= _longrope(rope, wavelengths, _original(rope, max_positions), max_positions)
+    share = rope.get("partial_rotary_factor", 1.0)
+    if not 0 < share <= 1:
+        raise ValueError(f"partial_rotary_factor of rope_parameters is {share!r}, not between 0 and 1")
+    width = int(head_dim * share)
+    # Senseless settings raise an ArithmeticError in place of a warning.
+    with np.errstate(divide="raise", invalid="raise", over="raise"):
+        made = _computed(kind, rope, width, max_positions)
     for name in ("frequencies", "longer"):
         if made.get(name) is not None:
             made[name] = tuple(np.asarray(made[name], np.float32).tolist())
     return Rotation(**made, interleaved=interleaved)
+
+
+def _computed(kind: str, rope: Mapping[str, Any], width: int, max_positions: int | None) -> dict[str, Any]:
+    """Compute the fields of a Rotation of one type, with arrays for its frequencies."""
+    theta = rope["rope_theta"]
+    wavelengths = np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    plain = np.float32(1) / wavelengths
+    if kind == "linear":
+        return {"frequencies": plain / np.float32(rope["factor"])}
+    if kind == "dynamic":
+        settings = {"limit": _needed(max_positions), "base": float(theta), "factor": float(rope["factor"])}
+        return {"frequencies": plain} | settings
+    if kind == "llama3":
+        return {"frequencies": _llama3(rope, plain, _original(rope, max_positions))}
+    if kind == "yarn":
+        original = _original(rope, max_positions)
+        frequencies, scale = _yarn(rope, wavelengths, width, original, max_positions)
+        return {"frequencies": frequencies, "scale": scale}
+    if kind == "longrope":
+        return _longrope(rope, wavelengths, _original(rope, max_positions), max_positions)
+    return {"frequencies": plain}
 
 
 def _original(rope: Mapping[str, Any], max_positions: int | None) -> int:

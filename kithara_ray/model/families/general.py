@@ -19,8 +19,20 @@ def rms(config: Mapping) -> Norm:
     return Norm("rms", config["rms_norm_eps"])
 
 
+# Widest head: one that is no typing error; those of today have up to 512 places.
+_WIDEST = 2**16
+
+
 def head_dim_of(config: Mapping) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    """A head's width: of config.json, or the model's divided by the number of heads.
+
+    Raises:
+        UnsupportedError: it is no such number.
+    """
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if not isinstance(head_dim, int) or not 1 <= head_dim <= _WIDEST:
+        refuse(config, "head_dim", f"expected a whole number from 1 to {_WIDEST}")
+    return head_dim
 
 
 def rotation(
@@ -85,7 +97,7 @@ def decoder(
     if activation not in ACTIVATIONS:
         refuse(config, "hidden_act", f"supported are {', '.join(ACTIVATIONS)}")
     head_dim, key_heads = head_dim_of(config), config.get("num_key_value_heads") or heads
-    if heads % key_heads:
+    if not isinstance(key_heads, int) or key_heads < 1 or heads % key_heads:
         refuse(config, "num_key_value_heads", f"it does not divide num_attention_heads={heads}")
     shared = {"scale": head_dim**-0.5} | dict(attention or {})
     fields: dict[str, Any] = {"width": config["intermediate_size"]} | dict(mlp or {}) | {"activation": activation}
