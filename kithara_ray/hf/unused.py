@@ -6,9 +6,10 @@ from typing import Any
 
 from kithara_ray.hf.tower import TOWER, is_in_tower, text_of
 
+_FURTHER = "transformers builds no layers that predict further tokens"
 _UNUSED = (
     (re.compile(r"(^|\.)rotary_emb\.inv_freq$"), "transformers computes it from config.json"),
-    (re.compile(r"^(model\.)?mtp\."), "transformers builds no layers that predict further tokens"),
+    (re.compile(r"^(model\.)?mtp\."), _FURTHER),
 )
 # Families in which layers may have no keys and values of their own.
 _SHARING = frozenset({"gemma4_text", "gemma4_unified_text"})
@@ -23,7 +24,15 @@ def why_unused(config: Mapping[str, Any], name: str) -> str | None:
     if layers and text.get("model_type") in _SHARING and _KEYS.search(name) and is_in_tower(config, name):
         if shares_keys(text, layer_of(name) or 0):
             return "its block attends to the keys and values of an earlier one, by num_kv_shared_layers"
+    if _predicts_further(config, name):
+        return _FURTHER
     return next((reason for pattern, reason in _UNUSED if pattern.search(name)), None)
+
+
+def _predicts_further(config: Mapping[str, Any], name: str) -> bool:
+    """True for a layer behind the model's last, of those that `num_nextn_predict_layers` counts (GLM 4.5)."""
+    further, layers, layer = config.get("num_nextn_predict_layers"), layers_of(config), layer_of(name)
+    return isinstance(further, int) and layers is not None and layer in range(layers, layers + further)
 
 
 def shares_keys(text: Mapping[str, Any], layer: int) -> bool:

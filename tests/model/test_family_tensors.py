@@ -147,6 +147,14 @@ def test_a_layer_too_many_is_merged_past_and_told(tmp_path):
     assert "config.json describes a model without it" in unused_note(base, unused)
 
 
+def test_layers_that_predict_further_tokens_are_told(tmp_path):
+    fields = dict(num_hidden_layers=1, num_nextn_predict_layers=1)
+    base = BaseCheckpoint.open(plain_llama.write(tmp_path / "base", **fields))
+    unused = check_tensors(base)
+    assert len(unused) == 9
+    assert "builds no layers that predict further tokens" in unused_note(base, unused)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.int8])
 def test_a_dtype_that_would_be_rounded_is_refused(dtype, tmp_path):
     change = lambda tensors: tensors.update({"model.norm.weight": np.ones(16, dtype)})  # noqa: E731
