@@ -11,7 +11,7 @@ import torch
 from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, logits, reference
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from tiny import SIZES, TARGETS, model_type, write_model
+from tiny import SIZES, TARGETS, model_type, mostly_long, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import ConfigError, UnsupportedError
@@ -135,10 +135,11 @@ PERIODS |= dict.fromkeys(["cohere2", "exaone4", "olmo3"], (2,)) | dict.fromkeys(
 ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "dots")} | {
     "unstacked factors": dict(stack_factors=False)
 }
-SCANS = {"gemma2": ALL_SCANS, "gemma4_text": {"block": ALL_SCANS["block"]}, "llama": ALL_SCANS}
+BLOCK = {"block": ALL_SCANS["block"]}
+SCANS = {"gemma2": ALL_SCANS, "gemma4_text": BLOCK, "llama": ALL_SCANS, "gemma4": BLOCK, "gemma4 experts": BLOCK}
 
 
-@pytest.mark.parametrize("family", SCANS)
+@pytest.mark.parametrize("family", mostly_long(["gemma2", "gemma4_text", "llama"], SCANS))
 def test_the_scan_equals_the_unrolled_model_and_so_do_its_gradients(family, tiny_models, random_adapter, monkeypatch):
     """Blocks in three chunks, but under "dots". tests/train/test_gradients.py has the other families, against torch in
     float64.
