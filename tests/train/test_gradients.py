@@ -38,7 +38,7 @@ def torch_s(directory, adapter_directory):
 
 
 SHORT = ["gemma3_text", "gpt_oss", "llama", "qwen3"]
-GEMMA4 = {family for family in SIZES if family.startswith("gemma4")}
+GEMMA4 = {family for family in COMPARED if family.startswith("gemma4")}
 
 
 @pytest.mark.parametrize("family", mostly_long(SHORT, COMPARED - {"gemma2"} - GEMMA4))
