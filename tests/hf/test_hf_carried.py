@@ -61,12 +61,37 @@ def test_data_travels_and_the_rest_is_named(full, make_adapter, tmp_path, layout
     wanted = TOKENIZER | PROCESSOR | (MODEL if layout is not Layout.ADAPTER else {})
     assert {name: (out / name).read_text() for name in wanted} == wanted
     assert not any((out / name).exists() for name in [*LEFT_OUT, "modeling_evil.py", "pytorch_model.bin"])
-    if layout is not Layout.ADAPTER:
-        assert [note for note in _notes(out) if note.startswith("left out")] == [
-            "left out of the base's files: modeling_evil.py (code), original/ with 2 files, pytorch_model.bin (weights "
-            "in another format), tokenizer_evil.py (code), trainer_state.json, training_args.bin (weights in another "
-            "format)"
-        ]
+    left_out = (
+        "modeling_evil.py (code), original/consolidated.00.pth (weights in another format), original/params.json, "
+        "pytorch_model.bin (weights in another format), tokenizer_evil.py (code), trainer_state.json, "
+        "training_args.bin (weights in another format)"
+    )
+    if layout is Layout.ADAPTER:
+        (note,) = (note for note in _notes(out) if note.startswith("readers of the adapter"))
+        named = note.removeprefix("readers of the adapter take from its base: ").split(", ")
+        assert set(left_out.split(", ")) | set(MODEL) == set(named)
+    else:
+        assert f"left out of the base's files: {left_out}" in _notes(out)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_every_file_that_does_not_travel_is_named(make_base, make_adapter, tmp_path, layout):
+    """However many they are; the card, which readers see, has the beginning of a long list."""
+    directory = shutil.copytree(make_base(), tmp_path / "base")
+    odd = [f"samples/{n}.wav" for n in range(90)] + ["a b.xyz", "no_extension", ".env", "UPPER.JSON"]
+    _write(directory, dict.fromkeys([*odd, "README.md", "run.json", ".gitattributes", ".cache/huggingface/x"], "x"))
+    (directory / "gone.json").symlink_to("/nowhere/gone.json")
+    base, out = BaseCheckpoint.open(directory), tmp_path / "out"
+    export(base, make_adapter(base), str(out), layout, base_name=str(directory))
+    notes = _notes(out)
+    (named,) = (
+        note.partition(": ")[2].split(", ") for note in notes if "the base's files" in note or "readers" in note
+    )
+    assert set(named) >= {*odd, "gone.json (broken link)"}
+    assert not {name for name in named if name.startswith(".git") or name.startswith(".cache")}
+    assert "not the base's own, but of this export: README.md, run.json" in notes
+    assert "export_report.json)" in (out / "README.md").read_text()
+    assert "samples/89.wav" not in (out / "README.md").read_text()
 
 
 def test_the_tokenizer_of_the_training_replaces_the_base_s(full, make_adapter, tmp_path):

@@ -54,6 +54,8 @@ _KIND = {
 }
 _RELATION = {"adapter": "adapter"}  # the Hub's `base_model_relation`; "finetune" otherwise
 
+_NOTE_CHARACTERS = 600
+
 
 @dataclass(frozen=True)
 class Card:
@@ -87,7 +89,7 @@ class Card:
             if rows:
                 parts += [f"## {title}", _table(rows)]
         if self.report["notes"]:
-            parts += ["## Limitations", "\n".join(f"- {note}" for note in self.report["notes"])]
+            parts += ["## Limitations", "\n".join(f"- {_shortened(note)}" for note in self.report["notes"])]
         parts += ["## License", self._licence()]
         more = " `run.json` has the settings and versions of the training." if self.run else ""
         checks = "\n".join(f"- {check}" for check in self.report["checks"])
@@ -244,3 +246,10 @@ def summary(destination: str, report: dict) -> str:
     lines += [f"  proven: {check}" for check in report["checks"]]
     lines += [f"  note: {note}" for note in report["notes"]]
     return "\n".join([*lines, f"  {report['seconds']:.1f} s; every file's SHA-256 is in export_report.json"])
+
+
+def _shortened(note: str) -> str:
+    """Cut a long list of files after an entry; export_report.json has the whole note."""
+    if len(note) <= _NOTE_CHARACTERS:
+        return note
+    return f"{note[:_NOTE_CHARACTERS].rpartition(', ')[0]}, ... (the whole list is in export_report.json)"

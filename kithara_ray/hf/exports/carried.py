@@ -5,13 +5,12 @@ known. Code is never copied: a configuration that names code is written without 
 """
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
+from kithara_ray.hf.checkpoint import CONFIG, INDEX, BaseCheckpoint, read_json
 from kithara_ray.hf.exports.reference import is_hub, split_reference
 from kithara_ray.hf.fetch import names_at
 from kithara_ray.hf.merging.merge import copy_file, write_json
@@ -31,7 +30,8 @@ log = logging.getLogger(__name__)
 
 AUTO_MAP = "auto_map"
 _OF_REPOSITORIES = (".gitattributes", ".gitignore")
-_SHOWN = 12
+# Files that every export writes itself.
+_WRITTEN_ANEW = ("README.md", "run.json", "export_report.json")
 
 
 def carry(
@@ -54,8 +54,7 @@ def carry(
     for name in names:
         if is_carried(name, with_model) and name not in replaced and not (directory / name).exists():
             copy_file(base.directory / name, _target(directory, name))
-    if with_model:
-        notes += _left_out(base, directory, base_name, replaced)
+    notes += _left_out(base, directory, base_name, replaced, with_model)
     gone = sorted(name for name in replaced if is_vocabulary(name) and name not in tokenizer)
     if gone:
         notes.append(f"the model was trained with another vocabulary: the base's {', '.join(gone)} were left out")
@@ -91,35 +90,38 @@ def _replaced(base: Path, names: list[str], tokenizer: Mapping[str, bytes]) -> s
     return of_base
 
 
-def _left_out(base: BaseCheckpoint, directory: Path, base_name: str, replaced: set[str]) -> list[str]:
-    """Return a note that names every file of the base without a counterpart in the export."""
+def _left_out(base: BaseCheckpoint, directory: Path, base_name: str, replaced: set[str], with_model: bool) -> list[str]:
+    """Return notes that name every file of the base that the export lacks, or has with content of its own.
+
+    A whole model's notes name those too that stayed on the Hub; an adapter's name those that were fetched.
+    """
     names, notes = set(names_in(base.directory)), []
+    broken = {path.relative_to(base.directory).as_posix() for path in _broken_links(base.directory)}
     url = base.source or (base_name if is_hub(base_name) and "snapshots" in base.directory.parts else None)
-    if url is not None:
+    if url is not None and with_model:
         try:
             names |= set(names_at(url))
         except CheckpointError as error:
             notes.append(f"the base's files that were not fetched could not be listed ({error})")
-    written = {file.name for file in base.files} | {"model.safetensors.index.json", "README.md", "export_report.json"}
+    own = [name for name in _WRITTEN_ANEW if name in names]
+    written = {file.name for file in base.files} | {CONFIG, INDEX, *own}
     gone = sorted(
         name
-        for name in names - written - replaced - set(_OF_REPOSITORIES)
+        for name in (names | broken) - written - replaced - set(_OF_REPOSITORIES)
         if not (directory / name).exists() and not name.startswith((".git/", ".cache/"))
     )
     if gone:
-        shown = [f"{name} ({_kind(name)})" if _kind(name) else name for name in _by_directory(gone)]
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        notes.append(f"left out of the base's files: {', '.join(shown[:_SHOWN])}{more}")
+        kinds = {name: "broken link" if name in broken else _kind(name) for name in gone}
+        shown = [f"{name} ({kind})" if kind else name for name, kind in kinds.items()]
+        where = "left out of the base's files" if with_model else "readers of the adapter take from its base"
+        notes.append(f"{where}: {', '.join(shown)}")
+    if own:
+        notes.append(f"not the base's own, but of this export: {', '.join(own)}")
     return notes
 
 
-def _by_directory(names: list[str]) -> list[str]:
-    """Group the files of each subdirectory into one entry."""
-    counts = Counter(f"{top}/" if rest else top for top, _, rest in (name.partition("/") for name in names))
-    return [
-        name if not name.endswith("/") else f"{name} with {count} file{'' if count == 1 else 's'}"
-        for name, count in counts.items()
-    ]
+def _broken_links(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_symlink() and not path.exists()]
 
 
 def _kind(name: str) -> str:
