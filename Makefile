@@ -51,7 +51,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 test: $(VENV)/.test $(VENV)/.browser lint  ## the test suite, but for what takes longest
 	@$(PYTEST) -m "not long"
 
-test-long: $(VENV)/.test  ## the rest of it; 13 minutes
+test-long: $(VENV)/.test  ## the rest of it
 	@$(PYTEST) -m long
 
 lint: $(VENV)/.test

@@ -1,11 +1,11 @@
 import pytest
 import ray
+from observed import train_observed
 from programs import KeptForAllRanks
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from tiny import with_mild_attention
 
 from kithara_ray.orchestration.cluster.jax_trainer import InterruptibleTrainer
-
-_context = None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,13 +23,17 @@ def _cheap_runs():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster():
-    """A local Ray of four CPUs, for all files but those that start another; yields its context."""
-    global _context
-    if not ray.is_initialized():
-        _context = ray.init("local", num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=True)
-    return _context
+    """A local Ray of four CPUs, for all files but those that start another, which come after; yields its context."""
+    return ray.init("local", num_cpus=4, log_to_driver=False, logging_level="ERROR", include_dashboard=True)
+
+
+@pytest.fixture(scope="session")
+def observed(cluster, tiny_models, tmp_path_factory):
+    """One finished run for many tests, see `observed.Observed`; they change nothing of it."""
+    root = tmp_path_factory.mktemp("observed")
+    return train_observed(with_mild_attention(tiny_models["llama"], root / "base"), root)
 
 
 @pytest.fixture(scope="module")

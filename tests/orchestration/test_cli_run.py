@@ -131,6 +131,7 @@ def test_no_secret_is_written_or_shown(trained):
     assert run["environment"]["JAX_PLATFORMS"] == "cpu"
 
 
+@pytest.mark.long
 def test_the_same_again_as_a_job_by_its_run_json(trained, cluster, small, tmp_path, capfd):
     """run.json's configuration with other paths, submitted; the adapter comes out the same."""
     out, _ = trained

@@ -1,15 +1,14 @@
 """The main job on tiny models: two Ray Train workers share one sharded model; what is exported is what was trained."""
 
 import json
-import sys
 
 import keras
 import numpy as np
 import pytest
-import ray
 import tiny
 import torch
-from loops import loop_with, use, writes_logits
+from loops import use
+from observed import HELD_OUT, LAST, LAYERS, TOKENS, save_all, train_then_write_logits
 from peft import PeftModel
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,11 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-TOKENS = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (4, 24)).astype(np.int32)
-LAYERS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 
 def run(
@@ -55,19 +49,6 @@ def run(
     return model, trainer.train()
 
 
-def train_then_write_logits(path):
-    """A loop that afterwards writes what the sharded model computes."""
-
-    def check_split(run):
-        import jax
-
-        leaves = jax.tree.leaves(run.frozen)
-        assert any(not array.is_fully_addressable for array in leaves), "the weights must cross processes"
-        assert all(not p.is_fully_addressable for p in run.state["params"].values())
-
-    return loop_with(built=check_split, trained=writes_logits(path, TOKENS))
-
-
 def logits_of(model) -> np.ndarray:
     with torch.no_grad():
         return model.eval()(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
@@ -75,22 +56,29 @@ def logits_of(model) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=["llama", pytest.param("gemma2", marks=pytest.mark.long)])
 def trained(request, cluster, tiny_models, tmp_path_factory):
-    """One run on two workers of two devices, and its three exports."""
-    directory = tiny_models[request.param]
-    out = tmp_path_factory.mktemp(f"trained-{request.param}")
+    """One run on two workers of two devices, and its three exports: (its base, where they are, its model, its result).
+
+    The llama's is the run that other files look at too.
+    """
+    if request.param == "llama":
+        observed = request.getfixturevalue("observed")
+        yield observed.directory, observed.root, observed.model, observed.result
+        observed.model.release()
+        return
+    directory, out = tiny_models[request.param], tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         use(train_then_write_logits(out / "logits.npy"), patch)
-        model, result = run(directory, out / "runs", workers=2, devices=2, rows_per_device=2, targets=LAYERS)
-    model.save_in_hf_format(out / "adapter", only_save_adapters=True)
-    model.save_in_hf_format(out / "both", only_save_adapters=False, save_adapters_separately=True)
-    model.save_in_hf_format(out / "merged", save_adapters_separately=False, check_logits=True)
+        model, result = run(
+            directory, out / "runs", workers=2, devices=2, rows_per_device=2, targets=LAYERS, steps=LAST
+        )
+    save_all(model, out)
     yield directory, out, model, result
     model.release()
 
 
 def test_the_run_learned_and_trained_every_factor(trained):
     _, _, model, result = trained
-    assert [row["step"] for row in result.history] == list(range(1, 8))
+    assert [row["step"] for row in result.history] == list(range(1, LAST + 1))
     assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
     assert all(np.abs(tensor).max() > 1e-3 for name, tensor in model.adapter.items())
     assert {name.split(".")[-3] for name in model.adapter} == set(LAYERS)
@@ -155,6 +143,29 @@ def test_generate_is_transformers_greedy(trained):
     assert texts == [tokenizer.decode(ours[0][len(tokenizer(prompts[0])["input_ids"]) :], skip_special_tokens=True)]
 
 
+def test_the_evaluation_is_transformers_loss_on_what_was_trained(observed):
+    """By tokens, each of 5 rows once, though a batch has 4."""
+    evaluation = observed.result.eval_history[-1]
+    assert evaluation["step"] == LAST
+    assert_is_evaluation(evaluation, observed.directory, observed.root / "adapter", HELD_OUT)
+
+
+def assert_is_evaluation(evaluation, directory, adapter, rows):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), adapter)
+    total = count = 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = adapted.eval()(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        count += len(answer)
+    assert evaluation["eval_tokens"] == count
+    assert evaluation["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert evaluation["eval_perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
+
+
 @pytest.mark.long
 def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, monkeypatch):
     """Computed on the base as int8; exported for, and merged into, the base as it is."""
@@ -205,10 +216,11 @@ def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny
     assert len(set(losses[1, 1])) == 7
 
 
+@pytest.mark.long
 def test_packed_epochs_and_an_evaluation_on_two_workers(cluster, tiny_models, tmp_path):
     """22 rows twice, several to a sequence: every token once an epoch. Then the loss over 5 rows in batches of 4, each
     row once, by tokens, against transformers on what was trained."""
-    directory, held_out = tiny_models["llama"], tiny.rows(5)
+    directory, held_out = tiny_models["llama"], HELD_OUT
     loader = Dataloader(SFTDataset(held_out, tokenizer_handle=str(directory)), per_device_batch_size=1)
     _, result = run(
         directory,
@@ -234,16 +246,5 @@ def test_packed_epochs_and_an_evaluation_on_two_workers(cluster, tiny_models, tm
     assert result.history[-1]["epoch"] == 2
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), f"{result.path}/adapter")
-    total = count = 0
-    for row in held_out:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        answer = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
-        with torch.no_grad():
-            logits = adapted.eval()(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
-        count += len(answer)
     (evaluation,) = result.eval_history
-    assert evaluation["eval_tokens"] == count
-    assert evaluation["eval_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert evaluation["eval_perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
+    assert_is_evaluation(evaluation, directory, f"{result.path}/adapter", held_out)

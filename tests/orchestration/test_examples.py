@@ -95,6 +95,7 @@ def test_chat(run, base, tmp_path):
     assert {name.split(".")[-2] for name in changed} == set(tiny.TARGETS["llama"])
 
 
+@pytest.mark.long
 def test_full_finetune(run, base, tmp_path):
     data = lines(tmp_path / "rows.jsonl", tiny.rows(12))
     shown = run("full_finetune", base, data, tmp_path / "out")
@@ -105,6 +106,7 @@ def test_full_finetune(run, base, tmp_path):
     assert all(not torch.equal(trained[name], original[name]) for name in original)
 
 
+@pytest.mark.long
 def test_continued_pretraining(run, base, tmp_path):
     for name in ("train", "eval"):
         (tmp_path / f"{name}.txt").write_text("\n".join(row["prompt"] + row["answer"] for row in tiny.rows(40)))
@@ -113,6 +115,7 @@ def test_continued_pretraining(run, base, tmp_path):
     assert adapter_of(tmp_path / "adapter", base).r == 64
 
 
+@pytest.mark.long
 def test_continue_adapter(run, base, foreign, tmp_path):
     data = lines(tmp_path / "rows.jsonl", tiny.rows(12))
     run(

@@ -30,6 +30,7 @@ def base(tmp_path):
     return directory
 
 
+@pytest.mark.long
 def test_every_export_has_the_tokenizer_of_the_training(cluster, base, tmp_path, caplog):
     (tmp_path / "my.jinja").write_text(TEMPLATE)
     rows = [{"messages": [*CHAT, {"role": "assistant", "content": text}]} for text in ("three", "seven two", "one")]

@@ -118,6 +118,7 @@ def generate_where_weights_cross_processes(config):
     return decoding.generate(spec.request)
 
 
+@pytest.mark.long
 def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
     """Texts, a chat and ids at once, five rows on four devices; greedy texts are transformers'."""
     directory, out, model, _ = trained
@@ -154,6 +155,7 @@ def test_there_is_no_adapter_to_save(trained):
     assert not (out / "adapter").exists()
 
 
+@pytest.mark.long
 def test_training_goes_on_and_is_exported_again(trained):
     """Under the same run name: what it began from stays."""
     _, out, model, first = trained

@@ -135,6 +135,7 @@ def searched(cluster, tiny_models, tmp_path_factory):
     return out, result, before, left_behind()
 
 
+@pytest.mark.long
 def test_the_right_trial_wins_though_it_was_killed(searched, tiny_models):
     out, result, _, _ = searched
     trials = {trial.point["case"]: trial for trial in result.trials}
@@ -150,6 +151,7 @@ def test_the_right_trial_wins_though_it_was_killed(searched, tiny_models):
         assert trial.metrics["eval_loss"] == pytest.approx(losses[case], rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_bad_trial_is_stopped_early_and_its_checkpoint_stays(searched, tiny_models, tmp_path):
     """The worst would never have ended by itself."""
     out, result, _, _ = searched
@@ -163,6 +165,7 @@ def test_a_bad_trial_is_stopped_early_and_its_checkpoint_stays(searched, tiny_mo
     assert loss > result.best.metrics["eval_loss"]
 
 
+@pytest.mark.long
 def test_nothing_is_left_behind(searched):
     _, _, before, after = searched
     assert after == before

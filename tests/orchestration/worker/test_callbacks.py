@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a run on two workers with all that listens, and one that a callback ends."""
+"""What a run tells while it goes on: the run of `observed`, which a callback ends, and one whose callback raises."""
 
 import json
 import logging
@@ -12,10 +12,11 @@ import ray
 import tiny
 from jax.profiler import ProfileData
 from loops import Recorder, loop_with, noted, use
+from observed import EVERY, LAST, PROMPTS, STOP_AT
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from kithara_ray import Callback, Checkpointer, Dataloader, KerasHubModel, Profiler, SFTDataset, Trainer
-from kithara_ray.callbacks import RunInfo, WandB
+from kithara_ray import Callback, Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray.callbacks import RunInfo
 from kithara_ray.checkpoint.run_files import read_trained
 from kithara_ray.errors import TrainingError
 from kithara_ray.orchestration.driver.progress import Progress, figures_of
@@ -25,16 +26,6 @@ from kithara_ray.orchestration.worker.callback_runner import Calls, RayMetrics
 from kithara_ray.orchestration.worker.throughput import Figures
 from kithara_ray.orchestration.worker.votes import FAILED, GO_ON, STOP
 from kithara_ray.plan.chips import CHIPS, chip_of_kind
-
-
-def careless():
-    class Careless(Callback):
-        required = False
-
-        def on_step(self, run, step, metrics):
-            raise OSError("the tracker is away")
-
-    return Careless()
 
 
 def make_trainer(directory, root, **kwargs):
@@ -50,62 +41,32 @@ def make_trainer(directory, root, **kwargs):
     )
 
 
-@pytest.fixture(scope="module")
-def run(cluster, tiny_models, tmp_path_factory):
-    """(its directory, its result, everything beside it)."""
-    root = tmp_path_factory.mktemp("observed")
-    directory = str(tiny_models["llama"])
-    data = SFTDataset(tiny.rows(5), tokenizer_handle=directory, max_seq_len=64)
-    trainer = make_trainer(
-        directory,
-        root,
-        steps=30,
-        eval_dataloader=Dataloader(data, per_device_batch_size=4),
-        eval_steps_interval=2,
-        checkpointer=Checkpointer(str(root / "checkpoints"), save_interval_steps=2),
-        run_config=RunConfig(storage_path=str(root), name="run"),
-        tensorboard_dir=str(root / "board"),
-        profiler=Profiler(str(root / "trace"), steps=(2, 3)),
-        callbacks=[
-            careless(),
-            Recorder(root / "told.jsonl", stop_at=5),
-            WandB(project="p", mode="offline", directory=str(root)),
-        ],
-        report_prompts=["what is 1 + 2 ?", "<b>2 + 2</b>"],
-        report_max_length=64,
-    )
-    result = trainer.train()
-    trainer.model.save_in_hf_format(str(root / "adapter"), only_save_adapters=True)
-    return root, result, trainer
-
-
-def test_rank_0_alone_is_told_everything(run):
-    root, result, _ = run
+def test_rank_0_alone_is_told_everything(observed):
+    root, result = observed.root, observed.result
     told = root / "told.jsonl"
     [[rank, name, step, total, settings]] = noted(told, "start")
     assert (rank, name, step, total, settings["optimizer"]["class_name"]) == (0, "run", 0, 30, "AdamW")
     assert [metrics for _, metrics in noted(told, "step")] == result.history
     assert [{"step": step, **metrics} for step, metrics in noted(told, "eval")] == result.eval_history
     saved = noted(told, "checkpoint")
-    assert [step for step, _ in saved] == [2, 4, 6, 8]
+    assert [step for step, _ in saved] == [EVERY, 2 * EVERY, LAST]
     assert saved[-1][1] == result.checkpoint
     assert noted(told, "end") == [["callback", None]]
 
 
-def test_a_callback_ends_the_run_on_all_ranks(run):
-    root, result, trainer = run
+def test_a_callback_ends_the_run_on_all_ranks(observed):
+    result = observed.result
     assert result.stopped == "callback"
-    # Asked for at 5, cast at 6, looked at two steps later.
-    assert result.history[-1]["step"] == 8
-    for name, tensor in read_trained(str(root / "checkpoints")).adapter.tensors.items():
-        assert np.array_equal(trainer.model.adapter[name], tensor), name
+    assert result.history[-1]["step"] == LAST == STOP_AT + 3
+    for name, tensor in read_trained(str(observed.root / "checkpoints")).adapter.tensors.items():
+        assert np.array_equal(observed.model.adapter[name], tensor), name
 
 
-def test_tensorboard_has_every_number(run):
+def test_tensorboard_has_every_number(observed):
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
-    root, result, _ = run
+    root, result = observed.root, observed.result
     [path] = (root / "board").iterdir()
     raw, found = path.read_bytes(), {}
     while raw:
@@ -123,16 +84,15 @@ def test_tensorboard_has_every_number(run):
                     assert found[tag, row["step"]] == pytest.approx(value, rel=1e-6), tag
 
 
-def test_the_trace_holds_the_chosen_steps(run):
-    root, _, _ = run
-    [path] = (root / "trace").rglob("*.xplane.pb")
+def test_the_trace_holds_the_chosen_steps(observed):
+    [path] = (observed.root / "trace").rglob("*.xplane.pb")
     planes = {plane.name for plane in ProfileData.from_file(str(path)).planes}
     assert any("CPU" in plane for plane in planes)
     assert path.stat().st_size > 10_000
 
 
-def test_wandb_has_them_too(run):
-    root, result, _ = run
+def test_wandb_has_them_too(observed):
+    root, result = observed.root, observed.result
     [path] = root.rglob("run-*.wandb")
     raw = path.read_bytes()
     assert b"train/loss" in raw
@@ -140,18 +100,20 @@ def test_wandb_has_them_too(run):
     assert repr(result.history[-1]["loss"]).encode() in raw
 
 
-def test_the_report_tells_the_run(run):
-    root, result, _ = run
+def test_the_report_tells_the_run(observed):
+    root, result = observed.root, observed.result
     told = json.loads((root / "run" / "history.json").read_text())
     assert [
         {k: v for k, v in e.items() if k != "kind"} for e in told["events"] if e["kind"] == "step"
     ] == result.history
     plain, other = told["samples"]
-    assert (plain["prompt"], other["prompt"]) == ("what is 1 + 2 ?", "<b>2 + 2</b>")
+    assert [plain["prompt"], other["prompt"]] == PROMPTS
     assert plain["after"] != plain["before"]
     assert other["after"] != other["before"]
-    [export] = told["exports"]
-    assert export["path"] == str(root / "adapter")
+    assert [export["path"] for export in told["exports"]] == [
+        str(root / name) for name in ("adapter", "both", "merged")
+    ]
+    export = told["exports"][0]
     assert export["checks"] == ["adapter reopened; tensors equal those given bit by bit, scales equal"]
     html = (root / "run" / "report.html").read_text()
     for expected in (
@@ -166,9 +128,8 @@ def test_the_report_tells_the_run(run):
     assert list(lengths) == ["min", "median", "p95", "max"]
 
 
-def test_a_tracker_that_fails_is_left_out(run):
-    _, result, _ = run
-    assert result.dropped == ["callback Careless.on_step at step 1: OSError: the tracker is away"]
+def test_a_tracker_that_fails_is_left_out(observed):
+    assert observed.result.dropped == ["callback Careless.on_step at step 1: OSError: the tracker is away"]
 
 
 def not_finite_at(step):
@@ -181,6 +142,7 @@ def not_finite_at(step):
     return loop_with(after_step=spoil)
 
 
+@pytest.mark.long
 def test_one_that_raises_ends_the_run_by_its_name(cluster, tiny_models, tmp_path, monkeypatch):
     """Both ranks leave out the same step, and leave at the same step; nothing is tried again; what was trained is
     there."""

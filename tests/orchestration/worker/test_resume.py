@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import ray
 import tiny
-from loops import loop_with, use
+from loops import Recorder, loop_with, noted, use
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
 from kithara_ray.checkpoint import disk_format
+from kithara_ray.checkpoint.run_files import read_trained
 from kithara_ray.storage.places import Place
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -67,6 +68,28 @@ def undisturbed(cluster, tiny_models, tmp_path_factory):
     return out, trainer, trainer.train()
 
 
+def test_a_killed_rank_goes_on_from_its_checkpoint(cluster, tiny_models, tmp_path, monkeypatch):
+    """kill -9 of one of two ranks before step 6, whose step 3 is committed: what is done again is done alike."""
+    use(killed_before(6, rank=1, once=str(tmp_path / "killed")), monkeypatch)
+    told = tmp_path / "told.jsonl"
+    trainer = make_trainer(tiny_models["llama"], tmp_path, failures=1, callbacks=[Recorder(told)])
+    result = trainer.train()
+    assert (tmp_path / "killed").exists()
+    assert [row["step"] for row in result.history] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in result.eval_history] == [4, 8]
+    assert [step for _, _, step, _, _ in noted(told, "start")] == [0, 3]
+    twice = {}
+    for step, metrics in noted(told, "step"):
+        twice.setdefault(step, []).append(metrics["loss"])
+    again = [step for step, seen in twice.items() if len(seen) == 2]
+    assert again
+    assert set(again) <= {4, 5}
+    assert all(len(set(twice[step])) == 1 for step in again)
+    saved = read_trained(str(tmp_path / "checkpoints")).adapter.tensors
+    assert all(np.array_equal(trainer.model.adapter[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.long
 def test_killed_ranks_resume_to_the_same_bits(undisturbed, tiny_models, tmp_path, monkeypatch):
     """kill -9 of one of two ranks before step 6, whose step 3 is committed: one more history, not two."""
     _, reference, expected = undisturbed
@@ -81,6 +104,7 @@ def test_killed_ranks_resume_to_the_same_bits(undisturbed, tiny_models, tmp_path
         np.testing.assert_array_equal(trainer.model.adapter[name], tensor, err_msg=name)
 
 
+@pytest.mark.long
 def test_resumed_on_another_number_of_hosts(undisturbed, tiny_models, tmp_path):
     """Step 6 of two workers of two devices, to the end on one worker of one."""
     out, reference, expected = undisturbed

@@ -4,9 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tiny
+from observed import EVERY
 from ray.train import RunConfig, ScalingConfig
 
-from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
 from kithara_ray.checkpoint.run_files import read_trained
 from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError, DestinationError, UnsupportedError
@@ -34,33 +35,26 @@ def make_trainer(directory, tmp_path, **kwargs):
     )
 
 
-def test_every_second_step_of_a_run_on_two_workers(cluster, tiny_models, tmp_path):
+def test_every_third_step_of_a_run_on_two_workers(observed, tmp_path):
     """Each is, bit by bit, what a checkpoint of that step holds; and a checkpoint is enough to export from."""
-    checkpoints = str(tmp_path / "checkpoints")
-    trainer = make_trainer(
-        tiny_models["llama"],
-        tmp_path,
-        export_every_steps=2,
-        checkpointer=Checkpointer(checkpoints, save_interval_steps=2, max_to_keep=5),
-    )
-    result = trainer.train()
-    expected = [{"step": step, "path": f"{tmp_path}/run/adapters/step-00000{step}", "error": None} for step in (2, 4)]
-    assert result.exports == expected
-    adapters = [Adapter.read(export["path"]) for export in result.exports]
-    for step, adapter in zip((2, 4), adapters, strict=True):
+    root, steps, checkpoints = observed.root, (EVERY, 2 * EVERY), str(observed.root / "checkpoints")
+    expected = [{"step": step, "path": f"{root}/run/adapters/step-00000{step}", "error": None} for step in steps]
+    assert observed.result.exports == expected
+    adapters = [Adapter.read(export["path"]) for export in observed.result.exports]
+    for step, adapter in zip(steps, adapters, strict=True):
         trained = read_trained(checkpoints, step)
-        assert trained.base == str(tiny_models["llama"])
+        assert trained.base == str(observed.directory)
         assert trained.adapter.config.target_modules == adapter.config.target_modules
         assert trained.adapter.tensors.keys() == adapter.tensors.keys()
         for name, tensor in trained.adapter.tensors.items():
             assert np.array_equal(adapter.tensors[name], tensor), name
-    for one, other in ((adapters[0].tensors, adapters[1].tensors), (adapters[1].tensors, trainer.model.adapter)):
+    for one, other in ((adapters[0].tensors, adapters[1].tensors), (adapters[1].tensors, observed.model.adapter)):
         assert all(not np.array_equal(one[name], other[name]) for name in one)
-    assert main(["export", checkpoints, "--to", str(tmp_path / "merged"), "--step", "4"]) == 0
-    merged, base = (BaseCheckpoint.open(where) for where in (tmp_path / "merged", tiny_models["llama"]))
+    assert main(["export", checkpoints, "--to", str(tmp_path / "merged"), "--step", str(EVERY)]) == 0
+    merged, base = (BaseCheckpoint.open(where) for where in (tmp_path / "merged", observed.directory))
     assert merged.names == base.names
-    with pytest.raises(DestinationError, match="holds step-000002 of an earlier run; give another export_dir"):
-        make_trainer(tiny_models["llama"], tmp_path, export_every_steps=2).train()
+    with pytest.raises(DestinationError, match="holds step-000003 of an earlier run; give another export_dir"):
+        make_trainer(observed.directory, root, export_every_steps=2).train()
 
 
 def test_what_cannot_be_is_refused(tiny_models, tmp_path):
