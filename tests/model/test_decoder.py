@@ -19,23 +19,20 @@ from kithara_ray.model.decoder.layers import DecoderActivation, DecoderNorm
 from kithara_ray.model.families import FAMILIES, family_of
 from kithara_ray.model.families.family import completed
 
-_YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16)
+_YARN = dict(rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=8)
 _ON_A_PART = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-# Fields that KerasHub's block of the family cannot say, several at once, and transformers' computation with them.
+# Fields that KerasHub's block of the family cannot say.
 BEYOND = {
     "biases and wide heads": ("llama", dict(attention_bias=True, mlp_bias=True, head_dim=32)),
     "linear rope": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0))),
-    "tied": ("mistral", dict(tie_word_embeddings=True, hidden_act="gelu")),
-    "windows on a part": ("qwen2", dict(_ON_A_PART, rope_parameters=_YARN)),
-    "yarn": ("qwen3", dict(_ON_A_PART, rope_parameters=_YARN, attention_bias=True)),
+    "yarn": ("llama", dict(head_dim=32, rope_parameters=_YARN)),
+    "tied": ("mistral", dict(tie_word_embeddings=True)),
+    "windows on a part": ("qwen2", _ON_A_PART),
+    "windows and biases": ("qwen3", dict(_ON_A_PART, attention_bias=True)),
     "untied": (
         "smollm3",
-        dict(tie_word_embeddings=False, attention_bias=True, mlp_bias=True, use_sliding_window=True, sliding_window=8),
+        dict(tie_word_embeddings=False, attention_bias=True, use_sliding_window=True, sliding_window=8),
     ),
-    # Rows are within the short factors' reach.
-    "short factors": ("phi3", dict(original_max_position_embeddings=32, sliding_window=None)),
-    "side by side": ("stablelm", dict(use_parallel_residual=True, use_qkv_bias=False)),
-    "no windows": ("exaone4", dict(num_key_value_heads=1, sliding_window=None, layer_types=["full_attention"] * 3)),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, logits, reference
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from tiny import SIZES, TARGETS, model_type, mostly_long, write_model
+from tiny import COMPARED, SIZES, TARGETS, model_type, mostly_long, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import ConfigError, UnsupportedError
@@ -103,6 +103,7 @@ def assert_adapted_logits(ours, family, adapter, tiny_models, tmp_path):
     assert np.abs(ours - plain)[SEGMENTS.astype(bool)].max() > 0.1
 
 
+@pytest.mark.parametrize("any_family", mostly_long(["gemma2", "gpt_oss", "llama"], COMPARED | {"olmo3", "phi3"}))
 def test_greedy_decoding(any_family, tiny_models, random_adapter, tmp_path):
     """With a KV cache, prompts of two lengths in one batch, both longer than the windows."""
     directory, adapter = tiny_models[any_family], random_adapter[any_family]
