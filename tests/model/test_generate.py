@@ -19,7 +19,11 @@ PROMPTS = [RNG.integers(3, VOCABULARY, length).tolist() for length in (13, 9, 5)
 
 @pytest.mark.parametrize(
     ("family", "mesh"),
-    [("gemma2", MeshShape()), ("llama", MeshShape(fsdp=2, tensor=2)), ("llama", MeshShape(data=2, fsdp=1, tensor=2))],
+    [
+        ("gemma2", MeshShape()),
+        pytest.param("llama", MeshShape(fsdp=2, tensor=2), marks=pytest.mark.long),
+        ("llama", MeshShape(data=2, fsdp=1, tensor=2)),
+    ],
 )
 def test_rows_that_the_mesh_does_not_divide(family, mesh, tiny_models):
     directory = tiny_models[family]

@@ -1,5 +1,7 @@
 """First factors, and dropout. That options compute what PEFT's do: test_peft_options.py."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,13 +49,17 @@ def test_dropped_elements_are_zero_and_the_mean_stays():
 def test_dropout_touches_the_side_paths_alone_and_depends_on_the_key(scan, tiny_models):
     base, lora = BaseCheckpoint.open(tiny_models["gemma2"]), LoraConfig(r=4, lora_alpha=12, lora_dropout=0.4)
 
-    def hidden(key, mesh=None, scale=1.0):
-        mesh = make_mesh(mesh)
+    @functools.cache
+    def on(shape):
+        mesh = make_mesh(shape)
         model = build(base.config, lora, mesh, "float32", scan=scan)
+        return mesh, model, model.load(base), jax.jit(model.hidden_BTD)
+
+    def hidden(key, shape=None, scale=1.0):
+        mesh, model, frozen, compute = on(shape)
         rng = np.random.default_rng(1)
         tensors = {n: scale * rng.normal(0, 0.2, s).astype(np.float32) for n, s in model.adapter_shapes.items()}
-        compute = jax.jit(model.hidden_BTD)
-        return np.asarray(compute(model.place_factors(tensors), model.load(base), *place(mesh), key))
+        return np.asarray(compute(model.place_factors(tensors), frozen, *place(mesh), key))
 
     first = hidden(jax.random.key(1))
     assert np.abs(first - hidden(None)).max() > 0.01

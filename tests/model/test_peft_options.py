@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tiny import VOCABULARY
+from tiny import VOCABULARY, mostly_long
 from transformers import AutoModelForCausalLM
 
 from kithara_ray import KerasHubModel
@@ -169,7 +169,11 @@ def assert_as_peft_s(ours, gradients, reference):
         assert np.linalg.norm(gradients[name] - gradient) < 1e-4 * norm, name
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# One of each kind: patterns, magnitudes, biases, tokens, whole modules; the others are among the long tests.
+SHORT = ["DoRA, rsLoRA, patterns", "biases of some", "tokens of both, int8", "embedding, tied", "some layers"]
+
+
+@pytest.mark.parametrize("option", mostly_long(SHORT, OPTIONS))
 def test_an_option_computes_and_trains_as_peft_s(option, tiny_models, tmp_path):
     family, fields = OPTIONS[option]
     quantize = fields.get("quantize")

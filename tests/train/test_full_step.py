@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from tiny import VOCABULARY, write_model
+from tiny import VOCABULARY, mostly_long, write_model
 from transformers import AutoModelForCausalLM
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -89,7 +89,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", mostly_long(["llama"], MODELS))
 def test_gradients_of_all_parameters_are_those_of_transformers(case, tmp_path, monkeypatch):
     # Blocks in three chunks, but under "dots".
     monkeypatch.setattr("kithara_ray.model.options._CHUNK_TOKENS", 8)
