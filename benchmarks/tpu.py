@@ -37,7 +37,14 @@ _LLAMA31 = dict(
     ),
     tie_word_embeddings=False, max_position_embeddings=131072,
 )  # fmt: skip
-# google/gemma-2-2b, google/gemma-2-9b, meta-llama/Llama-3.1-8B and -70B: their config.json, what decides the program.
+_QWEN35 = dict(
+    model_type="qwen3_5_text", vocab_size=248320, head_dim=256, rms_norm_eps=1e-6, hidden_act="silu",
+    linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
+    linear_conv_kernel_dim=4, full_attention_interval=4, tie_word_embeddings=False,
+    rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25),
+)  # fmt: skip
+# google/gemma-2-2b, google/gemma-2-9b, meta-llama/Llama-3.1-8B and -70B, and the text model of Qwen/Qwen3.5-9B:
+# their config.json, what decides the program.
 MODELS = {
     "Gemma-2-2B": _GEMMA2
     | dict(
@@ -51,6 +58,10 @@ MODELS = {
     | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
     "Llama-3.1-70B": _LLAMA31
     | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    "Qwen3.5-9B": _QWEN35
+    | dict(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4
+    ),
 }
 # google/gemma-3-27b-it, gemma-4-31B-it and gemma-4-26B-A4B-it: text_config, and what names the whole model.
 _GEMMA4 = dict(
@@ -91,6 +102,8 @@ RUNS = {
     "llama-3.1-8b-8192-attention": ("Llama-3.1-8B", "v5e-8", 8192, {"remat": "attention"}),
     "llama-3.1-70b-4096": ("Llama-3.1-70B", "v5e-32", 4096, {}),
     "llama-3.1-70b-4096-v5e-16": ("Llama-3.1-70B", "v5e-16", 4096, {}),
+    "qwen3.5-9b-4096": ("Qwen3.5-9B", "v5e-16", 4096, {}),
+    "qwen3.5-9b-4096-v6e-8": ("Qwen3.5-9B", "v6e-8", 4096, {}),
     "llama-3.1-70b-4096-nested": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": "nested"}),
 }
 RUNS |= {f"{model.lower()}-4096-{where}": (model, where, 4096, {}) for model in _TEXTS for where in ("v5e-16", "v6e-8")}

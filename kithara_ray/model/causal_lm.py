@@ -249,9 +249,10 @@ def build(
     chosen = ModelOptions(precision=precision, **options)
     model, recorded = _with_ports(config, chosen)
     backbone = model.backbone
-    kernels = [layer.kernel for layer in layers.linear_modules(backbone, recorded).values()] if chosen.quantize else []
+    linear = layers.linear_modules(backbone, recorded, config).values() if chosen.quantize else ()
+    kernels = [layer.kernel for layer in linear]
     with keras_compat.without_values():
-        targets = layers.inject(backbone, recorded, lora_config, alike=chosen.scan) if lora_config else []
+        targets = layers.inject(backbone, recorded, lora_config, config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh, chosen.remat)
     for table in keras_compat.all_layers(backbone):

@@ -212,6 +212,41 @@ def gemma4_text_block() -> type:
     return Gemma4TextDecoderBlock
 
 
+def gated_delta_net() -> type:
+    """The class of qwen3_5's layer with a recurrent state; needed as a base class for the same reason."""
+    from keras_hub.src.models.qwen3_5.qwen3_5_gated_delta_net import Qwen3_5GatedDeltaNet
+
+    return Qwen3_5GatedDeltaNet
+
+
+def gated_delta_net_of(block):
+    """A qwen3_5 block's layer with a recurrent state; None in a block with attention.
+
+    Needed to change its class; the block keeps it private.
+    """
+    return getattr(block, "_linear_attn", None)
+
+
+def qwen3_5_moe_router_of(block):
+    """The linear layer that chooses a qwen3_5_moe block's experts; needed to route in float32."""
+    return block.mlp._router_gate
+
+
+def forget_layer(layer, name: str) -> None:
+    """Take a layer's attribute `name`, itself a layer, out of it; needed as in `forget_variable`."""
+    layer._tracker.untrack(getattr(layer, name))
+    object.__delattr__(layer, name)
+
+
+def replace_cache_builder(model, build: Callable) -> None:
+    """Make a causal LM fill its cache from the prompts with this function, before `generate_step` decodes.
+
+    Needed because KerasHub's takes all tokens of a prompt into a recurrent state, and its sampler then hands over the
+    last of the shortest prompt's once more. There is no argument for another.
+    """
+    model._build_cache = build
+
+
 def mixtral_router_of(block):
     """The linear layer that chooses a mixtral block's experts.
 

@@ -185,7 +185,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
     heads = [v for v in tables if v.path.endswith("reverse_embeddings")] or tables
     of_block = [sum(nbytes(v) for v in block.variables if v in ports) for block in model.chain.blocks]
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    settings = [attention.settings_of(block) for block in model.chain.blocks]
+    settings = [attention.settings_of(block) for block in model.chain.blocks if attention.attends(block)]
     return Counts(
         blocks=int(sum(multiplied(v) for v in blocks)),
         head=size(heads[0]),

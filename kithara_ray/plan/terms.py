@@ -20,7 +20,8 @@ class Counts:
         blocks: elements of all matrices in decoder blocks that a token is multiplied with.
         head: elements of the head's matrix.
         lora: elements of all factors.
-        attention: (query heads, head width, window or None) of each block.
+        attention: (query heads, head width, window or None) of each block with attention. What blocks with a recurrent
+            state do besides products with matrices is not counted; for qwen3_5 it is 1 % of a token's FLOPs.
         hidden: width between blocks.
         layers: number of decoder blocks; `steps` is the number of steps of the scan over them.
         weights_bytes: bytes of all frozen arrays, as stored.
@@ -85,14 +86,14 @@ def model_flops_per_token(terms: Mapping[str, float], remat: str, seq_len: int) 
 
 
 def kernel_flops(name: str, counts: Counts, seq_len: int, rows: int, fused: bool = False) -> float:
-    """FLOPs of one run of a splash kernel over `rows` rows, the mean over the blocks; 0 for an unknown kernel.
+    """FLOPs of one run of a splash kernel over `rows` rows, the mean over blocks with attention; 0 for an unknown one.
 
     Args:
         fused: the kernel that computes dk and dv computes dq as well.
     """
     products = next((n for part, n in (("_fwd", 2), ("_dkv", 5 if fused else 4), ("_dq", 3)) if part in name), 0)
     each = sum(heads * width * seen_pairs(seq_len, window) for heads, width, window in counts.attention)
-    return 2.0 * products * rows * each / counts.layers
+    return 2.0 * products * rows * each / len(counts.attention)
 
 
 def seen_pairs(seq_len: int, window: int | None) -> float:

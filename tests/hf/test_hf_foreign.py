@@ -11,7 +11,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # transformers holds a block's experts in one parameter, which PEFT adapts by other means than LoRA on a layer.
-MIXTURES = ("gpt_oss", "mixtral", "qwen3_moe")
+MIXTURES = ("gpt_oss", "mixtral", "qwen3_moe", "qwen3_next")
 CASES = {
     "plain": {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 7},
     "rslora": {"target_modules": "all-linear", "use_rslora": True, "r": 5},

@@ -39,7 +39,7 @@ class Name:
 
 NAMES = {
     "_flatten_layers": Name(KERAS, "Layer", "all_layers", "layers/layer.py"),
-    "_tracker": Name(KERAS, "Layer", "adding_weights", "layers/layer.py, and Dense.enable_lora"),
+    "_tracker": Name(KERAS, "Layer", "adding_weights, forget_layer", "layers/layer.py, and Dense.enable_lora"),
     "_untrack_variable": Name(KERAS, "Layer", "forget_variable", "layers/layer.py"),
     "_path": Name(KERAS, "Layer", "plain_settings", "layers/layer.py"),
     "_parent_path": Name(KERAS, "Layer", "plain_settings", "layers/layer.py"),
@@ -71,6 +71,14 @@ NAMES = {
     "Gemma4TextDecoderBlock": Name(
         HUB, "keras_hub.src.models.gemma4", "gemma4_text_block", "models/gemma4/gemma4_decoder_block.py"
     ),
+    "Qwen3_5GatedDeltaNet": Name(
+        HUB, "keras_hub.src.models.qwen3_5", "gated_delta_net", "models/qwen3_5/qwen3_5_gated_delta_net.py"
+    ),
+    "_linear_attn": Name(HUB, "qwen3_5's block", "gated_delta_net_of", "models/qwen3_5/qwen3_5_decoder.py"),
+    "_router_gate": Name(
+        HUB, "qwen3_5_moe's MLP", "qwen3_5_moe_router_of", "models/qwen3_5_moe/qwen3_5_moe_decoder.py"
+    ),
+    "_build_cache": Name(HUB, "CausalLM", "replace_cache_builder", "models/*/*_causal_lm.py"),
     "_sparse_moe_block": Name(HUB, "mixtral's block", "mixtral_router_of", "models/mixtral/mixtral_decoder.py"),
     "_sparse_feedforward_gate_dense": Name(
         HUB, "sparse MLP", "mixtral_router_of, qwen3_moe_router_of", "models/{mixtral,qwen3_moe}/*_decoder.py"
@@ -104,7 +112,7 @@ def check_one_of(owner, *names: str) -> None:
 
 @pytest.fixture(scope="module")
 def blocks():
-    """Family -> (its first decoder block, that block's attention layer), as KerasHub builds them."""
+    """Family -> (backbone, its first decoder block with attention, that attention), as KerasHub builds them."""
     made = {}
 
     def get(family: str):
@@ -112,9 +120,10 @@ def blocks():
             config = config_of(family).to_dict()
             with keras_compat.without_values():
                 backbone = family_of(config).build(config, keras.DTypePolicy("float32"))
-            block = backbone.transformer_layers[0]
-            layers = keras_compat.all_layers(block)
-            made[family] = (backbone, block, next(one for one in layers if type(one).__name__.endswith("Attention")))
+            pairs = (
+                (block, layer) for block in backbone.transformer_layers for layer in keras_compat.all_layers(block)
+            )
+            made[family] = (backbone, *next(pair for pair in pairs if type(pair[1]).__name__.endswith("Attention")))
         return made[family]
 
     return get
@@ -358,8 +367,42 @@ def test_gemma4s_block(blocks):
     assert isinstance(blocks("gemma4_text")[1], keras_compat.gemma4_text_block())
 
 
+def test_qwen3_5s_layer_with_a_recurrent_state(blocks):
+    first, second, *_ = blocks("qwen3_5_text")[0].transformer_layers
+    check(first, "_linear_attn")
+    layer = keras_compat.gated_delta_net_of(first)
+    assert keras_compat.gated_delta_net() in type(layer).__mro__[1:]
+    assert keras_compat.gated_delta_net_of(second) is None
+
+
+def test_a_causal_lm_fills_its_cache_with_what_it_is_given(blocks):
+    import keras_hub
+
+    model = keras_hub.models.Qwen3_5CausalLM(backbone=blocks("qwen3_5_text")[0], preprocessor=None)
+    check(model, "_build_cache")
+    given = dict(token_ids=jnp.zeros((1, 4), jnp.int32), padding_mask=jnp.ones((1, 4), bool))
+
+    def build(token_ids, padding_mask, **_):
+        raise LookupError(token_ids.shape, padding_mask.shape)
+
+    keras_compat.replace_cache_builder(model, build)
+    with pytest.raises(LookupError, match=r"\(1, 4\)"):
+        model.generate_step(given)
+
+
+def test_a_layer_is_forgotten(dense):
+    outer = keras.Sequential([dense])
+    outer.inner = dense
+    check(outer, "_tracker")
+    keras_compat.forget_layer(outer, "inner")
+    assert not hasattr(outer, "inner")
+
+
 def test_routers_of_experts(blocks):
     mixtral, qwen = blocks("mixtral")[1], blocks("qwen3_moe")[1]
+    qwen3_5 = blocks("qwen3_5_moe_text")[1]
+    check(qwen3_5.mlp, "_router_gate")
+    assert keras_compat.qwen3_5_moe_router_of(qwen3_5).units == SIZES["qwen3_5_moe_text"]["num_experts"]
     check(mixtral, "_sparse_moe_block")
     check(mixtral._sparse_moe_block, "_sparse_feedforward_gate_dense")
     check(qwen.mlp, "_sparse_feedforward_gate_dense")

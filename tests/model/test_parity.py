@@ -133,6 +133,7 @@ PERIODS = dict.fromkeys(SIZES, (1,)) | dict.fromkeys(["gemma2", "gemma3", "gemma
 PERIODS |= dict.fromkeys(["qwen3_moe", "smollm3"], (2,)) | dict(gemma4_text=(3,), gemma4=(2, 2))
 PERIODS |= dict.fromkeys(["gemma4 experts", "gemma4_unified", "gemma4_unified_text"], (2,))
 PERIODS |= dict.fromkeys(["cohere2", "exaone4", "olmo3"], (2,)) | dict.fromkeys(["ernie4_5_moe", "glm4_moe"], (1, 1))
+PERIODS |= dict.fromkeys(["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"], (2,))
 ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "dots")} | {
     "unstacked factors": dict(stack_factors=False)
 }
@@ -245,6 +246,8 @@ CORRECTED = [
     ("qwen3", UNTIED),
     ("mixtral", dict(sliding_window=None)),
     ("qwen3_moe", dict(norm_topk_prob=False, mlp_only_layers=[], decoder_sparse_step=2, tie_word_embeddings=True)),
+    ("qwen2_moe", dict(norm_topk_prob=True, tie_word_embeddings=True)),
+    ("qwen3_5_text", dict(tie_word_embeddings=True, linear_conv_kernel_dim=2, linear_num_key_heads=4)),
     ("gpt_oss", dict(layer_types=["full_attention"] + ["sliding_attention"] * 2, rope_parameters=PLAIN_ROPE)),
     ("gemma4_text", dict(attention_k_eq_v=False, num_global_key_value_heads=None, final_logit_softcapping=None)),
 ]
@@ -284,7 +287,7 @@ def test_fields_that_a_config_leaves_out_are_those_of_transformers(family):
     ours = completed(FAMILIES[family], given)
     theirs = AutoConfig.for_model(**given).to_dict()
     # What converters look for under the name of before.
-    theirs["num_experts"] = theirs.get("num_local_experts")
+    theirs.setdefault("num_experts", theirs.get("num_local_experts"))
     assert ours == {name: theirs[name] for name in ours}
 
 
@@ -364,6 +367,15 @@ REFUSED = {
         dict(enable_moe_block=True, num_experts=4, moe_intermediate_size=8, top_k_experts=5),
         "top_k_experts=5 .* there are 4 experts",
     ),
+    "qwen3_5 rope": ("qwen3_5_text", dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope type 'yarn' is dropped"),
+    "qwen3_5 blocks": ("qwen3_5_text", dict(layer_types=["mamba"] * 5), "each block is either linear_attention or"),
+    "qwen3_5 heads": ("qwen3_5_text", dict(linear_num_value_heads=3), "is no multiple of linear_num_key_heads"),
+    "qwen3_5 top k": ("qwen3_5_moe_text", dict(num_experts_per_tok=7), "num_experts_per_tok=7 .* there are 6 experts"),
+    "qwen3_next scores": ("qwen3_next", dict(norm_topk_prob=False), "norm_topk_prob=False .* computes it as True only"),
+    "qwen3_next dense": ("qwen3_next", dict(mlp_only_layers=[1]), r"mlp_only_layers=\[1\] .* computes it as \[\] only"),
+    "qwen2_moe dense": ("qwen2_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 .* computes it as 1 only"),
+    "qwen2_moe bias": ("qwen2_moe", dict(qkv_bias=False), "qkv_bias=False .* computes it as True only"),
+    "qwen2_moe window": ("qwen2_moe", dict(use_sliding_window=True), "no sliding window on a part of the blocks"),
     "gemma4 rope": ("gemma4_text", dict(rope_parameters=LINEAR_YARN), "full layers 'proportional' and sliding ones"),
     "gemma4 both ways": ("gemma4_text", dict(use_bidirectional_attention="all"), "computes it as None only"),
     "gemma4 layers": (

@@ -224,6 +224,19 @@ def given(output: jax.Array) -> Iterator[None]:
         _GIVEN.reset(token)
 
 
+def mixed(compute: Callable[[], jax.Array]) -> jax.Array:
+    """Compute what a block's positions take from each other, (B, T, N, H), unless it is given; record it if asked to.
+
+    All of a block's arithmetic outside this is by position, so a block can run in chunks.
+    """
+    if (output := _GIVEN.get()) is not None:
+        return output
+    output = compute()
+    if (record := _RECORD.get()) is not None:
+        record.append(output)
+    return output
+
+
 # --- replacement of KerasHub's own -----------------------------------------------------------------------------------
 
 
@@ -270,7 +283,11 @@ _SETTINGS: dict[str, Callable[[Any, Any], Settings]] = {
     "Qwen3MoeAttention": _windowed_by_layer,
     "GptOssAttention": _windowed_by_block,
     _OWN: lambda block, layer: layer.settings,
+    "Qwen3_5Attention": _unwindowed,
+    "QwenMoeAttention": _unwindowed,
 }
+# Layers that mix positions in another way and take the segment ids by themselves: see `blocks.delta_rule`.
+_SEGMENTED = {"GatedDeltaNet", "FusedDeltaNet"}
 
 # The families' names for the padding mask and the cache that their mask builders take.
 _PADDING_MASKS = ("decoder_padding_mask", "padding_mask")
@@ -278,7 +295,7 @@ _CACHES = ("self_attention_cache", "cache")
 # Layers that repeat keys and values before they pass them to their attention.
 _REPEATED_BY_CALL = {
     "LlamaAttention", "SmolLM3Attention", "CachedMistralAttention", "CachedMixtralAttention", "QwenAttention",
-    "Qwen3Attention", "Qwen3MoeAttention", "GptOssAttention",
+    "Qwen3Attention", "Qwen3MoeAttention", "GptOssAttention", "Qwen3_5Attention", "QwenMoeAttention",
 }  # fmt: skip
 
 
@@ -295,12 +312,19 @@ def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh, remat: str = "bl
     if mesh.devices.flat[0].platform == "tpu":
         attend = partial(splash_attention, how=Kernel(mesh, remat))
     for block in blocks:
+        if not attends(block):
+            continue
         layer = _layer_of(block)
         if type(layer).__name__ == _OWN:
             layer.attend = partial(_attended, attend)
             continue
         _hand_over_segments(block)
         _attend_by_segments(layer, settings_of(block), attend)
+
+
+def attends(block: keras.layers.Layer) -> bool:
+    """False for a block that mixes its positions in another way, and has no attention."""
+    return not any(type(layer).__name__ in _SEGMENTED for layer in keras_compat.all_layers(block))
 
 
 def settings_of(block: keras.layers.Layer) -> Settings:
@@ -348,17 +372,15 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
 
 
 def _attended(attend: Callable, query, key, value, segments_BT, settings: Settings, sinks_N=None) -> jax.Array:
-    """Compute attention with `attend`, except where the output is given, and record it where that is wanted."""
-    if (output := _GIVEN.get()) is not None:
-        return output
-    query, key, value = (checkpoint_name(array, INPUTS) for array in (query, key, value))
-    output = attend(query, key, value, segments_BT, settings, sinks_N)
-    if attend is xla_attention:
+    """Compute attention with `attend`, unless `mixed` knows the output."""
+
+    def compute() -> jax.Array:
+        named = (checkpoint_name(array, INPUTS) for array in (query, key, value))
+        output = attend(*named, segments_BT, settings, sinks_N)
         # The TPU's kernel names its own.
-        output = checkpoint_name(output, RESIDUALS)
-    if (record := _RECORD.get()) is not None:
-        record.append(output)
-    return output
+        return checkpoint_name(output, RESIDUALS) if attend is xla_attention else output
+
+    return mixed(compute)
 
 
 # Attention of decoders of ours on any device, until `install` gives them their mesh's.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.tower import text_of
-from kithara_ray.model.families import decoder_mixtures, decoders, gemma, gemma4, gpt_oss, llama, moe
+from kithara_ray.model.families import decoder_mixtures, decoders, gemma, gemma4, gpt_oss, llama, moe, qwen3_5
 from kithara_ray.model.families.family import Family, check_causal, check_sizes, completed, fields_needed, refuse
 from kithara_ray.model.families.refused import why_refused
 
@@ -21,6 +21,7 @@ FAMILIES: dict[str, Family] = (
     | gpt_oss.FAMILIES
     | decoders.FAMILIES
     | decoder_mixtures.FAMILIES
+    | qwen3_5.FAMILIES
 )
 # How an error ends where the table of families is not at hand.
 LISTED = ". `kithara-ray models` lists the families"

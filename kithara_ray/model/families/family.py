@@ -35,6 +35,8 @@ class Family:
         quantisations: quantisation methods of checkpoints that are dequantised as they are read.
         limits: raises UnsupportedError for fields that KerasHub's block cannot express and `general` can.
         general: describes the decoder of ours that computes what KerasHub cannot; None if there is none.
+        prepare: changes the causal LM that `task` builds.
+        tensor: the name in a text model's checkpoint of a tensor that the converter asks for; None if there is none.
     """
 
     converter: str = ""
@@ -48,6 +50,8 @@ class Family:
     quantisations: tuple[str, ...] = ()
     limits: Callable[[Mapping], None] = lambda config: None
     general: Callable[[Mapping], Description] | None = None
+    prepare: Callable[[Any], None] = lambda model: None
+    tensor: Callable[[str], str | None] = lambda name: name
 
     def described(self, config: Mapping) -> Description | None:
         """Describe the decoder of ours that computes a completed config; None if KerasHub's block computes it.
@@ -99,7 +103,9 @@ class Family:
 
         own = isinstance(backbone, DecoderBackbone)
         made = DecoderCausalLM if own else getattr(keras_hub.models, self.causal_lm)
-        return made(backbone=backbone, preprocessor=None)
+        model = made(backbone=backbone, preprocessor=None)
+        self.prepare(model)
+        return model
 
     def for_converter(self, config: Mapping) -> dict:
         """The config of a text model as KerasHub's converter reads it."""
@@ -222,10 +228,15 @@ def rope_of(config: Mapping) -> dict:
     return rope
 
 
-def check_rope(config: Mapping, *types: str) -> None:
+def check_rope_type(config: Mapping, *types: str) -> None:
     rope, family = rope_of(config), config["model_type"]
     if rope["rope_type"] not in types:
         refuse(config, "rope_parameters", f"rope type {rope['rope_type']!r} is dropped by KerasHub's {family}")
+
+
+def check_rope(config: Mapping, *types: str) -> None:
+    check_rope_type(config, *types)
+    rope = rope_of(config)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         refuse(config, "rope_parameters", "KerasHub rotates all of a head's width")
 

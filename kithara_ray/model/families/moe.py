@@ -1,4 +1,4 @@
-"""Corrections for the mixtures of experts mixtral and qwen3_moe.
+"""Corrections for the mixtures of experts mixtral, qwen2_moe and qwen3_moe.
 
 KerasHub computes every expert for every token and weights the results, most of them by 0. The sum equals transformers',
 at the cost of all experts. A token's experts depend only on that token, so padding changes nothing.
@@ -20,8 +20,9 @@ _ABSENT = (False, None)
 
 
 def check_routing(config: Mapping) -> None:
-    if not 1 <= config["num_experts_per_tok"] <= config["num_local_experts"]:
-        refuse(config, "num_experts_per_tok", f"there are {config['num_local_experts']} experts")
+    experts = config["num_local_experts"] if "num_local_experts" in config else config["num_experts"]
+    if not 1 <= config["num_experts_per_tok"] <= experts:
+        refuse(config, "num_experts_per_tok", f"there are {experts} experts")
 
 
 def route_in_float32(router) -> None:
@@ -106,7 +107,48 @@ def _finish_qwen3_moe(config: Mapping, backbone) -> None:
             keras_compat.expose_dense_mlp(block)
 
 
+# --- qwen2_moe -------------------------------------------------------------------------------------------------------
+
+
+def _complete_qwen2_moe(config: Mapping) -> dict:
+    defaults = dict(tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, norm_topk_prob=False)
+    whole = defaults | dict(max_window_layers=28, decoder_sparse_step=1, num_experts=60, qkv_bias=True) | dict(config)
+    whole = dict(output_router_logits=False, router_aux_loss_coef=0.001) | whole
+    whole["mlp_only_layers"] = whole.get("mlp_only_layers") or []
+    if not whole["use_sliding_window"]:
+        whole["sliding_window"] = 0
+    return whole
+
+
+def _check_qwen2_moe(config: Mapping) -> None:
+    # KerasHub's backbone makes all blocks as it makes the first.
+    expect(config, hidden_act=("silu",), qkv_bias=(True,), decoder_sparse_step=(1,), mlp_only_layers=([],))
+    check_routing(config)
+    check_derived_head_dim(config)
+    check_rope(config, "default")
+    if config["use_sliding_window"]:
+        refuse(config, "use_sliding_window", "KerasHub has no sliding window on a part of the blocks")
+
+
+def _correct_qwen2_moe(config: Mapping, kwargs: dict) -> None:
+    # The converter leaves the tied head out; a block that also returned its router's logits would return a tuple.
+    kwargs |= dict(tie_word_embeddings=config["tie_word_embeddings"], output_router_logits=False)
+
+
+def _finish_qwen2_moe(config: Mapping, backbone) -> None:
+    for block in backbone.transformer_layers:
+        route_in_float32(keras_compat.qwen3_moe_router_of(block.mlp))
+
+
 FAMILIES = {
+    "qwen2_moe": Family(
+        "convert_qwen_moe",
+        "QwenMoeCausalLM",
+        _check_qwen2_moe,
+        _correct_qwen2_moe,
+        _finish_qwen2_moe,
+        complete=_complete_qwen2_moe,
+    ),
     "mixtral": Family(
         "convert_mixtral",
         "MixtralCausalLM",

@@ -8,6 +8,7 @@ covers these numpy calls too, so it knows every part of a variable and can still
 
 import contextlib
 import functools
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import numpy as np
 from kithara_ray.errors import CheckpointError, UnsupportedError
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.facts import stored
 from kithara_ray.hf.tower import in_tower, text_of
 from kithara_ray.model import keras_compat
 from kithara_ray.model.decoder.backbone import DecoderBackbone, fed_variables
@@ -56,7 +58,7 @@ class Piece:
 
     def view(self, base: BaseCheckpoint) -> np.ndarray | mxfp4.Packed:
         """The part in Keras' layout; nothing is read before it is sliced."""
-        tensor = mxfp4.view(base, self.hf_name)
+        tensor = stored.view(base, self.hf_name)
         view = self.of(tensor)
         if tuple(view.shape) != self.shape:
             raise CheckpointError(
@@ -218,21 +220,36 @@ class _Recorder:
 
     Args:
         config: the config.json of the whole model, whose names the ports get. KerasHub asks by those of a text model.
+        tensor: `Family.tensor`.
+
+    Attributes:
+        safetensor_config: None, so that a converter does not print which tensors of a checkpoint it has no use for.
     """
 
-    def __init__(self, config: Mapping):
+    safetensor_config = None
+
+    def __init__(self, config: Mapping, tensor: Callable[[str], str | None]):
         self.ports: list[Port] = []
-        self._config = config
+        self._config, self._tensor = config, tensor
 
     def port_weight(self, keras_variable, hf_weight_key: str, hook_fn: Transform | None = None) -> None:
-        self.assign(keras_variable, _Tensor(self._name(hf_weight_key), hook_fn or _unchanged))
+        name = self._name(hf_weight_key)
+        if name is not None:
+            self.assign(keras_variable, _Tensor(name, hook_fn or _unchanged))
 
-    def _name(self, hf_weight_key: str) -> str:
-        """The tensor's name. Converters may leave out `model.` (qwen3's do), which holds all but the head."""
-        return in_tower(self._config, hf_weight_key)
+    def _name(self, hf_weight_key: str) -> str | None:
+        """The tensor's name; None if the family has no such tensor.
+
+        Converters may leave out `model.` (qwen3's do), which holds all but the head.
+        """
+        name = self._tensor(hf_weight_key)
+        return None if name is None else in_tower(self._config, name)
 
     def get_tensor(self, hf_weight_key: str) -> _Tensor | _Quantised:
         name = self._name(hf_weight_key)
+        if name is None:
+            # As a checkpoint without the tensor; the converter then asks for others.
+            raise KeyError(hf_weight_key)
         for ending, dims in ((mxfp4.BLOCKS, 4), (mxfp4.SCALES, 3)):
             if name.endswith(ending):
                 return _Quantised.of(name.removesuffix(ending), dims)
@@ -267,7 +284,7 @@ def record_ports(family: Family, model, config: Mapping) -> list[Port]:
     Raises:
         UnsupportedError: the converter does not feed a variable, or feeds it twice.
     """
-    recorder = _Recorder(config)
+    recorder = _Recorder(config, family.tensor)
     if isinstance(model.backbone, DecoderBackbone):
         for variable, names, transform in fed_variables(model.backbone):
             if isinstance(names, str):
@@ -277,7 +294,8 @@ def record_ports(family: Family, model, config: Mapping) -> list[Port]:
                 recorder.assign(variable, _Joined(tensors, 0, stacked=True))
     else:
         module = keras_compat.converter_of(family.converter)
-        with recorder.assignments():
+        # qwen3_5's converters print that they compare with no checkpoint.
+        with recorder.assignments(), contextlib.redirect_stdout(io.StringIO()):
             # As a text model's: KerasHub's converter of a wrapper takes the first prefix it tries, since none fails.
             module.convert_weights(model.backbone, recorder, family.for_converter(text_of(config)))
     fed = IdentitySet(port.variable for port in recorder.ports)

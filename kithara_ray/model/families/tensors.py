@@ -8,23 +8,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kithara_ray.errors import CheckpointError, UnsupportedError
-from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint
+from kithara_ray.hf.facts import stored
 from kithara_ray.hf.names import without_wrappers
 from kithara_ray.hf.tied_head import HEAD, check_tied_head, is_tied
 from kithara_ray.hf.tower import in_tower, is_beside, prefix_of, text_of, wrapper_of
 from kithara_ray.hf.unused import is_beyond, layers_of, shares_keys, why_unused
 from kithara_ray.model.decoder.tensors import Dims, tensors_of
-from kithara_ray.model.families import FAMILIES, completed, fields_needed, model_type_of
+from kithara_ray.model.families import FAMILIES, completed, fields_needed, model_type_of, qwen3_5
 
 _GEMMA4 = frozenset({"gemma4_text", "gemma4_unified_text"})
-_QK_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text"}) | _GEMMA4
+_QK_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text", *qwen3_5.FAMILIES}) | _GEMMA4
 _FEEDFORWARD_NORMS = frozenset({"gemma2", "gemma3_text"}) | _GEMMA4
-_BIASED = frozenset({"qwen2"})
+_BIASED = frozenset({"qwen2", "qwen2_moe"})
 # Families without biases, for which transformers reads no such field.
 _UNBIASED = frozenset({"mistral", "mixtral"})
 _DTYPES = ("F32", "BF16", "F16")
 _PREFIX = "model."
+_QWEN_EXPERTS = frozenset({"qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_next"})
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, Dims] | None:
@@ -84,6 +85,10 @@ def _norms(config: Mapping[str, Any], hidden: tuple[str, int]) -> Iterator[tuple
 
 def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
     heads, family = config["num_attention_heads"], config["model_type"]
+    if family in qwen3_5.FAMILIES and config["layer_types"][number] == qwen3_5.LINEAR:
+        for name, dims in qwen3_5.tensors_of_delta_net(config, hidden).items():
+            yield f"linear_attn.{name}", dims
+        return
     per_head, kv_heads = config.get("head_dim"), config.get("num_key_value_heads")
     per_head = config["hidden_size"] // heads if per_head is None else per_head
     kv_heads = heads if kv_heads is None else kv_heads
@@ -95,7 +100,9 @@ def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) 
     if family in _GEMMA4 and shares_keys(config, number):
         lacks = {"k_proj", "v_proj", "k_norm"}
     queries, keys = ("num_attention_heads * head_dim", heads * per_head), ("key heads * head_dim", kv_heads * per_head)
-    outs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    # The second half of a query's width is the gate of the head's output.
+    doubled = ("2 * num_attention_heads * head_dim", 2 * queries[1]) if family in qwen3_5.FAMILIES else queries
+    outs = {"q_proj": doubled, "k_proj": keys, "v_proj": keys}
     outs = {name: out for name, out in outs.items() if name not in lacks}
     biased = bool(config.get("attention_bias")) and family not in _UNBIASED
     for name, out in outs.items():
@@ -114,20 +121,27 @@ def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) 
 
 
 def _feedforward(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
-    inner, family = ("intermediate_size", config["intermediate_size"]), config["model_type"]
+    family, sparse = config["model_type"], config["model_type"] in _QWEN_EXPERTS and _is_sparse(config, number)
+    # qwen3_5_moe has no dense MLP.
+    inner = ("intermediate_size", config.get("intermediate_size") if sparse else config["intermediate_size"])
     if family == "mixtral":
         experts = ("num_local_experts", config["num_local_experts"])
         yield "block_sparse_moe.gate.weight", (experts, hidden)
         for expert in range(experts[1]):
             for name, dims in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden))):
                 yield f"block_sparse_moe.experts.{expert}.{name}.weight", dims
-    elif family == "qwen3_moe" and _is_sparse(config, number):
+    elif sparse:
         experts = ("num_experts", config["num_experts"])
         yield "mlp.gate.weight", (experts, hidden)
         inner = ("moe_intermediate_size", config["moe_intermediate_size"])
         for expert in range(experts[1]):
             for name, dims in _gated(inner, hidden):
                 yield f"mlp.experts.{expert}.{name}.weight", dims
+        if family != "qwen3_moe":
+            inner = ("shared_expert_intermediate_size", config["shared_expert_intermediate_size"])
+            yield "mlp.shared_expert_gate.weight", (("1", 1), hidden)
+            for name, dims in _gated(inner, hidden):
+                yield f"mlp.shared_expert.{name}.weight", dims
     elif family == "gpt_oss":
         experts = ("num_local_experts", config["num_local_experts"])
         both = ("2 * intermediate_size", 2 * inner[1])
@@ -165,9 +179,9 @@ def _gated(inner: tuple[str, int], hidden: tuple[str, int]) -> list[tuple[str, D
 
 
 def _is_sparse(config: Mapping[str, Any], number: int) -> bool:
-    """True if this block of qwen3_moe has experts, as in transformers."""
-    step = config["decoder_sparse_step"]
-    return number not in config["mlp_only_layers"] and config["num_experts"] > 0 and (number + 1) % step == 0
+    """True if this block of a qwen mixture has experts, as in transformers."""
+    step = config.get("decoder_sparse_step", 1)
+    return number not in config.get("mlp_only_layers", ()) and config["num_experts"] > 0 and (number + 1) % step == 0
 
 
 # --- compared with a checkpoint's headers ----------------------------------------------------------------------------
@@ -191,12 +205,12 @@ def check_tensors(base: BaseCheckpoint, trains: bool = True, values: bool = True
     expected = None if quantised and method != "mxfp4" else expected_tensors(base.config)
     if expected is None:
         return []
-    held = {name: mxfp4.names_of(base, name) for name in expected}
+    held = {name: stored.names_of(base, name) for name in expected}
     missing = [name for name, names in held.items() if not all(each in base.tensors for each in names)]
     if missing:
         raise CheckpointError(_missing(base, missing, len(expected)))
     for name, dims in expected.items():
-        shape, wanted = mxfp4.shape_of(base, name), tuple(size for _, size in dims)
+        shape, wanted = stored.shape_of(base, name), tuple(size for _, size in dims)
         if shape != wanted:
             raise CheckpointError(
                 f"{_where(base)}: {name} has shape {shape}, and {CONFIG} gives {wanted}, "

@@ -184,16 +184,19 @@ class _LoraEinsumDense(_SidePath, keras.layers.EinsumDense):
 _ADAPTED = {keras.layers.Dense: _LoraDense, keras.layers.EinsumDense: _LoraEinsumDense}
 
 
-def linear_modules(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.Layer]:
+def linear_modules(backbone, ports: Sequence[Port], hf_config: Mapping) -> dict[str, keras.layers.Layer]:
     """Map HF module name to Keras layer, for every linear layer of the backbone.
 
     The kernel's identity matches a layer to its name: variable paths are not unique in every family.
+
+    Args:
+        hf_config: the base's config.json.
     """
     name_of = IdentityMap((port.variable, port.hf_name) for port in ports)
     layers = [layer for layer in keras_compat.all_layers(backbone) if type(layer) in _ADAPTED]
     named = {name_of[layer.kernel]: layer for layer in layers if layer.kernel in name_of}
     modules = {name.removesuffix(_WEIGHT): named[name] for name in name_of.values() if name in named}
-    return {module: modules[module] for module in linear(_modules(ports)) if module in modules}
+    return {module: modules[module] for module in linear(_modules(ports), hf_config) if module in modules}
 
 
 def _modules(ports: Sequence[Port]) -> list[str]:
@@ -202,10 +205,13 @@ def _modules(ports: Sequence[Port]) -> list[str]:
     return [piece.hf_name.removesuffix(_WEIGHT) for piece in pieces if piece.hf_name.endswith(_WEIGHT)]
 
 
-def inject(backbone, ports: Sequence[Port], config: LoraConfig, alike: bool = False) -> list[Target]:
+def inject(
+    backbone, ports: Sequence[Port], config: LoraConfig, hf_config: Mapping, alike: bool = False
+) -> list[Target]:
     """Adapt every linear layer that `config` targets.
 
     Args:
+        hf_config: the base's config.json.
         alike: give blocks without a target the same side paths, with zero factors, so that one scan still covers all
             blocks.
 
@@ -213,7 +219,7 @@ def inject(backbone, ports: Sequence[Port], config: LoraConfig, alike: bool = Fa
         ConfigError: a target module matches nothing.
         UnsupportedError: a matched layer has an activation or is not a linear map.
     """
-    layers = linear_modules(backbone, ports)
+    layers = linear_modules(backbone, ports, hf_config)
     check_targets(config, list(layers))
     like = {module: module for module in layers if config.matches(module)}
     if alike and not config.use_dora:  # with DoRA, a zero magnitude would change the layer

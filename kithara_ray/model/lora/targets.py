@@ -18,24 +18,32 @@ _WEIGHT = ".weight"
 _EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "lm_head")
 _ROUTERS = ("gate", "router")
 _EXPERTS = ".experts."
+# Mixtures whose experts PEFT does not adapt by an expert's name.
+_BY_LAYER = ("qwen3_5_moe_text", "qwen3_5_moe")
 
 
 def linear_modules_of(base: BaseCheckpoint) -> list[str]:
     """List the text model's modules with a matrix that are linear layers in transformers, except the head."""
     matrices = (name for name, info in base.tensors.items() if name.endswith(_WEIGHT) and len(info.shape) == 2)
     used = (n for n in matrices if is_in_tower(base.config, n) and why_unused(base.config, n) is None)
-    return sorted(linear(name.removesuffix(_WEIGHT) for name in used))
+    return sorted(linear((name.removesuffix(_WEIGHT) for name in used), base.config))
 
 
-def linear(modules: Iterable[str]) -> list[str]:
+def linear(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """Select, from a checkpoint's modules with a matrix, the linear layers in transformers, except the head.
 
     The experts and the router of a mixture are not selected. Transformers holds all experts in one parameter, and PEFT
-    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name.
+    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name. Only in `_BY_LAYER` it
+    takes the name for the layer.
+
+    Args:
+        config: config.json.
     """
     modules = list(modules)
-    apart = {_leaf(module) for module in modules if _EXPERTS in module} | {*_EMBEDDINGS, *_ROUTERS}
-    return [module for module in modules if _leaf(module) not in apart and not _is_router(module)]
+    apart = {*_EMBEDDINGS, *_ROUTERS}
+    if config.get("model_type") not in _BY_LAYER:
+        apart |= {_leaf(module) for module in modules if _EXPERTS in module}
+    return [module for module in modules if not (_leaf(module) in apart or _EXPERTS in module or _is_router(module))]
 
 
 def _is_router(module: str) -> bool:
@@ -51,7 +59,11 @@ def other_modules_of(base: BaseCheckpoint) -> list[str]:
     A target that matches one of them is an error in PEFT, or an adapter that this library does not have.
     """
     linear = set(linear_modules_of(base))
-    modules = {name.rpartition(".")[0] for name in base.tensors}
+    names = base.tensors
+    if base.config.get("model_type") in _BY_LAYER:
+        # An expert is no module, but a part of a parameter.
+        names = [name for name in names if _EXPERTS not in name]
+    modules = {name.rpartition(".")[0] for name in names}
     parents = {module[: match.start()] for module in modules for match in re.finditer(r"\.", module)}
     # A tied head is a module without a tensor; activations and rotary embeddings never have one.
     activations = {f"{module}.act_fn" for module in parents if module.endswith(".mlp")}

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kithara_ray.errors import CheckpointError
-from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.facts import stored
 from kithara_ray.hf.tied_head import HEAD, is_tied
 from kithara_ray.hf.tower import is_beside
 from kithara_ray.hf.unused import why_unused
@@ -198,7 +198,7 @@ def check_complete(base: BaseCheckpoint, ports: Sequence[Port]) -> None:
         CheckpointError: names the tensors.
     """
     check_tensors(base)
-    needed = {name for port in ports for piece in port.pieces for name in mxfp4.names_of(base, piece.hf_name)}
+    needed = {name for port in ports for piece in port.pieces for name in stored.names_of(base, piece.hf_name)}
     missing = sorted(needed - set(base.names))
     if missing:
         raise CheckpointError(f"{base.directory}: {len(missing)} tensors are missing, the first is {missing[0]}")
