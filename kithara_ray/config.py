@@ -18,7 +18,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import ray.train
 from pydantic import Discriminator, Field, Tag, ValidationError
@@ -86,10 +86,13 @@ DATASET_SECTIONS = {
     )
     for name, dataset in DATASETS.items()
 }
-_OneDataset = Annotated[
-    typing.Union[tuple(Annotated[section, Tag(name)] for name, section in DATASET_SECTIONS.items())],  # noqa: UP007
-    Discriminator("type"),
-]
+if TYPE_CHECKING:  # a section made from a signature has attributes that only the run knows
+    _OneDataset: TypeAlias = Any
+else:
+    _OneDataset = Annotated[
+        typing.Union[tuple(Annotated[section, Tag(name)] for name, section in DATASET_SECTIONS.items())],  # noqa: UP007
+        Discriminator("type"),
+    ]
 
 
 class MixedSection(Section):
@@ -213,18 +216,31 @@ class OptimizerSection(Section):
         return WarmupSchedule(self.learning_rate, schedule.name, total, warmup, schedule.final)
 
 
+if TYPE_CHECKING:
+    _Model: TypeAlias = Any
+    _Dataloader: TypeAlias = Any
+    _Trainer: TypeAlias = Any
+    _Scaling: TypeAlias = Any
+    _Run: TypeAlias = Any
+    _Export: TypeAlias = Any
+    _Tune: TypeAlias = Any
+else:
+    _Model, _Dataloader, _Trainer = ModelSection, DataloaderSection, TrainerSection
+    _Scaling, _Run, _Export, _Tune = ScalingSection, RunSection, ExportSection, TuneSection
+
+
 class Config(Section):
     """A whole run."""
 
-    model: ModelSection
-    train_dataloader: DataloaderSection
-    eval_dataloader: DataloaderSection | None = None
+    model: _Model
+    train_dataloader: _Dataloader
+    eval_dataloader: _Dataloader | None = None
     optimizer: OptimizerSection
-    trainer: TrainerSection = Field(default_factory=TrainerSection)
-    scaling_config: ScalingSection | None = None
-    run_config: RunSection | None = None
-    exports: list[ExportSection] = Field(default_factory=list)
-    tune: TuneSection | None = None
+    trainer: _Trainer = Field(default_factory=TrainerSection)
+    scaling_config: _Scaling | None = None
+    run_config: _Run | None = None
+    exports: list[_Export] = Field(default_factory=list)
+    tune: _Tune | None = None
 
 
 @dataclass
@@ -315,11 +331,17 @@ def dataloader(section: Any, config: Config) -> Dataloader:
 
 def _dataset(section: Section, config: Config) -> RowDataset | MixedDataset:
     arguments = section.given()
-    if (kind := arguments.pop("type")) == "mix":
-        parts = [(_dataset(part.dataset, config), part.weight) for part in arguments.pop("datasets")]
-        return mix(parts, **arguments)
+    if arguments["type"] != "mix":
+        return _one_dataset(section, config)
+    parts = [(_one_dataset(part.dataset, config), part.weight) for part in arguments.pop("datasets")]
+    arguments.pop("type")
+    return mix(parts, **arguments)
+
+
+def _one_dataset(section: Section, config: Config) -> RowDataset:
+    arguments = section.given()
     arguments.setdefault("tokenizer_handle", config.model.preset_handle)
-    return DATASETS[kind](**arguments)
+    return DATASETS[arguments.pop("type")](**arguments)
 
 
 def _ray_config(kind: type, section: Section | None) -> Any:

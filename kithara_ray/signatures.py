@@ -46,7 +46,7 @@ def section_of(
         more: further keys of the section, as pydantic's create_model takes them.
     """
     parameters = inspect.signature(function).parameters
-    fields: dict[str, tuple[Any, Any]] = dict(more)
+    fields: dict[str, Any] = dict(more)
     unsaid = dict(left_out)
     for parameter in parameters.values():
         is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)

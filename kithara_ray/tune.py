@@ -44,7 +44,9 @@ def search(
     config = trainer_factory
     if not isinstance(config, Config):
         config = configuration.load(config)
-    given = (config.tune.given() if config.tune else {}) | settings | ({} if space is None else {"space": space})
+    given: dict[str, Any] = {**(config.tune.given() if config.tune else {}), **settings}
+    if space is not None:
+        given["space"] = space
     if not given.get("space"):
         raise ConfigError(
             'a search needs a space: give tune.space in the configuration, as "optimizer.learning_rate": '

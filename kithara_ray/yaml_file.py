@@ -48,13 +48,13 @@ for _kind, _pattern, _first in (
     _Loader.add_implicit_resolver(_TAG + _kind, re.compile(rf"^(?:{_pattern})$"), _first)
 
 
-def _integer(loader: yaml.Loader, node: yaml.ScalarNode) -> int:
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     return int(text, base)
 
 
-def _number(loader: yaml.Loader, node: yaml.ScalarNode) -> float:
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
     text = loader.construct_scalar(node).lower()
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
@@ -130,7 +130,8 @@ def put(raw: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> No
         ConfigError: there is no such place.
     """
     place: Any = raw
-    for number, key in enumerate(keys):
+    for number, name in enumerate(keys):
+        key: Any = name
         if isinstance(place, list):
             if not key.isdigit() or int(key) >= len(place):
                 raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a list of {len(place)}; give 0, 1, ...")
@@ -154,8 +155,8 @@ def _check_events(text: str, name: str) -> None:
             depth -= 1
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
-        if getattr(event, "tag", None):
-            raise ConfigError(f"{name}:{event.start_mark.line + 1}: the tag {event.tag!r} is not taken; leave it out")
+        if tag := getattr(event, "tag", None):
+            raise ConfigError(f"{name}:{event.start_mark.line + 1}: the tag {tag!r} is not taken; leave it out")
         if depth > MAX_DEPTH:
             raise ConfigError(f"{name}:{event.start_mark.line + 1}: nested more than {MAX_DEPTH} deep")
         if aliases > MAX_ALIASES:
@@ -203,7 +204,7 @@ def _check_keys(node: yaml.Node, where: Where, lines: dict[Where, int], name: st
         _check_keys(child, place, lines, name)
 
 
-def _fill_in(node: yaml.Node, loader: yaml.Loader, name: str, seen: set[int]) -> None:
+def _fill_in(node: yaml.Node, loader: yaml.SafeLoader, name: str, seen: set[int]) -> None:
     """Replace `${NAME}` in values by environment variables."""
     if id(node) in seen:  # an alias
         return

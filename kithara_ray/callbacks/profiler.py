@@ -38,11 +38,12 @@ class Tracer:
     """A trace of the chosen steps; `settings` None traces nothing. A failed trace does not end the run."""
 
     def __init__(self, settings: Profiler | None):
-        self._settings, self._local, self._done = settings, None, settings is None
+        self._settings, self._done = settings, settings is None
+        self._local: str | None = None
 
     def before(self, step: int, state: Any) -> None:
         """Start the trace if `step`, which is about to start with `state`, is the first to trace."""
-        if self._done or step != self._settings.steps[0]:
+        if self._settings is None or self._done or step != self._settings.steps[0]:
             return
         import jax
 
@@ -56,7 +57,7 @@ class Tracer:
 
     def after(self, step: int, state: Any) -> None:
         """End the trace if `step`, which has started and returns `state`, is the last to trace."""
-        if not self._done and self._local is not None and step >= self._settings.steps[1]:
+        if self._settings is not None and self._local is not None and step >= self._settings.steps[1]:
             self.finish(state)
 
     def finish(self, state: Any = None) -> None:
@@ -74,6 +75,8 @@ class Tracer:
             self._give_up(error)
 
     def _publish(self) -> None:
+        assert self._settings is not None
+        assert self._local is not None
         place = Place(self._settings.directory)
         if place.is_local:
             return
@@ -88,4 +91,5 @@ class Tracer:
 
     def _give_up(self, error: Exception) -> None:
         self._done = True
+        assert self._settings is not None
         logger.warning("steps %s were not traced: %s: %s", self._settings.steps, type(error).__name__, error)

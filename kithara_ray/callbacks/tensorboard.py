@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kithara_ray.callbacks.callback import Callback, RunInfo
 from kithara_ray.storage.places import Place
@@ -39,7 +40,7 @@ class TensorBoard(Callback):
         place.put_bytes(b"", "", f".probe-{run.name}")
         place.remove("", [f".probe-{run.name}"])
         self._local = Path(place.path() if place.is_local else tempfile.mkdtemp(prefix="kithara_ray_events_"))
-        purge = {"purge_step": run.step + 1} if run.step else {}
+        purge: dict[str, Any] = {"purge_step": run.step + 1} if run.step else {}
         self._writer = SummaryWriter(str(self._local), flush_secs=_FLUSH_S, **purge)
         self._put_at = time.monotonic()
 
@@ -53,7 +54,7 @@ class TensorBoard(Callback):
         self._writer.add_text("outcome", error or outcome, run.total_steps)
         self._writer.close()
         self._put()
-        if not Place(self.directory).is_local:
+        if not Place(self.directory).is_local and self._local is not None:
             shutil.rmtree(self._local, ignore_errors=True)
 
     def _write(self, group: str, step: int, metrics: Mapping[str, float]) -> None:
@@ -66,7 +67,7 @@ class TensorBoard(Callback):
 
     def _put(self) -> None:
         place = Place(self.directory)
-        if not place.is_local:
+        if not place.is_local and self._local is not None:
             for path in self._local.iterdir():
                 place.put(path, "", path.name)
         self._put_at = time.monotonic()

@@ -48,7 +48,14 @@ def directory_name(step: int, attempt: str) -> str:
 
 
 def step_of(directory: str) -> int:
-    return int(_DIRECTORY.fullmatch(directory)[1])
+    return int(_groups(_DIRECTORY, directory)[0])
+
+
+def _groups(pattern: re.Pattern[str], name: str) -> tuple[str, ...]:
+    """Return the groups of a name of this format."""
+    found = pattern.fullmatch(name)
+    assert found is not None, name
+    return found.groups()
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -99,7 +106,7 @@ def commit(
     """
     files = {}
     for name, size_bytes in parts_of(place, directory, num_ranks).values():
-        files[name] = {"bytes": size_bytes, "sha256": _PART.fullmatch(name)[3]}
+        files[name] = {"bytes": size_bytes, "sha256": _groups(_PART, name)[2]}
     assert len(files) == num_ranks, f"{len(files)} of {num_ranks} parts"
     raw = json.dumps(list(events)).encode()
     digest = hashlib.sha256(raw).hexdigest()
@@ -343,13 +350,15 @@ class Keep:
         return min(newest_first, key=lambda name: self._badness(kept[name]), default=None)
 
     def _badness(self, metrics: Mapping[str, float]) -> float:
-        value = metrics.get(self.score) if self.score else 0.0
+        return self._badness_of(metrics.get(self.score) if self.score else 0.0)
+
+    def _badness_of(self, value: float | None) -> float:
         if value is None or not math.isfinite(value):
             return math.inf
         return -value if self.order == "max" else value
 
     def since_best(self, scores: Sequence[float]) -> int:
         """Count the evaluations since the best score; all of them if no score is finite."""
-        badness = [self._badness({self.score: score}) for score in scores]
+        badness = [self._badness_of(score) for score in scores]
         finite = [value for value in badness if value < math.inf]
         return len(scores) - 1 - badness.index(min(finite)) if finite else len(scores)

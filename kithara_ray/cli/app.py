@@ -193,7 +193,7 @@ def submit(
     if config is not None:
         job = jobs.submit(client, config, overrides or (), working_dir, python, "tune" if search else "train")
         typer.echo(f"submitted {job}; follow: --job {job}, stop: --stop {job}")
-    if follow or config is None:
+    if job is not None and (follow or config is None):
         jobs.follow(client, job, lambda text: typer.echo(text, nl=False))
         typer.echo(f"{job} succeeded")
 

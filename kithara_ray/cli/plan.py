@@ -62,8 +62,8 @@ class Sweep:
                 *known,
                 str(made.settings["per_device_batch_size"]),
                 needs,
-                f"{made.step_time_s_bound * 1e3:.0f} ms",
-                f"{made.tokens_per_s_bound:,.0f}",
+                "" if made.step_time_s_bound is None else f"{made.step_time_s_bound * 1e3:.0f} ms",
+                "" if made.tokens_per_s_bound is None else f"{made.tokens_per_s_bound:,.0f}",
                 made.bound_by,
                 "the smallest that fits" if smallest else "",
             )

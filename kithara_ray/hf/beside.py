@@ -119,7 +119,7 @@ def normal(config: LoraConfig, base: BaseCheckpoint) -> dict[str, Any]:
             f"modules_to_save, trainable_token_indices: {base.directory} has no {EMBEDDING}{WEIGHT}; leave them out"
         )
     for name, rows in tokens.items():
-        beyond = [row for row in rows if row >= vocabulary]
+        beyond = [row for row in rows if vocabulary is not None and row >= vocabulary]
         if beyond:
             raise ConfigError(
                 f"trainable_token_indices: token {beyond[0]} of {name!r} is beyond the base's {vocabulary} rows. "

@@ -46,11 +46,17 @@ class BaseIdentity:
         return self.name is not None and not is_url(self.name) and not self.name.startswith("/")
 
     @property
-    def handle(self) -> str | None:
-        """The handle that `fetch` takes."""
+    def place(self) -> str:
+        """The name of a base that has one."""
+        assert self.name is not None
+        return self.name
+
+    @property
+    def handle(self) -> str:
+        """The handle that `fetch` takes, of a base that has a name."""
         if not self.is_hub:
-            return self.name
-        return f"hf://{self.name}" + (f"@{self.revision}" if self.revision else "")
+            return self.place
+        return f"hf://{self.place}" + (f"@{self.revision}" if self.revision else "")
 
     def __str__(self) -> str:
         return repr(self.name) + (f" at revision {self.revision!r}" if self.revision else "")
@@ -160,7 +166,7 @@ def _difference(trained: BaseIdentity, base: BaseCheckpoint, handle: str) -> str
         return _differ(own.fingerprint(), base)
     if trained.is_hub and _same_name(trained, given):
         return f"the revision of this one is {given.revision or 'not known'}"
-    if _last(trained.name) != _last(given.name):
+    if _last(trained.place) != _last(given.place):
         return "another name, and neither has a fingerprint to compare"
     log.warning(
         "the adapter was trained on %s. That %r has the same weights cannot be seen from here: the names agree, and "
@@ -176,7 +182,8 @@ def _differ(fingerprint: str, base: BaseCheckpoint) -> str | None:
 
 def _same_place(trained: BaseIdentity, given: BaseIdentity, asked: str | None) -> bool:
     if not _same_name(trained, given):
-        return trained.name.startswith("/") and given.name.startswith("/") and _same_directory(trained.name, given.name)
+        ours, theirs = trained.place, given.place
+        return ours.startswith("/") and theirs.startswith("/") and _same_directory(ours, theirs)
     if not trained.is_hub or trained.revision is None or trained.revision in (given.revision, asked or "main"):
         return True
     is_commit = _COMMIT.fullmatch(trained.revision) is not None
@@ -186,7 +193,7 @@ def _same_place(trained: BaseIdentity, given: BaseIdentity, asked: str | None) -
 def _same_name(one: BaseIdentity, other: BaseIdentity) -> bool:
     """Compare two names; the Hub ignores their case."""
     if one.is_hub and other.is_hub:
-        return one.name.lower() == other.name.lower()
+        return one.place.lower() == other.place.lower()
     return one.name == other.name
 
 
@@ -196,8 +203,8 @@ def _same_directory(one: str, other: str) -> bool:
 
 def _on_this_host(trained: BaseIdentity) -> BaseCheckpoint | None:
     """Open the base that the adapter was trained on, if this host has its weights."""
-    directory = fetched_from_hub(trained.handle) if trained.is_hub else Path(trained.name)
-    if directory is None or is_url(trained.name) or not (directory / CONFIG).is_file():
+    directory = fetched_from_hub(trained.handle) if trained.is_hub else Path(trained.place)
+    if directory is None or is_url(trained.place) or not (directory / CONFIG).is_file():
         return None
     try:
         return BaseCheckpoint.open(directory)

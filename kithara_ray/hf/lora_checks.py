@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from kithara_ray.errors import ConfigError, UnsupportedError
 
@@ -10,7 +10,7 @@ ALL_LINEAR = "all-linear"  # PEFT's word, in upper or lower case, for every line
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     # An integer too large for float64 cannot scale anything.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
@@ -43,7 +43,7 @@ def checked_exclusions(given: object) -> tuple[str, ...] | str | None:
 def checked_layers(given: object) -> tuple[int, ...] | None:
     if given is None or (isinstance(given, list | tuple) and not given):
         return None
-    layers = tuple(given) if isinstance(given, list | tuple) else (given,)
+    layers: tuple[Any, ...] = tuple(given) if isinstance(given, list | tuple) else (given,)
     if not all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers):
         raise ConfigError(f"layers_to_transform must be a layer's number >= 0 or a list of them, got {given!r}")
     return layers
@@ -62,10 +62,11 @@ def checked_layer_patterns(given: object) -> tuple[str, ...] | None:
 
 def checked_modules(given: object) -> tuple[str, ...]:
     """Return the embedding and the head by the last part of their names, in this order."""
-    entries = given if isinstance(given, list | tuple | set | frozenset) else (given,) if given else ()
-    if not all(isinstance(entry, str) for entry in entries):
+    entries = tuple(given) if isinstance(given, list | tuple | set | frozenset) else (given,) if given else ()
+    names = [entry for entry in entries if isinstance(entry, str)]
+    if len(names) != len(entries):
         raise ConfigError(f"modules_to_save must be a module's name or a list of them, got {given!r}")
-    leaves = {entry.rpartition(".")[2] for entry in entries}
+    leaves = {name.rpartition(".")[2] for name in names}
     other = sorted(leaves - {EMBEDDING, HEAD})
     if other:
         raise UnsupportedError(

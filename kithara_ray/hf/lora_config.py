@@ -295,7 +295,7 @@ def is_named(entries: Iterable[str] | str, module: str) -> bool:
     return any(module == entry or module.endswith(f".{entry}") for entry in entries)
 
 
-def _or_none(value: object) -> object:
+def _or_none(value: Any) -> Any:
     """Return None for an empty value, as PEFT treats it."""
     return None if value in ([], {}) else value
 

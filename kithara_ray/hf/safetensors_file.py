@@ -167,7 +167,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
     with path.open("wb") as stream:
         stream.write(pack_header(((n, TAGS[arrays[n].dtype], arrays[n].shape) for n in names), metadata))
         for name in names:
-            stream.write(_raw(arrays[name]))
+            stream.write(raw_bytes(arrays[name]))
 
 
 def write_blocks(
@@ -180,8 +180,9 @@ def write_blocks(
     with path.open("wb") as stream:
         stream.write(pack_header(entries, metadata))
         for block in blocks:
-            stream.write(_raw(block))
+            stream.write(raw_bytes(block))
 
 
-def _raw(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """Return an array's bytes, row-major, as a view of it if it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -28,7 +28,7 @@ from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
-from kithara_ray.model.weights.quantized import Int8
+from kithara_ray.model.weights.quantized import Int8, in_floats
 from kithara_ray.sharding.mesh import BATCH_AXES
 
 
@@ -107,7 +107,7 @@ class CausalLM(ModelArrays):
     def head_weights(self, params: Params, frozen: Frozen) -> list[jax.Array]:
         """The weights that `head_V` computes with: the head's own weight, or the embedding that it is tied to."""
         array_of = IdentityMap(zip(self.slots, self.weights_of(params, frozen), strict=True))
-        return [array_of[slot] for slot in self._head_slots()]
+        return [in_floats(array_of[slot]) for slot in self._head_slots()]
 
     @property
     def trains_head(self) -> bool:
@@ -147,13 +147,13 @@ class CausalLM(ModelArrays):
             elif unstack:
                 yield from zip(slot.variables, factors[slot.key], strict=True)
 
-    def _values(self, factors: Factors, frozen: Frozen) -> IdentityMap[keras.Variable, jax.Array]:
+    def _values(self, factors: Factors, frozen: Frozen) -> IdentityMap[keras.Variable, jax.Array | Int8]:
         """The value of every variable that is not stacked."""
         plain = ((slot, array) for slot, array in zip(self.slots, frozen, strict=True) if not slot.stacked)
         values = IdentityMap((slot.ports[0].variable, array) for slot, array in plain)
         return values | IdentityMap(self._each_factor(factors, unstack=False))
 
-    def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[list[jax.Array]]]:
+    def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[list[jax.Array | Int8]]]:
         """The values of all steps, for each section, each place of its period and each variable of its block."""
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
@@ -163,12 +163,12 @@ class CausalLM(ModelArrays):
         peers, layouts = self.chain.peers(), self._layouts()
         single = self._values(factors, frozen)
 
-        def all_steps(variable: keras.Variable, steps: int) -> jax.Array:
+        def all_steps(variable: keras.Variable, steps: int) -> jax.Array | Int8:
             if variable in arrays:
                 return arrays[variable]
             if ports.is_seed(variable):
                 return jnp.zeros((steps, *variable.shape), variable.dtype)
-            of_all = jnp.stack([single[peer] for peer in peers[variable]])
+            of_all = jnp.stack([in_floats(single[peer]) for peer in peers[variable]])
             return self._constrain(of_all, None, *layouts.get(variable, ()))
 
         return [

@@ -19,7 +19,7 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.model import keras_compat
 from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
 from kithara_ray.model.identity import IdentityMap
-from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, replicated
+from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, from_parts, replicated
 
 # Round lengths up to this, so that prompts of similar length share a compiled program.
 _LENGTH_MULTIPLE = 16
@@ -68,10 +68,7 @@ class Decoder:
             token_ids[row, : len(prompt)] = prompt
             given[row, : len(prompt)] = True
         sharding = batch_sharding(self._model.mesh)
-        return tuple(
-            jax.make_array_from_callback(shape, sharding, lambda index, array=array: array[index])
-            for array in (token_ids, given)
-        )
+        return from_parts(shape, sharding, token_ids.__getitem__), from_parts(shape, sharding, given.__getitem__)
 
 
 def _cut(row: list[int], prompt: int, max_length: int, stop: tuple[int, ...]) -> list[int]:

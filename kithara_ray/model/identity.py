@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
+W = TypeVar("W")
 
 
 class IdentityMap(MutableMapping[K, V], Generic[K, V]):
@@ -20,7 +21,8 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
 
     def __init__(self, pairs: Mapping[K, V] | Iterable[tuple[K, V]] = ()):
         self._entries: dict[int, tuple[K, V]] = {}
-        for key, value in pairs.items() if isinstance(pairs, Mapping) else pairs:
+        entries: Iterable[Any] = pairs.items() if isinstance(pairs, Mapping) else pairs
+        for key, value in entries:
             self[key] = value
 
     def __getitem__(self, key: K) -> V:
@@ -44,12 +46,15 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __or__(self, other: "IdentityMap[K, V]") -> "IdentityMap[K, V]":
+    def __or__(self, other: "IdentityMap[K, W]") -> "IdentityMap[K, V | W]":
         return IdentityMap([*self.items(), *other.items()])
 
     # A map equals only itself: Mapping's own comparison would hash the keys.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __repr__(self) -> str:
         return f"IdentityMap({[_shown(key) for key in self]})"

@@ -79,7 +79,7 @@ def without_values() -> Iterator[None]:
     from keras.src.backend.common import global_state
 
     # Copy the list: Keras appends to the original.
-    before = list(global_state.get_global_attribute("uninitialized_variables", []))
+    before = list(global_state.get_global_attribute("uninitialized_variables", []) or [])
     try:
         with keras.StatelessScope(initialize_variables=False):
             yield

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.model import keras_compat
@@ -24,9 +25,7 @@ def prepare() -> None:
         ConfigError: Keras was imported before with another backend.
     """
     os.environ["KERAS_BACKEND"] = "jax"
-    for name in _UNUSED:
-        if name not in sys.modules:
-            sys.modules[name] = None
+    _hide([name for name in _UNUSED if name not in sys.modules])
     with _hidden(_UNUSED_BY_KERAS):
         import keras
 
@@ -47,10 +46,17 @@ def keep_compiled(platform: str) -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None and platform == "tpu":
+    config: Any = jax.config  # its settings are attributes made at run time
+    if config.jax_compilation_cache_dir is None and platform == "tpu":
         from kithara_ray.storage.urls import cache_dir
 
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+
+
+def _hide(names: Iterable[str]) -> None:
+    """Make imports of these modules fail, as if they were not installed."""
+    modules: Any = sys.modules  # an entry may be None, which typeshed does not know
+    modules.update(dict.fromkeys(names))
 
 
 @contextlib.contextmanager
@@ -68,7 +74,7 @@ def without_tensorflow() -> Iterator[None]:
 def _hidden(names: Iterable[str]) -> Iterator[None]:
     """Let imports of these modules fail inside this context, unless they are loaded already."""
     hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    _hide(hidden)
     try:
         yield
     finally:

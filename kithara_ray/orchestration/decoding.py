@@ -20,9 +20,10 @@ class Decoding:
 
     def __init__(self, weights: Weights, mesh: MeshShape | None = None):
         checkpoint = BaseCheckpoint.open(fetch(weights.base))
-        lora = weights.lora if weights.adapter is not None else None
+        adapter = weights.adapter if weights.lora is not None else None
+        lora = weights.lora if adapter is not None else None
         self.model = build(checkpoint.config, lora, make_mesh(mesh), weights.precision, scan=False)
-        factors = self.model.place_factors(weights.adapter) if lora is not None else {}
+        factors = self.model.place_factors(adapter) if adapter is not None else {}
         self.frozen = self.model.load(checkpoint)
         self._decoder = Decoder(self.model, factors, self.frozen)
         self._stop = stops_of(checkpoint.config, read_generation(checkpoint.directory))

@@ -1,7 +1,7 @@
 """The model handle of the public API. It holds the base's location and the trained tensors, never base weights."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -283,11 +283,14 @@ class KerasHubModel:
             where = (request.output_dir, request.layout, max_files, request.check_logits)
             return coordinator.export.remote(AdapterExport(adapter, *where, options))
 
-        return adapters.ask(export, self.adapter_ref(self.run_directory), self.adapter)
+        return self.ask_with_adapter(export, self.run_directory)
 
-    def adapter_ref(self, directory: str | None) -> AdapterRef:
-        """Return the coordinator's reference to the adapter; `directory` is the run's."""
-        return AdapterRef(self.preset_handle, self.lora, adapters.digest_of(self.adapter), directory)
+    def ask_with_adapter(self, call: Callable[[AdapterRef], Any], directory: str | None) -> Any:
+        """Call the coordinator with a reference to the adapter; see `adapters.ask`. `directory` is the run's."""
+        assert self.lora is not None
+        assert self.adapter is not None
+        reference = AdapterRef(self.preset_handle, self.lora, adapters.digest_of(self.adapter), directory)
+        return adapters.ask(call, reference, self.adapter)
 
     def check_destination(self, output_dir: str) -> None:
         """Check before a long training that `save_in_hf_format` could write there, by creating and deleting an object.

@@ -117,7 +117,7 @@ def check_size(directory: Path) -> int:
     if LIMIT_BYTES < total < _ZIPPED_TO_SEE * LIMIT_BYTES:
         packed = _zipped_bytes(directory)
     if packed > LIMIT_BYTES:
-        largest = sorted(sizes, key=sizes.get, reverse=True)[:3]
+        largest = sorted(sizes, key=lambda path: sizes[path], reverse=True)[:3]
         shown = ", ".join(f"{path.relative_to(directory)} {sizes[path] / 1e6:.0f} MB" for path in largest)
         raise ConfigError(
             f"{directory} has {total / 1e6:.0f} MB, packed more than Ray's limit of {LIMIT_BYTES / 1e6:.0f} MB; the "
@@ -271,7 +271,7 @@ def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None], 
 
 def _tail(client: JobSubmissionClient, job: str, skip: int) -> Iterator[str]:
     """Yield the log from character `skip` on; each connection starts at the beginning of the log."""
-    lines = client.tail_job_logs(job)
+    lines: Any = client.tail_job_logs(job)  # an asynchronous generator
     loop = asyncio.new_event_loop()
     try:
         seen = 0

@@ -26,7 +26,6 @@ from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
 from kithara_ray.orchestration.driver.run_spec import run_spec, tokenized
 from kithara_ray.orchestration.driver.samples import Samples
-from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.ray_channel import RayChannel
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.preflight import memory_fit
@@ -213,6 +212,7 @@ class Trainer:
                 manifest.write_report(coordinator, {"events": _events_so_far(coordinator), "samples": samples.rows})
                 raise
         events, summary = remote_get(coordinator.events.remote(0)), ended.return_value
+        assert summary is not None  # rank 0 of a run that ended well returns it
         # Ray names a directory on an object store without its scheme.
         directory = ended.path if Place(spec.directory).is_local else spec.directory
         result = result_of(events, directory, summary)
@@ -277,7 +277,7 @@ class Trainer:
         model.set_adapter(remote_get(coordinator.adapter.remote(made, summary.get("checkpoint"))))
         if not (is_url(directory) or os.path.isabs(directory)):
             return directory
-        return adapters.ask(coordinator.write_adapter.remote, model.adapter_ref(directory), model.adapter)
+        return model.ask_with_adapter(coordinator.write_adapter.remote, directory)
 
 
 def _asked_of(model: KerasHubModel) -> ModelRequest:

@@ -89,6 +89,7 @@ class Slice:
     @property
     def accelerator_type(self) -> str:
         """The TPU_ACCELERATOR_TYPE of this slice's hosts."""
+        assert self.chip is not None, f"{self.name} is no TPU slice of a known generation"
         return f"{self.chip.accelerator}-{self.chips * self.chip.per_name}"
 
 

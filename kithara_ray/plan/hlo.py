@@ -183,7 +183,7 @@ def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
     known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)[1]
+    condition = _groups(r"condition=%([\w.\-]+)", loop)[0]
     found = [i for i in computations[condition].values() if i.opcode == "constant" and i.arrays[0].dims == ()]
     limits = [int(m[1]) for i in found if (m := re.match(r"(\d+)", i.literal))]
     return max(limits, default=1)
@@ -192,10 +192,18 @@ def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
+def _groups(pattern: str, instruction: Instruction) -> tuple[str, ...]:
+    """Return the groups of a pattern that this kind of instruction always has among its attributes."""
+    found = re.search(pattern, instruction.attributes)
+    if found is None:
+        raise ValueError(f"{instruction.name}: no {pattern} in {instruction.attributes[:200]}")
+    return found.groups()
+
+
 def _flops(instruction: Instruction, computation: Computation) -> float:
     if instruction.opcode == "dot":
         lhs = computation[instruction.operands[0]].arrays[0].dims
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)[1]
+        (contracted,) = _groups(r"lhs_contracting_dims=\{([\d,]*)\}", instruction)
         return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(lhs[int(d)] for d in contracted.split(",") if d)
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, computation)
@@ -206,10 +214,10 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
     """FLOPs of a convolution, counting only window positions inside the input. A TPU computes products this way."""
     lhs, rhs = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     out = instruction.arrays[0].dims
-    labels = re.search(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", instruction.attributes)
+    lhs_labels, rhs_labels, out_labels = _groups(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", instruction)
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     given = dict(part.split("=") for part in window[1].split()) if window else {}
-    spatial = sorted(label for label in labels[1] if label.isdigit())
+    spatial = sorted(label for label in lhs_labels if label.isdigit())
 
     def per_dim(name: str, default: str) -> list[str]:
         return given[name].split("x") if name in given else [default] * len(spatial)
@@ -218,15 +226,15 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
     columns = zip(spatial, per_dim("size", "1"), per_dim("stride", "1"), per_dim("pad", "0_0"),
                   per_dim("lhs_dilate", "1"), per_dim("rhs_dilate", "1"), strict=True)  # fmt: skip
     for label, size, stride, pad, lhs_dilate, rhs_dilate in columns:
-        width, places = lhs[labels[1].index(label)], out[labels[3].index(label)]
+        width, places = lhs[lhs_labels.index(label)], out[out_labels.index(label)]
         low, spread = int(pad.split("_")[0]), int(lhs_dilate)
         reach = [
             place * int(stride) + tap * int(rhs_dilate) - low for place in range(places) for tap in range(int(size))
         ]
         valid *= sum(0 <= at <= (width - 1) * spread and at % spread == 0 for at in reach)
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    batch, features = lhs[labels[1].index("b")], rhs[labels[2].index("i")]
-    produced = rhs[labels[2].index("o")]
+    batch, features = lhs[lhs_labels.index("b")], rhs[rhs_labels.index("i")]
+    produced = rhs[rhs_labels.index("o")]
     return 2.0 * batch / (int(groups[1]) if groups else 1) * features * produced * valid
 
 

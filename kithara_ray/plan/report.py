@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from kithara_ray.model.options import KEEPS_ATTENTION, fuses_backward
 from kithara_ray.plan import terms
@@ -16,6 +16,20 @@ _GIB = 2**30
 _PROCESS_BYTES = 1_000_000_000
 # Upper bound: no chip has more VMEM.
 _MOST_VMEM_BYTES = 2**27
+
+
+class Hbm(TypedDict):
+    """Bytes of one chip's memory; see `Plan.hbm_bytes_per_chip`."""
+
+    frozen: int
+    adapter: int
+    optimizer: int
+    batch: int
+    kept_activations: int
+    temporaries: int
+    program: int | None  # known once the step is compiled
+    total: int
+    available: int | None  # None for an unknown chip
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Plan:
     estimated_because: str | None
     fits: bool | None
     refusal: str | None
-    hbm_bytes_per_chip: dict[str, int | None]
+    hbm_bytes_per_chip: Hbm
     flops_per_token: dict[str, float]
     flops_per_step: float
     hbm_traffic_bytes_per_step: float | None
@@ -143,7 +157,7 @@ def assemble(
         collective_bytes_per_step=collectives,
         step_time_s=times,
         step_time_s_bound=bound,
-        bound_by=max(times, key=times.get) if times else None,
+        bound_by=max(times, key=lambda part: times[part]) if times else None,
         tokens_per_step=tokens,
         tokens_per_s_bound=tokens / bound if bound else None,
         mfu_bound=model_flops / peak / bound if bound else None,
@@ -163,10 +177,10 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _hbm(request, where: Slice, found, counts: Counts) -> dict[str, int | None]:
+def _hbm(request, where: Slice, found, counts: Counts) -> Hbm:
     width = _width(request)
     rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
-    parts = dict(found["bytes"])
+    parts: Any = dict(found["bytes"])
     parts["kept_activations"] = terms.kept_bytes(counts, request["seq_len"], rows, width, request["remat"])
     arguments = sum(found["bytes"].values())
     if "memory" in found:
@@ -245,12 +259,13 @@ def _cost(price, tokens_per_epoch, chips: int, tokens_per_step: int, bound: floa
     }
 
 
-def _advice(request, where: Slice, found, hbm, counts: Counts) -> list[str]:
+def _advice(request, where: Slice, found, hbm: Hbm, counts: Counts) -> list[str]:
     """Single changes that would each make the run fit, cheapest first. All are estimates, never compiled."""
-    split = sum(hbm[part] for part in ("frozen", "adapter", "optimizer"))
+    split = hbm["frozen"] + hbm["adapter"] + hbm["optimizer"]
     rest = hbm["total"] - split
 
     def fits(rest: float, slice: Slice = where) -> bool:
+        assert slice.chip is not None  # a run that does not fit has a known chip, and so have larger slices
         return split * where.chips / slice.chips + rest <= slice.chip.hbm_bytes
 
     tried = []
@@ -270,6 +285,7 @@ def _advice(request, where: Slice, found, hbm, counts: Counts) -> list[str]:
 
 def _larger(where: Slice) -> Iterator[str]:
     """Yield slices with more chips, then those whose chips have more memory, the smallest first."""
+    assert where.chip is not None
     for chip in sorted(CHIPS.values(), key=lambda chip: (chip is not where.chip, chip.hbm_bytes)):
         for size in slice_sizes(chip.name):
             is_larger = size // chip.per_name > where.chips if chip is where.chip else True
@@ -313,12 +329,13 @@ def _rows(plan: Plan):
     kept = hbm["kept_activations"]
     # Only a TPU's program has VMEM; an estimate counts these inputs among the temporaries.
     may_be_in_vmem = plan.compiled and hbm["available"] is not None and kept <= _MOST_VMEM_BYTES
+    parts: dict[str, Any] = {**hbm}
     for name in ("frozen", "adapter", "optimizer", "batch", "temporaries"):
-        yield f"HBM per chip: {name}", f"{hbm[name] / _GIB:.3f} GiB"
+        yield f"HBM per chip: {name}", f"{parts[name] / _GIB:.3f} GiB"
     yield "    kept inputs of blocks", f"{kept / _GIB:.3f} GiB, there{' or in VMEM' if may_be_in_vmem else ''}"
     for name in ("program", "total"):
-        if hbm[name] is not None:
-            yield f"HBM per chip: {name}", f"{hbm[name] / _GIB:.3f} GiB"
+        if parts[name] is not None:
+            yield f"HBM per chip: {name}", f"{parts[name] / _GIB:.3f} GiB"
     yield (
         "FLOPs per token",
         f"{flops['program'] / 1e9:.2f} G; ideal {flops['total'] / 1e9:.2f} G: "
@@ -334,8 +351,8 @@ def _rows(plan: Plan):
         ),
     )
     if plan.step_time_s_bound:
-        parts = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in plan.step_time_s.items())
-        yield "step time", f">= {plan.step_time_s_bound * 1e3:.0f} ms, bound by {plan.bound_by} ({parts})"
+        times = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in plan.step_time_s.items())
+        yield "step time", f">= {plan.step_time_s_bound * 1e3:.0f} ms, bound by {plan.bound_by} ({times})"
         yield "tokens/s", f"<= {plan.tokens_per_s_bound:,.0f}; MFU <= {plan.mfu_bound:.0%}"
     if plan.compile_s is not None:
         yield "compile", f"{plan.compile_s:.0f} s on this machine"
@@ -345,6 +362,6 @@ def _rows(plan: Plan):
     )
     yield "adapter, checkpoint", f"{plan.adapter_bytes / 1e6:.1f} MB, {plan.checkpoint_bytes / 1e6:.1f} MB"
     if plan.cost:
-        parts = (("per_hour", "an hour"), ("per_million_tokens", "a million tokens"), ("per_epoch", "an epoch"))
-        known = [f"{plan.cost[name]:.4g} {what}" for name, what in parts if plan.cost[name] is not None]
+        shown = (("per_hour", "an hour"), ("per_million_tokens", "a million tokens"), ("per_epoch", "an epoch"))
+        known = [f"{plan.cost[name]:.4g} {what}" for name, what in shown if plan.cost[name] is not None]
         yield "cost", f"{', '.join(known)}, at the bound; a real run takes longer"

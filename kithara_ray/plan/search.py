@@ -22,6 +22,7 @@ def largest_batch(base: Any, where: str | Slice, seq_len: int, **settings: Any) 
     if not best.fits:
         return best
     hbm = best.hbm_bytes_per_chip
+    assert hbm["available"] is not None  # a plan fits memory of a known size
     room = hbm["available"] - hbm["total"]
     rows = 2 * _power_of_two(1 + room // max(1, hbm["temporaries"]))
     tried: dict[int, Plan] = {}

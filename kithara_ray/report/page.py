@@ -88,7 +88,7 @@ def _content(run: Mapping[str, Any], history: Mapping[str, Any]) -> dict[str, An
     trainer = settings.get("trainer") or {}
     stopped = (run.get("result") or {}).get("stopped")
     status = run.get("status", "running")
-    mood, state = _STATUS.get(stopped if status == "finished" else status, ("open", str(status)))
+    mood, state = _STATUS.get(str(stopped if status == "finished" else status), ("open", str(status)))
     return {
         "name": (settings.get("run_config") or {}).get("name") or "run",
         "mood": mood,

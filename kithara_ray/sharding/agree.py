@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from kithara_ray.errors import CheckpointError
-from kithara_ray.sharding.mesh import replicated
+from kithara_ray.sharding.mesh import named_sharding, replicated
 
 
 def check_copies(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> int:
@@ -32,7 +32,7 @@ def check_copies(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> int:
     ranks = [device.process_index for device in mesh.devices.flat]
     sums = np.asarray(_checksums(mesh, [arrays[name] for name in copied]))
     for column, name in enumerate(copied):
-        _check(name, parts[name], sums[:, column], ranks)
+        _check(name, parts[name], sums[:, column].tolist(), ranks)
     return len(copied)
 
 
@@ -60,7 +60,7 @@ def _checksums(mesh: Mesh, arrays: list[jax.Array]) -> jax.Array:
     def local(*blocks):
         return jnp.stack([_checksum(block) for block in blocks])[None]
 
-    specs = tuple(array.sharding.spec for array in arrays)
+    specs = tuple(named_sharding(array).spec for array in arrays)
     split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(mesh.axis_names), check_vma=False)
     return jax.jit(split, out_shardings=replicated(mesh))(*arrays)
 

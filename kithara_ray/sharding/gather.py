@@ -6,10 +6,14 @@ tile every tensor exactly once, and joins them.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kithara_ray.errors import AdapterError
+
+if TYPE_CHECKING:  # a driver reads shards without JAX
+    import jax
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -31,7 +35,7 @@ class Shard:
     rank: int
 
 
-def local_shards(arrays: Mapping[str, "jax.Array"], rank: int) -> list[Shard]:  # noqa: F821
+def local_shards(arrays: Mapping[str, "jax.Array"], rank: int) -> list[Shard]:
     """Return this process' part of global arrays. Only the first replica of a slice counts, so each is given once."""
     return [
         Shard(name, _bounds(shard.index, array.shape), np.asarray(shard.data), rank)

@@ -8,7 +8,7 @@ Axes (`axis` is a mesh axis, `dim` a tensor dimension):
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -86,9 +86,25 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
         )
     largest = max(candidates, key=lambda dim: shape[dim])
     dim = next((dim for dim in prefer if dim in candidates), largest)
-    spec = [None] * len(shape)
-    spec[dim] = axes
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, PartitionSpec(*(axes if each == dim else None for each in range(len(shape)))))
+
+
+def from_parts(
+    shape: Sequence[int], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """Make a global array; `part` returns the elements at an index, for each part that this process' devices own."""
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return part(index)
+
+    return jax.make_array_from_callback(tuple(shape), sharding, read)
+
+
+def named_sharding(array: jax.Array) -> NamedSharding:
+    """Return the layout of a global array that this library placed."""
+    assert isinstance(array.sharding, NamedSharding), array.sharding
+    return array.sharding
 
 
 def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:

@@ -21,13 +21,13 @@ class MeshShape:
 
     def resolve(self, num_devices: int) -> tuple[int, int, int]:
         """Return the three sizes for `num_devices` devices."""
-        sizes = [self.data, self.fsdp, self.tensor]
+        sizes = (self.data, self.fsdp, self.tensor)
         known = math.prod(size for size in sizes if size != -1)
-        if -1 in sizes and num_devices % known == 0:
-            sizes[sizes.index(-1)] = num_devices // known
-        if math.prod(sizes) != num_devices:
+        left = num_devices // known if num_devices % known == 0 else -1
+        data, fsdp, tensor = (left if size == -1 else size for size in sizes)
+        if data * fsdp * tensor != num_devices:
             raise ConfigError(
                 f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor} does not fit {num_devices} devices; "
                 "their product must be the number of devices"
             )
-        return tuple(sizes)
+        return data, fsdp, tensor

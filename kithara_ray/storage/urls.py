@@ -4,6 +4,7 @@ Functions import remote libraries when they use them.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def filesystem(url: str, error: type[Exception]) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
-def version_of(entry: dict) -> str:
+def version_of(entry: Mapping[str, Any]) -> str:
     """Return the facts that change when an object is overwritten: generation, checksum or time, if reported."""
     fields = ("generation", "etag", "ETag", "md5Hash", "crc32c", "mtime", "updated", "LastModified", "created")
     return "|".join(f"{field}={entry[field]}" for field in fields if entry.get(field) is not None)

@@ -106,7 +106,8 @@ class OptaxOptimizer:
         import optax
 
         updates, state = self.transformation.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        updated: Any = optax.apply_updates(params, updates)
+        return updated, state
 
     def learning_rate(self, state):
         """Known only with `optax.inject_hyperparams`; an optax schedule is a closed function."""

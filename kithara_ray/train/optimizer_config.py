@@ -18,7 +18,7 @@ def portable(optimizer: Any) -> tuple[str, Any]:
         import keras
 
         with without_tensorflow():
-            serialized = keras.optimizers.serialize(optimizer)
+            serialized: Any = keras.optimizers.serialize(optimizer)
         variables, pattern = keras_compat.excluded_from_weight_decay(optimizer)
         if variables:
             raise UnsupportedError(

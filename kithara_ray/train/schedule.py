@@ -1,6 +1,7 @@
 """Learning rates over a run: a linear warm-up, then constant, linear or cosine. The formulas are transformers'."""
 
 import math
+from typing import Any
 
 import keras
 
@@ -36,13 +37,13 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
         self.warmup_steps, self.final = warmup_steps, final
 
     def __call__(self, step):
-        ops = keras.ops
+        ops: Any = keras.ops  # its annotations admit None
         step = ops.cast(step, "float32")
         rising = step / max(1, self.warmup_steps)
         return self.peak * ops.where(step < self.warmup_steps, rising, self._after_warmup(step))
 
     def _after_warmup(self, step):
-        ops = keras.ops
+        ops: Any = keras.ops
         if self.shape == "constant":
             return ops.ones_like(step)
         progress = ops.clip((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 0.0, 1.0)

@@ -141,7 +141,7 @@ def abstract_state(model: CausalLM, optimizer: Optimizer) -> State:
     return {"params": params} | with_shardings
 
 
-def abstract_batch(model: CausalLM, rows: int, seq_len: int, predictions: int) -> Batch:
+def abstract_batch(model: CausalLM, rows: int, seq_len: int, predictions: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch with this many rows over all devices."""
     widths = {"token_ids": seq_len, "segment_ids": seq_len}
     widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), predictions)

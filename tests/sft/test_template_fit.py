@@ -162,6 +162,12 @@ def test_other_fields_are_said(tokenizers):
     assert rendered(tokenizers, reading, USER, assistant(), options={"enable_thinking": False}).notes == ()
 
 
+def test_a_block_counts_the_notes_of_its_conversations(tokenizers):
+    made = RowTokenizer(tokenizers["chat"], PromptAnswer(), 256, chat_template=PLAIN)
+    block = made([{"messages": [{**USER, "name": name}, assistant()]} for name in ("ann", "bob")], 0)
+    assert block.notes == {"the chat template does not show 'name' of messages of role 'user'": 2}
+
+
 def test_an_empty_answer_beside_others_is_said(tokenizers):
     made = rendered(tokenizers, PLAIN, USER, assistant(content=""), USER, assistant())
     assert made.notes == ("a message of the assistant is empty; it is trained on as an empty turn",)

@@ -152,9 +152,9 @@ def _references(auto_map: Any) -> list[str]:
 
 def _known(model_type: str | None) -> bool:
     """True if transformers has this architecture itself."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # imports transformers: seconds
+    from transformers import CONFIG_MAPPING  # takes seconds
 
-    return model_type in CONFIG_MAPPING_NAMES
+    return model_type in CONFIG_MAPPING
 
 
 def _without_code(path: Path, base_name: str) -> list[str]:

@@ -134,7 +134,7 @@ class Settings:
     the index are then those of `like`.
     """
 
-    layout: Layout
+    layout: str
     dtype: str
     base_name: str
     files: dict[str, str]
@@ -157,7 +157,7 @@ def _plan(base: BaseCheckpoint, adapter: Adapter, settings: Settings) -> str:
 
 def _write(
     base: BaseCheckpoint, adapter: Adapter, stage: publish.Stage, settings: Settings
-) -> tuple[dict[str, object], dict[str, dict]]:
+) -> tuple[dict[str, Any], dict[str, dict]]:
     """Fill and prove the stage; return the report without its file list, and the weight files' digests."""
     layout, dtype, base_name = settings.layout, settings.dtype, settings.base_name
     checks, counts, written = [], {}, []

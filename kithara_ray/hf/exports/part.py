@@ -21,7 +21,7 @@ from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import SINGLE, BaseCheckpoint
 from kithara_ray.hf.exports.proof import prove_file
 from kithara_ray.hf.fetch import fetch_tensors
-from kithara_ray.hf.merging.merge import check_dtype, out_bytes, write_tensors
+from kithara_ray.hf.merging.merge import Dtype, check_dtype, out_bytes, write_tensors
 from kithara_ray.hf.publish import publish
 from kithara_ray.storage import urls
 
@@ -44,7 +44,7 @@ class Part:
     adapter: Adapter | None
     name: str
     target: str
-    dtype: str | Mapping[str, str]
+    dtype: Dtype
     check_finite: bool = False
 
     @property
@@ -116,7 +116,7 @@ def parts_of(
     base: BaseCheckpoint,
     adapter: Adapter | None,
     target: str,
-    dtype: str | Mapping[str, str],
+    dtype: Dtype,
     files: Mapping[str, str],
     check_finite: bool = False,
 ) -> list[Part]:
@@ -192,6 +192,7 @@ def _check_room(part: Part, scratch: str) -> None:
 
 def fetch_part(base: BaseCheckpoint, directory: Path) -> BaseCheckpoint:
     """Fetch only the part's tensors, and nothing else of its files, from a URL into `directory`."""
+    assert base.source is not None
     for file in base.files:
         spans = [(i.offset, i.offset + i.nbytes) for i in base.in_file_order() if i.file == file]
         fetch_tensors(base.source, file.name, directory, spans)

@@ -18,7 +18,7 @@ import numpy as np
 from kithara_ray.errors import AdapterError, CheckpointError, ExportError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, Change
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.merging.merge import FLOAT_TAGS, cast, out_tag, row_blocks
+from kithara_ray.hf.merging.merge import FLOAT_TAGS, Tag, cast, out_tag, row_blocks
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
 from kithara_ray.hf.tower import renamed
 
@@ -50,9 +50,7 @@ def prove_adapter(directory: Path, adapter: Adapter) -> None:
             )
 
 
-def prove_checkpoint(
-    directory: Path, base: BaseCheckpoint, tag: str | None, files: Mapping[str, str] | None = None
-) -> None:
+def prove_checkpoint(directory: Path, base: BaseCheckpoint, tag: Tag, files: Mapping[str, str] | None = None) -> None:
     """Prove that the written checkpoint opens with the base's names, shapes and (cast to `tag`, if any) dtypes.
 
     files: tensor -> weight file, if they are not the base's.
@@ -69,7 +67,7 @@ def prove_checkpoint(
 
 
 def prove_file(
-    written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: str | None, check_finite: bool = False
+    written: Path, base: BaseCheckpoint, adapter: Adapter | None, tag: Tag, check_finite: bool = False
 ) -> tuple[dict[str, int], str]:
     """Prove one written weight file against the base's (a `part`), reading it once.
 
@@ -92,6 +90,7 @@ def prove_file(
             is_equal = _read_and_compare(info, found, hasher, check_finite)
             if found.name in changes:
                 change = changes[found.name]
+                assert adapter is not None  # the change is its own
                 if change.module is None:
                     _prove_replaced(info, found, change)
                 else:
@@ -163,7 +162,7 @@ def _raw_pairs(info: TensorInfo, found: TensorInfo) -> Iterator[tuple[np.ndarray
             n = min(BLOCK_BYTES, info.nbytes - begin)
             written_block = np.empty(n, np.uint8)
             for stream, block in ((base, base_block[:n]), (written, written_block)):
-                if stream.readinto(block) != n:
+                if stream.readinto(block.data) != n:
                     raise ExportError(f"{stream.name}: ended within {info.name!r}; it changed under the export")
             yield base_block[:n].view(dtype), written_block.view(dtype)
 
@@ -173,7 +172,7 @@ def _cast_pairs(info: TensorInfo, found: TensorInfo) -> Iterator[tuple[np.ndarra
         yield cast(before, found.numpy_dtype).reshape(-1), after.reshape(-1)
 
 
-def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag: str | None) -> None:
+def _prove_headers(tensors: Mapping[str, TensorInfo], base: BaseCheckpoint, tag: Tag) -> None:
     if tensors.keys() != base.tensors.keys():
         names = sorted(tensors.keys() ^ base.tensors.keys())
         raise ExportError(f"{base.directory}: {len(names)} tensors were lost or added, first {names[0]!r}")
@@ -205,12 +204,14 @@ def _prove_replaced(info: TensorInfo, found: TensorInfo, change: Change) -> None
     eps = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).eps)
     tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).smallest_subnormal)
     own = range(info.shape[0]) if change.rows is None else change.rows
-    row_of = {row: number for number, row in enumerate(own)} if change.value is not None else {}
+    value = change.value
+    row_of = {row: number for number, row in enumerate(own)} if value is not None else {}
     for (begin, before), (_, after) in zip(row_blocks(info), row_blocks(found), strict=True):
         expected, found_64 = before.astype(np.float64), after.astype(np.float64)
         replaced = [row for row in range(begin, begin + len(before)) if row in row_of]
         for row in replaced:
-            expected[row - begin] = change.value[row_of[row]]
+            assert value is not None
+            expected[row - begin] = value[row_of[row]]
         allowed = 0.51 * eps * np.abs(expected) + tiny
         if change.added is None:
             kept = np.setdiff1d(np.arange(len(before)), np.array(replaced, np.int64) - begin)

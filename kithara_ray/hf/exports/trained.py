@@ -18,7 +18,7 @@ from kithara_ray.errors import ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.merging.merge import CAST_TAGS, FLOAT_TAGS, row_blocks, written_metadata
-from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, read_header
+from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, pack_header, raw_bytes, read_header
 from kithara_ray.hf.tied_head import HEAD, embedding_of
 from kithara_ray.hf.tower import renamed
 
@@ -50,7 +50,7 @@ class TensorSlice:
 
 def checksum(data: np.ndarray) -> int:
     """Return the checksum of an array's bytes, row-major."""
-    return zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    return zlib.crc32(raw_bytes(data))
 
 
 @dataclass
@@ -58,11 +58,12 @@ class _File:
     """One weight file that is being filled.
 
     Attributes:
+        mapped: the bytes of the file; None once it is complete.
         missing: the number of elements that have not arrived.
         arrived: (tensor, shape, bounds, checksum, rank) of every slice that has arrived.
     """
 
-    mapped: np.memmap
+    mapped: np.memmap | None
     infos: dict[str, TensorInfo]
     missing: int
     arrived: list[tuple[str, tuple[int, ...], Bounds, int, int]] = field(default_factory=list)
@@ -140,6 +141,10 @@ class TrainedWriter:
         for name in (part.name, *self._same.get(part.name, ())):
             path = self._file_of[name]
             file = self._files[path]
+            if file.mapped is None:
+                raise ExportError(
+                    f"{name}: rank {part.rank} sent {_show(part.bounds)} of it after its file was complete"
+                )
             whole = _array(file.mapped, file.infos[name])
             region = tuple(slice(*span) for span in part.bounds)
             if math.prod(part.shape) != whole.size or part.data.dtype != whole.dtype:
@@ -157,6 +162,7 @@ class TrainedWriter:
 
     def _finish(self, path: Path) -> None:
         file = self._files[path]
+        assert file.mapped is not None
         file.mapped.flush()
         file.mapped = None
         _check_tiled(path.name, file)

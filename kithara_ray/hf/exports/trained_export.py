@@ -30,6 +30,7 @@ from kithara_ray.storage import urls
 log = logging.getLogger(__name__)
 
 DIRECTORY, TOKENIZER = "model", "tokenizer"
+TRAINED = "trained"  # the layout that a report names
 
 
 class Receiver:
@@ -133,11 +134,11 @@ def export_trained(
     check_code(base, base_name)
     files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
     tags = {name: out_tag(info, tag) for name, info in base.tensors.items()}
-    settings = Settings("trained", dtype, base_name, files, check_finite, write, tags, base)
+    settings = Settings(TRAINED, dtype, base_name, files, check_finite, write, tags, base)
     with publish.staged(destination, _plan(base, trained, settings), resume) as stage:
         written = write_weights(trained, None, stage, settings)
         report = {
-            "layout": "trained",
+            "layout": TRAINED,
             "dtype": dtype,
             "base": {"name": shown_name(base_name), "tensors": len(base.tensors)},
             "tensors": {"trained": len(trained.tensors)},

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter, Change
 from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, TensorInfo, read_json
 from kithara_ray.hf.merging.delta import dora_rows, merged_rows
-from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, read_header, write_blocks
+from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, raw_bytes, read_header, write_blocks
 from kithara_ray.hf.tied_head import HEAD, is_tied
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,13 @@ CAST_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOAT_TAGS = ("F64", "F32", "BF16", "F16")
 MERGE_TAGS = ("F32", "BF16", "F16")
 HEAD_WEIGHT = "lm_head.weight"
+# "auto", a dtype of CAST_TAGS, or a safetensors tag per tensor; and what `check_dtype` makes of it.
+Dtype: TypeAlias = str | Mapping[str, str]
+Tag: TypeAlias = str | Mapping[str, str] | None
 _COPY_BYTES = 1 << 30
 
 
-def check_dtype(dtype: str | Mapping[str, str]) -> str | Mapping[str, str] | None:
+def check_dtype(dtype: Dtype) -> Tag:
     """Return the safetensors tag for "float32", "bfloat16" or "float16"; None for "auto". Raises ConfigError.
 
     A mapping gives every tensor its own tag, and is returned as it is.
@@ -137,12 +141,12 @@ def write_config(
     return tuple(written)
 
 
-def out_bytes(info: TensorInfo, tag: str | Mapping[str, str] | None) -> int:
+def out_bytes(info: TensorInfo, tag: Tag) -> int:
     """Return the bytes that a tensor takes once it is written, cast to `tag`, if any."""
     return math.prod(info.shape) * NUMPY_DTYPES[out_tag(info, tag)].itemsize
 
 
-def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, dtype: str = "auto") -> Path:
+def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, dtype: Dtype = "auto") -> Path:
     """Write all tensors of `base` as one weight file, merging the adapter's modules.
 
     `base` may be part of a checkpoint. A file of the base that stays as it is gets copied and patched; any other file
@@ -164,7 +168,7 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
             for info in merged:
                 stream.seek(info.offset)
                 for block in _tensor_blocks(info, adapter, changes[info.name], info.dtype):
-                    stream.write(memoryview(block.reshape(-1).view(np.uint8)))
+                    stream.write(raw_bytes(block))
     else:
         entries = [(info.stored, out_tag(info, tag), info.shape) for info in infos]
         blocks = (b for i in infos for b in _tensor_blocks(i, adapter, changes.get(i.name), out_tag(i, tag)))
@@ -189,7 +193,7 @@ def written_metadata(of_files: Iterable[Mapping[str, str]]) -> dict[str, str]:
     return kept
 
 
-def out_tag(info: TensorInfo, tag: str | Mapping[str, str] | None) -> str:
+def out_tag(info: TensorInfo, tag: Tag) -> str:
     """Return the tag in which a tensor is written: `tag` for a floating tensor, if there is one."""
     if isinstance(tag, Mapping):
         return tag[info.name]
@@ -219,6 +223,7 @@ def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, change: Change | N
         elif module is None:
             out_OI = _replaced(w_OI, begin, change, out_dtype)
         else:
+            assert adapter is not None  # the change is its own
             scale, b_OR = adapter.config.scale_of(module), adapter.b(module)[begin : begin + len(w_OI)]
             if adapter.config.use_dora:
                 magnitude_O = adapter.magnitude(module)[begin : begin + len(w_OI)]

@@ -64,6 +64,8 @@ def staged(url: str, plan: str, resume: bool) -> Iterator[HubStage]:
     if head is None:
         _create(url, repo)
         head, made = _head(url, repo), True
+    if head is None:
+        raise DestinationError(f"{url}: the repository that was made there has no commit; delete it and try again")
     try:
         with tempfile.TemporaryDirectory(prefix="kithara_ray_export_") as directory:
             stage = HubStage(Path(directory), url, Journal(plan))

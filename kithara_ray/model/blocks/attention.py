@@ -174,7 +174,8 @@ def splash_attention(
         def row(q_TNH, k_TKH, v_TKH, segments_T):
             heads_first = [jnp.swapaxes(array, 0, 1) for array in (q_TNH * settings.scale, k_TKH, v_TKH)]
             segments = splash.SegmentIds(segments_T, segments_T)
-            return jnp.swapaxes(kernel(*heads_first, segment_ids=segments, sinks=sinks_N), 0, 1)
+            attended: Any = kernel(*heads_first, segment_ids=segments, sinks=sinks_N)
+            return jnp.swapaxes(attended, 0, 1)
 
         return jax.vmap(row)(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 

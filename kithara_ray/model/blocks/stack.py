@@ -30,7 +30,7 @@ from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.options import groups_of
 
-Gather = Callable[[keras.Variable, jax.Array], jax.Array]
+Gather = Callable[[keras.Variable, Any], jax.Array]
 
 _POLICIES = {
     "block": None,
@@ -112,7 +112,7 @@ def find_chain(backbone: keras.Model) -> Chain:
     Raises:
         UnsupportedError: the backbone has no `transformer_layers`.
     """
-    blocks = tuple(getattr(backbone, "transformer_layers", ()))
+    blocks: tuple[keras.layers.Layer, ...] = tuple(getattr(backbone, "transformer_layers", ()))
     if not blocks:
         raise UnsupportedError(f"{type(backbone).__name__} keeps its decoder blocks in a place that is not known")
     numbers: dict[str, int] = {}
@@ -159,7 +159,7 @@ class Pass:
     """
 
     values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]]
-    scanned: Sequence[Sequence[Sequence[jax.Array]]]
+    scanned: Sequence[Sequence[Sequence[Any]]]
     gather: Gather
     place: Callable[[jax.Array], jax.Array]
     remat: str

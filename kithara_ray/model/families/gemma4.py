@@ -44,7 +44,7 @@ def _complete(config: Mapping) -> dict:
     """Convert older `global_*` fields of the full layers to transformers 5's `per_layer_config`, and add defaults."""
     unified = config["model_type"] == "gemma4_unified_text"
     window = dict(sliding_window=1024 if unified else 512)
-    whole = _DEFAULTS | window | ({} if unified else _OF_GEMMA4) | dict(config)
+    whole: dict[str, Any] = {**_DEFAULTS, **window, **({} if unified else _OF_GEMMA4), **config}
     whole["rope_parameters"] = whole.pop("rope_scaling", None) or whole.get("rope_parameters") or _ROPE
     layers = whole["num_hidden_layers"]
     kinds = whole.get("layer_types") or ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(layers)]

@@ -1,6 +1,7 @@
 """Corrections for gpt_oss. Its experts are read from MXFP4, as published, or from float tensors."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from kithara_ray.model.families.family import Family, expect, refuse
 from kithara_ray.model.families.moe import check_routing, route_in_float32
@@ -12,7 +13,7 @@ _ROPE = dict(
 
 def _complete(config: Mapping) -> dict:
     defaults = dict(rms_norm_eps=1e-5, tie_word_embeddings=False, attention_bias=True, sliding_window=128, head_dim=64)
-    whole = defaults | dict(swiglu_alpha=1.702, swiglu_limit=7.0) | dict(config)
+    whole: dict[str, Any] = {**defaults, "swiglu_alpha": 1.702, "swiglu_limit": 7.0, **config}
     theta = whole.get("rope_theta", 150_000.0)
     given = dict(whole.pop("rope_scaling", None) or whole.get("rope_parameters") or _ROPE)
     whole["rope_parameters"] = {"rope_theta": theta} | given

@@ -11,6 +11,7 @@ import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import keras
@@ -26,7 +27,9 @@ from kithara_ray.model.decoder.backbone import DecoderBackbone, fed_variables
 from kithara_ray.model.families.family import Family
 from kithara_ray.model.identity import IdentitySet
 
-Transform = Callable[[np.ndarray, Sequence[int]], np.ndarray]
+# From HF layout to Keras layout: of an array, or of `mxfp4.Packed`, which transposes by itself.
+Transform = Callable[[Any, Sequence[int]], Any]
+Tensor = TypeVar("Tensor", np.ndarray, mxfp4.Packed)
 
 
 def _unchanged(tensor: np.ndarray, _shape: Sequence[int]) -> np.ndarray:
@@ -67,7 +70,7 @@ class Piece:
             )
         return view
 
-    def of(self, tensor: np.ndarray | mxfp4.Packed) -> np.ndarray | mxfp4.Packed:
+    def of(self, tensor: Tensor) -> Tensor:
         """Apply the transform to a tensor; the result for an array is a view of it."""
         if isinstance(tensor, mxfp4.Packed):
             return self.transform(tensor, list(self.shape))
@@ -83,7 +86,7 @@ class Port:
         pieces: one piece, or one for each expert's tensors.
     """
 
-    variable: object
+    variable: keras.Variable
     pieces: tuple[Piece, ...]
 
     @property
@@ -100,7 +103,7 @@ class Port:
         """The dims along which the tensors are stacked."""
         return tuple(dim for dim, index in enumerate(self.pieces[0].index) if isinstance(index, int))
 
-    def view(self, base: BaseCheckpoint) -> "np.ndarray | Tiled":
+    def view(self, base: BaseCheckpoint) -> "np.ndarray | mxfp4.Packed | Tiled":
         """The variable's value; nothing is read before it is sliced."""
         if len(self.pieces) == 1:
             return self.pieces[0].view(base)
@@ -110,7 +113,7 @@ class Port:
 class Tiled:
     """An array made of adjacent views; a slice of it reads only the part it needs of each."""
 
-    def __init__(self, shape: tuple[int, ...], tiles: Sequence[tuple[tuple[slice | int, ...], np.ndarray]]):
+    def __init__(self, shape: tuple[int, ...], tiles: Sequence[tuple[tuple[slice | int, ...], Any]]):
         self.shape, self.dtype = shape, holding([view.dtype for _, view in tiles])
         self._tiles = tiles
 

@@ -80,7 +80,7 @@ class BaseSlot:
         return values if self.stacked else values[0]
 
     def _to_weight(self, tensor: jax.Array) -> jax.Array:
-        return jnp.transpose(tensor.reshape(self.layout.shape), np.argsort(self.layout.order))
+        return jnp.transpose(tensor.reshape(self.layout.shape), np.argsort(self.layout.order).tolist())
 
     def _to_tensor(self, weight: jax.Array) -> jax.Array:
         shape = weight.shape if self.rows is not None else self.one
@@ -120,7 +120,7 @@ def base_slots(backbone, slots: Sequence[Slot], config: LoraConfig | None, stack
         shape = whole[0] if rows is None else (len(rows), *whole[0][1:])
         groups = [steps] if stack or not slot.stacked else [[step] for step in steps]
         for group in groups:
-            named = tuple(names[step] for step in group)
+            named = tuple(name for step in group if (name := names[step]) is not None)
             own = tuple(group) if slot.stacked else ()
             made.append(BaseSlot(named, number, own, shape, whole[1], rows, len(group) > 1))
     return made

@@ -16,12 +16,12 @@ import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from keras import ops
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, BIAS_SUFFIX, MAGNITUDE_SUFFIX, LoraConfig
@@ -33,6 +33,7 @@ from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.lora.targets import check_targets, linear
 
 _WEIGHT = ".weight"
+ops: Any = keras.ops  # Keras' annotations admit None and every backend's tensors
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,23 @@ class LinearMap:
         return jnp.sqrt(self.squares_O(kernel) + jnp.sum(b_OR * cross_OR, axis=-1))
 
 
-class _SidePath:
+if TYPE_CHECKING:
+    _Linear = keras.layers.Dense
+else:
+    _Linear = object
+
+
+class _SidePath(_Linear):
     """A mixin for Dense and EinsumDense; `call` keeps the signature that Keras has cached for the layer."""
+
+    lora_map: LinearMap
+    lora_A: keras.Variable
+    lora_B: keras.Variable
+    lora_bias: keras.Variable | None
+    lora_magnitude: keras.Variable | None
+    lora_scale: float
+    lora_dropout: float
+    lora_number: int
 
     def call(self, inputs, training=None):
         y = super().call(inputs, training=training)
@@ -161,6 +177,7 @@ class _SidePath:
         return self._with_magnitude(y, scaled, delta)
 
     def _with_magnitude(self, y, scaled, delta):
+        assert self.lora_magnitude is not None
         """y + (m / norm - 1) * (scaled - bias) + m / norm * delta, in float32, rounded once to y's dtype."""
         with keras_compat.without_autocast():
             # The norm is a constant to the gradient, as in section 4.3 of the paper and in PEFT.

@@ -181,7 +181,7 @@ def check_selection(config: LoraConfig, modules: Sequence[str], others: Sequence
             raise ConfigError(
                 f"exclude_modules: {entry!r} matches no module of this model; it has {', '.join(leaves)}; leave it out"
             )
-    layers = {config.layer_of(module) for module in modules} - {None}
+    layers = {layer for module in modules if (layer := config.layer_of(module)) is not None}
     unknown = sorted(set(config.layers_to_transform or ()) - layers)
     if unknown:
         there = f"layers {min(layers)} to {max(layers)}" if layers else "no layer that is named so"

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,18 @@ from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions
 from kithara_ray.model.weights import slots
-from kithara_ray.model.weights.quantized import Int8, floats
+from kithara_ray.model.weights.quantized import Int8, floats, in_floats
+from kithara_ray.model.weights.slots import Slot
 from kithara_ray.sharding.agree import check_copies
 from kithara_ray.sharding.gather import Shard, local_shards
-from kithara_ray.sharding.mesh import factor_sharding, replicated, weight_sharding
+from kithara_ray.sharding.mesh import factor_sharding, from_parts, replicated, weight_sharding
 
 logger = logging.getLogger(__name__)
 
 AdapterSlot = layers.FactorSlot | base_weights.BaseSlot
 Factors = dict[str, jax.Array]
 Frozen = list[jax.Array | Int8]
+Abstract = jax.ShapeDtypeStruct | Int8  # an array without values
 # The factors; for a model that trains its weights, the weights by their slots' `key`.
 Params = dict[str, jax.Array]
 
@@ -102,12 +105,12 @@ class ModelArrays:
         _, frozen = self.roles(params, frozen)
         made = list(frozen)
         for slot in self.base_slots:
-            weights = slot.put(made[slot.number], params[slot.key])
+            weights = slot.put(in_floats(made[slot.number]), params[slot.key])
             split = self.weight_sharding(self.slots[slot.number])
             made[slot.number] = jax.lax.with_sharding_constraint(weights, split)
         return made
 
-    def weight_sharding(self, slot: slots.Slot) -> NamedSharding:
+    def weight_sharding(self, slot: Slot) -> NamedSharding:
         try:
             return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
         except ConfigError as error:
@@ -118,7 +121,7 @@ class ModelArrays:
 
     def base_sharding(self, slot: base_weights.BaseSlot) -> NamedSharding:
         """Split a table as the model splits it for its computation, rows as factors are; replicate biases."""
-        spec = slot.spec(self.weight_sharding(self.slots[slot.number]).spec)
+        spec = slot.spec(tuple(self.weight_sharding(self.slots[slot.number]).spec))
         if spec is not None:
             return NamedSharding(self.mesh, PartitionSpec(*spec))
         return replicated(self.mesh) if slot.rows is None else factor_sharding(self.mesh, slot.shape)
@@ -133,7 +136,7 @@ class ModelArrays:
 
     # --- without values ----------------------------------------------------------------------------------------------
 
-    def abstract_frozen(self, dtype: np.dtype | Mapping[str, np.dtype]) -> list[jax.ShapeDtypeStruct]:
+    def abstract_frozen(self, dtype: np.dtype | Mapping[str, np.dtype]) -> list[Abstract]:
         """Shapes, dtypes and shardings that `load` gives, to compile ahead of time.
 
         dtype: the dtype of the base's tensors, or of each by its name.
@@ -144,18 +147,19 @@ class ModelArrays:
         self._store_trained()
         return [self._abstract(slot, stored) for slot, stored in zip(self.slots, dtypes, strict=True)]
 
-    def _abstract(self, slot: slots.Slot, dtype: np.dtype) -> jax.ShapeDtypeStruct | Int8:
+    def _abstract(self, slot: Slot, dtype: np.dtype) -> Abstract:
         split = self.weight_sharding(slot)
         if slot.contracted is None:
             return jax.ShapeDtypeStruct(slot.shape, dtype, sharding=split)
-        values = jax.ShapeDtypeStruct(slot.shape, jnp.int8, sharding=split)
-        scales = jax.ShapeDtypeStruct(slot.scales_shape, jnp.float32, sharding=slot.scales_sharding(split))
+        values: Any = jax.ShapeDtypeStruct(slot.shape, jnp.int8, sharding=split)
+        scales: Any = jax.ShapeDtypeStruct(slot.scales_shape, jnp.float32, sharding=slot.scales_sharding(split))
         return Int8(values, scales)
 
-    def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_params(self) -> dict[str, Abstract]:
         """The trained arrays without values."""
         if self.trains_weights:
             dtype = self._weight_dtype()
+            assert dtype is not None  # trained weights have a dtype of their own
             return {slot.key: array for slot, array in zip(self.slots, self.abstract_frozen(dtype), strict=True)}
         return {
             slot.key: jax.ShapeDtypeStruct(slot.shape, jnp.float32, sharding=self._sharding_of(slot))
@@ -172,15 +176,15 @@ class ModelArrays:
             return np.dtype(jnp.bfloat16)
         return np.dtype(np.float32) if self.trains_weights else None
 
-    def _stored_as(self, slot: slots.Slot, dtype: np.dtype) -> None:
+    def _stored_as(self, slot: Slot, dtype: np.dtype) -> None:
         """Set the variables of a slot to the dtype of its array, because Keras casts a bound value to that dtype.
 
         Arrays stored as int8 become floats in the precision of the products.
         """
-        if slot.contracted is not None:
-            dtype = "float32" if self.precision == "float32" else "bfloat16"
+        floats = "float32" if self.precision == "float32" else "bfloat16"
+        stored = keras.backend.standardize_dtype(dtype if slot.contracted is None else floats)
         for port in slot.ports:
-            keras_compat.set_dtype(port.variable, keras.backend.standardize_dtype(dtype))
+            keras_compat.set_dtype(port.variable, stored)
 
     def _store_trained(self) -> None:
         """Make base weights that are trained as a whole float32 where the model computes with them."""
@@ -211,7 +215,7 @@ class ModelArrays:
 
     def as_params(self, loaded: Frozen) -> Params:
         """Name the arrays from `load` by their slots, as trained parameters."""
-        return {slot.key: array for slot, array in zip(self.slots, loaded, strict=True)}
+        return {slot.key: in_floats(array) for slot, array in zip(self.slots, loaded, strict=True)}
 
     def check_copies(self, params: Params, frozen: Frozen) -> int:
         """Compare the weights that several devices hold copies of; see `sharding.agree`."""
@@ -219,8 +223,10 @@ class ModelArrays:
         named = {}
         for slot, array in zip(self.slots, frozen, strict=True):
             name = slot.ports[0].hf_name
-            is_int8 = isinstance(array, Int8)
-            named |= {name: array.values, f"{name} (scales)": array.scales} if is_int8 else {name: array}
+            if isinstance(array, Int8):
+                named |= {name: array.values, f"{name} (scales)": array.scales}
+            else:
+                named[name] = array
         return check_copies(self.mesh, named)
 
     # --- the adapter -------------------------------------------------------------------------------------------------
@@ -296,7 +302,7 @@ class ModelArrays:
                     return tensors(slot.names[0])[index]
                 return np.stack([tensors(name)[index[1:]] for name in slot.names[index[0]]])
 
-            placed[slot.key] = jax.make_array_from_callback(slot.shape, self._sharding_of(slot), part)
+            placed[slot.key] = from_parts(slot.shape, self._sharding_of(slot), part)
         return placed
 
     def adapter_shards(self, factors: Factors, rank: int) -> list[Shard]:

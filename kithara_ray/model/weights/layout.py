@@ -123,4 +123,6 @@ def local_slices(
 
 
 def _layout_of_port(base: BaseCheckpoint, port: Port) -> Layout:
-    return layout_of(port.view(base), base.view(port.hf_name), port.hf_name)
+    view = port.view(base)
+    assert isinstance(view, np.ndarray)  # `check_invertible` refuses others
+    return layout_of(view, base.view(port.hf_name), port.hf_name)

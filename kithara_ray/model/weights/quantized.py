@@ -37,6 +37,12 @@ class Int8:
         return (self.values.astype(jnp.float32) * self.scales).astype(dtype)
 
 
+def in_floats(array: jax.Array | Int8) -> jax.Array:
+    """The array itself, of a kind that is never held as int8: an embedding, a head, a bias, a trained weight."""
+    assert not isinstance(array, Int8)
+    return array
+
+
 def floats(array: jax.Array | Int8, dtype) -> jax.Array:
     """The floats that an array stands for; `dtype` applies to those made from int8."""
     return array.floats(dtype) if isinstance(array, Int8) else array

@@ -22,6 +22,7 @@ from kithara_ray.model.families.ports import Port, holding
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.weights.quantized import Int8, floats, int8_of
+from kithara_ray.sharding.mesh import from_parts
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,20 @@ class Slot:
         return [(port, floats(step, port.variable.dtype)) for port, step in zip(self.ports, steps, strict=True)]
 
     @property
+    def int8_dims(self) -> tuple[int, ...]:
+        """`contracted` of a kernel that is held as int8."""
+        assert self.contracted is not None
+        return self.contracted
+
+    @property
     def scales_shape(self) -> tuple[int, ...]:
         """Shape of an int8 array's scales: one scale for each output channel."""
-        return tuple(1 if dim in self.contracted else size for dim, size in enumerate(self.shape))
+        return tuple(1 if dim in self.int8_dims else size for dim, size in enumerate(self.shape))
 
     def scales_sharding(self, sharding: NamedSharding) -> NamedSharding:
         """Split the scales as their channels are split."""
         spec = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
-        split = [None if dim in self.contracted else axes for dim, axes in enumerate(spec)]
+        split = [None if dim in self.int8_dims else axes for dim, axes in enumerate(spec)]
         return NamedSharding(sharding.mesh, PartitionSpec(*split))
 
 
@@ -140,7 +147,7 @@ def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtyp
             own[place if slot.stacked else ...] = part
         return own
 
-    array = jax.make_array_from_callback(slot.shape, sharding, read)
+    array = from_parts(slot.shape, sharding, read)
     base.forget_pages()
     return array
 
@@ -153,7 +160,7 @@ def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8
     """
     views = [port.view(base) for port in slot.ports]
     before = int(slot.stacked)
-    dims = tuple(dim - before for dim in slot.contracted)
+    dims = tuple(dim - before for dim in slot.int8_dims)
     scales_of: dict[tuple, np.ndarray] = {}
 
     def quantised(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -165,17 +172,17 @@ def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8
 
     def read_values(index: tuple[slice, ...]) -> np.ndarray:
         values, scales_of[_channels(index)] = quantised(index)
-        return values[tuple(part if dim in slot.contracted else slice(None) for dim, part in enumerate(index))]
+        return values[tuple(part if dim in slot.int8_dims else slice(None) for dim, part in enumerate(index))]
 
     def read_scales(index: tuple[slice, ...]) -> np.ndarray:
         return scales_of[_channels(index)] if _channels(index) in scales_of else quantised(index)[1]
 
     def _channels(index: tuple[slice, ...]) -> tuple:
         sizes = enumerate(zip(index, slot.shape, strict=True))
-        return tuple(part.indices(size)[:2] for dim, (part, size) in sizes if dim not in slot.contracted)
+        return tuple(part.indices(size)[:2] for dim, (part, size) in sizes if dim not in slot.int8_dims)
 
-    values = jax.make_array_from_callback(slot.shape, sharding, read_values)
-    scales = jax.make_array_from_callback(slot.scales_shape, slot.scales_sharding(sharding), read_scales)
+    values = from_parts(slot.shape, sharding, read_values)
+    scales = from_parts(slot.scales_shape, slot.scales_sharding(sharding), read_scales)
     base.forget_pages()
     return Int8(values, scales)
 

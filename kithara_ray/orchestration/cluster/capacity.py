@@ -81,6 +81,12 @@ def show(resources: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(shown.items())) or "nothing"
 
 
+def workers_of(scaling: Any) -> int:
+    """Return the number of workers; a range of them has been refused by then."""
+    assert isinstance(scaling.num_workers, int), scaling.num_workers
+    return scaling.num_workers
+
+
 def slice_heads(scaling: Any) -> dict[str, float]:
     """Return the resources that mark whole TPU slices of the requested shape, one per slice; none without `use_tpu`."""
     if not (scaling.use_tpu and scaling.topology and scaling.accelerator_type):

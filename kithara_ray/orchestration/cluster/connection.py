@@ -1,5 +1,6 @@
 """The driver's connection to a Ray cluster."""
 
+import logging
 import os
 import socket
 import warnings
@@ -22,7 +23,7 @@ def start_ray() -> None:
         with warnings.catch_warnings():
             # Ray starts its processes by fork and exec, so they inherit nothing of this process's threads.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            ray.init(log_to_driver=False, logging_level="ERROR")
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
 
 
 def check_address() -> None:

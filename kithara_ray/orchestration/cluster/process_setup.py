@@ -9,6 +9,7 @@ import functools
 import signal
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.train.v2.jax.config import JaxConfig
@@ -42,10 +43,12 @@ class WorkerBackend(JaxConfig):
 class _Backend(JaxBackend):
     def on_start(self, worker_group, backend_config: WorkerBackend):
         limits = (backend_config.initialize_timeout_s, backend_config.heartbeat_timeout_s)
-        ray.get(worker_group.execute_async(_set_up_process, *limits))
+        calls: list[Any] = worker_group.execute_async(_set_up_process, *limits)
+        ray.get(calls)
         super().on_start(worker_group, backend_config)
         # This comes after JAX's start, as JAX may have taken the signal for a service of its own.
-        ray.get(worker_group.execute_async(_listen))
+        calls = worker_group.execute_async(_listen)
+        ray.get(calls)
 
     def on_shutdown(self, worker_group, backend_config: WorkerBackend):
         """Skip Ray's wait for JAX's shutdown, 30 s if a process is dead: a loop that ends well does it itself."""

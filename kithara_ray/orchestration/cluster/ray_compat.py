@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
 # The resource that marks the head node. `ray._common.constants` defines it. No public name does, and no public call
 # identifies the head node.
 HEAD_NODE_RESOURCE = "node:__internal_head__"
@@ -25,7 +23,9 @@ def free_by_node() -> dict[str, dict[str, float]]:
 
     Needed to find the room for whole workers; `ray.available_resources()` is the sum over all nodes.
     """
-    return ray._private.state.available_resources_per_node()
+    from ray._private import state
+
+    return state.available_resources_per_node()
 
 
 def tpu_pod_type(topology: str, accelerator_type: str) -> str | None:
@@ -65,11 +65,14 @@ def placement_group_table() -> list[Any]:
 
     Needed because `ray.util.placement_group_table` does not report whether a group's creator is dead.
     """
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray._private import state
+    from ray.core.generated import gcs_pb2
 
-    accessor = ray._private.state.state._connect_and_get_accessor()
-    records = [PlacementGroupTableData.FromString(row) for row in accessor.get_placement_group_table()]
-    return [record for record in records if record.state != PlacementGroupTableData.REMOVED]
+    messages: Any = gcs_pb2  # its classes are made at run time
+    data = messages.PlacementGroupTableData
+    accessor = state.state._connect_and_get_accessor()
+    records = [data.FromString(row) for row in accessor.get_placement_group_table()]
+    return [record for record in records if record.state != data.REMOVED]
 
 
 def placement_group_of(group_id: bytes) -> Any:

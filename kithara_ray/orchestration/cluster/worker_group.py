@@ -30,9 +30,10 @@ class WorkerGroup:
     cluster_timeout_s: float
 
     def __post_init__(self):
-        if not isinstance(self.num_workers, int) or self.num_workers < 1:
+        workers = self.scaling_config.num_workers
+        if not isinstance(workers, int) or workers < 1:
             raise UnsupportedError(
-                f"ScalingConfig(num_workers={self.num_workers!r}): a fixed number of workers >= 1 is needed; the "
+                f"ScalingConfig(num_workers={workers!r}): a fixed number of workers >= 1 is needed; the "
                 "group's size decides the global batch"
             )
         if self.scaling_config.use_gpu:
@@ -46,12 +47,18 @@ class WorkerGroup:
 
     @property
     def num_workers(self) -> int:
-        return self.scaling_config.num_workers
+        return capacity.workers_of(self.scaling_config)
 
     @property
     def platform(self) -> str:
         """The platform that JAX must run on. JAX_PLATFORMS in the run's environment counts as the request."""
         return self.env()["JAX_PLATFORMS"].split(",")[0]
+
+    @property
+    def name(self) -> str:
+        """The run's name, which Ray makes up if the user gave none."""
+        assert self.run_config.name is not None
+        return self.run_config.name
 
     @property
     def storage(self) -> str:
@@ -64,7 +71,7 @@ class WorkerGroup:
         env = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu" if self.scaling_config.use_tpu else "cpu"}
         if not self.scaling_config.use_tpu:
             env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={self.cpu_devices_per_worker}"
-        runtime_env = self.run_config.worker_runtime_env or {}
+        runtime_env: Any = self.run_config.worker_runtime_env or {}
         return env | dict(runtime_env.get("env_vars", {}))
 
     def wait(self) -> None:

@@ -51,9 +51,8 @@ class HostStream:
         """Return the arrays of one global batch, and its number of real tokens over all hosts."""
         if not self.ahead:
             return self._make(step)
-        if self._next != step:
-            if self._made is not None:
-                self._made.close()
+        if self._made is None or self._next != step:
+            self.close()
             self._made = Prefetched(self._make, itertools.count(step), self.ahead)
         self._next = step + 1
         return next(self._made)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.data import sources
-from kithara_ray.orchestration.data.pipeline import tokenize, tokenized_rows
+from kithara_ray.orchestration.data.pipeline import tokenize_whole, tokenized_rows
 from kithara_ray.orchestration.data.token_rows import Rows
 from kithara_ray.sft import preview as previews
 from kithara_ray.sft.batches.blocks import TokenizedRow
@@ -50,7 +50,7 @@ class RowDataset:
             raise ConfigError(f"{type(self).__name__} needs one of tokenizer and tokenizer_handle")
         self.choice = Choice(split, subset)
         self.source = sources.part_of(source, self.choice)
-        self.tokenizer = tokenizer if tokenizer is not None else absolute(tokenizer_handle)
+        self.tokenizer = absolute(tokenizer_handle) if tokenizer_handle is not None else tokenizer
         self.max_seq_len = max_seq_len
         self.on_bad_row = on_bad_row
         self.column_mapping = dict(column_mapping or {})
@@ -74,7 +74,7 @@ class RowDataset:
         source = self.source
         return hasattr(source, "features") and hasattr(source, "__iter__") and not hasattr(source, "__len__")
 
-    def head(self, rows: int):
+    def head(self, rows: int) -> "RowDataset":
         """Return the same dataset limited to the source's first rows, which are read now."""
         taken = copy.copy(self)
         taken.source = next((work.rows() for work in sources.stream(self.source, rows)), [])
@@ -207,21 +207,21 @@ def mix(datasets: Sequence[tuple[RowDataset, float]], epoch: str = "all") -> Mix
             raise ConfigError(f"mix: dataset {number} has another tokenizer than dataset 0")
     if epoch not in ("all", "first"):
         raise ConfigError(f"mix: epoch must be 'all' or 'first', got {epoch!r}")
-    return MixedDataset(*zip(*datasets, strict=True), epoch)
+    return MixedDataset([dataset for dataset, _ in datasets], [weight for _, weight in datasets], epoch)
 
 
 def preview(dataset: RowDataset | MixedDataset, rows: int = 3) -> Preview:
     """Show a dataset's first rows as the model sees them, and its token statistics."""
     start_ray()
-    if dataset.is_endless:
+    if isinstance(dataset, RowDataset) and dataset.is_endless:
         dataset = dataset.head(_PREVIEWED)
-    store = tokenize(dataset)
+    store = tokenize_whole(dataset)
     first = dataset.datasets[0] if isinstance(dataset, MixedDataset) else dataset
     read = Rows(store)
     shown = [read.row(number) for number in range(min(rows, store.num_rows))]
-    tokenizer = first.row_tokenizer().loaded()
+    tokenizer, counts = first.row_tokenizer().loaded(), dict(store.counts)
     return previews.preview(
-        shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, store.counts, store.unread, store.told
+        shown, tokenizer, store.lengths, store.trained, dataset.max_seq_len, counts, store.unread, store.told
     )
 
 

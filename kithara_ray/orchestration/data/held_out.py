@@ -2,12 +2,13 @@
 
 import dataclasses
 import logging
+from typing import Any
 
 import numpy as np
 import ray
 
 from kithara_ray.errors import DataError, UnsupportedError
-from kithara_ray.orchestration.data.pipeline import Described, Mixture, named, tokenize
+from kithara_ray.orchestration.data.pipeline import Described, Mixture, named, tokenize_whole
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.batches.told import NOTHING
@@ -37,7 +38,7 @@ def tokenize_and_hold_out(
         return TokenStore.joined(trained, draws), TokenStore.joined(held, [store.num_rows for store in held])
     if dataset.is_endless:
         raise UnsupportedError("eval_fraction: the dataset streams, and nobody knows its rows; give an eval_dataloader")
-    store = tokenize(dataset, vocabulary)
+    store = tokenize_whole(dataset, vocabulary)
     held = chosen(store.num_rows, fraction, seed)
     logger.warning(
         "eval_fraction=%g, seed=%d: %d of %d rows%s are held out of training",
@@ -69,6 +70,7 @@ def _divide(block: TokenizedBlock, held: np.ndarray):
 
 def _divided(store: TokenStore, held: np.ndarray) -> tuple[TokenStore, TokenStore]:
     ends = zip(store.starts[:-1], store.starts[1:], strict=True)
+    divided: list[Any]  # three references each
     divided = [_divide.remote(block, held[a:b]) for block, (a, b) in zip(store.blocks, ends, strict=True)]
     contents = ray.get([contents for *_, contents in divided])
     stores = []

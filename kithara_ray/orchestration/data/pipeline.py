@@ -46,7 +46,8 @@ class Described(Protocol):
 class Mixture(Protocol):
     """Several datasets used as one."""
 
-    datasets: Sequence[Described]
+    @property
+    def datasets(self) -> Sequence[Described]: ...
 
     def draws(self, sizes: Sequence[int]) -> tuple[int, ...]: ...
 
@@ -61,7 +62,7 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
         DataError: a row is bad (the error gives its source, number and column), or no row has a trainable token.
     """
     if isinstance(dataset, Mixture):
-        stores = [tokenize(part, vocabulary) for part in named(dataset.datasets)]
+        stores = [tokenize_whole(part, vocabulary) for part in named(dataset.datasets)]
         return TokenStore.joined(stores, dataset.draws([store.num_rows for store in stores]))
     row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
     if dataset.is_endless:
@@ -105,7 +106,7 @@ def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
         works = sources.work(dataset.source, dataset.name, dataset.choice)
     kept, outcomes = 0, []
     for piece, part in works:
-        held = (ray.get(part[0]), *part[1:]) if part else ()
+        held: tuple[Any, ...] = (ray.get(part[0]), *part[1:]) if part else ()
         block, rows = piece.tokenized_rows(row_tokenizer, *held)
         kept += len(block)
         outcomes.append(sources.outcome(block))
@@ -138,6 +139,13 @@ def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tu
         what = f"of {total} rows {describe(counts)}: {samples[0]}" if samples else "the source has no rows"
         raise DataError(f"the dataset is empty: {what}; nothing can be trained")
     return counts, unread_columns, told
+
+
+def tokenize_whole(dataset: Described | Mixture, vocabulary: int | None = None) -> TokenStore:
+    """Call `tokenize` for a dataset that ends; others have been refused by then."""
+    store = tokenize(dataset, vocabulary)
+    assert isinstance(store, TokenStore)
+    return store
 
 
 def named(datasets: Sequence[Described]) -> Iterator[Described]:

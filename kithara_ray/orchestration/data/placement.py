@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from kithara_ray.sharding.mesh import from_parts
+
 
 def place(
     part: Callable[[int, int], dict[str, np.ndarray]], rows: int, shape: tuple[int, int], sharding: NamedSharding
@@ -23,7 +25,7 @@ def place(
         return made[start, stop][name]
 
     def array(name: str, width: int) -> jax.Array:
-        return jax.make_array_from_callback((rows, width), sharding, lambda index: own(index, name))
+        return from_parts((rows, width), sharding, lambda index: own(index, name))
 
     widths = dict.fromkeys(("token_ids", "segment_ids"), shape[0])
     widths |= dict.fromkeys(("target_positions", "target_ids", "target_weights"), shape[1])

@@ -94,7 +94,7 @@ class Work:
     def _made(self, tokenize: RowTokenizer, block: Any, start: int, stop: int) -> Made:
         columns = Columns()
         if self.piece is not None:
-            rows, first, where = self._of_piece(tokenize)
+            rows, first, where = self._of_piece(self.piece, tokenize)
         else:
             rows, first, where = self.rows(block, start, stop), self.first_row, self._where
         made = tokenize.made(map(columns.watched, rows), first, where)
@@ -105,8 +105,8 @@ class Work:
     def _where(self, number: int) -> str:
         return f"row {self.first_row + number}{f' of {self.name}' if self.name else ''}"
 
-    def _of_piece(self, tokenize: RowTokenizer) -> tuple[Iterable[Any], int, Callable[[int], str]]:
-        piece, (begin, end) = self.piece, self.kept or (0, None)
+    def _of_piece(self, piece: Piece, tokenize: RowTokenizer) -> tuple[Iterable[Any], int, Callable[[int], str]]:
+        begin, end = self.kept or (0, None)
         places: list[str] = []
 
         def rows() -> Iterator[Any]:

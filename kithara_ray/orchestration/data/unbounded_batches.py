@@ -34,9 +34,8 @@ class EndlessStream:
         self._next: int | None = None
 
     def batch(self, step: int) -> tuple[dict[str, jax.Array], int]:
-        if self._next != step:
-            if self._made is not None:
-                self._made.close()
+        if self._made is None or self._next != step:
+            self.close()
             self._made = Prefetched(self._make, itertools.count(step), self._ahead)
         self._next = step + 1
         return next(self._made)

@@ -58,7 +58,7 @@ def _reads(raw: Mapping[str, Any], directory: Path) -> Iterator[tuple[Keys, str,
             for path in _paths(section.get(name), (*keys, name), directory):
                 yield (*keys, name), path, lambda path=path, suffixes=suffixes: _in_directory(directory, path, suffixes)
         template = section.get("chat_template")  # Jinja text, or the path of a file with it
-        if _is_file(directory, template):
+        if isinstance(template, str) and _is_file(directory, template):
             yield (*keys, "chat_template"), template, lambda path=template: [_inside(directory, path)]
         if "source" in section and ("type" in section or "dataset" in keys):
             choice = Choice(section.get("split"), section.get("subset"))

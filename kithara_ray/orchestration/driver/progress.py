@@ -87,6 +87,8 @@ class Progress:
             self._drain()
 
     def _drain(self) -> None:
+        if self._coordinator is None:
+            return
         try:
             events = ray.get(self._coordinator.events.remote(self._seen), timeout=10)
         except RayError:

@@ -9,9 +9,9 @@ import numpy as np
 
 from kithara_ray.callbacks import TensorBoard
 from kithara_ray.orchestration.data.data_spec import DataSpec
-from kithara_ray.orchestration.data.datasets import Dataloader
+from kithara_ray.orchestration.data.datasets import Dataloader, RowDataset
 from kithara_ray.orchestration.data.held_out import tokenize_and_hold_out
-from kithara_ray.orchestration.data.pipeline import tokenize
+from kithara_ray.orchestration.data.pipeline import tokenize, tokenize_whole
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.orchestration.data.unbounded import EndlessStore
 from kithara_ray.orchestration.preflight.memory_fit import Fit
@@ -56,7 +56,10 @@ def tokenized(request: RunRequest) -> Tokenized:
     store, held_out = tokenize(train.dataset, known), None
     if asked is not None:
         dataset = asked.loader.dataset
-        held_out = tokenize(dataset.head(asked.max_samples) if dataset.is_endless else dataset, known)
+        if isinstance(dataset, RowDataset) and dataset.is_endless:
+            assert asked.max_samples is not None  # the request asks for it
+            dataset = dataset.head(asked.max_samples)
+        held_out = tokenize_whole(dataset, known)
     return Tokenized(store, held_out, began, time.time())
 
 
@@ -111,10 +114,10 @@ def limits_of(request: RunRequest) -> Limits:
 
 def _evaluation(request: RunRequest, data: Tokenized, training_rows: int) -> EvalSpec | None:
     asked = request.evaluation
-    if asked is None:
+    if asked is None or data.eval is None:
         return None
     rows = asked.loader.per_device_batch_size
-    held_out = _data(asked.loader, data.eval, training_rows if rows == "auto" else rows)
+    held_out = _data(asked.loader, data.eval, training_rows if isinstance(rows, str) else rows)
     return EvalSpec(held_out, asked.every_steps, asked.every_epochs, asked.max_samples)
 
 

@@ -22,6 +22,7 @@ from kithara_ray.hf.exports.export import Layout
 from kithara_ray.hf.exports.reference import split_reference
 from kithara_ray.hf.identity import identity_of
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.safetensors_file import raw_bytes
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.storage.places import Place
 from kithara_ray.storage.urls import is_url
@@ -76,7 +77,7 @@ def digest_of(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name, array in sorted(tensors.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(raw_bytes(array))
     return digest.hexdigest()
 
 
@@ -131,6 +132,7 @@ def write_adapter(adapter: AdapterRef, tensors: Tensors) -> str:
     Raises:
         DestinationError: the directory cannot be written.
     """
+    assert adapter.directory is not None
     place = Place(adapter.directory)
     with place.scratch() as scratch:
         Adapter(adapter.config, tensors).write(scratch / DIRECTORY, *_named(adapter.base))

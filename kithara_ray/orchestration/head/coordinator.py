@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -42,7 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 # Calls that Ray repeats after a restart of the coordinator: the new one gives the same answers, and the caller waits.
-_asked_again = ray.method(max_task_retries=10)
+_again: Any = ray.method(max_task_retries=10)
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _asked_again(method: Method) -> Method:
+    return _again(method)
 
 
 class Coordinator:
@@ -91,7 +97,7 @@ class Coordinator:
             time.sleep(BEAT_S)
             with self._lock:
                 verdict = self._watch.verdict(time.monotonic()) if self._watch is not None else None
-                condemned = self._watch.condemn() if verdict is not None else []
+                condemned = self._watch.condemn() if self._watch is not None and verdict is not None else []
             if verdict is not None:
                 logger.error("ending the worker group: %s", verdict)
                 self.record({"kind": "stalled", "text": verdict})

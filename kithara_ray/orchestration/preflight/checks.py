@@ -61,8 +61,8 @@ def wait_for_cluster(request: RunRequest, wait_s: float) -> str:
     """Wait until the cluster has the run's resources, and has them free; return their list. Raises ClusterError."""
     scaling = request.group.scaling_config
     needs, heads = ray_compat.resources_per_worker(scaling), capacity.slice_heads(scaling)
-    capacity.wait_for_cluster(scaling.num_workers, needs, wait_s, heads)
-    workers = f"{scaling.num_workers} worker(s) with {capacity.show(needs)} each"
+    capacity.wait_for_cluster(request.group.num_workers, needs, wait_s, heads)
+    workers = f"{request.group.num_workers} worker(s) with {capacity.show(needs)} each"
     return f"{workers}" + (f", on {', '.join(f'{n:g} x {name}' for name, n in heads.items())}" if heads else "")
 
 

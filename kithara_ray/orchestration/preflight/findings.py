@@ -55,9 +55,9 @@ def find(name: str, check: Callable[[], str]) -> Finding:
 
 def raise_for(findings: Sequence[Finding]) -> None:
     """Raise the failures as one error: it has the class of the first, and all messages."""
-    failed = [finding for finding in findings if finding.state == FAILED]
+    failed = [(finding.error, finding.text) for finding in findings if finding.error is not None]
     if failed:
-        raise type(failed[0].error)("\n".join(finding.text for finding in failed))
+        raise type(failed[0][0])("\n".join(text for _, text in failed))
 
 
 def gb(count: float) -> str:

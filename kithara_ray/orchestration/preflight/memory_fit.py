@@ -47,13 +47,9 @@ def slice_of_run(scaling: ScalingConfig, platform: str) -> tuple[Slice, int] | N
     where = slice_of_topology(scaling.topology, scaling.accelerator_type)
     if where is None:
         return None
-    slices = get_tpu_num_slices_for_workers(
-        topology=scaling.topology,
-        accelerator_type=scaling.accelerator_type,
-        num_workers=scaling.num_workers,
-        resources_per_worker=scaling.resources_per_worker,
-    )
-    return where, slices
+    sizes: Any = {"num_workers": scaling.num_workers, "resources_per_worker": scaling.resources_per_worker}
+    shape = {"topology": scaling.topology, "accelerator_type": scaling.accelerator_type}
+    return where, get_tpu_num_slices_for_workers(**shape, **sizes)
 
 
 def _planned_on(request: RunRequest) -> tuple[Slice, int] | None:
@@ -86,13 +82,14 @@ def fit(request: RunRequest, shape_TK: tuple[int, int]) -> Fit:
         ConfigError: the run does not fit (the message says what to try), or "auto" with an unknown slice.
     """
     rows, found = request.train.per_device_batch_size, _planned_on(request)
-    if rows == "auto":
+    if isinstance(rows, str):
         check_auto(request)
     if found is None:
+        assert not isinstance(rows, str)
         return Fit(rows, None)
     where, slices = found
     seq_len, settings = int(shape_TK[0]), settings_of(request, shape_TK, slices)
-    if rows != "auto":
+    if not isinstance(rows, str):
         return Fit(rows, dataclasses.asdict(check(request.model.weights_handle, where, seq_len, rows, settings)))
     best = largest_batch(request.model.weights_handle, where, seq_len, **settings)
     if not best.fits:
@@ -109,11 +106,12 @@ def check(base: Any, where: Slice, seq_len: int, rows: int, settings: Mapping[st
         ConfigError: the run does not fit; the message has the memory it needs, the memory there is and what to try.
     """
     made = plan(base, where, seq_len, rows, compile=False, **settings)
-    hbm = made.hbm_bytes_per_chip
+    hbm, available = made.hbm_bytes_per_chip, made.hbm_bytes_per_chip["available"]
+    assert available is not None  # a slice that Ray knows has known chips
     # Only the weights' size is exact; the rest of an estimate decides nothing.
-    if hbm["frozen"] > hbm["available"]:
+    if hbm["frozen"] > available:
         raise ConfigError(_refusal(made))
-    if hbm["total"] > _SURE * hbm["available"]:
+    if hbm["total"] > _SURE * available:
         try:
             made = plan(base, where, seq_len, rows, **settings)
         except PlanError as error:

@@ -109,6 +109,7 @@ class Probes(HeadProbes):
 def places_of(request: RunRequest, exports: Sequence[ExportRequest]) -> dict[str, Callable[[str], None]]:
     """Return path -> check for every place that a run, and the exports after it, write to."""
     # An export that resumes a killed one finds files there.
+    places: dict[str, Callable[[str], None]]
     places = {export.output_dir: probe_directory if export.resume else check_destination for export in exports}
     run_config = request.group.run_config
     storage_path = absolute(str(run_config.storage_path))

@@ -69,15 +69,17 @@ def checkpointer_of(given: Any, run_config: RunConfig, evaluates: bool) -> Check
     costs 2 s. It applies those numbers to its own checkpoints, in `<storage_path>/<name>/checkpoints`.
     `FailureConfig(max_failures=...)` without a `CheckpointConfig` also asks for checkpoints there.
     """
-    asked, checkpointer = run_config.checkpoint_config, given
-    if checkpointer is None and (asked != CheckpointConfig() or run_config.failure_config.max_failures):
+    asked, failures, checkpointer = run_config.checkpoint_config, run_config.failure_config, given
+    assert asked is not None  # Ray's RunConfig fills both in
+    assert failures is not None
+    if checkpointer is None and (asked != CheckpointConfig() or failures.max_failures):
         if run_config.storage_filesystem is not None:
             raise UnsupportedError(
                 "RunConfig(storage_filesystem=...) with checkpoints: they are written through fsspec; give "
                 "Trainer(checkpointer=Checkpointer('gs://...'))"
             )
         checkpointer = Checkpointer(
-            join(str(run_config.storage_path), run_config.name, "checkpoints"),
+            join(str(run_config.storage_path), str(run_config.name), "checkpoints"),
             max_to_keep=asked.num_to_keep if asked != CheckpointConfig() else 2,
             score_attribute=asked.checkpoint_score_attribute,
             score_order=asked.checkpoint_score_order,
@@ -115,7 +117,7 @@ def snapshots_of(every: int | None, directory: str | None, run_config: RunConfig
             "Trainer: export_every_steps= writes adapters, and all weights of this model are trained; give a "
             "checkpointer, or lora_rank="
         )
-    default = join(str(run_config.storage_path), run_config.name, "adapters")
+    default = join(str(run_config.storage_path), str(run_config.name), "adapters")
     return Snapshots(every, absolute(str(directory or default)))
 
 

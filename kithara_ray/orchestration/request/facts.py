@@ -15,12 +15,12 @@ _ONE_DEVICE_A_CHIP = ("TPU-V4", "TPU-V5P", "TPU-V5LITEPOD", "TPU-V6E")
 
 def count_devices(request: RunRequest) -> int | None:
     """Return the number of JAX devices of the run; None if only the accelerator knows."""
-    scaling, env = request.group.scaling_config, request.group.env()
+    scaling, workers, env = request.group.scaling_config, request.group.num_workers, request.group.env()
     if env["JAX_PLATFORMS"].split(",")[0] == "cpu":
         found = re.search(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))
-        return scaling.num_workers * int(found.group(1) if found else 1)
+        return workers * int(found.group(1) if found else 1)
     if scaling.use_tpu and scaling.accelerator_type in _ONE_DEVICE_A_CHIP:
-        return int(scaling.num_workers * ray_compat.resources_per_worker(scaling).get("TPU", 0)) or None
+        return int(workers * ray_compat.resources_per_worker(scaling).get("TPU", 0)) or None
     return None
 
 

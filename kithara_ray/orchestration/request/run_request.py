@@ -145,7 +145,7 @@ class RunRequest:
     @property
     def directory(self) -> str:
         """The run's directory."""
-        return join(self.group.storage, self.group.run_config.name)
+        return join(self.group.storage, self.group.name)
 
     def loaders(self) -> Iterator[tuple[str, Dataloader]]:
         """Yield each Dataloader under the name of its argument."""

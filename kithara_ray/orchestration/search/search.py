@@ -168,7 +168,7 @@ def search(
     about |= {"num_samples": num_samples, "seed": seed, "searcher": describe(searcher)}
     about |= {"scheduler": describe(scheduler), "grace_steps": grace_steps, "reduction_factor": reduction_factor}
     goes_on = _begin(settings.directory, about, getattr(trainer_factory, "config", None))
-    at_once = min(_room(request.group), max_concurrent_trials or math.inf)
+    at_once = int(min(_room(request.group), max_concurrent_trials or math.inf))
     logger.info("searching in %s: trials_at_once=%d", settings.directory, at_once)
     files = request.group.run_config.storage_filesystem
     if files is None and not is_url(storage):
@@ -193,7 +193,8 @@ def search(
 
 def _run(trial: Any, chosen: Any, shown: "_Shown", goes_on: bool, **arguments: Any) -> Any:
     """Run Ray Tune to the end, and wait until no trial holds anything on the cluster. Raises KeyboardInterrupt."""
-    resume = ray.tune.ResumeConfig(errored=ray.tune.ResumeConfig.ResumeType.RESUME) if goes_on else None
+    again: Any = ray.tune.ResumeConfig.ResumeType.RESUME
+    resume = ray.tune.ResumeConfig(errored=again) if goes_on else None
     before = set(placement_groups.groups())
     with sigint_kept(), _quiet():
         analysis = ray.tune.run(
@@ -225,7 +226,7 @@ def _check_count(name: str, value: Any, least: int = 1) -> None:
 def room_for(scaling: ScalingConfig, nodes: Sequence[Mapping[str, float]]) -> int:
     """Return how many trials find workers, and whole TPU slices, at once on nodes with these resources."""
     workers = capacity.placeable(10**6, ray_compat.resources_per_worker(scaling), list(nodes))
-    rooms = [workers // scaling.num_workers]
+    rooms = [workers // capacity.workers_of(scaling)]
     for name, count in capacity.slice_heads(scaling).items():
         rooms.append(int(sum(node.get(name, 0) for node in nodes) // count))
     return min(rooms)
@@ -365,8 +366,8 @@ def _error_of(trial: Any) -> str:
 def _result(trial: Any, directory: str) -> TrialResult:
     last = dict(trial.last_result or {})
     path = trial_directory(directory, trial.trial_id)
-    common = {"id": trial.trial_id, "point": plain(trial.config), "path": path}
-    numbers = {name: value for name, value in last.items() if isinstance(value, (int, float))}
+    common: dict[str, Any] = {"id": trial.trial_id, "point": plain(trial.config), "path": path}
+    numbers: dict[str, float] = {name: value for name, value in last.items() if isinstance(value, (int, float))}
     if trial.status == "ERROR":
         return TrialResult(**common, state="failed", metrics=numbers, error=_error_of(trial))
     if REFUSED in last:

@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.tune
@@ -71,12 +71,13 @@ def first_trainer(make: Callable[[dict[str, Any]], Trainer], domains: Mapping[st
     Raises:
         KitharaRayError: none of `_TRIED_POINTS` points makes a Trainer; this is the last one's error.
     """
-    refused = None
+    refused: KitharaRayError | None = None
     for point in itertools.islice(_variants(domains, seed), _TRIED_POINTS):
         try:
             return make(plain(point))
         except KitharaRayError as error:
             refused = error
+    assert refused is not None  # a space has at least one point
     raise refused
 
 
@@ -122,7 +123,13 @@ def check_searcher(searcher: str | Searcher, domains: Mapping[str, Any]) -> None
             raise UnsupportedError('search: searcher="optuna" needs Optuna: pip install "kithara-ray[tune]"')
 
 
-class _Here:
+if TYPE_CHECKING:
+    _Algorithm = ConcurrencyLimiter
+else:
+    _Algorithm = object
+
+
+class _Here(_Algorithm):
     """Keeps this cluster's concurrency when a search resumes, in place of the saved one."""
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -150,6 +157,7 @@ def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
         from ray.tune.search.optuna import OptunaSearch
 
         searcher = OptunaSearch(seed=seed)
+    assert isinstance(searcher, Searcher)  # `check_searcher` refuses other names
     return SearchGenerator(Limited(searcher, max_concurrent=at_once))
 
 

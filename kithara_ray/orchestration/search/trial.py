@@ -183,7 +183,7 @@ def trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
         # machine.
         env = {**_DRIVER_ENV, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": {"env_vars": env}}
-        driver = ray.remote(TrialDriver).options(**options).remote(settings)
+        driver: Any = ray.remote(TrialDriver).options(**options).remote(settings)
         try:
             last = _watched(driver, point, directory, settings.metric)
         except RayActorError as error:

@@ -74,6 +74,7 @@ class Channel(Protocol):
     @property
     def node_id(self) -> str:
         """Return the id of this process's node, as the head names it."""
+        ...
 
     def record(self, event: Event, wait: bool = False) -> None:
         """Report an event. With `wait`, return when the head has it; without, return at once."""
@@ -83,6 +84,7 @@ class Channel(Protocol):
 
     def is_draining(self) -> bool:
         """Return True if the cluster has announced that the node of one of the ranks will go."""
+        ...
 
     def put_shards(self, rank: int, shards: Sequence[Shard]) -> None:
         """Send a rank's shards of the trained adapter; return when the head has them."""
@@ -90,9 +92,11 @@ class Channel(Protocol):
     def put_snapshot(self, part: SnapshotPart) -> Wait:
         """Send a rank's shards of the current adapter. The returned wait ends when the head has written the adapter, or
         has kept this part until the other ranks' parts arrive."""
+        ...
 
     def begin_weights(self, weights: WeightsSpec) -> int:
         """Have the head prepare for trained weights; return the token that their slices are sent with."""
+        ...
 
     def put_slices(self, token: int, slices: "Iterable[TensorSlice]") -> None:
         """Send slices of trained weights, with a bounded number in flight; return when the head has written all.

@@ -205,10 +205,12 @@ class Saving:
         patience, keep = self.settings.early_stopping_patience, self.settings.keep
         if patience is None:
             return False
+        score = keep.score
+        assert score is not None  # a Checkpointer with patience has one
         for row in self.evaluations:
-            if keep.score not in row:
-                raise ConfigError(f"score_attribute={keep.score!r} is not among an evaluation's {sorted(row)}")
-        return keep.since_best([row[keep.score] for row in self.evaluations]) >= patience
+            if score not in row:
+                raise ConfigError(f"score_attribute={score!r} is not among an evaluation's {sorted(row)}")
+        return keep.since_best([row[score] for row in self.evaluations]) >= patience
 
     @property
     def newest(self) -> str | None:

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from kithara_ray.model.causal_lm import CausalLM, Frozen, Params
 from kithara_ray.orchestration.data.loading import held_out_batches
+from kithara_ray.orchestration.data.unbounded import EndlessOrder
 from kithara_ray.orchestration.worker.spec import EvalSpec
 from kithara_ray.sft.batches.order import Order
 from kithara_ray.train.programs import ByLength
@@ -27,7 +28,7 @@ class Evaluation:
             lambda batch: compile_eval(model, params, frozen, batch), model, data.order.batch_rows, data.shapes
         )
 
-    def is_due(self, step: int, order: Order) -> bool:
+    def is_due(self, step: int, order: Order | EndlessOrder) -> bool:
         """Return True if an evaluation is due after `step` steps; `order` is that of the training batches."""
         if self._spec.every_steps:
             return step % self._spec.every_steps == 0

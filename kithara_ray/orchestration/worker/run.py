@@ -20,6 +20,8 @@ from kithara_ray.orchestration.cluster.process_setup import check_process_group
 from kithara_ray.orchestration.worker import leaving, start
 from kithara_ray.orchestration.worker.callback_runner import Calls
 from kithara_ray.orchestration.worker.channel import AdapterSpec
+from kithara_ray.orchestration.worker.checkpointing import Saving
+from kithara_ray.orchestration.worker.evaluation import Evaluation
 from kithara_ray.orchestration.worker.event_log import EventLog
 from kithara_ray.orchestration.worker.snapshots import SnapshotSender
 from kithara_ray.orchestration.worker.spec import RunSpec
@@ -77,7 +79,9 @@ class Run:
         }
         check_process_group(spec.num_workers, spec.platform, spec.num_devices)
         self.number, self.left = 0, None
-        self.saving = self.snapshots = self.evaluation = None
+        self.saving: Saving | None = None
+        self.snapshots: SnapshotSender | None = None
+        self.evaluation: Evaluation | None = None
         self._saved_for_drain = False
         self.log = EventLog(self.rank, spec.channel, spec.limits, phases)
         self.calls = Calls(spec.callbacks if self.rank == 0 else (), lambda text: self.log.record("dropped", text=text))
@@ -97,9 +101,11 @@ class Run:
                 self._look_for_checkpoint()
         self._start_callbacks()
         with log.phase("load"):
-            self.state, self.frozen = start.load_state(spec, parts, self.saving, self.is_finished)
+            self.state, frozen = start.load_state(spec, parts, self.saving, self.is_finished)
         if self.is_finished:
             return
+        assert frozen is not None
+        self.frozen = frozen
         with log.phase("compare"):
             self.model.check_copies(self.state["params"], self.frozen)
         self._next_batch, self._next_tokens = self.data.batch(self.number)
@@ -139,13 +145,22 @@ class Run:
     @property
     def _adapter_spec(self) -> AdapterSpec:
         how = self.spec.model
+        assert how.lora is not None
         return AdapterSpec(how.base, how.lora, self.model.adapter_shapes, self.spec.num_workers)
 
     def _start_callbacks(self) -> None:
         """Start the callbacks. If one raises, all ranks raise TrainingError."""
         spec, counts = self.spec, self._counts
         name = spec.directory.rstrip("/").rpartition("/")[2]
-        info = RunInfo(name, spec.directory, self.number, self.total_steps, **counts, settings=spec.settings)
+        info = RunInfo(
+            name,
+            spec.directory,
+            self.number,
+            self.total_steps,
+            parameters=counts["parameters"],
+            trainable=counts["trainable"],
+            settings=spec.settings,
+        )
         self.figures = Figures(counts["parameters"], spec.model.lora is not None, self.mesh.size)
         problem = agree(self.calls.start(info))[0]
         if problem:
@@ -168,7 +183,7 @@ class Run:
                 self._log(metrics)
             evaluated = self._evaluate_if_due(metrics)
             if self.saving is not None:
-                self._save_if_due(evaluated)
+                self._save_if_due(self.saving, evaluated)
             self._tell_checkpoints()
             if self.snapshots is not None:
                 self.snapshots.after(self.number, lambda: self.model.adapter_shards(self.state["params"], self.rank))
@@ -226,21 +241,21 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """See `Evaluation.run`."""
+        assert self.evaluation is not None
         alive = lambda: self.log.heart.at("eval", self.number)  # noqa: E731
         return self.evaluation.run(self.state["params"], self.frozen, alive)
 
-    def _save_if_due(self, evaluated: bool) -> None:
-        self.saving.saver.check()
-        stops = evaluated and not self._is_last and self.saving.has_stopped_improving()
-        if not (self._is_last or stops or self.saving.is_due(self.number, evaluated)):
+    def _save_if_due(self, saving: Saving, evaluated: bool) -> None:
+        saving.saver.check()
+        stops = evaluated and not self._is_last and saving.has_stopped_improving()
+        if not (self._is_last or stops or saving.is_due(self.number, evaluated)):
             return
         # A save must be sound: none of its steps may turn out to be not finite.
         self.outcomes.look(self.number, take_votes=False)
         with self.window.paused():
             self.log.heart.at("save", self.number)
-            self.saving.save(
-                self.number, self.state, finished="early_stopping" if stops else "steps" if self._is_last else None
-            )
+            finished = "early_stopping" if stops else "steps" if self._is_last else None
+            saving.save(self.number, self.state, finished=finished)
             self.log.heart.at("step", self.number)
 
     # --- leaving -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The parts that a run begins with: a model without values, its data, its state and its compiled steps."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,13 @@ from kithara_ray.hf.fetch import fetch
 from kithara_ray.model.causal_lm import CausalLM, Frozen, Params, build
 from kithara_ray.orchestration.data.batches import HostStream
 from kithara_ray.orchestration.data.loading import training_batches
+from kithara_ray.orchestration.data.unbounded import EndlessOrder
 from kithara_ray.orchestration.data.unbounded_batches import EndlessStream
 from kithara_ray.orchestration.worker.checkpointing import Saving, identity_of
 from kithara_ray.orchestration.worker.evaluation import Evaluation
 from kithara_ray.orchestration.worker.event_log import EventLog
 from kithara_ray.orchestration.worker.spec import RunSpec
+from kithara_ray.sft.batches.order import Order
 from kithara_ray.sharding.mesh import make_mesh
 from kithara_ray.train.optimizer import KerasOptimizer, OptaxOptimizer, is_elementwise
 from kithara_ray.train.programs import ByLength
@@ -69,12 +70,20 @@ def open_parts(spec: RunSpec, log: EventLog) -> Parts:
         optimizer = KerasOptimizer(value) if kind == "keras" else OptaxOptimizer(value)
     data = training_batches(spec.train, mesh, spec.platform)
     evaluation = Evaluation(spec.eval, mesh, spec.platform) if spec.eval is not None else None
-    total_steps = spec.steps if spec.steps is not None else data.order.total_steps(spec.epochs)
-    return Parts(base, mesh, built, optimizer, data, evaluation, total_steps)
+    return Parts(base, mesh, built, optimizer, data, evaluation, _total_steps(spec, data.order))
+
+
+def _total_steps(spec: RunSpec, order: Order | EndlessOrder) -> int:
+    if spec.steps is not None:
+        return spec.steps
+    assert spec.epochs is not None
+    assert isinstance(order, Order)  # a stream has no epochs
+    return order.total_steps(spec.epochs)
 
 
 def find_checkpoint(spec: RunSpec, rank: int, parts: Parts) -> Saving:
     """Find the newest of the run's checkpoints; all ranks call this."""
+    assert spec.checkpointer is not None
     tensors = {f"params/{slot.key}": slot.names for slot in parts.model.adapter_slots}
     saving = Saving(spec.checkpointer, rank, spec.num_workers, tensors, spec.model.base)
     saving.look(lambda: identity_of(spec, parts.base, parts.data.order))
@@ -110,7 +119,7 @@ def compile_steps(spec: RunSpec, parts: Parts, state: State, frozen: Frozen) -> 
     """Compile the step and, if there is one, the evaluation: a program for each length of a batch."""
     how = spec.step
 
-    def compiled(batch: Mapping[str, Any]):
+    def compiled(batch: Any):
         given = (parts.model, parts.optimizer, state, frozen, batch)
         return compile_step(*given, how.micro_batches, how.seed, skip_nonfinite=how.on_nan == "skip")
 

@@ -69,8 +69,8 @@ class TokenizedBlock:
         total = 0
         for row_id, row in zip(self.row_ids.tolist(), self.rows(), strict=True):
             digest = hashlib.sha256(row_id.to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(row.token_ids))
-            digest.update(np.ascontiguousarray(row.loss_mask))
+            digest.update(np.ascontiguousarray(row.token_ids).data)
+            digest.update(np.ascontiguousarray(row.loss_mask).data)
             total += int.from_bytes(digest.digest()[:16], "little")
         return total % (1 << 128)
 

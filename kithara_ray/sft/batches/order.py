@@ -7,7 +7,7 @@ calls either a pack.
 
 import itertools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -77,7 +77,8 @@ class Order(ABC):
         mixed = np.concatenate(rows)[np.argsort(places, kind="stable")]
         if self.shuffle:
             rng = _rng(self.seed, epoch)
-            mixed = rng.permutation(mixed) if self._is_whole(len(mixed)) else self._mix(mixed, rng)
+            window = self._window(len(mixed))
+            mixed = rng.permutation(mixed) if window == len(mixed) else _mixed(mixed, window, rng)
         return mixed
 
     def _draws(self, number: int, part: Part, epoch: int) -> np.ndarray:
@@ -92,20 +93,17 @@ class Order(ABC):
         if not self.shuffle:
             return np.arange(size)
         rng = _rng(self.seed, cycle, stream)
-        if self._is_whole(size):
+        window = self._window(size)
+        if window == size:
             return rng.permutation(size)
-        stretch = max(1, self.shuffle_rows // _STRETCHES_OF_WINDOW)
+        stretch = max(1, window // _STRETCHES_OF_WINDOW)
         starts = rng.permutation(-(-size // stretch)) * stretch
         rows = (starts[:, None] + np.arange(stretch)).ravel()
-        return self._mix(rows[rows < size], rng)
+        return _mixed(rows[rows < size], window, rng)
 
-    def _is_whole(self, size: int) -> bool:
-        return self.shuffle_rows is None or self.shuffle_rows >= size
-
-    def _mix(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Shuffle consecutive windows of `shuffle_rows` rows separately."""
-        windows = np.arange(len(rows)) // self.shuffle_rows
-        return rows[np.lexsort((rng.random(len(rows)), windows))]
+    def _window(self, size: int) -> int:
+        """Size of the shuffle window for this many rows; `size` itself to shuffle them all at once."""
+        return size if self.shuffle_rows is None else min(self.shuffle_rows, size)
 
     def steps_of(self, epoch: int) -> int:
         """Number of batches in one epoch."""
@@ -139,6 +137,12 @@ class Order(ABC):
             raise ConfigError(f"num_rows and batch_rows must be >= 1, got {self.num_rows} and {self.batch_rows}")
 
 
+def _mixed(rows: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
+    """Shuffle consecutive windows of rows separately."""
+    windows = np.arange(len(rows)) // window
+    return rows[np.lexsort((rng.random(len(rows)), windows))]
+
+
 def _rng(seed: int, cycle: int, stream: int = 0) -> np.random.Generator:
     # Philox is counter-based and its streams are specified, so the order does not depend on numpy's default generator.
     return np.random.Generator(np.random.Philox(key=[seed, cycle], counter=[0, 0, 0, stream]))
@@ -168,14 +172,14 @@ class BatchOrder(Order):
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self.epoch_rows(epoch)
         if self.lengths is not None and self.shuffle:
-            rows = self._by_length(rows, _rng(self.seed, epoch, 2**32))
+            rows = self._by_length(rows, self.lengths, _rng(self.seed, epoch, 2**32))
         return rows, np.arange(len(rows) + 1)
 
-    def _by_length(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _by_length(self, rows: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         places = np.arange(len(rows))
         windows = places // (self.BATCHES * self.batch_rows)
         # Longest first, so that the incomplete batch has short rows; it stays the last of the epoch.
-        rows = rows[np.lexsort((places, -self.lengths[rows], windows))]
+        rows = rows[np.lexsort((places, -lengths[rows], windows))]
         full = len(rows) // self.batch_rows
         batches = np.arange(full)
         batches = batches[np.lexsort((rng.random(full), batches // self.BATCHES))]
@@ -199,13 +203,13 @@ class PackedOrder(Order):
     trained: np.ndarray
     seq_len: int
     predictions: int
+    _steps: dict[int, int] = field(init=False, repr=False, default_factory=dict)  # epoch -> number of batches
 
     def __post_init__(self):
         super().__post_init__()
         longest, most = int(self.lengths.max()), int(self.trained.max())
         assert longest <= self.seq_len, f"a row of {longest} tokens for packs of {self.seq_len}"
         assert most <= self.predictions, f"a row of {most} trained tokens for packs of {self.predictions}"
-        object.__setattr__(self, "_steps", {})
 
     @property
     def num_rows(self) -> int:

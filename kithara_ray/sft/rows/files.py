@@ -19,6 +19,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.utils import infer_compression
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows import text
@@ -97,15 +98,20 @@ class Piece:
         if self.kind not in LINES or not self.start:
             return 0
         count, left = 1, self.start - 1  # the line that the byte before `start` belongs to ends before this piece
-        with reading(self.url), fsspec.open(self.url, "rb") as file:
+        with reading(self.url), _raw(self.url) as file:
             while left > 0 and (data := file.read(min(left, _READ_BYTES))):
                 count, left = count + data.count(b"\n"), left - len(data)
         return count
 
 
+def _raw(url: str) -> Any:
+    """Open a file's own bytes, as a context that gives a binary stream."""
+    return fsspec.open(url, "rb")
+
+
 def _open(url: str) -> Any:
     """Raises ImportError: no decompressor is installed; fsspec would return the compressed bytes."""
-    if PurePosixPath(url).suffix in PACKED and fsspec.utils.infer_compression(url) is None:
+    if PurePosixPath(url).suffix in PACKED and infer_compression(url) is None:
         raise ImportError(f"what unpacks {PurePosixPath(url).suffix}")
     return fsspec.open(url, "rb", compression="infer")
 
@@ -175,7 +181,7 @@ def _lines_of(file: Any, start: int, stop: int) -> bytes:
 
 
 def _row_groups(url: str, number: int, piece_bytes: int) -> Iterator[Piece]:
-    with reading(url, "cannot be read as Parquet"), fsspec.open(url, "rb") as file:
+    with reading(url, "cannot be read as Parquet"), _raw(url) as file:
         metadata = pq.ParquetFile(file).metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         sizes = [(group.num_rows, group.total_byte_size) for group in groups]
@@ -188,7 +194,7 @@ def _row_groups(url: str, number: int, piece_bytes: int) -> Iterator[Piece]:
 
 
 def _record_batches(url: str, number: int) -> Iterator[Piece]:
-    with reading(url, "cannot be read as Arrow"), fsspec.open(url, "rb") as file:
+    with reading(url, "cannot be read as Arrow"), _raw(url) as file:
         if is_file := file.read(6) == b"ARROW1":
             file.seek(0)
             reader = pa.ipc.open_file(file)

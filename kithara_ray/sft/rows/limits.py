@@ -48,6 +48,7 @@ def memory(more_bytes: int) -> Iterator[None]:
     except OSError:
         yield
         return
+    assert resource is not None  # Linux has it, and only Linux has /proc
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = mapped + more_bytes
     if soft != resource.RLIM_INFINITY:

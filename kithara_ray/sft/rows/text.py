@@ -65,11 +65,18 @@ def json_list(data: bytes) -> list[Any]:
     ]
 
 
+def _after(pattern: re.Pattern, text: str, at: int) -> int:
+    """Return the place in valid JSON after a pattern, which matches at `at`."""
+    found = pattern.match(text, at)
+    assert found is not None, text[at : at + 20]
+    return found.end()
+
+
 def _one_by_one(text: str) -> list[Any]:
     """Read the elements of a JSON list one by one. Raises ValueError: the list is not JSON."""
     json.loads(text)
     decoder, rows, at = json.JSONDecoder(), [], text.index("[") + 1
-    while text[at := _BETWEEN.match(text, at).end()] != "]":
+    while text[at := _after(_BETWEEN, text, at)] != "]":
         _, stop = decoder.raw_decode(text, at)
         try:
             rows.append(read_json(text[at:stop]))

@@ -165,13 +165,15 @@ class ChatTemplate:
     def _special_tokens(self) -> tuple[str, ...]:
         return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
 
-    def _render(self, template, messages, tools, options, prompt: bool = False, mark: bool = False):
+    def _render(
+        self, template, messages, tools, options, prompt: bool = False, mark: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Return (text, spans that the template marks)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             with limits.cpu_time(MAX_SECONDS), limits.memory(MAX_MORE_BYTES):
-                texts, marks = render_jinja_template(
+                made: Any = render_jinja_template(
                     [messages],
                     tools=tools,
                     chat_template=template,
@@ -185,6 +187,7 @@ class ChatTemplate:
             raise TooCostly(f"the chat template takes more than {MAX_MORE_BYTES / 2**30:g} GiB of memory") from None
         except Exception as error:  # a template is data and may raise anything
             raise DataError(f"the chat template failed: {type(error).__name__}: {_short(error)}") from error
+        texts, marks = made
         if len(texts[0]) > MAX_CHARACTERS:
             raise TooCostly(f"the chat template renders {len(texts[0]):,} characters, more than {MAX_CHARACTERS:,}")
         return texts[0], marks[0] if marks else []

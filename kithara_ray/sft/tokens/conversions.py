@@ -165,7 +165,7 @@ def _turn(asked: str | None, answered: str | None) -> list[dict[str, str]]:
 
 def _history(cells: Cells) -> Sequence:
     history = cells.get("history")
-    if is_null(history) or history == "":
+    if history is None or is_null(history) or history == "":
         return ()
     if not _is_list(history):
         raise _in("history", DataError(f"is {type(history).__name__}, not a list of [instruction, output]"))

@@ -115,7 +115,11 @@ def chat_row(rendered: Rendered, encoding: Any, special: SpecialTokens, max_seq_
     mask = learned[:max_seq_len].astype(np.uint8)
     mask[:1] = 0
     return TokenizedRow(
-        np.asarray(ids[:max_seq_len], np.int32), mask, len(ids) > max_seq_len, rendered.unlearned, rendered.notes
+        np.asarray(ids[:max_seq_len], np.int32),
+        mask,
+        truncated=len(ids) > max_seq_len,
+        unlearned=rendered.unlearned,
+        notes=rendered.notes,
     )
 
 

@@ -164,6 +164,7 @@ class _Format:
         return one or dict(result)
 
     def _call(self, argument: dict, what: str, where: str) -> Mapping[str, Any]:
+        assert self.custom_formatting_fn is not None
         try:
             result = self.custom_formatting_fn(argument)
         except Exception as error:  # the user's code, so any error belongs to this row

@@ -49,7 +49,7 @@ class Prompting:
             raise ConfigError("generate takes one of tokenizer and tokenizer_handle")
         if tokenizer is None and tokenizer_handle is None:
             return self
-        return Prompting(tokenizer if tokenizer is not None else absolute(tokenizer_handle), ends=self.ends)
+        return Prompting(absolute(tokenizer_handle) if tokenizer_handle is not None else tokenizer, ends=self.ends)
 
     def loaded(self) -> Any:
         """The tokenizer itself."""
@@ -114,7 +114,8 @@ def stop_ids(given: Any, known: Collection[int], vocabulary: int | None) -> tupl
         if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
             raise ConfigError(f"generate: stop_token_ids must be ids, got {number!r}")
         if number < 0 or (vocabulary is not None and number >= vocabulary):
-            raise ConfigError(f"generate: stop_token_ids has {number}, and the model's ids are 0 to {vocabulary - 1}")
+            bounds = ">= 0" if vocabulary is None else f"0 to {vocabulary - 1}"
+            raise ConfigError(f"generate: stop_token_ids has {number}, and the model's ids are {bounds}")
     return tuple(int(number) for number in given)
 
 

@@ -59,8 +59,8 @@ class TemplateFit:
         role, content = message["role"], message["content"]
         if role not in self.content:
             parts = [{"type": "text", "text": _PROBE}]
-            as_text = _PROBE in _try(render, _with(messages, number, content=_PROBE))
-            found = _try(render, _with(messages, number, content=parts))
+            as_text = _PROBE in (_try(render, _with(messages, number, content=_PROBE)) or "")
+            found = _try(render, _with(messages, number, content=parts)) or ""
             as_parts = _PROBE in found and not re.search(rf"""['"]text['"]:\s*['"]{_PROBE}""", found)
             if not as_text and not as_parts:
                 return text_of(message)  # the template shows neither here; `hidden_fields` reports it
@@ -77,36 +77,22 @@ class TemplateFit:
             return message
         if self.arguments is None:
             tried = [
-                _try(render, _with_call(messages, number, each)) for each in ({_PROBE: "a"}, f'{{"{_PROBE}": "a"}}')
+                _try(render, _with_call(messages, number, each)) or ""
+                for each in ({_PROBE: "a"}, f'{{"{_PROBE}": "a"}}')
             ]
             as_objects = _PROBE in tried[0] and f"{{'{_PROBE}'" not in tried[0]  # Python's representation of a dict
             as_text = _PROBE in tried[1] and f'\\"{_PROBE}' not in tried[1]  # JSON text encoded as JSON again
             if not as_objects and not as_text:
                 return message
             self.arguments = as_objects, as_text
+        accepted = self.arguments
         made = []
         for call in calls:
             function = call.get("function", call)
             if "arguments" in function:
-                function = {**function, "arguments": self._arguments(number, function["arguments"])}
+                function = {**function, "arguments": _arguments(number, function["arguments"], *accepted)}
             made.append({**call, "function": function} if "function" in call else function)
         return {**message, "tool_calls": made}
-
-    def _arguments(self, number: int, arguments: Any) -> Any:
-        as_objects, as_text = self.arguments
-        if isinstance(arguments, str) and not as_text:
-            try:
-                value = json.loads(arguments or "{}")
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"message {number}: arguments of a tool call are no JSON: {error}") from error
-            if not isinstance(value, dict):
-                raise DataError(
-                    f"message {number}: arguments of a tool call are JSON of {type(value).__name__}, not an object"
-                )
-            return value
-        if not isinstance(arguments, str) and not as_objects:
-            return json.dumps(arguments, ensure_ascii=False)
-        return arguments
 
     def check(
         self, template: str, messages: Sequence[Mapping], tools: Any, options: Mapping | None, text: str, render: Render
@@ -170,7 +156,7 @@ class TemplateFit:
         if kind in self.shown:
             return
         for fewer in {0, len(tools) - 1}:
-            if _try(lambda other, fewer=fewer: render(other, tools[:fewer] or None), messages, text=None) == text:
+            if _try(lambda other, fewer=fewer: render(other, tools[:fewer] or None), messages) == text:
                 raise DataError(f"the chat template does not show the tools; {_REMEDY}")
         self.shown.add(kind)
 
@@ -217,12 +203,29 @@ def _changes(messages, other, number: int, tools, text: str, render: Render) -> 
     Many templates leave out the reasoning of earlier turns. A template that fails on the altered conversation reads the
     changed field.
     """
-    if _try(lambda given: render(given, tools), other, text=None) != text:
+    if _try(lambda given: render(given, tools), other) != text:
         return True
     if number == len(messages) - 1:
         return False
-    before = _try(lambda given: render(given, tools), messages[: number + 1], text=None)
-    return before is not None and before != _try(lambda given: render(given, tools), other[: number + 1], text=None)
+    before = _try(lambda given: render(given, tools), messages[: number + 1])
+    return before is not None and before != _try(lambda given: render(given, tools), other[: number + 1])
+
+
+def _arguments(number: int, arguments: Any, as_objects: bool, as_text: bool) -> Any:
+    """Return the arguments of a tool call in a form that the template accepts."""
+    if isinstance(arguments, str) and not as_text:
+        try:
+            value = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"message {number}: arguments of a tool call are no JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise DataError(
+                f"message {number}: arguments of a tool call are JSON of {type(value).__name__}, not an object"
+            )
+        return value
+    if not isinstance(arguments, str) and not as_objects:
+        return json.dumps(arguments, ensure_ascii=False)
+    return arguments
 
 
 def _with(messages: Sequence[Mapping], number: int, **changed: Any) -> list[Mapping]:
@@ -239,11 +242,11 @@ def _with_call(messages: Sequence[Mapping], number: int, arguments: Any) -> list
     return _with(messages, number, tool_calls=calls)
 
 
-def _try(render: Callable, messages: Sequence[Mapping], text: str | None = "") -> str | None:
-    """Return the rendered text, or `text` if the template fails. Raises TooCostly."""
+def _try(render: Callable[[Sequence[Mapping]], str], messages: Sequence[Mapping]) -> str | None:
+    """Return the rendered text; None if the template fails. Raises TooCostly."""
     try:
         return render(messages)
     except TooCostly:
         raise
     except DataError:
-        return text
+        return None

@@ -114,13 +114,12 @@ class RowTokenizer:
 
     def tokenize(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow | DataError]:
         """Encode rows that `read` returned, all at once; a conversation that cannot be rendered becomes an error."""
-        rows: list[TokenizedRow | DataError | None] = [None] * len(read)
+        rows: dict[int, TokenizedRow | DataError] = {}
         for kind, rows_of in (("answer", self._pairs), ("text", self._texts), ("messages", self._chats)):
             places = [place for place, row in enumerate(read) if kind in row]
             made = rows_of([read[place] for place in places]) if places else []
-            for place, row in zip(places, made, strict=True):
-                rows[place] = row
-        return rows
+            rows.update(zip(places, made, strict=True))
+        return [rows[place] for place in range(len(read))]
 
     def _pairs(self, read: Sequence[dict[str, Any]]) -> list[TokenizedRow]:
         tokenizer, special = self.loaded(), self.special
@@ -205,8 +204,9 @@ class Made:
             except DataError as error:
                 self._bad(error)
         for (number, source), row in zip(read, self._tokenized([row for _, row in read]), strict=True):
-            wrong = str(row) if isinstance(row, DataError) else self.tokenizer.beyond_vocabulary(row)
-            if wrong:
+            if isinstance(row, DataError):
+                self._bad(DataError(f"{self.place(number)}: {row}"))
+            elif wrong := self.tokenizer.beyond_vocabulary(row):
                 self._bad(DataError(f"{self.place(number)}: {wrong}"))
             elif row.is_trained:
                 self.row_ids.append(self.first + number)
