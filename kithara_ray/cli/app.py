@@ -256,14 +256,26 @@ def export(
     Example: kithara-ray export runs/my_run --to gs://bucket/merged --format merged
     """
     from kithara_ray.checkpoint.run_files import read_trained
+    from kithara_ray.cli import exports
+    from kithara_ray.hf.exports.options import ExportOptions
 
     trained = read_trained(run, step)
     handle = base or trained.base
     if handle is None:
         raise ConfigError(f"{run} does not name its base; give --base hf://org/name or a directory")
-    options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
-    options |= {"run": trained.run, "tokenizer": trained.tokenizer}
-    _export(handle, trained.adapter, to, format, cluster, {run: trained.trained_on}, force, **options)
+    options = ExportOptions(
+        base_name=handle,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        check_finite=check_finite,
+        resume=resume,
+        run=trained.run,
+        tokenizer=trained.tokenizer,
+    )
+    if cluster:
+        _driver_environment()
+        options = exports.on_cluster(options)
+    typer.echo(exports.export(trained.adapter, to, format, options, {run: trained.trained_on}, force))
 
 
 @app.command()
@@ -287,14 +299,26 @@ def merge(
     Example: kithara-ray merge --base hf://org/name --adapter a:0.7 --adapter b:0.3 --to merged
     """
     from kithara_ray.checkpoint.run_files import tokenizer_beside
+    from kithara_ray.cli import exports
+    from kithara_ray.hf.exports.options import ExportOptions
     from kithara_ray.hf.merging.combine import combine, read_weighted, split_weight
 
     adapters, weights = zip(*map(read_weighted, adapter), strict=True)
     combined = adapters[0] if weights == (1.0,) else combine(adapters, weights)
     bases = {text: one.trained_on for text, one in zip(adapter, adapters, strict=True)}
-    run, beside = {"adapters": list(adapter)}, tokenizer_beside([split_weight(text)[0] for text in adapter])
-    options = {"dtype": dtype, "max_shard_size": max_shard_size, "resume": resume, "check_finite": check_finite}
-    _export(base, combined, to, format, cluster, bases, force, run=run, tokenizer=beside, **options)
+    options = ExportOptions(
+        base_name=base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        check_finite=check_finite,
+        resume=resume,
+        run={"adapters": list(adapter)},
+        tokenizer=tokenizer_beside([split_weight(text)[0] for text in adapter]),
+    )
+    if cluster:
+        _driver_environment()
+        options = exports.on_cluster(options)
+    typer.echo(exports.export(combined, to, format, options, bases, force))
 
 
 @app.command()
@@ -334,30 +358,6 @@ def report(
     from kithara_ray.report import files
 
     typer.echo(files.rewrite(str(Path(run).expanduser()) if "://" not in run else run))
-
-
-def _export(base: str, adapter, to: str, format: str, cluster: bool, bases: dict, force: bool, **options) -> None:
-    """Check the bases and export. `bases` maps each given adapter to the base on which it was trained."""
-    from kithara_ray.hf.checkpoint import BaseCheckpoint
-    from kithara_ray.hf.exports.card import summary
-    from kithara_ray.hf.exports.export import export_with_report
-    from kithara_ray.hf.identity import check_same_base
-    from kithara_ray.model.families.tensors import check_tensors, unused_note
-
-    if cluster:
-        _driver_environment()
-        from kithara_ray.orchestration.cluster.connection import start_ray
-        from kithara_ray.orchestration.head.export_tasks import write_on_cluster
-
-        start_ray()
-        options["write"] = write_on_cluster
-    opened = BaseCheckpoint.at(base)
-    for name, trained_on in bases.items():
-        check_same_base(trained_on, opened, base, adapter=name, allow=force, override="--force")
-    if note := unused_note(opened, check_tensors(opened, trains=False)):
-        logging.getLogger(__name__).warning("%s; exports carry them as they are", note)
-    report = export_with_report(opened, adapter, to, format, base_name=base, **options)
-    typer.echo(summary(to, report))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

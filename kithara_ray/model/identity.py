@@ -21,8 +21,8 @@ class IdentityMap(MutableMapping[K, V], Generic[K, V]):
 
     def __init__(self, pairs: Mapping[K, V] | Iterable[tuple[K, V]] = ()):
         self._entries: dict[int, tuple[K, V]] = {}
-        entries: Iterable[Any] = pairs.items() if isinstance(pairs, Mapping) else pairs
-        for key, value in entries:
+        given: Any = pairs
+        for key, value in given.items() if isinstance(given, Mapping) else given:
             self[key] = value
 
     def __getitem__(self, key: K) -> V:

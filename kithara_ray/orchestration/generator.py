@@ -98,4 +98,5 @@ def tell_generation(base: str) -> None:
 def start_generator(weights: Weights) -> ActorHandle:
     """Start the actor on any node. It requests no CPU from the scheduler, so it also starts on a full cluster."""
     env = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "XLA_FLAGS": ""}
-    return ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote(weights)
+    made: Any = ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote(weights)
+    return made

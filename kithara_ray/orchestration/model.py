@@ -15,8 +15,8 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.request import ExportRequest
-from kithara_ray.hf.facts.vocabulary import embedding_rows
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.identity import check_same_base
 from kithara_ray.hf.model_files import has_tokenizer
@@ -184,11 +184,6 @@ class KerasHubModel:
             return cls(handle, None, precision)
         return cls(handle, lora_config_of(lora_rank, base, **settings), precision, quantize)
 
-    @property
-    def vocabulary(self) -> int | None:
-        """Number of tokens the base knows: the rows of its embedding."""
-        return embedding_rows(BaseCheckpoint.at(self.preset_handle))
-
     @classmethod
     def _with_adapter(
         cls,
@@ -263,12 +258,13 @@ class KerasHubModel:
         request.check(self.lora)
         if (self.adapter if self.lora is not None else self.trained) is None:
             raise ConfigError("nothing has been trained yet: call Trainer(...).train() before save_in_hf_format")
-        coordinator, options = self.coordinator(), request.options | {"run": self.run}
+        coordinator = self.coordinator()
+        options = request.options(self.preset_handle, self.run, self.tokenizer)
         if self.lora is None:
-            what = (self.preset_handle, self.trained, request.output_dir)
-            written = remote_get(coordinator.export_trained.remote(*what, **options))
+            what = (self.preset_handle, self.trained, request.output_dir, options, request.parallel_threads)
+            written = remote_get(coordinator.export_trained.remote(*what))
         else:
-            written = self._export_adapter(coordinator, request, options | {"tokenizer": self.tokenizer})
+            written = self._export_adapter(coordinator, request, options)
         if self.run_directory is not None:
             try:
                 ray.get(coordinator.add_export.remote(self.run_directory, written), timeout=120)
@@ -276,12 +272,11 @@ class KerasHubModel:
                 logger.warning("the report in %s was not told of %s: %s", self.run_directory, written, error)
         return written
 
-    def _export_adapter(self, coordinator: ActorHandle, request: ExportRequest, options: dict[str, Any]) -> str:
-        max_files = options.pop("max_files")
+    def _export_adapter(self, coordinator: ActorHandle, request: ExportRequest, options: ExportOptions) -> str:
+        how = (request.output_dir, request.layout, options, request.parallel_threads, request.check_logits)
 
         def export(adapter: AdapterRef) -> ray.ObjectRef:
-            where = (request.output_dir, request.layout, max_files, request.check_logits)
-            return coordinator.export.remote(AdapterExport(adapter, *where, options))
+            return coordinator.export.remote(AdapterExport(adapter, *how))
 
         return self.ask_with_adapter(export, self.run_directory)
 

@@ -115,6 +115,26 @@ def arrays_of(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield dtype, tuple(map(int, dims.split(",")))
 
 
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def refused_bytes(message: str) -> dict[str, int | None]:
+    """Parse the compiler's refusal: the bytes that the program needs and the bytes available.
+
+    Keys: `temporaries` or `total`, whichever the compiler counts, and `available`, None if the message does not say.
+    """
+    amount = r"([\d.]+)([KMG]?)"
+    forms = {
+        "total": rf"Used {amount} of {amount} hbm",
+        "temporaries": rf"HLO temporaries \({amount}\) exceeds available HBM \({amount}\)",
+    }
+    for name, form in forms.items():
+        if found := re.search(form, message):
+            needed, there = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
+            return {name: needed, "available": there}
+    return {"available": None}
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 

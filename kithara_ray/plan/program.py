@@ -1,214 +1,23 @@
-"""Build the step without weights and compile it for a slice, in a separate process whose environment names the slice.
+"""The process that builds a step and compiles it for a slice; its environment names the slice.
 
     python -m kithara_ray.plan.program REQUEST.json RESULT.json
 
-`planner` writes the request and starts this process. The result holds facts about the program; `planner` turns them
-into answers for a user.
+`planner` writes the request and starts this process. The result holds the `facts` about the program; `planner` turns
+them into answers for a user.
 """
 
-import dataclasses
 import json
-import math
-import re
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kithara_ray.errors import ConfigError
-from kithara_ray.hf.tower import text_of
-from kithara_ray.plan.terms import Counts
-
-
-def facts(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect all facts about one request's program.
-
-    Keys: `devices`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes` and `rows`. A compiled program
-    adds `memory`, `compile_s`, `compile_cpu_s`, `square_arrays` and `cost`. A refused one adds `refusal` and
-    `refused_bytes`.
-    """
-    from kithara_ray.model import runtime
-
-    runtime.prepare()
-    from kithara_ray.model.causal_lm import build
-    from kithara_ray.sharding.mesh import make_mesh
-    from kithara_ray.sharding.shape import MeshShape
-    from kithara_ray.train import step
-    from kithara_ray.train.optimizer import KerasOptimizer, is_elementwise
-
-    devices = _devices(request)
-    mesh = make_mesh(MeshShape(**request["mesh"]), devices)
-    optimizer = KerasOptimizer(request["optimizer"])
-    model = build(
-        request["config"],
-        _lora(request["lora"]),
-        mesh,
-        request["precision"],
-        remat=request["remat"],
-        stack_factors=is_elementwise("keras", request["optimizer"]),
-    )
-    state = step.abstract_state(model, optimizer)
-    frozen = model.abstract_frozen(_dtypes(request["base_dtype"]))
-    micro = request["gradient_accumulation_steps"]
-    rows = request["per_device_batch_size"] * micro * mesh.size
-    batch = step.abstract_batch(model, rows, request["seq_len"], request["predictions"])
-    found = {
-        "devices": mesh.size,
-        "mesh": dict(mesh.shape),
-        "counts": dataclasses.asdict(counts_of(model, request["config"])),
-        "bytes": {
-            "frozen": _on_one_device(frozen),
-            "adapter": _on_one_device(state["params"]),
-            "optimizer": _on_one_device(state["opt"]),
-            "batch": _on_one_device(batch),
-        },
-        "adapter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in state["params"].values()),
-        "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(state)),
-        "largest_array_bytes": max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in frozen),
-        "rows": rows,
-    }
-    return found | (_compiled(step, model, optimizer, state, frozen, batch, micro) if request["compile"] else {})
-
-
-def _dtypes(given: str | Mapping[str, str]):
-    """The dtype of all tensors, or of each by its name."""
-    import ml_dtypes  # numpy knows bfloat16 by it
-    import numpy as np
-
-    known = {"bfloat16": ml_dtypes.bfloat16}
-    if isinstance(given, str):
-        return np.dtype(known.get(given, given))
-    return {name: np.dtype(known.get(dtype, dtype)) for name, dtype in given.items()}
-
-
-def _lora(settings: Mapping[str, Any]):
-    from kithara_ray.hf.lora_config import LoraConfig
-
-    return LoraConfig(**settings)
-
-
-def _compiled(step, model, optimizer, state, frozen, batch, micro: int) -> dict[str, Any]:
-    import jax
-
-    from kithara_ray.plan.hlo import arrays_of, cost_of
-
-    started = time.monotonic(), time.process_time()
-    try:
-        compiled = step.compile_step(model, optimizer, state, frozen, batch, micro)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"refusal": str(error).splitlines()[0], "refused_bytes": refused_bytes(str(error))}
-    seconds, cpu_seconds = time.monotonic() - started[0], time.process_time() - started[1]
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    seq_len = batch["token_ids"].shape[1]
-    sizes = ("argument", "output", "alias", "temp", "generated_code")
-    return {
-        "compile_s": round(seconds, 1),
-        "compile_cpu_s": round(cpu_seconds, 1),
-        "square_arrays": len({dims for _, dims in arrays_of(text) if dims.count(seq_len) > 1}),
-        "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in sizes},
-        "cost": dataclasses.asdict(cost_of(text)),
-    }
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def refused_bytes(message: str) -> dict[str, int | None]:
-    """Parse the compiler's refusal: the bytes that the program needs and the bytes available.
-
-    Keys: `temporaries` or `total`, whichever the compiler counts, and `available`, None if the message does not say.
-    """
-    amount = r"([\d.]+)([KMG]?)"
-    forms = {
-        "total": rf"Used {amount} of {amount} hbm",
-        "temporaries": rf"HLO temporaries \({amount}\) exceeds available HBM \({amount}\)",
-    }
-    for name, form in forms.items():
-        if found := re.search(form, message):
-            needed, there = (int(float(found[i]) * _UNITS[found[i + 1]]) for i in (1, 3))
-            return {name: needed, "available": there}
-    return {"available": None}
-
-
-def _devices(request: Mapping[str, Any]) -> list:
-    """The slice's devices, which need not exist; for a CPU plan or an estimate, devices of this process."""
-    if request["topology"] is None:
-        import jax
-
-        return jax.devices()[: request["devices"]]
-    from jax.experimental import topologies
-
-    # libtpu assumes four chips per host unless told otherwise; a slice of one host may have fewer, or eight.
-    sizes = [int(size) for size in request["topology"].partition(":")[2].split("x")]
-    one = {"chips_per_host_bounds": (*sizes, 1, 1)[:3]} if request["hosts"] == 1 else {}
-    return list(topologies.get_topology_desc(request["topology"], "tpu", **one).devices)
-
-
-def _on_one_device(tree: Any) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in _leaves(tree))
-
-
-def _leaves(tree: Any) -> list:
-    import jax
-
-    return jax.tree.leaves(tree)
-
-
-def counts_of(model, config: Mapping[str, Any]) -> Counts:
-    """Count the elements that a token is multiplied with; only the experts that a token is sent to count."""
-    from kithara_ray.model.blocks import attention
-    from kithara_ray.model.families import family_of
-    from kithara_ray.model.families.family import completed
-    from kithara_ray.model.identity import IdentitySet
-
-    config = completed(family_of(config), text_of(config))
-    in_blocks = IdentitySet(variable for block in model.chain.blocks for variable in block.variables)
-    size = lambda variable: math.prod(variable.shape)  # noqa: E731
-    # The stored variables are those that a tensor feeds, in the blocks too.
-    ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
-    nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
-    experts = config.get("num_local_experts") or config.get("num_experts") or 1
-    active = (config.get("num_experts_per_tok") or config.get("top_k_experts") or experts) / experts
-
-    def multiplied(variable) -> float:
-        if len(variable.shape) < 2:
-            return 0
-        # An expert's matrix is part of an array whose first dim counts the experts.
-        routed = experts > 1 and len(variable.shape) == 3 and variable.shape[0] == experts
-        return size(variable) * (active if routed else 1)
-
-    blocks = [v for v in ports if v in in_blocks]
-    tables = [v for v in ports if v.path.rpartition("/")[2] in ("embeddings", "reverse_embeddings")]
-    heads = [v for v in tables if v.path.endswith("reverse_embeddings")] or tables
-    of_block = [sum(nbytes(v) for v in block.variables if v in ports) for block in model.chain.blocks]
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    settings = [attention.settings_of(block) for block in model.chain.blocks if attention.attends(block)]
-    return Counts(
-        blocks=int(sum(multiplied(v) for v in blocks)),
-        head=size(heads[0]),
-        lora=sum(math.prod(shape) for shape in model.adapter_shapes.values()),
-        attention=tuple((config["num_attention_heads"], width, s.window) for s in settings),
-        hidden=config["hidden_size"],
-        layers=len(model.chain.blocks),
-        steps=model.chain.steps,
-        weights_bytes=sum(nbytes(v) for v in ports),
-        blocks_bytes=sum(of_block),
-        widest_bytes=max(of_block),
-        intermediate=int(config.get("intermediate_size") or 4 * config["hidden_size"]),
-        parameters=sum(size(v) for v in ports),
-    )
-
-
-def _itemsize(variable) -> int:
-    import numpy as np
-
-    return 2 if str(variable.dtype) in ("bfloat16", "float16") else np.dtype(str(variable.dtype)).itemsize
+from kithara_ray.model import runtime
 
 
 def main(request_path: str, result_path: str) -> None:
+    runtime.prepare()
+    from kithara_ray.plan.facts import facts  # imports Keras, whose backend is chosen above
+
     request = json.loads(Path(request_path).read_text())
     try:
         result = facts(request)

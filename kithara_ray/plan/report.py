@@ -119,7 +119,7 @@ def assemble(
     price_per_chip_hour: float | None = None,
     tokens_per_epoch: int | None = None,
 ) -> Plan:
-    """Assemble the plan from the result of `program.facts`."""
+    """Assemble the plan from the result of `facts.facts`."""
     counts = Counts(**found["counts"] | {"attention": tuple(map(tuple, found["counts"]["attention"]))})
     seq_len, tokens = request["seq_len"], found["rows"] * request["seq_len"]
     flops = terms.flops_per_token(counts, seq_len, request["predictions"], request["remat"])

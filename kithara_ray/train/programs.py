@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kithara_ray.model.causal_lm import CausalLM
-from kithara_ray.train.step import Batch, abstract_batch
+from kithara_ray.train.step import AbstractBatch, Batch, abstract_batch
 
 
 class ByLength:
@@ -17,7 +17,11 @@ class ByLength:
     """
 
     def __init__(
-        self, compile: Callable[[Batch], Callable], model: CausalLM, rows: int, shapes: Sequence[tuple[int, int]]
+        self,
+        compile: Callable[[AbstractBatch], Callable],
+        model: CausalLM,
+        rows: int,
+        shapes: Sequence[tuple[int, int]],
     ):
         # Compile the largest first: if any program does not fit, that one fails.
         self._programs = {

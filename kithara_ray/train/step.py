@@ -8,7 +8,7 @@
 The loss is the mean over the unmasked tokens of the *global* batch, so a host's rows count by their tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from kithara_ray.train.optimizer import Optimizer
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
+AbstractBatch = Mapping[str, jax.Array | jax.ShapeDtypeStruct]  # shapes, to compile for
 
 
 def summed_loss(
@@ -163,7 +164,7 @@ def compile_step(
     optimizer: Optimizer,
     state: State,
     frozen: Frozen,
-    batch: Batch,
+    batch: AbstractBatch,
     micro_batches: int = 1,
     seed: int = 0,
     skip_nonfinite: bool = False,
@@ -184,7 +185,7 @@ def compile_step(
 
 
 def compile_eval(
-    model: CausalLM, params: Params, frozen: Frozen, batch: Batch
+    model: CausalLM, params: Params, frozen: Frozen, batch: AbstractBatch
 ) -> Callable[[Params, Frozen, Batch], tuple[jax.Array, jax.Array]]:
     """Compile the evaluation step: (summed loss, summed weight) of one batch."""
 

@@ -11,6 +11,7 @@ import pytest
 
 from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.trained import TensorSlice, checksum
 from kithara_ray.hf.exports.trained_export import Receiver, export_trained
 from kithara_ray.hf.fetch import fetch
@@ -90,7 +91,7 @@ def test_slices_become_a_model_and_exports_have_the_base_s_dtypes(scheme, base, 
         assert state.tensors[name].file.name == base.tensors[name].file.name
         assert state.view(name).dtype == np.float32
         assert (state.view(name) == wanted).all(), name
-    out = export_trained(base, state, f"{root}/out", base_name="hf://org/name@v2")
+    out = export_trained(base, state, f"{root}/out", ExportOptions(base_name="hf://org/name@v2"))
     export = BaseCheckpoint.open(fetch(out))
     for name, value in expected(base, values).items():
         wanted = base.view(name) if value is None else value.astype(base.tensors[name].numpy_dtype)
@@ -101,7 +102,7 @@ def test_slices_become_a_model_and_exports_have_the_base_s_dtypes(scheme, base, 
     assert set(report["files"]) >= {"config.json", "tokenizer.json", *(file.name for file in base.files)}
     with fsspec.open(f"{out}/README.md", "rt") as card:
         assert "base_model: org/name" in card.read()
-    half = export_trained(base, state, f"{root}/half", "float16", base_name=str(base.directory))
+    half = export_trained(base, state, f"{root}/half", ExportOptions(dtype="float16", base_name=str(base.directory)))
     half = BaseCheckpoint.open(fetch(half))
     assert {info.dtype for info in half.tensors.values()} == {"F16"}
     if scheme == "memory":
@@ -150,11 +151,11 @@ def test_a_base_that_changed_since_is_noticed(base, values, tmp_path):
     write_arrays(file, arrays | {NORM: np.zeros(7, np.float32)}, {})
     other = BaseCheckpoint.open(tmp_path / "other")
     with pytest.raises(ExportError, match=r"model\.norm\.weight is not as in the base"):
-        export_trained(other, state, str(tmp_path / "out"), base_name="x")
+        export_trained(other, state, str(tmp_path / "out"), ExportOptions(base_name="x"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_destination_that_is_not_empty_is_left_alone(base, values, tmp_path):
     state = BaseCheckpoint.open(receive(base, tmp_path / "run", slices(values)))
     with pytest.raises(DestinationError, match="exists and is not empty"):
-        export_trained(base, state, str(tmp_path / "base"), base_name="x")
+        export_trained(base, state, str(tmp_path / "base"), ExportOptions(base_name="x"))

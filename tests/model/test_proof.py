@@ -9,6 +9,7 @@ from kithara_ray.errors import ConfigError, ExportError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout, export_with_report
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.proof import prove_logits
 from kithara_ray.sharding.mesh import make_mesh
@@ -28,8 +29,8 @@ def test_a_merged_export_is_proven_before_it_is_published(given, tmp_path):
         assert not (tmp_path / "out").exists()
         return prove_logits(base, lora, tensors, directory)
 
-    how = dict(base_name="n", prove=prove)
-    report = export_with_report(base, Adapter(lora, tensors), str(tmp_path / "out"), Layout.MERGED, **how)
+    how = ExportOptions(base_name="n", prove=prove)
+    report = export_with_report(base, Adapter(lora, tensors), str(tmp_path / "out"), Layout.MERGED, how)
     off, effect = (
         float(word) for word in report["checks"][-1].replace(".\n", "").split() if "e" in word and "-" in word
     )
@@ -37,7 +38,7 @@ def test_a_merged_export_is_proven_before_it_is_published(given, tmp_path):
     adapted, plain = (logits(base.directory, given_adapter) for given_adapter in (tensors, None))
     assert effect == pytest.approx(np.linalg.norm(plain - adapted) / np.linalg.norm(adapted), rel=0.5)
     with pytest.raises(ConfigError, match="is for a merged model in a local directory"):
-        export_with_report(base, Adapter(lora, tensors), str(tmp_path / "again"), Layout.ADAPTER, **how)
+        export_with_report(base, Adapter(lora, tensors), str(tmp_path / "again"), Layout.ADAPTER, how)
 
 
 def test_one_that_is_not_merged_is_refused(given, tmp_path):

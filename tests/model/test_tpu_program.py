@@ -46,7 +46,7 @@ def compile_for_v5e(remat: str) -> None:
     from kithara_ray.hf.lora_config import LoraConfig
     from kithara_ray.model import options
     from kithara_ray.model.causal_lm import build
-    from kithara_ray.plan.program import counts_of
+    from kithara_ray.plan.facts import counts_of
     from kithara_ray.sharding.mesh import make_mesh
     from kithara_ray.sharding.shape import MeshShape
     from kithara_ray.train import step

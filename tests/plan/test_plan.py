@@ -17,7 +17,6 @@ from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.causal_lm import build
 from kithara_ray.plan import hlo, plan, planner, slice_of, terms
 from kithara_ray.plan.chips import CHIPS, slice_of_topology, slice_sizes
-from kithara_ray.plan.program import refused_bytes
 from kithara_ray.plan.report import assemble
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.mesh import make_mesh
@@ -146,15 +145,13 @@ def test_seen_pairs(seq_len, window):
 
 def test_refusals_are_read():
     """As libtpu words them."""
-    assert refused_bytes(
+    assert hlo.refused_bytes(
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.61G) exceeds "
         "available HBM (15.75G)."
     ) == {"temporaries": int(17.61 * 2**30), "available": int(15.75 * 2**30)}
-    assert refused_bytes("Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded by 6.75G.") == {
-        "total": int(22.5 * 2**30),
-        "available": int(15.75 * 2**30),
-    }
-    assert refused_bytes("RESOURCE_EXHAUSTED: something else") == {"available": None}
+    used = "Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded by 6.75G."
+    assert hlo.refused_bytes(used) == {"total": int(22.5 * 2**30), "available": int(15.75 * 2**30)}
+    assert hlo.refused_bytes("RESOURCE_EXHAUSTED: something else") == {"available": None}
 
 
 # --- whole plans -----------------------------------------------------------------------------------------------------

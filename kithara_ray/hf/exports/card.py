@@ -12,7 +12,7 @@ from kithara_ray.hf.exports.reference import is_hub, is_repository, shown_name, 
 from kithara_ray.hf.exports.run_record import facts_of
 from kithara_ray.hf.model_files import LICENCE_FILES, matches, names_in
 
-__all__ = ["Card", "licence_of", "split_reference", "summary"]
+__all__ = ["Card", "licence_of", "summary"]
 
 _LOADING = {
     "adapter": """import torch

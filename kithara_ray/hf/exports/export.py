@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,7 +26,8 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.card import Card, licence_of
 from kithara_ray.hf.exports.carried import carry, check_code
 from kithara_ray.hf.exports.notes import adapter_notes, max_lora_rank, serving_notes, tower_notes, unserved_ends
-from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, parts_of, remove_leftovers, write_here
+from kithara_ray.hf.exports.options import ExportOptions
+from kithara_ray.hf.exports.part import Part, Written, parts_of, remove_leftovers
 from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.exports.reference import shown_name, split_reference
 from kithara_ray.hf.exports.run_record import published, without_paths
@@ -57,8 +58,8 @@ class Layout(StrEnum):
 
 
 def export(base: BaseCheckpoint, adapter: Adapter, destination: str, layout: Layout, **options: Any) -> str:
-    """Call `export_with_report` and return the destination."""
-    export_with_report(base, adapter, destination, layout, **options)
+    """Call `export_with_report` with these `ExportOptions`, and return the destination."""
+    export_with_report(base, adapter, destination, layout, ExportOptions(**options))
     return str(destination)
 
 
@@ -66,53 +67,31 @@ def export_with_report(
     base: BaseCheckpoint,
     adapter: Adapter,
     destination: str,
-    layout: Layout,
-    *,
-    dtype: str = "auto",
-    base_name: str,
-    run: Mapping[str, object] | None = None,
-    tokenizer: str | None = None,
-    max_shard_size: int | str | None = None,
-    check_finite: bool = False,
-    resume: bool = False,
-    write: Callable[[list[Part]], Iterable[Written]] = write_here,
-    prove: Callable[[Path], str] | None = None,
+    layout: Layout | str,
+    options: ExportOptions,
 ) -> dict[str, Any]:
     """Write `layout` at `destination` (a directory or fsspec URL, absent or empty); return export_report.json.
 
-    base_name: the base in adapter_config.json: a hub name, a path, or an hf:// handle with a revision.
-    dtype: "auto" keeps every dtype. "float32", "bfloat16" and "float16" apply to all floating tensors that are
-    written: the adapter's in ADAPTER, base and adapter in SEPARATE, the merged weights in MERGED (factors stay exact).
-    run: the known facts about the training; written as run.json, without local paths and facts about the host.
-    tokenizer: the directory or URL of the tokenizer that the adapter was trained with; None takes the base's.
-    max_shard_size: bytes, or text like "5GB", of one weight file; the base's own files by default.
-    check_finite: refuse a NaN or an infinity in a written weight, even one from the base.
-    resume: continue from the files that a killed or failed export of the same plan left at `destination`. If this one
-    fails, keep the files.
-    write: the function that runs the parts, one per weight file.
-    prove: a further proof of a merged model. It receives the local directory before publication, and returns its result
-    for the report.
     Raises DestinationError, AdapterError, UnsupportedError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
-    layout, destination, tag = _layout(layout), str(destination), check_dtype(dtype)
+    layout, destination, tag = _layout(layout), str(destination), check_dtype(options.dtype)
     adapter = adapter.named_for(base)
     adapter.validate(base)
     if layout is Layout.MERGED:
-        check_mergeable(base, adapter, dtype)
+        check_mergeable(base, adapter, options.dtype)
     elif layout is Layout.SEPARATE and tag:
         refuse_quantized(base)
-    if prove is not None and (layout is not Layout.MERGED or urls.is_url(destination)):
+    if options.prove is not None and (layout is not Layout.MERGED or urls.is_url(destination)):
         raise ConfigError("export(prove=...) is for a merged model in a local directory; leave it out")
     if layout is not Layout.ADAPTER:
-        check_code(base, base_name)
-    files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
-    settings = Settings(layout, dtype, base_name, files, check_finite, write)
-    with publish.staged(destination, _plan(base, adapter, settings), resume) as stage:
+        check_code(base, options.base_name)
+    settings = Settings(layout, options, options.files_of(base))
+    with publish.staged(destination, _plan(base, adapter, settings), options.resume) as stage:
         report, files = _write(base, adapter, stage, settings)
-        if prove is not None:
-            report["checks"].append(prove(stage.directory))
-        add_files(base, stage, report, tokenizer, run, base_name, adapter, destination)
+        if options.prove is not None:
+            report["checks"].append(options.prove(stage.directory))
+        add_files(base, stage, report, adapter, destination, options)
         describe(stage, report, files, started_s)
     log.info("exported layout=%s destination=%s seconds=%.1f", layout, destination, report["seconds"])
     return report
@@ -127,27 +106,24 @@ def _layout(layout: Layout | str) -> Layout:
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `export` that decide the written content, and the function that writes it.
+    """The arguments of an export that decide the written content, and the function that writes it.
 
     files: the result of `part.files_of`.
-    tags: a safetensors tag per tensor, instead of `dtype`, if values have other dtypes than the base's. config.json and
-    the index are then those of `like`.
+    tags: a safetensors tag per tensor, instead of `options.dtype`, if values have other dtypes than the base's.
+    config.json and the index are then those of `like`.
     """
 
     layout: str
-    dtype: str
-    base_name: str
+    options: ExportOptions
     files: dict[str, str]
-    check_finite: bool
-    write: Callable[[list[Part]], Iterable[Written]]
     tags: Mapping[str, str] | None = None
     like: BaseCheckpoint | None = None
 
 
 def _plan(base: BaseCheckpoint, adapter: Adapter, settings: Settings) -> str:
     """Digest everything that decides the weight files' bytes except the base's own bytes, which parts compare."""
-    config = repr(adapter.config)
-    what = [VERSION, settings.layout, settings.dtype, settings.files, config, base.source, settings.check_finite]
+    config, options = repr(adapter.config), settings.options
+    what = [VERSION, settings.layout, options.dtype, settings.files, config, base.source, options.check_finite]
     what.append(base.directory.name if base.source else str(base.directory))  # a cache's name identifies the version
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for name in sorted(adapter.tensors):
@@ -159,7 +135,7 @@ def _write(
     base: BaseCheckpoint, adapter: Adapter, stage: publish.Stage, settings: Settings
 ) -> tuple[dict[str, Any], dict[str, dict]]:
     """Fill and prove the stage; return the report without its file list, and the weight files' digests."""
-    layout, dtype, base_name = settings.layout, settings.dtype, settings.base_name
+    layout, dtype, base_name = settings.layout, settings.options.dtype, settings.options.base_name
     checks, counts, written = [], {}, []
     if layout is not Layout.ADAPTER:
         merged = adapter if layout is Layout.MERGED else None
@@ -169,7 +145,7 @@ def _write(
         if merged:
             formula = "magnitude * (W + scale * B @ A) / its norm" if adapter.config.use_dora else "W + scale * B @ A"
             checks.append(f"sampled rows of every merged tensor equal {formula} in float64 up to rounding")
-        if settings.check_finite:
+        if settings.options.check_finite:
             checks.append("every written weight is finite")
     if layout is not Layout.MERGED:
         target = stage.directory / ADAPTER_DIRECTORY if layout is Layout.SEPARATE else stage.directory
@@ -207,12 +183,12 @@ def write_weights(
     base: BaseCheckpoint, merged: Adapter | None, stage: publish.Stage, settings: Settings
 ) -> list[Written]:
     """Write the weight files with `write`, then config.json and the index; prove them as one checkpoint."""
-    dtype, files = settings.dtype, settings.files
+    dtype, files = settings.options.dtype, settings.files
     like = settings.like or base
-    parts = parts_of(base, merged, stage.target, settings.tags or dtype, files, settings.check_finite)
+    parts = parts_of(base, merged, stage.target, settings.tags or dtype, files, settings.options.check_finite)
     stage.expect([part.name for part in parts])
     written = _taken_up(stage, parts)
-    for file in settings.write([part for part in parts if part.name not in written]):
+    for file in settings.options.write([part for part in parts if part.name not in written]):
         stage.add(file.name, file.record())
         written[file.name] = file
     if written.keys() != {part.name for part in parts}:
@@ -261,13 +237,12 @@ def add_files(
     base: BaseCheckpoint,
     stage: publish.Stage,
     report: dict[str, Any],
-    tokenizer: str | None,
-    run: Mapping[str, object] | None,
-    base_name: str,
     adapter: Adapter | None,
     destination: str,
+    options: ExportOptions,
 ) -> None:
     """Add everything besides weights and config.json: copied files, run.json and the card. Notes go into the report."""
+    base_name, run, tokenizer = options.base_name, options.run, options.tokenizer
     directory, with_model = stage.directory, report["layout"] != Layout.ADAPTER
     files, notes = tokenizer_at(tokenizer) if tokenizer else {}, []
     if tokenizer and not files:

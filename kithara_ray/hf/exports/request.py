@@ -7,6 +7,7 @@ from typing import Any
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.exports.export import Layout
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.part import parse_size
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.merging.merge import check_dtype
@@ -37,11 +38,17 @@ class ExportRequest:
             return Layout.ADAPTER
         return Layout.SEPARATE if self.save_adapters_separately else Layout.MERGED
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The export's options that do not depend on its layout."""
-        names = ("dtype", "max_shard_size", "check_finite", "resume")
-        return {name: getattr(self, name) for name in names} | {"max_files": self.parallel_threads}
+    def options(self, base_name: str, run: Mapping[str, object] | None, tokenizer: str | None) -> ExportOptions:
+        """Return the export's options; see there."""
+        return ExportOptions(
+            base_name=base_name,
+            dtype=self.dtype,
+            max_shard_size=self.max_shard_size,
+            check_finite=self.check_finite,
+            resume=self.resume,
+            run=run,
+            tokenizer=tokenizer,
+        )
 
     def check(self, lora: LoraConfig | None) -> None:
         """Check all that can be checked before training.

@@ -5,12 +5,13 @@ it; exports have the base's dtypes.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from kithara_ray import __version__ as VERSION
@@ -19,7 +20,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.carried import carry, check_code
 from kithara_ray.hf.exports.export import Settings, add_files, describe, write_weights
 from kithara_ray.hf.exports.notes import tower_notes
-from kithara_ray.hf.exports.part import Part, Written, files_of, parse_size, write_here
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.reference import shown_name
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter
 from kithara_ray.hf.merging.merge import check_dtype, out_tag, write_config
@@ -109,47 +110,35 @@ def _exists(url: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------- export
 
 
-def export_trained(
-    base: BaseCheckpoint,
-    trained: BaseCheckpoint,
-    destination: str,
-    dtype: str = "auto",
-    *,
-    base_name: str,
-    run: Mapping[str, object] | None = None,
-    max_shard_size: int | str | None = None,
-    check_finite: bool = False,
-    resume: bool = False,
-    write: Callable[[list[Part]], Iterable[Written]] = write_here,
-) -> str:
+def export_trained(base: BaseCheckpoint, trained: BaseCheckpoint, destination: str, options: ExportOptions) -> str:
     """Export a `Receiver`'s model to `destination`, in files and dtypes like the base's; return the destination.
 
-    dtype: of all floating tensors; "auto" is the base's, tensor by tensor. For the others see `hf.exports.export`. The
-    tokenizer is the one next to the trained weights.
+    options: dtype "auto" is the base's, tensor by tensor. The tokenizer is the one next to the trained weights, and
+    nothing is merged that could be proven.
     Raises DestinationError, ConfigError, ExportError; nothing is published then.
     """
     started_s = time.perf_counter()
-    tag, destination = check_dtype(dtype), str(destination)
+    tag, destination = check_dtype(options.dtype), str(destination)
+    options = dataclasses.replace(options, tokenizer=str(trained.directory), prove=None)
     _check_same_tensors(base, trained)
-    check_code(base, base_name)
-    files = files_of(base, dtype, None if max_shard_size is None else parse_size(max_shard_size))
+    check_code(base, options.base_name)
     tags = {name: out_tag(info, tag) for name, info in base.tensors.items()}
-    settings = Settings(TRAINED, dtype, base_name, files, check_finite, write, tags, base)
-    with publish.staged(destination, _plan(base, trained, settings), resume) as stage:
+    settings = Settings(TRAINED, options, options.files_of(base), tags, base)
+    with publish.staged(destination, _plan(base, trained, settings), options.resume) as stage:
         written = write_weights(trained, None, stage, settings)
         report = {
             "layout": TRAINED,
-            "dtype": dtype,
-            "base": {"name": shown_name(base_name), "tensors": len(base.tensors)},
+            "dtype": options.dtype,
+            "base": {"name": shown_name(options.base_name), "tensors": len(base.tensors)},
             "tensors": {"trained": len(trained.tensors)},
             "checks": [
                 "checkpoint reopened; names, shapes, files and dtypes are the base's",
                 "every tensor equals what was trained, rounded to its dtype, bit by bit",
             ],
-            "notes": tower_notes(base, dtype),
+            "notes": tower_notes(base, options.dtype),
         }
         files = {file.name: file.file for file in written}
-        add_files(base, stage, report, str(trained.directory), run, base_name, None, destination)
+        add_files(base, stage, report, None, destination, options)
         describe(stage, report, files, started_s)
     log.info("exported trained weights destination=%s seconds=%.1f", destination, report["seconds"])
     return destination
@@ -164,6 +153,6 @@ def _check_same_tensors(base: BaseCheckpoint, trained: BaseCheckpoint) -> None:
 
 def _plan(base: BaseCheckpoint, trained: BaseCheckpoint, settings: Settings) -> str:
     """Digest everything that decides the weight files' bytes; trained weights are never overwritten."""
-    where = [one.source or str(one.directory) for one in (base, trained)]
-    what = [VERSION, settings.layout, settings.dtype, settings.files, settings.tags, settings.check_finite, where]
+    where, options = [one.source or str(one.directory) for one in (base, trained)], settings.options
+    what = [VERSION, settings.layout, options.dtype, settings.files, settings.tags, options.check_finite, where]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

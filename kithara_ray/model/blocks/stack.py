@@ -158,7 +158,7 @@ class Pass:
         dropout_key: the key of this pass; None drops nothing. Every block has its own.
     """
 
-    values_of: Callable[[keras.layers.Layer], Sequence[jax.Array]]
+    values_of: Callable[[keras.layers.Layer], Sequence[Any]]
     scanned: Sequence[Sequence[Sequence[Any]]]
     gather: Gather
     place: Callable[[jax.Array], jax.Array]

@@ -61,8 +61,8 @@ class Piece:
 
     def view(self, base: BaseCheckpoint) -> np.ndarray | mxfp4.Packed:
         """The part in Keras' layout; nothing is read before it is sliced."""
-        tensor = stored.view(base, self.hf_name)
-        view = self.of(tensor)
+        tensor: Any = stored.view(base, self.hf_name)
+        view: np.ndarray | mxfp4.Packed = self.of(tensor)
         if tuple(view.shape) != self.shape:
             raise CheckpointError(
                 f"{base.directory}: {self.hf_name} has shape {tuple(tensor.shape)}, "
@@ -103,8 +103,8 @@ class Port:
         """The dims along which the tensors are stacked."""
         return tuple(dim for dim, index in enumerate(self.pieces[0].index) if isinstance(index, int))
 
-    def view(self, base: BaseCheckpoint) -> "np.ndarray | mxfp4.Packed | Tiled":
-        """The variable's value; nothing is read before it is sliced."""
+    def view(self, base: BaseCheckpoint) -> Any:
+        """The variable's value: an array, an `mxfp4.Packed` or a `Tiled`. Nothing is read before it is sliced."""
         if len(self.pieces) == 1:
             return self.pieces[0].view(base)
         return Tiled(self.shape, [(piece.index, piece.view(base)) for piece in self.pieces])

@@ -147,7 +147,7 @@ def _layout(port: Port, table: tuple[int, int] | None) -> tuple[tuple[int, ...],
         raise UnsupportedError(
             f"{port.hf_name}: KerasHub holds it with others in one variable; it is not trained alone"
         )
-    shape = table or (math.prod(port.shape),)
+    shape: tuple[int, ...] = table or (math.prod(port.shape),)
     # The code reads only this array's strides, never its values.
     tensor = np.empty(shape, np.uint8)
     return shape, layout_of(port.pieces[0].of(tensor), tensor, port.hf_name)

@@ -181,8 +181,9 @@ class _SidePath(_Linear):
         """y + (m / norm - 1) * (scaled - bias) + m / norm * delta, in float32, rounded once to y's dtype."""
         with keras_compat.without_autocast():
             # The norm is a constant to the gradient, as in section 4.3 of the paper and in PEFT.
-            values = (jax.lax.stop_gradient(v.value) for v in (self.kernel, self.lora_A, self.lora_B))
-            norms_O = self.lora_map.adapted_norms_O(*values, self.lora_scale)
+            held: list[Any] = [self.kernel, self.lora_A, self.lora_B]
+            kernel, a_RI, b_OR = (jax.lax.stop_gradient(variable.value) for variable in held)
+            norms_O = self.lora_map.adapted_norms_O(kernel, a_RI, b_OR, self.lora_scale)
             ratio = (self.lora_magnitude.value / norms_O).reshape(self.lora_map.dims(self.lora_map.produced))
         scaled = scaled.astype(jnp.float32)
         if self.bias is not None:

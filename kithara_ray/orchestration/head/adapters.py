@@ -19,6 +19,7 @@ from kithara_ray.errors import KitharaRayError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.reference import split_reference
 from kithara_ray.hf.identity import identity_of
 from kithara_ray.hf.lora_config import LoraConfig
@@ -57,19 +58,19 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class AdapterExport:
-    """The order for `Coordinator.export`; the fields are those of `kithara_ray.hf.exports.request.ExportRequest`.
+    """The order for `Coordinator.export`; see also `kithara_ray.hf.exports.request.ExportRequest`.
 
     Attributes:
+        options: the coordinator sets `write` and `prove` itself.
         max_files: number of weight files written at once; None means two per node.
-        options: options of `kithara_ray.hf.exports.export.export`.
     """
 
     adapter: AdapterRef
     destination: str
     layout: Layout
+    options: ExportOptions
     max_files: int | None = None
     check_logits: bool = False
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def digest_of(tensors: Mapping[str, np.ndarray]) -> str:

@@ -4,6 +4,7 @@ It needs no accelerator, no JAX and no model: shards are numpy arrays, and an ex
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -24,7 +25,8 @@ from kithara_ray.checkpoint.run_files import write_manifest
 from kithara_ray.errors import ExportError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.exports.export import export
+from kithara_ray.hf.exports.export import export_with_report
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.trained import TensorSlice
 from kithara_ray.hf.exports.trained_export import Receiver, export_trained
 from kithara_ray.orchestration.cluster.remote import head_node_id
@@ -181,12 +183,11 @@ class Coordinator:
             self._weights = None
 
     def export_trained(
-        self, base: str, weights: str, destination: str, max_files: int | None = None, **options: Any
+        self, base: str, weights: str, destination: str, options: ExportOptions, max_files: int | None = None
     ) -> str:
         """Write trained weights in the layout of the base's files; see `kithara_ray.hf.exports.trained_export`."""
-        opened = BaseCheckpoint.at(base), BaseCheckpoint.at(weights)
-        write = functools.partial(write_on_cluster, max_files=max_files)
-        return export_trained(*opened, destination, base_name=base, write=write, **options)
+        options = dataclasses.replace(options, write=functools.partial(write_on_cluster, max_files=max_files))
+        return export_trained(BaseCheckpoint.at(base), BaseCheckpoint.at(weights), destination, options)
 
     def export(self, order: AdapterExport) -> str:
         """Write one of the three layouts, each weight file in its own task; see `kithara_ray.hf.exports.export`.
@@ -198,18 +199,12 @@ class Coordinator:
         """
         base, config = order.adapter.base, order.adapter.config
         tensors = adapters.tensors_of(order.adapter, self._adapter)
-        options = dict(order.options)
-        if order.check_logits:
-            options["prove"] = functools.partial(prove_logits_here, base, config, tensors)
-        return export(
-            BaseCheckpoint.at(base),
-            Adapter(config, tensors),
-            order.destination,
-            order.layout,
-            base_name=base,
-            write=functools.partial(write_on_cluster, max_files=order.max_files),
-            **options,
-        )
+        write = functools.partial(write_on_cluster, max_files=order.max_files)
+        prove = functools.partial(prove_logits_here, base, config, tensors) if order.check_logits else None
+        options = dataclasses.replace(order.options, write=write, prove=prove)
+        opened, adapter = BaseCheckpoint.at(base), Adapter(config, tensors)
+        export_with_report(opened, adapter, order.destination, order.layout, options)
+        return order.destination
 
     def write_run(self, directory: str, content: dict[str, Any]) -> None:
         """Write run.json of the run."""

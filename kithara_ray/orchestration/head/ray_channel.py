@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -38,7 +39,8 @@ class RayChannel:
             ray.get(told)
 
     def beat(self, beat: Beat, limits: Limits) -> str | None:
-        return ray.get(self.coordinator.beat.remote(beat, limits), timeout=_BEAT_TIMEOUT_S)
+        asked: Any = ray.get(self.coordinator.beat.remote(beat, limits), timeout=_BEAT_TIMEOUT_S)
+        return asked
 
     def is_draining(self) -> bool:
         return is_draining()
@@ -50,7 +52,8 @@ class RayChannel:
         return partial(ray.get, self.coordinator.put_snapshot.remote(part))
 
     def begin_weights(self, weights: WeightsSpec) -> int:
-        return ray.get(self.coordinator.begin_weights.remote(weights))
+        token: Any = ray.get(self.coordinator.begin_weights.remote(weights))
+        return token
 
     def put_slices(self, token: int, slices: Iterable[TensorSlice]) -> None:
         pending: list[ray.ObjectRef] = []

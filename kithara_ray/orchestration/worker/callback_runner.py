@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
+from ray import cloudpickle
 from ray.util.metrics import Gauge
 
 from kithara_ray.callbacks import Callback, RunInfo
@@ -26,7 +26,7 @@ def checked(callbacks: Any) -> tuple[Callback, ...]:
         if not isinstance(callback, Callback):
             raise ConfigError(f"Trainer: callbacks must be kithara_ray.Callback objects, got {callback!r}")
         try:
-            ray.cloudpickle.dumps(callback)
+            cloudpickle.dumps(callback)
         except Exception as error:
             raise ConfigError(
                 f"Trainer: callback {name_of(callback)} runs in a worker and cannot be pickled ({error}); open files, "

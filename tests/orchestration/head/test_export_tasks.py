@@ -20,6 +20,7 @@ from kithara_ray.hf import safetensors_file
 from kithara_ray.hf.adapter import Adapter, LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import Layout, export
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.part import write_part
 from kithara_ray.orchestration.cluster.remote import head_node_id
 from kithara_ray.orchestration.head import export_tasks
@@ -133,9 +134,8 @@ def test_local_destinations_are_written_on_the_head(nodes, files, expected, tmp_
     out = str(tmp_path / "coordinated")
     adapter = AdapterRef(str(files[0]), files[1].config, digest_of(files[1].tensors))
     # It has not seen the adapter: it asks for the tensors.
-    ask(
-        lambda adapter: coordinator.export.remote(AdapterExport(adapter, out, Layout.MERGED)), adapter, files[1].tensors
-    )
+    how = (out, Layout.MERGED, ExportOptions(base_name=str(files[0])))
+    ask(lambda adapter: coordinator.export.remote(AdapterExport(adapter, *how)), adapter, files[1].tensors)
     ray.kill(coordinator)
     for name in expected:
         assert (tmp_path / "out" / name).read_bytes() == expected[name]
