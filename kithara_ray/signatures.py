@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Tag, ValidationError, create_model
 
@@ -23,6 +23,7 @@ class Section(BaseModel):
     """Base of all sections."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    __left_out__: ClassVar[dict[str, str]] = {}  # arguments that YAML cannot express -> reason
 
     def given(self) -> dict[str, Any]:
         """The keys in the file, without defaults, which remain those of the Python functions."""

@@ -81,7 +81,7 @@ class Generator:
         return self._decoding.generate(request)
 
 
-def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape | None):
+def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape | None) -> Any:
     """Run `GENERATE_LOOP` in every worker of a group, and return rank 0's answer."""
     group.wait()
     spec = GroupSpec(weights, request, mesh, group.platform, group.num_workers)

@@ -46,6 +46,7 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
         ops: Any = keras.ops
         if self.shape == "constant":
             return ops.ones_like(step)
+        assert self.total_steps is not None  # only "constant" goes without
         progress = ops.clip((step - self.warmup_steps) / (self.total_steps - self.warmup_steps), 0.0, 1.0)
         falling = 1 - progress if self.shape == "linear" else 0.5 * (1 + ops.cos(math.pi * progress))
         return self.final + (1 - self.final) * falling

@@ -143,6 +143,7 @@ def _name(config: LoraConfig, port: Port, trained: dict[str, beside.Beside]) -> 
 
 def _layout(port: Port, table: tuple[int, int] | None) -> tuple[tuple[int, ...], Layout]:
     """(shape of the tensor, position of the weight's elements in it)."""
+    piece = port.pieces[0]
     if len(port.pieces) > 1:
         raise UnsupportedError(
             f"{port.hf_name}: KerasHub holds it with others in one variable; it is not trained alone"
@@ -150,4 +151,4 @@ def _layout(port: Port, table: tuple[int, int] | None) -> tuple[tuple[int, ...],
     shape: tuple[int, ...] = table or (math.prod(port.shape),)
     # The code reads only this array's strides, never its values.
     tensor = np.empty(shape, np.uint8)
-    return shape, layout_of(port.pieces[0].of(tensor), tensor, port.hf_name)
+    return shape, layout_of(piece.of(tensor), tensor, port.hf_name)

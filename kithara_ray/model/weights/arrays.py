@@ -155,12 +155,16 @@ class ModelArrays:
         scales: Any = jax.ShapeDtypeStruct(slot.scales_shape, jnp.float32, sharding=slot.scales_sharding(split))
         return Int8(values, scales)
 
-    def abstract_params(self) -> dict[str, Abstract]:
+    def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The trained arrays without values."""
         if self.trains_weights:
             dtype = self._weight_dtype()
             assert dtype is not None  # trained weights have a dtype of their own
-            return {slot.key: array for slot, array in zip(self.slots, self.abstract_frozen(dtype), strict=True)}
+            params = {}
+            for slot, array in zip(self.slots, self.abstract_frozen(dtype), strict=True):
+                assert isinstance(array, jax.ShapeDtypeStruct)  # trained weights are never int8
+                params[slot.key] = array
+            return params
         return {
             slot.key: jax.ShapeDtypeStruct(slot.shape, jnp.float32, sharding=self._sharding_of(slot))
             for slot in self.adapter_slots

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8
     This process reads the channels that its devices own a part of. It quantises one matrix at a time, so no float32
     copy exceeds one matrix's part.
     """
-    views = [port.view(base) for port in slot.ports]
+    views: list[Any] = [port.view(base) for port in slot.ports]
     before = int(slot.stacked)
     dims = tuple(dim - before for dim in slot.int8_dims)
     scales_of: dict[tuple, np.ndarray] = {}

@@ -3,10 +3,23 @@
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import KitharaRayError
 from kithara_ray.orchestration.cluster.ray_compat import HEAD_NODE_RESOURCE
+
+
+def pickled(value: Any) -> bytes:
+    """Pickle a value as Ray does: also functions of a script, and closures."""
+    pickle: Any = cloudpickle
+    return pickle.dumps(value)
+
+
+def unpickled(data: bytes) -> Any:
+    """Return the value that `pickled` wrote."""
+    pickle: Any = cloudpickle
+    return pickle.loads(data)
 
 
 def remote_get(reference: Any) -> Any:

@@ -179,7 +179,7 @@ def _causes() -> Iterator[None]:
 def start_reader(source: Any, max_seq_len: int, tokenizer: RowTokenizer) -> EndlessStore:
     """Start the actor that reads the source. Raises DataError if the source cannot be sent to an actor."""
     try:
-        reader = Reader.remote(source, tokenizer)
+        reader: Any = Reader.remote(source, tokenizer)
     except TypeError as error:
         raise DataError(f"the streaming source cannot be sent to the cluster: {error}") from error
     return EndlessStore(reader, tokenizer.pad_id, max_seq_len)

@@ -235,7 +235,8 @@ def start_coordinator() -> ActorHandle:
     options["max_restarts"] = -1
     if head is not None:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=False)
-    return ray.remote(Coordinator).options(**options).remote()
+    made: Any = ray.remote(Coordinator).options(**options).remote()
+    return made
 
 
 def living_coordinator(known: ActorHandle | None) -> ActorHandle:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.tune
 from ray.train import ScalingConfig
 from ray.tune.schedulers import TrialScheduler
@@ -28,6 +27,7 @@ from kithara_ray.errors import ConfigError, TrainingError
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.jax_trainer import sigint_kept
+from kithara_ray.orchestration.cluster.remote import pickled
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel
 from kithara_ray.orchestration.search import placement_groups, spaces
@@ -288,7 +288,7 @@ def _quiet() -> Iterator[None]:
 
 def _pickled(make: Callable[[dict[str, Any]], Any]) -> bytes:
     try:
-        return ray.cloudpickle.dumps(make)
+        return pickled(make)
     except Exception as error:  # any error that its captured objects raise
         raise ConfigError(
             f"search: the trainer_factory cannot be sent to the trials ({type(error).__name__}: {error}); make models, "

@@ -152,7 +152,8 @@ class Limited(_Here, ConcurrencyLimiter):
 def points(searcher: str | Searcher, at_once: int, seed: int) -> Any:
     """Return Ray's search algorithm, with at most `at_once` trials in progress."""
     if searcher == "random":
-        return Points(max_concurrent=at_once, random_state=seed)
+        settings: dict[str, Any] = {"max_concurrent": at_once, "random_state": seed}
+        return Points(**settings)
     if searcher == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 

@@ -24,7 +24,7 @@ from kithara_ray.checkpoint.checkpointer import Checkpointer
 from kithara_ray.checkpoint.run_files import CHECKPOINTS
 from kithara_ray.errors import ClusterError, ConfigError, DivergedError, KitharaRayError, TrainingError
 from kithara_ray.orchestration.cluster import ray_compat
-from kithara_ray.orchestration.cluster.remote import remote_get
+from kithara_ray.orchestration.cluster.remote import remote_get, unpickled
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.orchestration.search.spaces import plain
 from kithara_ray.orchestration.trainer import Trainer
@@ -119,7 +119,7 @@ class TrialDriver:
         """Make the Trainer; return the run's coordinator. Raises the errors of the Trainer and its parts."""
         settings = self._settings
         try:
-            make = ray.cloudpickle.loads(settings.make)
+            make = unpickled(settings.make)
         except (ImportError, AttributeError) as error:
             raise ConfigError(
                 f"the trainer_factory cannot be loaded in a trial's process: {error}; define what it uses in the "

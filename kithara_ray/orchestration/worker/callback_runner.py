@@ -4,11 +4,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray import cloudpickle
 from ray.util.metrics import Gauge
 
 from kithara_ray.callbacks import Callback, RunInfo
 from kithara_ray.errors import ConfigError
+from kithara_ray.orchestration.cluster.remote import pickled
 from kithara_ray.orchestration.worker.votes import FAILED, GO_ON, STOP
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def checked(callbacks: Any) -> tuple[Callback, ...]:
         if not isinstance(callback, Callback):
             raise ConfigError(f"Trainer: callbacks must be kithara_ray.Callback objects, got {callback!r}")
         try:
-            cloudpickle.dumps(callback)
+            pickled(callback)
         except Exception as error:
             raise ConfigError(
                 f"Trainer: callback {name_of(callback)} runs in a worker and cannot be pickled ({error}); open files, "
