@@ -79,7 +79,7 @@ DATASET_SECTIONS = {
         dataset,
         {
             "tokenizer": "it takes a Python object; give tokenizer_handle",
-            "custom_formatting_fn": "it takes a Python function; write a script, or prepare the rows before",
+            "custom_formatting_fn": "it takes a Python function; write a script, or prepare the rows beforehand",
         },
         given_types={"source": str | list[str] | list[dict[str, Any]]},
         type=(Literal[name], ...),
@@ -123,7 +123,7 @@ ScalingSection = section_of(
     "ScalingSection",
     ray.train.ScalingConfig,
     {
-        "use_gpu": "training runs on TPUs, or on CPUs for trying things out",
+        "use_gpu": "training runs on TPUs, or on CPUs for experiments",
         "elastic_resize_monitor_interval_s": "the number of workers is fixed",
     },
     given_types={

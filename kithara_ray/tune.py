@@ -24,8 +24,8 @@ __all__ = ["SearchResult", "TrialResult", "search"]
 
 _OF_THE_SEARCH = {
     "scaling_config": "all trials have the same workers, so that the search knows how many run at once",
-    "run_config": "it says where the search is kept",
-    "exports": "they are of the best trial",
+    "run_config": "it decides where the search is kept",
+    "exports": "they are made from the best trial",
     "tune": "it is the search's own section",
     "trainer.checkpointer": "each trial has checkpoints of its own",
     "trainer.progress": "it changes nothing that is trained",

@@ -137,7 +137,7 @@ def put(raw: dict[str, Any], keys: Sequence[str], value: Any, source: str) -> No
                 raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a list of {len(place)}; give 0, 1, ...")
             key = int(key)
         elif not isinstance(place, dict):
-            raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a value, nothing stands under it")
+            raise ConfigError(f"{source}: {'.'.join(keys[:number])} is a value and has no keys")
         if number == len(keys) - 1:
             place[key] = value
         elif isinstance(place, dict) and place.get(key) is None:
@@ -156,7 +156,7 @@ def _check_events(text: str, name: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
         if tag := getattr(event, "tag", None):
-            raise ConfigError(f"{name}:{event.start_mark.line + 1}: the tag {tag!r} is not taken; leave it out")
+            raise ConfigError(f"{name}:{event.start_mark.line + 1}: the tag {tag!r} is not supported; leave it out")
         if depth > MAX_DEPTH:
             raise ConfigError(f"{name}:{event.start_mark.line + 1}: nested more than {MAX_DEPTH} deep")
         if aliases > MAX_ALIASES:
@@ -196,7 +196,7 @@ def _check_keys(node: yaml.Node, where: Where, lines: dict[Where, int], name: st
         if key.tag == _TAG + "merge":
             continue
         if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
-            raise ConfigError(f"{name}:{line}: a key must be a text, found {_what(key)}; put it in quotes")
+            raise ConfigError(f"{name}:{line}: a key must be a string, found {_what(key)}; put it in quotes")
         place = (*where, key.value)
         if place in lines:
             raise ConfigError(f"{name}:{line}: {key.value!r} is given twice, first in line {lines[place]}")

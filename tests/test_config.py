@@ -270,7 +270,7 @@ def test_what_is_wrong_is_named(case, written, capsys):
         ("=3", "expected key.key=value"),
         ("trainer..steps=3", "expected key.key=value"),
         ("exports.3.dtype=auto", "exports is a list of 1; give 0, 1"),
-        ("model.lora_rank.x=1", "model.lora_rank is a value, nothing stands under it"),
+        ("model.lora_rank.x=1", "model.lora_rank is a value and has no keys"),
         ("trainer.stps=3", "trainer.stps: no such key; did you mean 'steps'"),
         ("trainer.steps=[", "--set:1: not valid YAML"),
     ],

@@ -47,9 +47,7 @@ class Checkpointer:
         if self.score_order not in ("min", "max"):
             raise ConfigError(f"Checkpointer: score_order must be 'min' or 'max', got {self.score_order!r}")
         if self.early_stopping_patience is not None and self.score_attribute is None:
-            raise ConfigError(
-                "Checkpointer: early_stopping_patience needs score_attribute, the metric that must get better"
-            )
+            raise ConfigError("Checkpointer: early_stopping_patience needs score_attribute, the metric to improve")
         unknown = sorted(set(self.allow_changes) - set(IDENTITY))
         if isinstance(self.allow_changes, str) or unknown:
             raise ConfigError(

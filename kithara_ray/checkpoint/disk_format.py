@@ -180,7 +180,7 @@ class Checkpoint:
         except (ValueError, KeyError, AttributeError, OSError) as error:
             raise CheckpointError(f"{url}: its manifest cannot be read ({cause_of(error)})") from error
         if not intact:
-            raise CheckpointError(f"{url}: its manifest is damaged, it does not have the hash it names")
+            raise CheckpointError(f"{url}: its manifest is damaged: its hash is not the one in its name")
         if manifest["version"] != VERSION:
             raise CheckpointError(
                 f"{url}: version {manifest['version']} of the format, this release reads {VERSION}; "
@@ -303,8 +303,8 @@ def check_identity(checkpoint: Checkpoint, mine: Mapping[str, Any], allowed: Seq
         value = json.loads(json.dumps(value))
         if theirs.get(name) != value and name not in allowed:
             raise ConfigError(
-                f"{checkpoint.url} is of a run with another {name}: {_differs(theirs.get(name), value)}. Give the same "
-                f"as then, or another checkpoint_dir; Checkpointer(allow_changes=({name!r},)) goes on all the same"
+                f"{checkpoint.url} is from a run with another {name}: {_differs(theirs.get(name), value)}. Give the "
+                f"same value, or another checkpoint_dir; Checkpointer(allow_changes=({name!r},)) continues anyway"
             )
 
 

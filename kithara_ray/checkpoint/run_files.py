@@ -120,7 +120,7 @@ def read_object(place: Place, name: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, DestinationError) as error:
         raise ConfigError(f"{place.url(name)} cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{place.url(name)} is not what a run writes: no object of named values")
+        raise ConfigError(f"{place.url(name)} is not a file that a run writes: it is not a JSON object")
     return found
 
 
@@ -140,7 +140,7 @@ def _find(location: str, step: int | None) -> Trained:
             return _read_checkpoint(Checkpoint.open(Place(directory), chosen[0]), step)
         if found:
             steps = ", ".join(str(disk_format.step_of(name)) for name in sorted(found))
-            raise ConfigError(f"{directory}: no checkpoint of step {step}; there are those of steps {steps}")
+            raise ConfigError(f"{directory}: no checkpoint of step {step}; there are checkpoints of steps {steps}")
     raise CheckpointError(
         f"{location}: neither a PEFT adapter ({ADAPTER_CONFIG}), nor a run's directory with adapter/ or checkpoints/, "
         "nor a checkpoint that was committed; give the run's path or its checkpoint_dir"
@@ -164,11 +164,11 @@ def _read_adapter(location: str) -> Trained:
 
 def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
     if step is not None and found.step != step:
-        raise ConfigError(f"{found.url} is of step {found.step}, asked for is {step}")
+        raise ConfigError(f"{found.url} is of step {found.step}, but step {step} was asked for")
     found.verify()
     identity = found.manifest["identity"]
     if not identity.get("lora"):
-        raise CheckpointError(f"{found.url} is not of a LoRA run: there is no adapter in it")
+        raise CheckpointError(f"{found.url} is not from a LoRA run, so it has no adapter")
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     lora = {name: value for name, value in identity["lora"].items() if name in fields}
     config = LoraConfig(**lora)

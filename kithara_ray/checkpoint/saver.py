@@ -184,7 +184,7 @@ def find(place: Place, rank: int, num_ranks: int, agree: Callable[[str], list[st
     if len(set(listed)) > 1:
         other = next(rank for rank, names in enumerate(listed) if names != listed[0])
         raise CheckpointError(
-            f"{place.root}: rank {other} sees other checkpoints there than rank 0; it must be a directory that all "
+            f"{place.root}: rank {other} sees different checkpoints there from rank 0; it must be a directory that all "
             "hosts share, or a URL such as gs://bucket/dir"
         )
     notes = []
@@ -201,9 +201,9 @@ def find(place: Place, rank: int, num_ranks: int, agree: Callable[[str], list[st
         if not any(problems):
             return Found(opened[0], tuple(notes))
         notes.append(next(problem for problem in problems if problem))
-        logger.warning("passed over a checkpoint: %s", notes[-1])
+        logger.warning("skipped a checkpoint: %s", notes[-1])
     if notes:
-        raise CheckpointError(f"{place.root}: no checkpoint there is whole: {'; '.join(notes)}")
+        raise CheckpointError(f"{place.root}: no checkpoint there is complete: {'; '.join(notes)}")
     return Found(None, ())
 
 

@@ -38,7 +38,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Log more, and show the traceback of an error.")] = False,
 ) -> None:
@@ -50,7 +50,7 @@ def _options(
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; `kithara-ray init` writes one.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a value: trainer.steps=10; may be given again."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value: trainer.steps=10; may be repeated."),
 ]
 
 
@@ -166,7 +166,7 @@ def submit(
     ] = "http://127.0.0.1:8265",
     overrides: Overrides = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's log until it ends.")] = False,
-    job: Annotated[str | None, typer.Option(metavar="ID", help="Follow a job that runs already.")] = None,
+    job: Annotated[str | None, typer.Option(metavar="ID", help="Follow a running job.")] = None,
     stop: Annotated[str | None, typer.Option(metavar="ID", help="Stop a job.")] = None,
     working_dir: Annotated[Path, typer.Option(help="What the job gets a copy of, 100 MiB at most.")] = Path(),
     python: Annotated[str, typer.Option(help="The interpreter on the head node.")] = "python",
@@ -203,9 +203,11 @@ def plan(
     config: ConfigPath,
     overrides: Overrides = None,
     slice: Annotated[str | None, typer.Option("--slice", help="E.g. v5e-16; default: of scaling_config.")] = None,
-    slices: Annotated[str | None, typer.Option(help="Several, by commas: the largest batch on each.")] = None,
-    seq: Annotated[str | None, typer.Option(help="Sequence lengths, by commas; default: of the dataset.")] = None,
-    rank: Annotated[str | None, typer.Option(help="LoRA ranks, by commas; default: of the model.")] = None,
+    slices: Annotated[str | None, typer.Option(help="Several, separated by commas: the largest batch on each.")] = None,
+    seq: Annotated[
+        str | None, typer.Option(help="Sequence lengths, separated by commas; default: the dataset's.")
+    ] = None,
+    rank: Annotated[str | None, typer.Option(help="LoRA ranks, separated by commas; default: the model's.")] = None,
     price: Annotated[float | None, typer.Option(help="Per chip and hour, for the cost.")] = None,
     epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of the data set, for the cost of an epoch.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Do not compile.")] = False,
@@ -231,9 +233,9 @@ Format = Annotated[str, typer.Option(help="adapter, separate (base, and the adap
 Destination = Annotated[str, typer.Option("--to", metavar="DEST", help="A new directory, gs://..., s3://...")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 of all that is written; auto: as in the base.")]
 ShardSize = Annotated[str | None, typer.Option(help='Of a weight file, like "5GB"; the base\'s own files by default.')]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from what a killed or failed export left at DEST.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed or failed export to DEST.")]
 Finite = Annotated[bool, typer.Option("--check-finite", help="Refuse a NaN or an infinity in a written weight.")]
-Force = Annotated[bool, typer.Option("--force", help="Take a base that the adapter was not trained on.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept a base that the adapter was not trained on.")]
 OnCluster = Annotated[bool, typer.Option("--cluster", help="A Ray task a weight file, on the cluster of RAY_ADDRESS.")]
 
 

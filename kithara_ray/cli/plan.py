@@ -124,7 +124,7 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
 
     model = given.model.given()
     if model.get("adapter") is not None:
-        raise ConfigError("plan: model.adapter brings its own LoRA settings; give lora_rank and target_modules instead")
+        raise ConfigError("plan: model.adapter has its own LoRA settings; give lora_rank and target_modules instead")
     if model.get("lora_rank") is None:
         raise UnsupportedError("plan: a run that trains all weights is not planned; give model.lora_rank")
     lora = LoraConfig(
@@ -173,7 +173,7 @@ def _numbers(option: str, text: str | None) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")] if text else []
     except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected numbers by commas, e.g. {option} 2048,4096") from None
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas, e.g. {option} 2048,4096") from None
     if any(number < 1 for number in numbers):
         raise ConfigError(f"{option} {text!r}: numbers must be >= 1")
     return numbers

@@ -247,7 +247,7 @@ class Adapter:
             there = [suffix for suffix in self.suffixes if module + suffix in self.tensors]
             for suffix in self.suffixes:
                 if suffix not in there:
-                    raise AdapterError(f"{module}{suffix} is missing although {module}{there[0]} is there")
+                    raise AdapterError(f"{module}{suffix} is missing, but {module}{there[0]} is present")
             if not self.config.matches(module):
                 raise AdapterError(f"{module}: not a target of target_modules={self.config.target_modules!r}")
             rank, rank_a, rank_b = self.config.rank_of(module), self.a(module).shape[0], self.b(module).shape[1]

@@ -127,16 +127,16 @@ def normal(config: LoraConfig, base: BaseCheckpoint) -> dict[str, Any]:
             )
     if not is_tied(base):
         if config.ensure_weight_tying:
-            raise ConfigError("ensure_weight_tying: embedding and head of this base are two weights; leave it out")
+            raise ConfigError("ensure_weight_tying: this base does not tie its head to its embedding; leave it out")
         return {}
     if HEAD in tokens and tokens.get(EMBEDDING) != tokens[HEAD]:
         raise UnsupportedError(
-            f"trainable_token_indices: the head of this base is its embedding, and {HEAD!r} has other tokens than "
+            f"trainable_token_indices: this base ties its head to its embedding, but {HEAD!r} lists other tokens than "
             f"{EMBEDDING!r}; give one list for both"
         )
     if saved and not config.ensure_weight_tying:
         raise UnsupportedError(
-            "modules_to_save: the head of this base is its embedding, and PEFT would train the two apart; give "
+            "modules_to_save: this base ties its head to its embedding, and PEFT would train the two separately; give "
             "ensure_weight_tying=True to train them as one, or trainable_token_indices"
         )
     if saved and tokens:
@@ -158,7 +158,7 @@ def check_names(config: LoraConfig, names: Iterable[str]) -> None:
         if not is_on:
             raise AdapterError(
                 f"{name}: adapter_config.json says {field}={getattr(config, field)!r}, which does not name it"
-                + ("; a vocabulary that was resized is not read from an adapter" if field == "modules_to_save" else "")
+                + ("; a resized vocabulary cannot be read from an adapter" if field == "modules_to_save" else "")
             )
 
 
@@ -173,7 +173,7 @@ def without_copies(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dic
         return kept
     embedding = next((array for name, array in kept.items() if name.endswith(f"{EMBEDDING}{WEIGHT}")), None)
     if embedding is None or not np.array_equal(embedding, kept.pop(head)):
-        raise AdapterError(f"{head}: ensure_weight_tying says that it is the embedding, whose values are others")
+        raise AdapterError(f"{head}: ensure_weight_tying ties it to the embedding, but their values differ")
     return kept
 
 

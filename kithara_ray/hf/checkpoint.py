@@ -180,7 +180,7 @@ class BaseCheckpoint:
 
     def _need_bytes(self) -> None:
         if self.source:
-            raise CheckpointError(f"{self.source}: only its headers are here; hf.fetch.fetch brings the tensors")
+            raise CheckpointError(f"{self.source}: only its headers were fetched; hf.fetch.fetch reads the tensors")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}, "tensors": dict(self.tensors)}

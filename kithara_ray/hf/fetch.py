@@ -73,8 +73,8 @@ def _refuse_keras(handle: str) -> None:
     scheme = handle.partition("://")[0]
     if scheme in ("kaggle", "kerashub", "keras", "modelscope"):
         raise UnsupportedError(
-            f"{handle}: {scheme}:// presets hold Keras weights, and exports are made from Hugging Face files; "
-            "use hf://org/name, a gs:// directory or a local directory with config.json and safetensors"
+            f"{handle}: {scheme}:// presets hold Keras weights, and exports need Hugging Face files; use "
+            "hf://org/name, a gs:// directory or a local directory with config.json and safetensors"
         )
 
 
@@ -85,8 +85,8 @@ def _fetch_local(handle: str) -> Path:
     if path.exists():
         raise CheckpointError(f"{path} is a file; give the model's directory")
     advice = f"for the Hugging Face hub write hf://{handle}" if handle.count("/") == 1 and handle[0] not in "./~" else (
-        "a KerasHub preset name cannot be used, since exports are made from Hugging Face files: "
-        "write hf://org/name or the path of a directory that exists on this host"
+        "a KerasHub preset name cannot be used, because exports need Hugging Face files: write hf://org/name or the "
+        "path of a directory that exists on this host"
     )  # fmt: skip
     raise CheckpointError(f"no directory at {path} for the handle {handle!r}; {advice}")
 

@@ -115,7 +115,7 @@ def _text(config: dict[str, Any], field: str) -> str | None:
     value = config.get(field)
     if value is None or isinstance(value, str):
         return value
-    raise AdapterError(f"adapter_config.json: {field} must be a text, got {value!r}; name the base there, or null")
+    raise AdapterError(f"adapter_config.json: {field} must be a string, got {value!r}; name the base there, or null")
 
 
 def _fingerprint_in(path: Path) -> str | None:
@@ -147,7 +147,7 @@ def check_same_base(
         return
     said = f"{adapter} was trained on {trained} and not on {handle!r}: {different}"
     if allow:
-        log.warning("%s; it is used all the same, as %s asks", said, override)
+        log.warning("%s; it is used anyway, because of %s", said, override)
         return
     raise AdapterError(f"{said}. Give the adapter's own base, or, if these are the same weights, {override}")
 
@@ -156,7 +156,7 @@ def _difference(trained: BaseIdentity, base: BaseCheckpoint, handle: str) -> str
     if trained.fingerprint and not base.source:
         return _differ(trained.fingerprint, base)
     if trained.name is None:
-        log.warning("the adapter does not say which base it was trained on; %r is taken for it", handle)
+        log.warning("the adapter does not say which base it was trained on; assuming %r", handle)
         return None
     given, asked = identity_of(base, handle), named(handle).revision
     if _same_place(trained, given, asked):
@@ -165,12 +165,12 @@ def _difference(trained: BaseIdentity, base: BaseCheckpoint, handle: str) -> str
     if own is not None and not base.source:
         return _differ(own.fingerprint(), base)
     if trained.is_hub and _same_name(trained, given):
-        return f"the revision of this one is {given.revision or 'not known'}"
+        return f"this base's revision is {given.revision or 'not known'}"
     if _last(trained.place) != _last(given.place):
         return "another name, and neither has a fingerprint to compare"
     log.warning(
-        "the adapter was trained on %s. That %r has the same weights cannot be seen from here: the names agree, and "
-        "there is no fingerprint to compare", trained, handle,
+        "the adapter was trained on %s. The names agree, but without a fingerprint nothing shows that %r has the same "
+        "weights", trained, handle,
     )  # fmt: skip
     return None
 

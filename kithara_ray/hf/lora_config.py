@@ -36,7 +36,7 @@ _RESIDUAL = (
     "the rank"
 )
 _FROM_DATA = (
-    "PEFT has replaced the base's weights by residuals that came of data, so the adapter does not fit the base itself. "
+    "PEFT has replaced the base's weights by residuals derived from data, so the adapter does not fit the base itself. "
     "Convert it where it was trained: save_pretrained(directory, path_initial_model_for_weight_conversion=first), "
     "with the adapter saved before training as first, makes plain LoRA of twice the rank"
 )
@@ -47,8 +47,8 @@ _CONVERSIONS: Mapping[str, str] = {
     "lora_ga": _FROM_DATA,
     "loftq": "PEFT has replaced the base's weights by quantised ones, so the adapter does not fit the base itself. "
     "Write a base with both: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)",
-    "mica": "PEFT trains such an adapter's lora_A alone. Set init_lora_weights to true in adapter_config.json: "
-    "the base is as it was, so the adapter merges to the same, and both factors are trained on",
+    "mica": "PEFT trains only lora_A of such an adapter. Set init_lora_weights to true in adapter_config.json: "
+    "the base is unchanged, so the merged model is the same, and both factors can be trained further",
 }
 
 # Fields of adapter_config.json that change what an adapter computes or where it sits, with the values that mean "off".
@@ -144,20 +144,20 @@ class LoraConfig:
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name} does nothing beside target_modules={self.target_modules!r}, a regular expression; "
+                    f"{name} has no effect with target_modules={self.target_modules!r}, a regular expression; "
                     "write the layers into it, or give target_modules as a list"
                 )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern says where layers_to_transform counts; give both or neither")
+            raise ConfigError("layers_pattern needs layers_to_transform; give both or neither")
 
     def _check_beside(self) -> None:
         """Apply the rules of peft.LoraConfig, and of its injection, for weights trained besides the factors."""
         if self.bias not in BIASES:
             raise ConfigError(f"bias must be one of {BIASES}, got {self.bias!r}")
         if self.lora_bias and self.use_dora:
-            raise ConfigError("lora_bias=True does not go with use_dora=True, in PEFT too; leave one out")
+            raise ConfigError("lora_bias=True cannot be combined with use_dora=True, nor can it in PEFT; leave one out")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(f"lora_bias=True goes with init_lora_weights=True, got {self.init_lora_weights!r}")
+            raise ConfigError(f"lora_bias=True needs init_lora_weights=True, got {self.init_lora_weights!r}")
         both = sorted(set(self.modules_to_save) & set(self.trainable_token_indices))
         if both:
             raise ConfigError(f"modules_to_save trains all of {both[0]}; leave it out of trainable_token_indices")

@@ -132,14 +132,15 @@ def why_absent(module: str, tensors: Iterable[str], config: Mapping) -> str:
     by_text = {_text_name(name): name for name in sorted(tensors)}
     if _text_name(weight) in by_text:
         return (
-            f"it has {by_text[_text_name(weight)]!r}: one of both is a multimodal model and the other its text model. "
+            f"it has {by_text[_text_name(weight)]!r}: one of the two is a multimodal model and the other its text "
+            "model. "
             "Merge into the checkpoint that the adapter was trained on"
         )
     from_layer, layers = layer_of(module), layers_of(config)
     if from_layer is not None and layers is not None and from_layer >= layers:
-        return f"it has {layers} layers, and the adapter is of a model of more: give the adapter's own base"
+        return f"it has {layers} layers, and the adapter's model has more: give the adapter's own base"
     example = next((name for name in sorted(tensors) if name.endswith(WEIGHT_SUFFIX)), "none")
-    return f"it has names like {example!r}, so the adapter is of another architecture: give the adapter's own base"
+    return f"it has names like {example!r}, so the adapter belongs to another architecture: give the adapter's own base"
 
 
 def _text_name(name: str) -> str:

@@ -174,9 +174,7 @@ class KerasHubModel:
         if note := training_note(text_of(base.config)):
             logger.warning("%s: %s", handle, note)
         if adapter is not None:
-            check_unset(
-                cls.from_preset, {"lora_rank": lora_rank, **settings}, "beside adapter=: the adapter brings its own"
-            )
+            check_unset(cls.from_preset, {"lora_rank": lora_rank, **settings}, "with adapter=: the adapter has its own")
             return cls._with_adapter(handle, base, absolute(adapter), precision, allow_other_base, quantize)
         if lora_rank is None:
             why = "without lora_rank=, which trains all weights and no adapter"
@@ -269,7 +267,7 @@ class KerasHubModel:
             try:
                 ray.get(coordinator.add_export.remote(self.run_directory, written), timeout=120)
             except Exception as error:  # the export itself is written and verified
-                logger.warning("the report in %s was not told of %s: %s", self.run_directory, written, error)
+                logger.warning("the report in %s does not list %s: %s", self.run_directory, written, error)
         return written
 
     def _export_adapter(self, coordinator: ActorHandle, request: ExportRequest, options: ExportOptions) -> str:

@@ -121,7 +121,7 @@ def check_size(directory: Path) -> int:
         shown = ", ".join(f"{path.relative_to(directory)} {sizes[path] / 1e6:.0f} MB" for path in largest)
         raise ConfigError(
             f"{directory} has {total / 1e6:.0f} MB, packed more than Ray's limit of {LIMIT_BYTES / 1e6:.0f} MB; the "
-            f"largest: {shown}. List them in .rayignore, or give --working-dir; data and models are given as URLs"
+            f"largest: {shown}. List them in .rayignore, or give --working-dir; give data and models as URLs"
         )
     return total
 
@@ -160,7 +160,9 @@ def submit(
     try:
         inside = config.resolve().relative_to(working_dir)
     except ValueError:
-        raise ConfigError(f"{config} is not in {working_dir}, which is what the job gets; give --working-dir") from None
+        raise ConfigError(
+            f"{config} is not in {working_dir}, the directory that the job gets; give --working-dir"
+        ) from None
     _check_reads(config.resolve(), overrides, working_dir)
     size = check_size(working_dir)
     logger.info("packing %s: bytes=%d", working_dir, size)
@@ -223,7 +225,7 @@ def start(client: JobSubmissionClient, command: str, runtime_env: dict[str, Any]
             if _is_there(client, job):
                 return job
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise ClusterError(f"the job was not taken: {_reason(error)}") from error
+                raise ClusterError(f"the job was not accepted: {_reason(error)}") from error
         time.sleep(_RETRY_S)
 
 

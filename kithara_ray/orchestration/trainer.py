@@ -297,5 +297,5 @@ def _events_so_far(coordinator: ActorHandle) -> list[Event]:
     try:
         return one_history(ray.get(coordinator.events.remote(0), timeout=30))
     except RayError as error:
-        logger.warning("the history of the run is lost: %s", error)
+        logger.warning("the run's history is lost: %s", error)
         return []

@@ -175,9 +175,9 @@ def _why_not_compiled(where: Slice, compile: bool) -> str | None:
     if where.is_cpu and compile:
         return None
     if not compile:
-        return "it was asked for without compiling"
+        return "the plan was requested without compiling"
     if where.chip is None:
-        return f"the chips of {where.name} are not known here"
+        return f"the chips of {where.name} are not known"
     if importlib.util.find_spec("libtpu") is None:
         return "libtpu, the TPU's compiler, is not installed (pip install 'jax[tpu]'; it needs no TPU)"
     return None

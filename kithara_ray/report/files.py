@@ -52,7 +52,7 @@ def rewrite(directory: str) -> str:
     try:
         text = page.render(redact(run), redact(history))
     except (TypeError, ValueError, KeyError, AttributeError, jinja2.TemplateError) as error:
-        raise ConfigError(f"{directory}: {RUN} or {HISTORY} is not what a run writes ({error})") from error
+        raise ConfigError(f"{directory}: {RUN} or {HISTORY} is not a file that a run writes ({error})") from error
     place.put_bytes(text.encode("utf-8", "replace"), "", REPORT)
     return place.url(REPORT)
 

@@ -86,14 +86,14 @@ class Preview:
             "tokens a row": f"median {np.median(lengths):.0f}, 95 % within {np.quantile(lengths, 0.95):.0f}, "
             f"longest {lengths.max()}",
             "truncated": f"{self.counts['truncated']:,} ({self.truncated_share:.1%}) at max_seq_len {self.max_seq_len}",
-            "dropped": f"{self.counts['dropped_untrained']:,} of which truncation left nothing to learn",
+            "dropped": f"{self.counts['dropped_untrained']:,} with nothing to train on after truncation",
             "skipped": f"{self.counts['skipped_bad']:,} bad rows",
             "packed": f"{self.packing_efficiency:.1%} of each sequence of {self.max_seq_len} tokens is filled; "
-            f"one row a sequence would fill {lengths.mean() / self.max_seq_len:.1%}",
+            f"one row per sequence would fill {lengths.mean() / self.max_seq_len:.1%}",
         }
         if self.counts.get("unlearned_messages"):
             count = self.counts["unlearned_messages"]
-            figures["not learned"] = f"{count:,} messages that the chat template shows otherwise later"
+            figures["not learned"] = f"{count:,} messages that the chat template later shows in another form"
         if self.told.formats:
             figures["format"] = self.told.format_line()
         if self.told.notes:

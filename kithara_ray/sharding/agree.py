@@ -43,7 +43,8 @@ def _check(name: str, parts: Sequence[Any], sums: Sequence[int], ranks: Sequence
         other = first.setdefault(part, row)
         if sums[row] != sums[other]:
             raise CheckpointError(
-                f"{name}: rank {ranks[row]} holds other bits than rank {ranks[other]}; the hosts have read different "
+                f"{name}: rank {ranks[row]} holds different bits from rank {ranks[other]}; the hosts have read "
+                "different "
                 "or damaged files: compare the base on the two, or delete its cached copy and let them fetch it again"
             )
 

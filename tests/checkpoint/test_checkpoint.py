@@ -143,7 +143,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(where, pattern):
     assert "damaged" in result.notes[0] or "cannot be read" in result.notes[0]
     assert_equal(saver.restore(result.checkpoint, state_on(mesh)), state_on(mesh, seed=10))
     damage(where, "step-00000010-00000000", pattern)
-    with pytest.raises(CheckpointError, match="no checkpoint there is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint there is complete"):
         found(where)
 
 
@@ -157,7 +157,7 @@ def test_a_lost_part_is_seen(where):
 
 def test_another_rank_that_sees_another_directory_is_named(where):
     save(where, 5, state_on(make_mesh()))
-    with pytest.raises(CheckpointError, match="rank 1 sees other checkpoints there than rank 0"):
+    with pytest.raises(CheckpointError, match="rank 1 sees different checkpoints there from rank 0"):
         saver.find(where, 0, 2, lambda text: [text, "|"])
 
 

@@ -39,7 +39,7 @@ def test_what_rays_configurations_ask_for():
     taken = checkpointer_of(None, RunConfig(failure_config=FailureConfig(max_failures=2), **common), evaluates=False)
     assert taken.checkpoint_dir == "gs://bucket/runs/run/checkpoints"
     assert checkpointer_of(Checkpointer("/a"), RunConfig(**common), evaluates=False) == Checkpointer("/a")
-    with pytest.raises(ConfigError, match="beside checkpointer=: the Checkpointer says what is kept"):
+    with pytest.raises(ConfigError, match="with checkpointer=: the Checkpointer decides what is kept"):
         checkpointer_of(Checkpointer("/a"), RunConfig(checkpoint_config=asked, **common), evaluates=True)
     with pytest.raises(ConfigError, match=r"score_attribute='eval_loss' needs Trainer\(eval_dataloader"):
         checkpointer_of(Checkpointer("/a", score_attribute="eval_loss"), RunConfig(**common), evaluates=False)

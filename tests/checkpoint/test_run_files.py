@@ -73,7 +73,7 @@ def test_the_newest_checkpoint_of_a_run_that_failed(run, base):
         assert trained.base == str(base)
         assert trained.run["step"] == 20
     assert _is_of(10, read_trained(str(run), step=10).adapter)
-    with pytest.raises(ConfigError, match="no checkpoint of step 15; there are those of steps 10, 20"):
+    with pytest.raises(ConfigError, match="no checkpoint of step 15; there are checkpoints of steps 10, 20"):
         read_trained(str(run), step=15)
 
 
@@ -135,5 +135,5 @@ def test_run_json_is_written_whole_and_a_broken_one_is_named(tmp_path, content):
     assert list(place.files("")) == [run_files.RUN]
     assert run_files.read_object(place, run_files.RUN) == {"status": "finished", "loss": 1.5}
     place.put_bytes(content, "", run_files.RUN)
-    with pytest.raises(ConfigError, match=r"run/run\.json (cannot be read|is not what a run writes)"):
+    with pytest.raises(ConfigError, match=r"run/run\.json (cannot be read|is not a file that a run writes)"):
         run_files.read_object(place, run_files.RUN)

@@ -50,4 +50,4 @@ def test_what_is_refused(written, capsys):
     assert main(["plan", written, "--slice", "v5e-3"]) == 1
     assert "v5e comes as" in capsys.readouterr().err
     assert main(["plan", written, "--seq", "1k"]) == 1
-    assert "expected numbers by commas" in capsys.readouterr().err
+    assert "expected numbers separated by commas" in capsys.readouterr().err

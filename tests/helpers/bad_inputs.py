@@ -82,7 +82,7 @@ text("an empty file", "expected sections such as 'model:', found nothing", "")
 text("a list", "found a list", "- model")
 text("half a file", "not valid YAML", "model: {preset_handle: [")
 text("a key twice", "'model' is given twice, first in line 1", "model: {}\nmodel: {}")
-text("a Python object", "the tag .*python.* is not taken", "model: !!python/object/apply:os.system [true]")
+text("a Python object", "the tag .*python.* is not supported", "model: !!python/object/apply:os.system [true]")
 text("aliases without end", "values once its aliases are followed", "a: &a [*a, *a]\nmodel: *a")
 text("not UTF-8 nor YAML", "not valid YAML", "\x01\x02")
 setting("a misspelt key", "model.lora_rnk: no such key; did you mean 'lora_rank'", "model.lora_rnk", 3)
@@ -196,7 +196,7 @@ def _(space):
     path.write_bytes(path.read_bytes()[:200])
 
 
-@case("a tokenizer that ends nothing", "names no EOS token")
+@case("a tokenizer that ends nothing", "has no EOS token")
 def _(space):
     space.json(space.model / "tokenizer_config.json", eos_token=None)
     (space.model / "special_tokens_map.json").unlink(missing_ok=True)
@@ -287,7 +287,7 @@ def _(space):
     space.use_adapter()["adapter"] = "/nowhere"
 
 
-@case("a rank beside an adapter", "lora_rank=2 beside adapter=")
+@case("a rank beside an adapter", "lora_rank=2 with adapter=")
 def _(space):
     space.config["model"]["adapter"] = str(space.adapter)
 
@@ -343,13 +343,13 @@ def export(name: str, message: str, **arguments) -> None:
 
 
 export("a destination in the way of the system", "/proc/x: /proc cannot be written", output_dir="/proc/x")
-export("a hub out of reach as a destination", "hf://org/name: it cannot be looked at", output_dir="hf://org/name")
+export("a hub out of reach as a destination", "hf://org/name: it cannot be read", output_dir="hf://org/name")
 export("a destination unheard of", "no filesystem for it", output_dir="nope://bucket/x")
 export("a dtype unheard of", "dtype", output_dir="/tmp/never", dtype="float12")
 export("a size of no unit", "max_shard_size must be bytes or text", output_dir="/tmp/never", max_shard_size="5 beans")
 export(
     "logits of an adapter",
-    "check_logits compares a merged model .* the adapter is written by itself",
+    "check_logits compares a merged model .* writes the adapter separately",
     output_dir="/tmp/never",
     only_save_adapters=True,
     check_logits=True,

@@ -168,8 +168,8 @@ A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
     ("edit", "message"),
     [
         (lambda t: t.clear(), "the adapter holds no tensor"),
-        (lambda t: t.pop(B), f"{B} is missing although {A} is there"),
-        (lambda t: t.pop(A), f"{A} is missing although {B} is there"),
+        (lambda t: t.pop(B), f"{B} is missing, but {A} is present"),
+        (lambda t: t.pop(A), f"{A} is missing, but {B} is present"),
         (lambda t: (t.pop(A), t.pop(B)), f"1 modules of the base are targets but have no factors, first '{Q}'"),
         (lambda t: t.update({A: t[A][:3]}), "expected rank 4, found 3 in lora_A and 4 in lora_B"),
         (lambda t: t.update({A: t[A][:, :9]}), rf"{A}: expected shape \(4, 64\) for .*, found \(4, 9\)"),
@@ -202,8 +202,8 @@ MAGNITUDE = f"{Q}.lora_magnitude_vector"
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda t: t.pop(MAGNITUDE), f"{MAGNITUDE} is missing although {A} is there"),
-        (lambda t: (t.pop(A), t.pop(B)), f"{A} is missing although {MAGNITUDE} is there"),
+        (lambda t: t.pop(MAGNITUDE), f"{MAGNITUDE} is missing, but {A} is present"),
+        (lambda t: (t.pop(A), t.pop(B)), f"{A} is missing, but {MAGNITUDE} is present"),
         (lambda t: t.update({MAGNITUDE: t[MAGNITUDE][:9]}), rf"{MAGNITUDE}: expected shape \(64,\) for .*found \(9,\)"),
         (lambda t: t.update({MAGNITUDE: t[A]}), f"{MAGNITUDE}: expected 1 dimensions"),
         (lambda t: t[MAGNITUDE].__setitem__(5, np.inf), f"{MAGNITUDE}: 1 of 64 values are not finite"),

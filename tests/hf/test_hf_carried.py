@@ -122,7 +122,7 @@ def test_the_tokenizer_of_the_training_replaces_the_base_s(full, make_adapter, t
 def test_a_tokenizer_that_is_gone_is_said(full, make_adapter, tmp_path):
     out = tmp_path / "out"
     export(full, make_adapter(full), str(out), Layout.ADAPTER, base_name="n", tokenizer=str(tmp_path / "run/tokenizer"))
-    assert _notes(out)[0] == "tokenizer: the tokenizer of the training is gone; this is the base's"
+    assert _notes(out)[0] == "tokenizer: the training's tokenizer is gone; the export has the base's"
 
 
 def test_code_that_transformers_has_itself_is_not_needed(full, make_adapter, tmp_path):

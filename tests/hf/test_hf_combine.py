@@ -90,7 +90,7 @@ def test_refusals(base, two, make_adapter, tmp_path, capsys):
         combine(two, [1, float("nan")])
     with pytest.raises(ConfigError, match="a weight for each adapter, got 2 and 1"):
         combine(two, [1])
-    with pytest.raises(UnsupportedError, match="DoRA adapters are not combined"):
+    with pytest.raises(UnsupportedError, match="DoRA adapters cannot be combined"):
         combine([make_adapter(base, use_dora=True), two[0]], [1, 1])
     assert read_weighted(f"{tmp_path / 'first'}:-0.5")[1] == -0.5
     assert main(["merge", "--base", str(base.directory), "--adapter", "no/where:0.5", "--to", str(tmp_path / "x")]) == 1

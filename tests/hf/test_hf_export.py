@@ -283,7 +283,7 @@ def test_refused_before_anything_is_written(base, make_base, make_adapter, tmp_p
     broken = Adapter(adapter.config, {**adapter.tensors})
     broken.tensors.pop(next(iter(broken.tensors)))
     for layout in Layout:
-        with pytest.raises(AdapterError, match="is missing although"):
+        with pytest.raises(AdapterError, match="is missing, but"):
             export(base, broken, out, layout, base_name="n")
     broken.tensors = {name: array for name, array in adapter.tensors.items() if "layers.2." not in name}
     for layout in Layout:

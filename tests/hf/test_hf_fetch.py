@@ -46,9 +46,9 @@ def test_fetch_local(tmp_path, monkeypatch):
         (
             "gemma2_2b_en",
             CheckpointError,
-            "KerasHub preset name cannot be used, since exports are made from Hugging Face",
+            "KerasHub preset name cannot be used, because exports need Hugging Face",
         ),
-        ("kaggle://keras/gemma", UnsupportedError, "exports are made from Hugging Face files"),
+        ("kaggle://keras/gemma", UnsupportedError, "exports need Hugging Face files"),
         ("hf://justname", CheckpointError, "expected hf://org/name"),
         ("hf://org/name/../x", CheckpointError, "expected hf://org/name"),
         ("hf://org//sub", CheckpointError, "expected hf://org/name"),

@@ -188,7 +188,7 @@ def test_refusals(base, make_base, make_adapter, tmp_path):
     quantized = _with(make_base, tmp_path / "quantized", quantization_config={"quant_method": "fp8"})
     with pytest.raises(UnsupportedError, match=r"quantization_config \(fp8\) in config.json"):
         merge(quantized, make_adapter(quantized), tmp_path)
-    with pytest.raises(UnsupportedError, match=r"embed_tokens: adapters on the token embedding are not merged"):
+    with pytest.raises(UnsupportedError, match=r"embed_tokens: adapters on the token embedding cannot be merged"):
         check_mergeable(base, make_adapter(base, target_modules=("embed_tokens",)))
     head = make_adapter(base, target_modules=("lm_head",))
     check_mergeable(base, head)  # untied in this base

@@ -107,7 +107,7 @@ CAUSES = {
     "multimodal base": (
         dict(change=renamed(lambda n: n.replace("model.", "model.language_model."))),
         {},
-        "one of both is a multimodal model",
+        "one of the two is a multimodal model",
     ),
     "multimodal adapter": ({}, {"rename": lambda n: n.replace("l.layers", "l.language_model.layers")}, "multimodal"),
     "smaller base": ({}, {"rename": lambda n: n.replace("layers.1", "layers.7")}, "it has 2 layers, and the adapter"),

@@ -70,12 +70,12 @@ def test_a_selection_is_peft_s_over_many_names():
         ({"layers_to_transform": -1}, "layers_to_transform must be a layer's number >= 0 or a list of them, got -1"),
         ({"layers_to_transform": [True]}, "layers_to_transform must be a layer's number"),
         ({"layers_to_transform": "1"}, "layers_to_transform must be a layer's number"),
-        ({"layers_pattern": "layers"}, "layers_pattern says where layers_to_transform counts"),
+        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
         ({"layers_to_transform": 1, "layers_pattern": "("}, r"layers_pattern: '\(' is not a regular expression"),
         ({"layers_to_transform": 1, "layers_pattern": [1]}, "layers_pattern must be the name of a list of blocks"),
         (
             {"layers_to_transform": 1, "target_modules": ".*q_proj"},
-            "layers_to_transform does nothing beside target_mod",
+            "layers_to_transform has no effect with target_mod",
         ),
         ({"exclude_modules": "("}, r"exclude_modules: '\(' is not a regular expression"),
         ({"exclude_modules": [""]}, "exclude_modules must name at least one module"),
@@ -133,7 +133,7 @@ def test_a_checkpoint_s_settings_come_back_from_json():
             {"layers_to_transform": 0, "layers_pattern": "h"},
             r"no layer 0 with layers_pattern=\['h'\]; this model has no",
         ),
-        ({"exclude_modules": ["q_proj", "v_proj"]}, r"exclude_modules=\(.*\): nothing is left of target_modules"),
+        ({"exclude_modules": ["q_proj", "v_proj"]}, r"exclude_modules=\(.*\): no module is left of target_modules"),
     ],
 )
 def test_a_selection_of_what_is_not_there_is_refused(base, settings, message):

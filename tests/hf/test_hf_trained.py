@@ -150,7 +150,7 @@ def test_a_base_that_changed_since_is_noticed(base, values, tmp_path):
     arrays = {name: base.view(name) for name, info in base.tensors.items() if info.file.name == file.name}
     write_arrays(file, arrays | {NORM: np.zeros(7, np.float32)}, {})
     other = BaseCheckpoint.open(tmp_path / "other")
-    with pytest.raises(ExportError, match=r"model\.norm\.weight is not as in the base"):
+    with pytest.raises(ExportError, match=r"model\.norm\.weight differs from the base's"):
         export_trained(other, state, str(tmp_path / "out"), ExportOptions(base_name="x"))
     assert not (tmp_path / "out").exists()
 

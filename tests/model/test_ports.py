@@ -158,5 +158,5 @@ def test_merging_into_a_base_with_mxfp4_experts_copies_them(tiny_models, tmp_pat
         np.testing.assert_array_equal(merged[0].view(name), expected, err_msg=name)
     changed = "model.layers.0.self_attn.q_proj.weight"
     assert (merged[0].view(changed) != bases[0].view(changed)).any()
-    with pytest.raises(UnsupportedError, match=r"quantization_config \(mxfp4\) .* neither merged nor cast"):
+    with pytest.raises(UnsupportedError, match=r"quantization_config \(mxfp4\) .* cannot be merged or cast"):
         merge(bases[0], adapter, tmp_path, dtype="bfloat16")

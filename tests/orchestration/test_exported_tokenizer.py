@@ -70,7 +70,7 @@ def test_every_export_has_the_tokenizer_of_the_training(cluster, base, tmp_path,
     (ids,) = model.generate(CHAT, max_length=60, return_decoded=False)
     prompt = AutoTokenizer.from_pretrained(tmp_path / "merged").apply_chat_template(CHAT, add_generation_prompt=True)
     assert ids[: len(prompt["input_ids"])] == list(prompt["input_ids"])
-    assert "leaves out repetition_penalty=1.1 of generation_config.json" in caplog.text
+    assert "ignores repetition_penalty=1.1 of generation_config.json" in caplog.text
     again = KerasHubModel.from_preset(str(base), adapter=str(tmp_path / "adapter"), precision="float32")
     assert again.generate(CHAT, max_length=60, return_decoded=False) == [ids]
     again.release()

@@ -74,7 +74,7 @@ def test_options_beside_the_factors_reach_the_configuration(directory):
     for settings, message in (
         ({"bias": "all"}, "bias='all': none of these layers has a bias in this base; leave it out"),
         ({"trainable_token_indices": [VOCABULARY]}, f"token {VOCABULARY} of 'embed_tokens' is beyond the base's"),
-        ({"modules_to_save": ["embed_tokens"]}, "train the two apart; give ensure_weight_tying=True"),
+        ({"modules_to_save": ["embed_tokens"]}, "train the two separately; give ensure_weight_tying=True"),
         ({"layers_to_transform": [3]}, "no layer 3; this model has layers 0 to 2"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -194,12 +194,12 @@ def test_an_adapter_of_the_same_names_and_other_weights_is_refused(tmp_path):
 
 
 def test_what_cannot_be_honoured_is_named(directory, adapter):
-    with pytest.raises(ConfigError, match="lora_rank=8 beside adapter=: the adapter brings its own"):
+    with pytest.raises(ConfigError, match="lora_rank=8 with adapter=: the adapter has its own"):
         KerasHubModel.from_preset(directory, lora_rank=8, adapter=str(adapter))
     with pytest.raises(UnsupportedError, match="init_lora_weights=False"):
         KerasHubModel.from_preset(directory, lora_rank=8, init_lora_weights=False)
     rewrite(adapter, use_dora=True)
-    with pytest.raises(AdapterError, match=r"lora_magnitude_vector is missing although .*lora_A.weight is there"):
+    with pytest.raises(AdapterError, match=r"lora_magnitude_vector is missing, but .*lora_A.weight is present"):
         KerasHubModel.from_preset(directory, adapter=str(adapter))
     rewrite(adapter, use_dora=False, fan_in_fan_out=True)
     with pytest.raises(UnsupportedError, match="fan_in_fan_out=True is not supported"):

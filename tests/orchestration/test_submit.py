@@ -94,7 +94,7 @@ def test_a_job_is_submitted_once_over_a_connection_that_drops(cluster):
     job = submit.start(client, "true", {})
     assert client.get_job_info(job).entrypoint == "true"
     assert len(client.list_jobs()) == before + 1
-    with pytest.raises(ClusterError, match="the job was not taken"):
+    with pytest.raises(ClusterError, match="the job was not accepted"):
         submit.start(submit.connect(address), "true", {"working_dir": "/nowhere"})
 
 

@@ -68,8 +68,8 @@ def test_a_run_that_was_killed_is_told_by_its_newest_checkpoint(run):
     [
         ("run.json", None, "no run.json there; give a run's directory"),
         ("run.json", "{", "run.json cannot be read"),
-        ("run.json", "[1]", "run.json is not what a run writes"),
-        ("history.json", '{"events": 3}', "is not what a run writes"),
+        ("run.json", "[1]", "run.json is not a file that a run writes"),
+        ("history.json", '{"events": 3}', "is not a file that a run writes"),
         ("history.json", "\xff", "history.json cannot be read"),
     ],
 )

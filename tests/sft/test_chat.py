@@ -158,7 +158,9 @@ def test_what_the_template_rewrites_later_is_context_and_counted(tokenizers, sou
 
 def test_a_template_that_answers_otherwise_than_it_asks_is_refused(tokenizers):
     source = THINKING.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
-    with pytest.raises(DataError, match=r"^row 0: nothing of this conversation can be learned: .* generation prompt"):
+    with pytest.raises(
+        DataError, match=r"^row 0: nothing in this conversation can be trained on: .* generation prompt"
+    ):
         tokenize(tokenizers["chat"], source, conversation("1?", "one"))
 
 
@@ -191,8 +193,8 @@ BAD = {
     "empty": ([], "column 'messages' is empty"),
     "not a dict": (["hello"], "column 'messages' message 0 is str, not a dict"),
     "no role": ([{"content": "a"}], "message 0 has no role, found 'content'"),
-    "no answer": ([{"role": "user", "content": "a"}], "has no message of role 'assistant' that says something"),
-    "a blank answer": (conversation("a", " "), "has no message of role 'assistant' that says something"),
+    "no answer": ([{"role": "user", "content": "a"}], "has no assistant message with content"),
+    "a blank answer": (conversation("a", " "), "has no assistant message with content"),
     "an image": ([{"role": "user", "content": [{"type": "image"}]}], "message 0 has content of type 'image'"),
     "a lone surrogate": (conversation("a", "\ud800"), "message 1 is not valid Unicode at character 0"),
     "a number": (conversation("a", 3), "message 1 has content of type int, not text"),

@@ -168,7 +168,7 @@ BAD = {
     "a speaker": ({"conversations": [{"from": "narrator", "value": "x"}]}, "'conversations' message 0 is from 'narra"),
     "not from and value": ({"conversations": [{"who": "x"}]}, "message 0 has no 'from' and 'value', found 'who'"),
     "a call that is no JSON": (
-        {"conversations": [{"from": "function_call", "value": "add(1)"}]}, "message 0 is a function_call, and no JSON",
+        {"conversations": [{"from": "function_call", "value": "add(1)"}]}, "message 0 is a function_call, but not JSON",
     ),
     "two systems": (
         {"system": "a", "conversations": [{"from": "system", "value": "b"}, {"from": "gpt", "value": "c"}]},

@@ -114,7 +114,7 @@ def test_messages_are_fitted_to_the_template_as_rows_are(tokenizers):
 
 BEYOND = {
     "an id": ([5, 4000, 7], "prompt 0: id 4000 is beyond the model's vocabulary of 300"),
-    "a negative id": ([[5], [5, -3]], "prompt 1: -3 is no token id; ids are 0 to 299"),
+    "a negative id": ([[5], [5, -3]], "prompt 1: -3 is not a token id; ids are 0 to 299"),
     "a token": ("seven <new>", "prompt 0: token '<new>' has id 3[0-9]+, beyond the model's vocabulary of 300"),
     "an array": (np.array([300]), "beyond the model's vocabulary of 300"),
 }

@@ -83,7 +83,7 @@ def test_messages_of_weight_0_are_context(tokenizers, source):
     [
         (assistant(weight=0.5), "message 1 has weight 0.5; only 0 (context) and 1 (trained on) are taken"),
         (assistant(weight="0"), "message 1 has weight '0'; only 0"),
-        (assistant(weight=0), "has only messages of the assistant with weight 0: nothing is learned"),
+        (assistant(weight=0), "has only assistant messages of weight 0, so there is nothing to train on"),
         ({"role": "user", "content": "x", "weight": 1}, "message 1 has weight 1 and role 'user'"),
     ],
 )
@@ -95,7 +95,7 @@ def test_other_weights_are_refused(tokenizers, message, text):
 
 def test_a_weight_that_marks_cannot_place_is_refused(tokenizers):
     source = MARKED.replace("{{ m['content'] }}<|im_end|>{% endgen", "{{ loop.revindex }}{{ m['content'] }}{% endgen")
-    with pytest.raises(DataError, match="message 1 has weight 0, and the chat template shows it otherwise later"):
+    with pytest.raises(DataError, match="message 1 has weight 0, but the chat template later shows it in another form"):
         rendered(tokenizers, source, USER, assistant(weight=0), USER, assistant())
 
 
@@ -184,7 +184,7 @@ def test_arguments_are_learned_as_arguments(tokenizers, source, arguments):
     assert learned(made) == ['<call>add {"to": "é"}</call><|im_end|>']
 
 
-@pytest.mark.parametrize(("arguments", "text"), [("{a", "are no JSON: "), ("[1]", "are JSON of list, not an object")])
+@pytest.mark.parametrize(("arguments", "text"), [("{a", "are not JSON: "), ("[1]", "are JSON of list, not an object")])
 def test_arguments_that_are_no_object(tokenizers, arguments, text):
     with pytest.raises(DataError, match=f"message 1: arguments of a tool call {text}"):
         rendered(tokenizers, AS_JSON, USER, call(arguments))
@@ -241,7 +241,7 @@ def test_the_template_decides_about_other_roles(tokenizers):
 
 
 def test_a_conversation_of_nothing_but_a_misspelt_assistant(tokenizers):
-    with pytest.raises(DataError, match="says something: nothing is learned; role 'asistant' must be spelled 'assis"):
+    with pytest.raises(DataError, match="nothing to train on; role 'asistant' must be spelled 'assis"):
         rendered(tokenizers, PLAIN, USER, {"role": "asistant", "content": "x"})
 
 

@@ -279,8 +279,8 @@ def test_untrained_rows_are_dropped_and_truncated_ones_counted(tokenizer):
     assert (block.skipped_bad, block.dropped_untrained, block.truncated) == (0, 1, 1)
     assert block.row_ids.tolist() == [1, 2]
     assert block.samples == (
-        "row 0: nothing to train on within max_seq_len 9, the prompt alone fills it; "
-        "raise max_seq_len or shorten the prompt",
+        "row 0: nothing to train on within max_seq_len 9, because the prompt fills it; raise max_seq_len or shorten "
+        "the prompt",
     )
 
 

@@ -33,7 +33,7 @@ def test_pad_of_id_0_is_kept(tokenizers):
 def test_eos_is_required(tokenizers):
     without = copy.deepcopy(tokenizers["llama3"])
     without.eos_token = None
-    with pytest.raises(DataError, match=r"names no EOS token, so no answer could end; set tokenizer\.eos_token"):
+    with pytest.raises(DataError, match=r"has no EOS token, so no answer would end; set tokenizer\.eos_token"):
         SpecialTokens.of(without)
 
 

@@ -56,8 +56,8 @@ def test_a_template_is_text_or_a_file(tmp_path, monkeypatch):
 
 
 WRONG = {
-    "nowhere.jinja": "is no Jinja text, and no file is there. Give the template's text, or the path",
-    "chatml": "is no Jinja text, and no file is there",
+    "nowhere.jinja": "is not Jinja text, and there is no such file. Give the template's text, or the path",
+    "chatml": "is not Jinja text, and there is no such file",
     "gs://bucket/a.jinja": "give a local file, or the template's text",
     "plain.txt": "the file holds no Jinja template",
     "tokenizer_config.json": "the file holds no Jinja template",

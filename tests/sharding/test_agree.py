@@ -47,7 +47,7 @@ def test_one_flipped_bit_or_two_swapped_elements_are_found(layout, dtype):
     assert check_copies(mesh, {"good": array(mesh, spec, values)}) == 1
     for damage in (flip, swap):
         arrays = {"good": array(mesh, spec, values), "model.norm.weight": array(mesh, spec, values, damage)}
-        with pytest.raises(CheckpointError, match=r"model\.norm\.weight: rank 0 holds other bits than rank 0"):
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight: rank 0 holds different bits from rank 0"):
             check_copies(mesh, arrays)
 
 

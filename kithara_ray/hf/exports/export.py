@@ -246,7 +246,7 @@ def add_files(
     directory, with_model = stage.directory, report["layout"] != Layout.ADAPTER
     files, notes = tokenizer_at(tokenizer) if tokenizer else {}, []
     if tokenizer and not files:
-        notes.append(f"{without_paths(tokenizer)}: the tokenizer of the training is gone; this is the base's")
+        notes.append(f"{without_paths(tokenizer)}: the training's tokenizer is gone; the export has the base's")
     notes += carry(base, directory, base_name, files, with_model)
     told, stops = unserved_ends(base, directory, files, with_model)
     report["tokenizer"] = "of the training" if files else "of the base"

@@ -65,7 +65,7 @@ class ExportRequest:
         if lora is None and (self.only_save_adapters or self.save_adapters_separately):
             raise ConfigError(
                 "only_save_adapters and save_adapters_separately are for lora_rank=: all weights of this model are "
-                "trained, there is no adapter; leave both out"
+                "trained, so there is no adapter; leave both out"
             )
         if not self.check_logits:
             return
@@ -73,7 +73,7 @@ class ExportRequest:
         if lora is None:
             why = "all weights of this model are trained"
         elif self.layout is not Layout.MERGED:
-            why = "here the adapter is written by itself"
+            why = "this export writes the adapter separately"
         elif is_url(self.output_dir):
             why = f"{self.output_dir} is a URL"
         if why:

@@ -148,7 +148,7 @@ def _check_same_tensors(base: BaseCheckpoint, trained: BaseCheckpoint) -> None:
     ours, theirs = ({n: (i.shape, i.file.name) for n, i in one.tensors.items()} for one in (trained, base))
     if ours != theirs:
         different = sorted(name for name in ours.keys() | theirs if ours.get(name) != theirs.get(name))
-        raise ExportError(f"{trained.directory}: {different[0]} is not as in the base; was the base changed since?")
+        raise ExportError(f"{trained.directory}: {different[0]} differs from the base's; has the base changed since?")
 
 
 def _plan(base: BaseCheckpoint, trained: BaseCheckpoint, settings: Settings) -> str:

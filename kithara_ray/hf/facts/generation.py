@@ -105,10 +105,12 @@ def describe_not_done(generation: Mapping[str, Any]) -> list[str]:
     sampling, changes = not_done(generation)
     told = []
     if sampling:
-        told.append(f"generate decodes greedily: {GENERATION} asks for sampling ({_listed(sampling)}), left out")
+        told.append(
+            f"generate decodes greedily and ignores the sampling that {GENERATION} asks for ({_listed(sampling)})"
+        )
     if changes:
         told.append(
-            f"generate leaves out {_listed(changes)} of {GENERATION}: transformers' texts may differ, greedy ones too"
+            f"generate ignores {_listed(changes)} of {GENERATION}, so transformers' texts may differ, greedy ones too"
         )
     return told
 

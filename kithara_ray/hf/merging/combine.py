@@ -51,11 +51,14 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         if not np.isfinite(weight):
             raise ConfigError(f"an adapter's weight must be finite, got {weight!r}")
         if adapter.config.use_dora:
-            raise UnsupportedError("DoRA adapters are not combined: their update is no sum of products; merge it alone")
+            raise UnsupportedError(
+                "DoRA adapters cannot be combined, because their update is not a sum of products; merge each one "
+                "separately"
+            )
         if adapter.config.has_beside or adapter.config.lora_bias:
             raise UnsupportedError(
-                "adapters with biases, trained tokens or saved modules are not combined: those are values and no "
-                "updates; merge it alone"
+                "adapters with biases, trained tokens or saved modules cannot be combined, because those are values "
+                "and not updates; merge each adapter separately"
             )
     tensors, ranks = {}, {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):

@@ -81,8 +81,8 @@ def check_mergeable(base: BaseCheckpoint, adapter: Adapter, dtype: str = "auto")
 def _refuse_second_head(adapter: Adapter) -> None:
     if adapter.config.modules_to_save or adapter.config.trainable_token_indices:
         raise UnsupportedError(
-            f"{HEAD_WEIGHT}: config.json says that it is the embedding, and the checkpoint holds it a second time, "
-            "which would not follow a merge; write the base anew with transformers' save_pretrained"
+            f"{HEAD_WEIGHT}: config.json ties it to the embedding, but the checkpoint holds a second copy, which a "
+            "merge would not change; rewrite the base with transformers' save_pretrained"
         )
 
 
@@ -95,7 +95,7 @@ def refuse_quantized(base: BaseCheckpoint, but: Collection[str] = ()) -> None:
         if method in but:
             return
         raise UnsupportedError(
-            f"{base.directory}: quantization_config ({method}) in {CONFIG}: a quantised base is neither merged nor "
+            f"{base.directory}: quantization_config ({method}) in {CONFIG}: a quantised base cannot be merged or "
             "cast; export the adapter alone, or start from the unquantised checkpoint"
         )
 
@@ -104,7 +104,9 @@ def _refuse_embedding(base: BaseCheckpoint, module: str) -> None:
     leaf = module.rpartition(".")[2]
     tied = is_tied(base.config) or HEAD not in base.tensors
     if leaf in ("embed_tokens", "wte", "word_embeddings"):
-        raise UnsupportedError(f"{module}: adapters on the token embedding are not merged; leave it out of the targets")
+        raise UnsupportedError(
+            f"{module}: adapters on the token embedding cannot be merged; leave it out of the targets"
+        )
     if leaf == "lm_head" and tied:
         raise UnsupportedError(
             f"{module}: its weight is tied to the token embedding (tie_word_embeddings), so a merge would change the "

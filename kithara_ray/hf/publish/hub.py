@@ -52,7 +52,7 @@ def check(url: str) -> None:
         with _as_ours(url, "it was made as a probe and could not be deleted"):
             _api().delete_repo(repo)
     else:
-        with _as_ours(url, "it cannot be written; give HF_TOKEN a token that may"):
+        with _as_ours(url, "it cannot be written; set HF_TOKEN to a token with write access"):
             _api().auth_check(repo, write=True)
 
 
@@ -100,7 +100,7 @@ def _commit(url: str, repo: str, head: str, stage: HubStage) -> None:
     files = [path for path in sorted(stage.directory.rglob("*")) if path.is_file()]
     operations = [CommitOperationAdd(path.relative_to(stage.directory).as_posix(), str(path)) for path in files]
     operations += [stage.journal.parts[name]["receipt"]["operation"] for name in stage.expected]
-    with _as_ours(url, "the commit failed; see there whether it was made"):
+    with _as_ours(url, "the commit failed; check on the Hub whether it was made"):
         made = _api().create_commit(repo, operations, commit_message="Export by kithara_ray", parent_commit=head)
         found = _api().get_paths_info(repo, [operation.path_in_repo for operation in operations], revision=made.oid)
     _check_commit(url, {entry.path: entry for entry in found}, stage, operations)
@@ -110,10 +110,10 @@ def _check_commit(url: str, found: Mapping[str, Any], stage: HubStage, operation
     for operation in operations:
         name, entry = operation.path_in_repo, found.get(operation.path_in_repo)
         if entry is None or entry.size != operation.upload_info.size:
-            raise ExportError(f"{url}/{name}: was committed but is not there whole; delete the repository")
+            raise ExportError(f"{url}/{name}: was committed but is incomplete; delete the repository")
         record = stage.journal.parts.get(name)
         if record and entry.lfs and entry.lfs.sha256 != record["file"]["sha256"]:
-            raise ExportError(f"{url}/{name}: holds other bytes than were proven; delete the repository")
+            raise ExportError(f"{url}/{name}: holds different bytes from those that were proven; delete the repository")
 
 
 def _api() -> Any:
@@ -133,7 +133,7 @@ def _head(url: str, repo: str) -> str | None:
     """Return an empty repository's newest commit; None if there is none. Raises DestinationError if it is not empty."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    with _as_ours(url, "it cannot be looked at; check the name, the network and HF_TOKEN"):
+    with _as_ours(url, "it cannot be read; check the name, the network and HF_TOKEN"):
         try:
             info = _api().repo_info(repo)
         except RepositoryNotFoundError:
@@ -146,7 +146,7 @@ def _head(url: str, repo: str) -> str | None:
 
 
 def _create(url: str, repo: str) -> None:
-    with _as_ours(url, "a private repository could not be made there; give HF_TOKEN a token that may write"):
+    with _as_ours(url, "a private repository could not be created there; set HF_TOKEN to a token with write access"):
         _api().create_repo(repo, private=True)
 
 

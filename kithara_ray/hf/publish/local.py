@@ -103,7 +103,7 @@ def _locked(staging: Path, target: Path) -> Iterator[Path]:
         except OSError as error:
             raise DestinationError(f"{staging}: cannot be locked ({cause_of(error)}); choose another") from error
         if not staging.exists() or not os.path.samestat(os.fstat(descriptor), staging.stat()):
-            raise DestinationError(f"{target}: another export has ended there meanwhile; start again")
+            raise DestinationError(f"{target}: another export finished there in the meantime; start again")
         yield staging
     finally:
         os.close(descriptor)

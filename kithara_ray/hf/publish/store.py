@@ -118,8 +118,8 @@ def _claim(url: str, directory: Path, plan: str, resume: bool) -> StoreStage:
     if _is_unfinished(stage):
         if not resume:
             raise DestinationError(
-                f"{url} holds an unfinished export, of {_left(stage).author}; if that runs no more, give resume=True "
-                "to go on from what it left, remove all of it, or choose another destination"
+                f"{url} holds an unfinished export, of {_left(stage).author}. If that export no longer runs, pass "
+                "resume=True to continue it, remove its files, or choose another destination"
             )
         _take_over(stage)
         return stage
@@ -195,7 +195,7 @@ def _release(stage: StoreStage) -> None:
     except Exception as error:
         raise DestinationError(
             f"{stage.target}: objects can be written there but not deleted ({cause_of(error)}); "
-            f"permit deleting, and remove {stage.root}/{MARKER}"
+            f"allow deletion, and remove {stage.root}/{MARKER}"
         ) from error
 
 

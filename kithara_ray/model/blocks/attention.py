@@ -150,7 +150,7 @@ def splash_attention(
     tile = next((size for size in (_MAX_TILE, 256, _MIN_TILE) if t % size == 0), None)
     tensor = how.mesh.shape["tensor"]
     if tile is None:
-        raise UnsupportedError(f"attention on TPU needs a sequence that is a multiple of {_MIN_TILE}, got {t}")
+        raise UnsupportedError(f"attention on TPU needs a sequence that is a multiple of {_MIN_TILE} tokens, got {t}")
     if k_BTKH.shape[2] % tensor:
         raise UnsupportedError(
             f"mesh tensor={tensor} does not divide the model's {k_BTKH.shape[2]} key and value heads; "

@@ -114,7 +114,7 @@ def find_chain(backbone: keras.Model) -> Chain:
     """
     blocks: tuple[keras.layers.Layer, ...] = tuple(getattr(backbone, "transformer_layers", ()))
     if not blocks:
-        raise UnsupportedError(f"{type(backbone).__name__} keeps its decoder blocks in a place that is not known")
+        raise UnsupportedError(f"{type(backbone).__name__} keeps its decoder blocks in an unknown place")
     numbers: dict[str, int] = {}
     kinds = [numbers.setdefault(_kind(block), len(numbers)) for block in blocks]
     ways = [[blocks], *([blocks[:cut], blocks[cut:]] for cut in range(1, len(blocks)))]

@@ -146,7 +146,7 @@ def _layout(port: Port, table: tuple[int, int] | None) -> tuple[tuple[int, ...],
     piece = port.pieces[0]
     if len(port.pieces) > 1:
         raise UnsupportedError(
-            f"{port.hf_name}: KerasHub holds it with others in one variable; it is not trained alone"
+            f"{port.hf_name}: KerasHub holds it with others in one variable, so it cannot be trained separately"
         )
     shape: tuple[int, ...] = table or (math.prod(port.shape),)
     # The code reads only this array's strides, never its values.

@@ -267,7 +267,7 @@ def _counterparts(
 def _adapt(module: str, layer, like: str, config: LoraConfig) -> Target:
     """Adapt one layer with the rank and scale of module `like`, which for a target is the module itself."""
     if keras.activations.serialize(layer.activation) not in ("linear", None):
-        raise UnsupportedError(f"{module}: its layer applies an activation, LoRA beside it would not be PEFT's")
+        raise UnsupportedError(f"{module}: its layer applies an activation, so LoRA would not compute what PEFT's does")
     linear, rank = LinearMap.of(layer), config.rank_of(like)
     layer.__class__ = _ADAPTED[type(layer)]
     float32 = {"dtype": "float32", "initializer": "zeros"}

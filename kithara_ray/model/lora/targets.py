@@ -152,7 +152,7 @@ def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[s
                 what = "beside the text model, which alone is trained"
             elif _EXPERTS in wrong or _is_router(wrong):
                 what = "of a mixture of experts, which transformers holds as parameters"
-            raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts linear layers alone")
+            raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts only linear layers")
         if not any(is_named(entry, module) for module in modules):
             leaves = sorted({_leaf(module) for module in modules})
             how = "as a regular expression, over its whole name, " if isinstance(targets, str) else ""
@@ -164,7 +164,7 @@ def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[s
         fields = ("exclude_modules", "layers_to_transform", "layers_pattern")
         given = [f"{name}={getattr(config, name)!r}" for name in fields if getattr(config, name) is not None]
         raise ConfigError(
-            f"{', '.join(given)}: nothing is left of target_modules={targets!r}; select less, or leave out"
+            f"{', '.join(given)}: no module is left of target_modules={targets!r}; select less, or leave out"
         )
 
 
@@ -184,7 +184,7 @@ def check_selection(config: LoraConfig, modules: Sequence[str], others: Sequence
     layers = {layer for module in modules if (layer := config.layer_of(module)) is not None}
     unknown = sorted(set(config.layers_to_transform or ()) - layers)
     if unknown:
-        there = f"layers {min(layers)} to {max(layers)}" if layers else "no layer that is named so"
+        there = f"layers {min(layers)} to {max(layers)}" if layers else "no layer with such a name"
         pattern = f" with layers_pattern={list(config.layers_pattern)}" if config.layers_pattern else ""
         raise ConfigError(f"layers_to_transform: no layer {unknown[0]}{pattern}; this model has {there}")
 

@@ -50,8 +50,8 @@ def layout_of(view: np.ndarray, tensor: np.ndarray, name: str) -> Layout:
     starts = view.__array_interface__["data"][0], tensor.__array_interface__["data"][0]
     if not same or view.size != tensor.size or starts[0] != starts[1]:
         raise UnsupportedError(
-            f"{name}: KerasHub's converter does more to it than to put its elements in another order, so what is "
-            "trained cannot be written back; give lora_rank="
+            f"{name}: KerasHub's converter does more to it than reorder its elements, so trained values cannot be "
+            "written back; give lora_rank="
         )
     return Layout(shape, tuple(order))
 

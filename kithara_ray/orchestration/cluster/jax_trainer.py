@@ -34,7 +34,7 @@ class InterruptibleTrainer(HookedJaxTrainer):
     def on_sigint(self, controller: ActorHandle) -> None:
         self.interrupts += 1
         if self.interrupts == 1 and self.coordinator is not None:
-            logger.warning("interrupted: saving and leaving after the step; once more to end the run at once")
+            logger.warning("interrupted: saving after this step, then exiting. Press Ctrl-C again to abort")
             self.coordinator.ask.remote("interrupt")
             return
         with contextlib.suppress(RayActorError):

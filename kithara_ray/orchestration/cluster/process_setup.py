@@ -98,7 +98,7 @@ def check_process_group(num_workers: int, platform: str, num_devices: int | None
     if jax.process_count() != num_workers:
         raise ClusterError(
             f"{num_workers} workers were started and JAX sees {jax.process_count()} process(es): "
-            "jax.distributed was not initialised, each worker would train by itself"
+            "jax.distributed was not initialised, so each worker would train by itself"
         )
     found = jax.devices()[0].platform
     if found != platform:

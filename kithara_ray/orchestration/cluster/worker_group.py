@@ -37,9 +37,7 @@ class WorkerGroup:
                 "group's size decides the global batch"
             )
         if self.scaling_config.use_gpu:
-            raise UnsupportedError(
-                "ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for trying things out"
-            )
+            raise UnsupportedError("ScalingConfig(use_gpu=True): training runs on TPUs, or on CPUs for experiments")
         devices = self.cpu_devices_per_worker
         if not isinstance(devices, int) or devices < 1:
             raise ConfigError(f"cpu_devices_per_worker must be an integer >= 1, got {devices!r}")

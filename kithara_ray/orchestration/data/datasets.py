@@ -198,13 +198,13 @@ def mix(datasets: Sequence[tuple[RowDataset, float]], epoch: str = "all") -> Mix
         raise ConfigError("mix takes a list of (dataset, weight)")
     for number, (dataset, weight) in enumerate(datasets):
         if not isinstance(dataset, RowDataset):
-            raise ConfigError(f"mix: dataset {number} is {type(dataset).__name__}, not SFTDataset or alike")
+            raise ConfigError(f"mix: dataset {number} is {type(dataset).__name__}, not an SFTDataset or similar")
         if dataset.is_endless:
-            raise UnsupportedError(f"mix: dataset {number} streams; mix it by datasets.interleave_datasets")
+            raise UnsupportedError(f"mix: dataset {number} streams; mix streams with datasets.interleave_datasets")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise ConfigError(f"mix: the weight of dataset {number} must be > 0, got {weight!r}")
         if dataset.tokenizer is not (first := datasets[0][0].tokenizer) and dataset.tokenizer != first:
-            raise ConfigError(f"mix: dataset {number} has another tokenizer than dataset 0")
+            raise ConfigError(f"mix: dataset {number} has a different tokenizer from dataset 0")
     if epoch not in ("all", "first"):
         raise ConfigError(f"mix: epoch must be 'all' or 'first', got {epoch!r}")
     return MixedDataset([dataset for dataset, _ in datasets], [weight for _, weight in datasets], epoch)
@@ -272,8 +272,8 @@ class Dataloader:
                 raise ConfigError(f"Dataloader: {name} must be an integer >= 1, got {value!r}")
         if dataset_is_sharded_per_host:
             raise UnsupportedError(
-                "dataset_is_sharded_per_host=True: the hosts share one dataset here, and each reads only its own rows; "
-                "leave the argument out"
+                "dataset_is_sharded_per_host=True: here the hosts share one dataset, and each reads only its own "
+                "rows; leave the argument out"
             )
         _check_fraction(eval_fraction, dataset)
         self.dataset = dataset

@@ -37,7 +37,7 @@ def tokenize_and_hold_out(
         draws = dataset.draws([store.num_rows for store in trained])
         return TokenStore.joined(trained, draws), TokenStore.joined(held, [store.num_rows for store in held])
     if dataset.is_endless:
-        raise UnsupportedError("eval_fraction: the dataset streams, and nobody knows its rows; give an eval_dataloader")
+        raise UnsupportedError("eval_fraction: the dataset streams, so its rows are not known; give an eval_dataloader")
     store = tokenize_whole(dataset, vocabulary)
     held = chosen(store.num_rows, fraction, seed)
     logger.warning(

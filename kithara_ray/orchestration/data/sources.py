@@ -33,7 +33,8 @@ COUNTS = {
     "dropped_untrained": "were dropped because truncation left nothing to train",
     "skipped_bad": "were skipped as bad",
     "truncated": "were truncated",
-    "unlearned_messages": "messages of the assistant were not learned, as the chat template shows them otherwise later",
+    "unlearned_messages": "assistant messages were not trained on, because the chat template later shows them in "
+    "another form",
 }
 
 
@@ -230,8 +231,8 @@ def _stream_rows(source: Any) -> Iterator[Any]:
             raise
         except Exception as error:  # raised by the user's stream; nothing follows it
             raise DataError(
-                f"row {number} of the stream: cannot be read: {type(error).__name__}: {values.short(error)}; mend the "
-                "source, or leave the row out there"
+                f"row {number} of the stream: cannot be read: {type(error).__name__}: {values.short(error)}; correct "
+                "the source, or leave the row out there"
             ) from error
         number += 1
         if isinstance(row, pa.Table):  # a stream with a format yields tables and frames of one row each

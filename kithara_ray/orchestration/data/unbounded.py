@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # Rows of a stream in one task.
 SLICE_ROWS = 256
 # The log's line about unread columns, written once for each.
-UNREAD = "columns that nothing reads: %s; if one should be, name it in column_mapping"
+UNREAD = "unread columns: %s; to read one, name it in column_mapping"
 _MAX_TASKS = 4
 # Rows shuffled with each other, if the Dataloader sets no number.
 WINDOW_ROWS = 4096
@@ -138,7 +138,7 @@ class Reader:
                 found += 1
                 yield row
             if not found:
-                raise DataError(f"the streaming source gives nothing to train on: {describe(self._counts)}")
+                raise DataError(f"the streaming source has nothing to train on: {describe(self._counts)}")
 
     def _once(self) -> Iterator[TokenizedRow]:
         works, pending = stream(self._source, SLICE_ROWS), deque()

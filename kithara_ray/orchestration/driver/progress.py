@@ -119,14 +119,14 @@ class Progress:
             self._note(f"the first step took {event['seconds']:.1f} s")
         elif kind == "resumed":
             for note in event["notes"]:
-                self._note(f"passed over a checkpoint: {note}")
+                self._note(f"skipped a checkpoint: {note}")
             self._note(f"resuming after step {event['step']} from {event['checkpoint']}")
         elif kind == "stalled":
             self._note(f"no progress, ending the workers: {event['text']}")
         elif kind == "dropped":
             self._note(f"going on without it: {event['text']}")
         elif kind == "skipped":
-            self._note(f"step={event['step']} left out: its loss or gradient is not finite; rows {event['rows']}")
+            self._note(f"step={event['step']} skipped: its loss or gradient is not finite; rows {event['rows']}")
         elif kind == "step":
             figures = figures_of(event)
             self._say(f"step={event['step']} {figures}{self._remaining(event)}")

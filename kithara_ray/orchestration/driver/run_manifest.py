@@ -129,7 +129,7 @@ class RunManifest:
 
 def _data(store: Any) -> dict[str, Any]:
     if not hasattr(store, "lengths"):
-        return {"rows": "a stream without an end", "fingerprint": store.content}
+        return {"rows": "an endless stream", "fingerprint": store.content}
     return {
         "rows": store.num_rows,
         "tokens": int(store.lengths.sum()),

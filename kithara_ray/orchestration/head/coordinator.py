@@ -164,7 +164,7 @@ class Coordinator:
     def put_slice(self, token: int, part: TensorSlice) -> None:
         """Take a slice of a trained weight."""
         if self._weights is None or self._weights.token != token:
-            raise ExportError(f"rank {part.rank} sent {part.name} of an attempt that is over")
+            raise ExportError(f"rank {part.rank} sent {part.name} for an attempt that has ended")
         self._weights.put(part)
 
     def publish_weights(self, num_ranks: int) -> str:

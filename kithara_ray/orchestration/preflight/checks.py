@@ -73,7 +73,7 @@ def check_devices(request: RunRequest) -> str:
         memory_fit.check_auto(request)
     axes = mesh_axes(request)
     if axes is None:
-        raise Skipped("how many devices there are shows when the workers have started")
+        raise Skipped("the number of devices is known once the workers have started")
     devices = math.prod(axes.values())
     batch = f", global batch {rows * devices * request.step.micro_batches} rows" if rows != "auto" else ""
     return f"{devices} of {request.group.platform}: {' '.join(f'{axis}={size}' for axis, size in axes.items())}{batch}"
@@ -86,23 +86,23 @@ def _check_disk(request: RunRequest, nodes: Nodes, probes: Probes) -> str:
         total = weight_bytes(request)
         if free < total:
             raise DestinationError(
-                f"{destination}: {gb(free)} are free there, an export of base or merged weights has {gb(total)}; "
-                "free room or choose another destination"
+                f"{destination}: {gb(free)} are free there, but an export of base or merged weights takes "
+                f"{gb(total)}; free some space or choose another destination"
             )
         texts.append(f"{gb(free)} free at {destination}")
     cache = nodes.check_cache(request)  # this check only warns, so it runs after those that fail
-    return "; ".join(filter(None, [cache, *texts])) or "nothing of the base's size is written"
+    return "; ".join(filter(None, [cache, *texts])) or "no export of the base's size is asked for"
 
 
 def check_length(request: RunRequest) -> str:
     """Check that rows are no longer than the base was made for."""
     positions = positions_of(request)
     if positions is None:
-        raise Skipped("the base's config.json does not say for how long a sequence it was made")
+        raise Skipped("the base's config.json does not say how long its sequences may be")
     longest = {name: loader.dataset.max_seq_len for name, loader in request.loaders()}
     if over := [f"{name}'s max_seq_len is {length}" for name, length in longest.items() if length > positions]:
         raise Warned(
-            f"{' and '.join(over)}, and {request.model.preset_handle} was made for {positions} positions "
+            f"{' and '.join(over)}, and {request.model.preset_handle} supports {positions} positions "
             "(max_position_embeddings of its config.json); give a smaller max_seq_len, or a base for longer texts"
         )
     return f"max_seq_len {max(longest.values())} of {positions} positions"
@@ -110,5 +110,5 @@ def check_length(request: RunRequest) -> str:
 
 def _check_rows(rows: FirstRows | None) -> str:
     if rows is None:
-        raise Skipped("the cluster has no room to read them")
+        raise Skipped("the cluster has no room for tasks that read them")
     return rows.check()

@@ -65,7 +65,7 @@ def check_auto(request: RunRequest) -> None:
         return
     if request.model.lora is None or request.model.quantize is not None:
         what = "trains all weights" if request.model.lora is None else "holds its base as int8"
-        raise ConfigError(f'per_device_batch_size="auto": plans are of LoRA runs, this one {what}')
+        raise ConfigError(f'per_device_batch_size="auto": only LoRA runs are planned, and this one {what}')
     raise ConfigError(
         'per_device_batch_size="auto" is found for a known TPU slice (use_tpu=True with topology and '
         "accelerator_type); give a number here"

@@ -85,7 +85,7 @@ class Nodes:
                 chips += len(facts.tpu_files)
         if not chips:
             raise ClusterError("no node has a TPU; start the run on a cluster of TPU hosts, or without use_tpu")
-        return f"{chips} device file(s), held by nobody where Ray has them free"
+        return f"{chips} device file(s), unused on every host where Ray counts them as free"
 
     def check_memory(self, request: RunRequest) -> str:
         """Check the host memory for the weights that workers on CPUs keep."""
@@ -114,7 +114,7 @@ class Nodes:
             if facts.cache_free_bytes < total:
                 raise Warned(
                     f"{self._name(node_id)}: {gb(facts.cache_free_bytes)} free in the cache, the base has "
-                    f"{gb(total)}; unless it is there already, free room or set {urls.CACHE_VARIABLE}"
+                    f"{gb(total)}; unless it is there already, free some space or set {urls.CACHE_VARIABLE}"
                 )
         return f"{gb(total)} of base to each host's cache"
 
@@ -142,7 +142,7 @@ def _answers(nodes: Mapping[str, Mapping[str, Any]], asked: Mapping[str, ray.Obj
         except RayError as error:
             cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             raise ClusterError(
-                f"{_name(nodes, node_id)}: kithara_ray cannot be run there ({cause}); install the driver's version on "
+                f"{_name(nodes, node_id)}: kithara_ray cannot run there ({cause}); install the driver's version on "
                 "every node"
             ) from error
     return found
@@ -171,5 +171,7 @@ def tpu_problem(facts: NodeFacts, count: float, free: float) -> str | None:
         )
     if facts.holders and free >= count:
         file, pid, name = facts.holders[0]
-        return f"{file} is held by process {pid} ({name}), which is none of Ray's runs; end it on that host: kill {pid}"
+        return (
+            f"{file} is held by process {pid} ({name}), which is not one of Ray's runs; end it on that host: kill {pid}"
+        )
     return None

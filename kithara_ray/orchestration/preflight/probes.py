@@ -51,8 +51,8 @@ def check_snapshots(directory: str, may_resume: bool) -> None:
     found = sorted(name for name in Place(directory).directories() if name.startswith(PREFIX))
     if found and not may_resume:
         raise DestinationError(
-            f"{directory} holds {found[0]} of an earlier run; give another export_dir, or a checkpointer to go on with "
-            "that run"
+            f"{directory} holds {found[0]} from an earlier run; give another export_dir, or a checkpointer to "
+            "continue that run"
         )
 
 

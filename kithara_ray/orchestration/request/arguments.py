@@ -37,7 +37,7 @@ def check_at_most_one(**given: Any) -> None:
 def check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int | None, rows: int | None) -> None:
     """Raise ConfigError for a stream without the number at which to stop reading it."""
     if train.dataset.is_endless and steps is None:
-        raise ConfigError("the training data streams, so nobody knows when an epoch ends; give steps=")
+        raise ConfigError("the training data streams, so an epoch has no end; give steps=")
     if evaluation is not None and evaluation.dataset.is_endless and rows is None:
         raise ConfigError("the evaluation data streams and has no end; give max_eval_samples=")
 
@@ -45,7 +45,7 @@ def check_endless(train: Dataloader, evaluation: Dataloader | None, steps: int |
 def evaluated_of(train: Dataloader, evaluation: Dataloader | None) -> Dataloader | None:
     """Return the source of the evaluation rows: train itself, if it has an eval_fraction; None evaluates nothing."""
     if evaluation is not None and evaluation.eval_fraction is not None:
-        raise ConfigError("Trainer: eval_fraction belongs to train_dataloader; eval_dataloader is evaluated on whole")
+        raise ConfigError("Trainer: eval_fraction is for train_dataloader; all of eval_dataloader is evaluated")
     if evaluation is not None and train.eval_fraction is not None:
         raise ConfigError("Trainer takes one of eval_dataloader and train_dataloader's eval_fraction")
     return train if train.eval_fraction is not None else evaluation
@@ -75,7 +75,7 @@ def checkpointer_of(given: Any, run_config: RunConfig, evaluates: bool) -> Check
     if checkpointer is None and (asked != CheckpointConfig() or failures.max_failures):
         if run_config.storage_filesystem is not None:
             raise UnsupportedError(
-                "RunConfig(storage_filesystem=...) with checkpoints: they are written through fsspec; give "
+                "RunConfig(storage_filesystem=...) with checkpoints: they are written with fsspec; give "
                 "Trainer(checkpointer=Checkpointer('gs://...'))"
             )
         checkpointer = Checkpointer(
@@ -89,7 +89,7 @@ def checkpointer_of(given: Any, run_config: RunConfig, evaluates: bool) -> Check
             raise ConfigError(f"Trainer: checkpointer must be a Checkpointer, got {type(checkpointer).__name__}")
         if asked != CheckpointConfig():
             raise ConfigError(
-                "Trainer: RunConfig(checkpoint_config=...) beside checkpointer=: the Checkpointer says what is kept; "
+                "Trainer: RunConfig(checkpoint_config=...) with checkpointer=: the Checkpointer decides what is kept; "
                 "leave checkpoint_config out"
             )
     score = checkpointer.score_attribute if checkpointer else None
@@ -108,7 +108,7 @@ def snapshots_of(every: int | None, directory: str | None, run_config: RunConfig
     """
     if every is None:
         if directory is not None:
-            raise ConfigError("Trainer: export_dir= says where export_every_steps= writes; give both, or neither")
+            raise ConfigError("Trainer: export_dir= is where export_every_steps= writes; give both, or neither")
         return None
     if directory is not None and directory.startswith("hf://"):
         raise UnsupportedError("Trainer: export_dir must be a directory or on an object store, not a Hub repository")

@@ -209,9 +209,9 @@ def _run(trial: Any, chosen: Any, shown: "_Shown", goes_on: bool, **arguments: A
             **arguments,
         )
     if not placement_groups.settle(before, _SETTLE_S):
-        logger.warning("workers of a trial have not ended yet; `ray status` shows what they hold")
+        logger.warning("a trial's workers have not ended yet; `ray status` shows what they hold")
     if shown.unfinished or not chosen.is_finished():
-        raise KeyboardInterrupt("the search was interrupted; the same call goes on with it")
+        raise KeyboardInterrupt("the search was interrupted; the same call continues it")
     return analysis
 
 
@@ -254,7 +254,7 @@ def _begin(directory: str, about: dict[str, Any], config: Mapping[str, Any] | No
             if found.get(name) != value:
                 raise ConfigError(
                     f"{directory} holds a search with another {name}: it was {found.get(name)!r} and is {value!r}; "
-                    "give another run_config name, or the same arguments to go on"
+                    "give another run_config name, or the same arguments to continue"
                 )
         states = [name for name in files if name.startswith("experiment_state-") and name.endswith(".json")]
         return bool(states) and _has_trials(place.fs.cat_file(place.path(max(states))))

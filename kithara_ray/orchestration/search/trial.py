@@ -133,7 +133,7 @@ class TrialDriver:
         workers = workers_of(trainer.request.group.scaling_config)
         if workers != self._settings.workers:
             raise ConfigError(
-                f"this trial asks for other workers than the search has room for: {workers}, not "
+                f"this trial asks for workers that differ from the search's: {workers}, not "
                 f"{self._settings.workers}; give all trials one scaling_config"
             )
         trainer.adopt(placed(trainer.request, directory, self._settings.metric, self._settings.mode))

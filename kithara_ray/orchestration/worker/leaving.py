@@ -36,7 +36,7 @@ def own_vote(asked: str | None, callbacks: int, drains: bool) -> int:
 
 def preempted(rank: int, saved: str) -> TrainingError:
     """Return an error that names the ranks whose machines are taken away; all ranks call this."""
-    told = agree(f"rank {rank} on {socket.gethostname()} got SIGTERM" if terminated.is_set() else "")
+    told = agree(f"rank {rank} on {socket.gethostname()} received SIGTERM" if terminated.is_set() else "")
     return TrainingError(f"preempted: {', '.join(text for text in told if text)}; {saved}")
 
 

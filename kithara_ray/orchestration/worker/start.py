@@ -88,7 +88,7 @@ def find_checkpoint(spec: RunSpec, rank: int, parts: Parts) -> Saving:
     saving = Saving(spec.checkpointer, rank, spec.num_workers, tensors, spec.model.base)
     saving.look(lambda: identity_of(spec, parts.base, parts.data.order))
     if saving.step > parts.total_steps:
-        logger.warning("the run has %d steps already, %d are asked for", saving.step, parts.total_steps)
+        logger.warning("the run already has %d steps; %d were asked for", saving.step, parts.total_steps)
     return saving
 
 

@@ -75,8 +75,8 @@ class Outcomes:
         what += f"; the batch holds rows {shown} of the dataset" if rows else ""
         if self.on_nan == "stop":
             raise DivergedError(
-                f"{what}. Look at these rows, lower the learning rate, or give Trainer(on_nan='skip') to leave such "
-                "steps out"
+                f"{what}. Look at these rows, lower the learning rate, or give Trainer(on_nan='skip') to skip such "
+                "steps"
             )
         self.on_skip(step, rows)
         if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:

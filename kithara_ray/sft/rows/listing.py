@@ -117,7 +117,7 @@ def _names(fs: Any, root: str, url: str, choice: Choice) -> list[str]:
         raise FileNotFoundError(root)
     kind_of(url)
     if choice.subset is not None:
-        raise DataError(f"{url}: is one file, of which there is no subset {choice.subset!r}; leave subset= out")
+        raise DataError(f"{url}: is a single file and has no subset {choice.subset!r}; leave subset= out")
     return _by_name([root], root.rpartition("/")[0], url, choice)
 
 

@@ -137,5 +137,5 @@ def _bad(first: int, last: int, why: str) -> Iterator[tuple[str, ValueError]]:
 
 def _why(error: csv.Error) -> str:
     if "expected after" in str(error):
-        return "text stands behind a closing quote; write a quote inside a field twice"
+        return "text follows a closing quote; write a quote inside a field twice"
     return "a quote is never closed" if "unexpected end" in str(error) else str(error)

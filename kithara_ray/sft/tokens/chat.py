@@ -88,7 +88,7 @@ class ChatTemplate:
             text, marks = self._render(template, messages, tools, options, mark=True)
             spans, unlearned = self._without(silent, template, messages, tools, options, text, marks), 0
             if not spans:
-                raise DataError("the chat template marks nothing of this conversation as the assistant's")
+                raise DataError("the chat template marks no part of this conversation as the assistant's")
         else:
             text = render(messages)
             spans, unlearned = self._spans(silent, template, messages, tools, options, text)
@@ -110,8 +110,8 @@ class ChatTemplate:
                 spans.append(span)
         if not spans:
             raise DataError(
-                "nothing of this conversation can be learned: the chat template renders no message of the assistant "
-                "behind its own generation prompt; pass chat_template= with {% generation %} around what is learned"
+                "nothing in this conversation can be trained on: the chat template renders no assistant message after "
+                "its generation prompt; pass chat_template= with {% generation %} around the trained text"
             )
         return spans, unlearned
 
@@ -127,8 +127,8 @@ class ChatTemplate:
             )
             if not (text.startswith(before) and text.startswith(through) and marks[: len(new)] == new):
                 raise DataError(
-                    f"message {number} has weight 0, and the chat template shows it otherwise later, so that it cannot "
-                    "be found in the text; leave the conversation out"
+                    f"message {number} has weight 0, but the chat template later shows it in another form, so it "
+                    "cannot be found in the text; leave the conversation out"
                 )
             gone |= set(new[len(old) :])
         return [mark for mark in marks if mark not in gone]

@@ -107,10 +107,10 @@ def _calls(number: int, text: Any) -> list[dict[str, Any]]:
     try:
         calls = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
-        raise DataError(f"message {number} is a function_call, and no JSON: {error}") from error
+        raise DataError(f"message {number} is a function_call, but not JSON: {error}") from error
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) and "name" in call for call in calls):
-        raise DataError(f"message {number} is a function_call, and no JSON object with name and arguments")
+        raise DataError(f"message {number} is a function_call, but not a JSON object with name and arguments")
     return [{"type": "function", "function": dict(call)} for call in calls]
 
 

@@ -42,9 +42,9 @@ def check_messages(messages: Any) -> list[dict]:
     if not saying:
         meant = [m["role"] for m in checked if m["role"] != "assistant" and meant_role(m["role"]) == "assistant"]
         hint = f"; role {meant[0]!r} must be spelled 'assistant'" if meant else ""
-        raise DataError(f"has no message of role 'assistant' that says something: nothing is learned{hint}")
+        raise DataError(f"has no assistant message with content, so there is nothing to train on{hint}")
     if all("weight" in message for message in saying):
-        raise DataError("has only messages of the assistant with weight 0: nothing is learned")
+        raise DataError("has only assistant messages of weight 0, so there is nothing to train on")
     return checked
 
 
@@ -145,8 +145,8 @@ def _weight(number: int, role: str, weight: Any) -> bool:
     """Return True if a message of this weight is trained on."""
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
         raise DataError(
-            f"message {number} has weight {weight!r}; only 0 (context) and 1 (trained on) are taken, losses are not "
-            "weighted by message"
+            f"message {number} has weight {weight!r}; only 0 (context) and 1 (trained on) are accepted; losses are "
+            "not weighted by message"
         )
     if weight and role != "assistant":
         raise DataError(f"message {number} has weight 1 and role {role!r}; only the assistant's are trained on")
@@ -169,7 +169,7 @@ def check_tools(tools: Any) -> list[dict] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
-            raise DataError(f"is no JSON: {error}") from error
+            raise DataError(f"is not JSON: {error}") from error
     if not tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):

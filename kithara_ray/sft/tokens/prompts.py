@@ -91,7 +91,7 @@ def beyond(ids: Any, vocabulary: int | None, tokenizer: Any) -> str | None:
     if 0 <= smallest and largest < vocabulary:
         return None
     if smallest < 0:
-        return f"{smallest} is no token id; ids are 0 to {vocabulary - 1}"
+        return f"{smallest} is not a token id; ids are 0 to {vocabulary - 1}"
     known = largest < len(tokenizer)
     token = f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}" if known else f"id {largest}"
     return (

@@ -217,7 +217,7 @@ def _arguments(number: int, arguments: Any, as_objects: bool, as_text: bool) -> 
         try:
             value = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            raise DataError(f"message {number}: arguments of a tool call are no JSON: {error}") from error
+            raise DataError(f"message {number}: arguments of a tool call are not JSON: {error}") from error
         if not isinstance(value, dict):
             raise DataError(
                 f"message {number}: arguments of a tool call are JSON of {type(value).__name__}, not an object"

@@ -234,8 +234,8 @@ class Made:
 
     def _untrained(self, number: int) -> str:
         return (
-            f"{self.place(number)}: nothing to train on within max_seq_len {self.tokenizer.max_seq_len}, the prompt "
-            "alone fills it; raise max_seq_len or shorten the prompt"
+            f"{self.place(number)}: nothing to train on within max_seq_len {self.tokenizer.max_seq_len}, because the "
+            "prompt fills it; raise max_seq_len or shorten the prompt"
         )
 
     def _bad(self, error: DataError) -> None:

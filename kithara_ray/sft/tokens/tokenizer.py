@@ -33,7 +33,7 @@ def load_tokenizer(handle: str) -> Any:
         raise DataError(_unloadable(handle, error)) from error
     if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
         # AutoTokenizer invents an empty vocabulary for some directories that hold a config.json and no tokenizer.
-        raise DataError(f"the tokenizer at {handle!r} encodes {_PROBE!r} as nothing; are its tokenizer files there?")
+        raise DataError(f"the tokenizer at {handle!r} encodes {_PROBE!r} to no tokens; are its tokenizer files there?")
     return tokenizer
 
 
@@ -81,7 +81,7 @@ class SpecialTokens:
         if eos_id is None:
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise DataError(
-                f"tokenizer {name!r} names no EOS token, so no answer could end; set tokenizer.eos_token to the token "
+                f"tokenizer {name!r} has no EOS token, so no answer would end; set tokenizer.eos_token to the token "
                 f"that ends an answer"
             )
         pad_id = tokenizer.pad_token_id

@@ -71,7 +71,7 @@ def read_template(given: str | Path | None) -> str | None:
     path = Path(text).expanduser()
     if "\n" in text or not path.is_file():
         raise ConfigError(
-            f"chat_template={text[:80]!r} is no Jinja text, and no file is there. Give the template's text, or "
+            f"chat_template={text[:80]!r} is not Jinja text, and there is no such file. Give the template's text, or "
             "the path of a .jinja file on this host"
         )
     try:

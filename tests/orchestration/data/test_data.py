@@ -177,9 +177,9 @@ def test_mixtures_that_make_no_sense(directory, tiny_models):
         mix([(dataset, 0)])
     with pytest.raises(ConfigError, match=r"mix takes a list of \(dataset, weight\)"):
         mix([dataset])
-    with pytest.raises(ConfigError, match="dataset 1 is list, not SFTDataset"):
+    with pytest.raises(ConfigError, match="dataset 1 is list, not an SFTDataset"):
         mix([(dataset, 1), (ROWS, 1)])
-    with pytest.raises(ConfigError, match="dataset 1 has another tokenizer"):
+    with pytest.raises(ConfigError, match="dataset 1 has a different tokenizer"):
         mix([(dataset, 1), (SFTDataset(ROWS, tokenizer_handle=str(tiny_models["gemma2"])), 1)])
     with pytest.raises(ConfigError, match="epoch must be 'all' or 'first', got 'last'"):
         mix([(dataset, 1)], epoch="last")

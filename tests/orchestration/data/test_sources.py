@@ -296,7 +296,7 @@ def test_columns_that_nothing_reads_are_named_once(directory, caplog):
     rows = [{"id": n, "prompt": "a", "answer": "b", "note": None} for n in range(5)]
     with caplog.at_level(logging.WARNING):
         list(SFTDataset(rows, tokenizer_handle=directory).tokenized_rows())
-    assert caplog.text.count("columns that nothing reads: 'id';") == 1
+    assert caplog.text.count("unread columns: 'id';") == 1
     caplog.clear()
     formatted = SFTDataset(rows, tokenizer_handle=directory, custom_formatting_fn=lambda row: row)
     assert len(list(formatted.tokenized_rows())) == 5

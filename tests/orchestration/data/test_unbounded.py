@@ -85,7 +85,7 @@ def test_bad_rows_and_nothing_at_all(cluster, directory):
     with pytest.raises(DataError, match="row 5 of the stream: column 'answer' is null"):
         first(endless(bad, directory))
     assert set(first(endless(bad, directory, on_bad_row="skip"))) == set(first(endless(ROWS[:5], directory)))
-    with pytest.raises(DataError, match="gives nothing to train on: 1 were skipped as bad"):
+    with pytest.raises(DataError, match="has nothing to train on: 1 were skipped as bad"):
         first(endless(bad[5:], directory, on_bad_row="skip"))
 
 
@@ -104,7 +104,7 @@ def test_a_run_over_a_stream(cluster, directory, tmp_path):
         run_config=RunConfig(storage_path=str(tmp_path)),
         progress=False,
     )
-    with pytest.raises(ConfigError, match="nobody knows when an epoch ends; give steps="):
+    with pytest.raises(ConfigError, match="so an epoch has no end; give steps="):
         Trainer(**how, max_eval_samples=5)
     with pytest.raises(ConfigError, match="give max_eval_samples="):
         Trainer(**how, steps=4)
@@ -118,5 +118,5 @@ def test_a_run_over_a_stream(cluster, directory, tmp_path):
 
 def test_a_preview_reads_the_first_rows_and_a_mixture_refuses(cluster, directory):
     assert endless(directory=directory).preview(1).lengths.shape == (40,)
-    with pytest.raises(UnsupportedError, match="dataset 0 streams; mix it by datasets"):
+    with pytest.raises(UnsupportedError, match="dataset 0 streams; mix streams with datasets"):
         mix([(endless(directory=directory), 1)])

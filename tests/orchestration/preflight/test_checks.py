@@ -161,7 +161,7 @@ def test_room_on_disks(monkeypatch):
         monkeypatch.setattr(module, "weight_bytes", lambda request: 12 * GB)
     remote, local = request(model={"preset_handle": "gs://bucket/base"}), request()
     small, large = (cluster_of(facts(cache_free_bytes=size * GB)) for size in (5, 50))
-    assert checks._check_disk(local, small, Free()) == "nothing of the base's size is written"
+    assert checks._check_disk(local, small, Free()) == "no export of the base's size is asked for"
     found = checks._check_disk(remote, large, Free(out=20 * GB))
     assert found == "12.0 GB of base to each host's cache; 20.0 GB free at /out"
     with pytest.raises(findings.Warned, match=r"5\.0 GB free in the cache, the base has 12\.0 GB"):
@@ -196,7 +196,7 @@ def test_every_place_that_a_run_writes_to_is_probed(tmp_path):
     refused = {path for path, check in places.items() if not passes(check, path)}
     assert refused == {str(tmp_path / "new")}  # a run with a checkpointer resumes its own adapters
     ends = probes.places_of(request(run_config=run_config, snapshots=asked.snapshots), [])
-    with pytest.raises(DestinationError, match="holds step-000002 of an earlier run; give another export_dir"):
+    with pytest.raises(DestinationError, match="holds step-000002 from an earlier run; give another export_dir"):
         ends[asked.snapshots.directory](asked.snapshots.directory)
     # Ray writes there with credentials of its own.
     assert not probes.places_of(request(run_config=RunConfig(name="run", storage_path="s3://bucket/runs")), [])

@@ -23,7 +23,7 @@ def request(handle, train, evaluation=None):
     ("lengths", "state", "text"),
     [
         ((512,), "ok", "max_seq_len 512 of 512 positions"),
-        ((513,), "warning", "train_dataloader's max_seq_len is 513, and .* was made for 512 positions"),
+        ((513,), "warning", "train_dataloader's max_seq_len is 513, and .* supports 512 positions"),
         ((8, 600), "warning", "^eval_dataloader's max_seq_len is 600, and"),
     ],
 )

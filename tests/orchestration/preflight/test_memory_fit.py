@@ -46,8 +46,11 @@ def test_hosts_are_the_workers_that_ray_makes_of_a_slice(generation):
     ("given", "message"),
     [
         ({}, 'per_device_batch_size="auto" is found for a known TPU slice .* give a number here'),
-        ({"scaling": V5E_4, "model": {"lora": None}}, "plans are of LoRA runs, this one trains all weights"),
-        ({"scaling": V5E_4, "model": {"quantize": "int8"}}, "plans are of LoRA runs, this one holds its base as int8"),
+        ({"scaling": V5E_4, "model": {"lora": None}}, "only LoRA runs are planned, and this one trains all weights"),
+        (
+            {"scaling": V5E_4, "model": {"quantize": "int8"}},
+            "only LoRA runs are planned, .* holds its base as int8",
+        ),
     ],
 )
 def test_auto_needs_a_run_that_is_planned(given, message):

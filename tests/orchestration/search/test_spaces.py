@@ -338,8 +338,8 @@ def test_a_point_is_put_into_the_configuration(loaded):
         ({"model.lora_rank": {"uniform": [2, 9]}}, r"model\.lora_rank: should be a valid integer"),
         ({"scaling_config.num_workers": {"choice": [1]}}, "cannot be searched: all trials have the same workers"),
         ({"trainer.checkpointer": {"choice": [1]}}, "each trial has checkpoints of its own"),
-        ({"exports.0.dtype": {"choice": ["auto"]}}, "they are of the best trial"),
-        ({"optimizer.learning_rate.x": {"choice": [1]}}, "learning_rate is a value, nothing stands under it"),
+        ({"exports.0.dtype": {"choice": ["auto"]}}, "they are made from the best trial"),
+        ({"optimizer.learning_rate.x": {"choice": [1]}}, "learning_rate is a value and has no keys"),
     ],
 )
 def test_keys_that_cannot_be_searched(loaded, space, message, monkeypatch):
@@ -427,5 +427,5 @@ def test_a_trials_trainer_is_placed_and_knows_no_other_process_actors(loaded, tm
     assert trainer.request.directory == f"{tmp_path}/t1/run"
     assert trainer.model._coordinator is None
     other = dataclasses.replace(settings, workers=(9, *workers[1:]))
-    with pytest.raises(ConfigError, match="this trial asks for other workers than the search has room for"):
+    with pytest.raises(ConfigError, match="this trial asks for workers that differ from the search's"):
         trial.TrialDriver(other)._placed(trainer, f"{tmp_path}/t1/run")

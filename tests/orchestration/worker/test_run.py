@@ -328,7 +328,7 @@ def test_a_machine_that_is_taken_away(tiny_models, tmp_path, monkeypatch, saves)
     spec = spec_of(tiny_models["llama"], tmp_path, LocalChannel(), **how)
     saved = "step 4 is saved" if saves else r"nothing was saved: give Trainer\(checkpointer=...\)"
     try:
-        with pytest.raises(TrainingError, match=rf"^preempted: rank 0 on \S+ got SIGTERM; {saved}$"):
+        with pytest.raises(TrainingError, match=rf"^preempted: rank 0 on \S+ received SIGTERM; {saved}$"):
             train(spec, before_step=lambda run: run.number == 2 and terminated.set())
     finally:
         terminated.clear()

@@ -53,7 +53,7 @@ def test_every_third_step_of_a_run_on_two_workers(observed, tmp_path):
     assert main(["export", checkpoints, "--to", str(tmp_path / "merged"), "--step", str(EVERY)]) == 0
     merged, base = (BaseCheckpoint.open(where) for where in (tmp_path / "merged", observed.directory))
     assert merged.names == base.names
-    with pytest.raises(DestinationError, match="holds step-000003 of an earlier run; give another export_dir"):
+    with pytest.raises(DestinationError, match="holds step-000003 from an earlier run; give another export_dir"):
         make_trainer(observed.directory, root, export_every_steps=2).train()
 
 
