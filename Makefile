@@ -60,6 +60,7 @@ lint: $(VENV)/.test
 
 check: lint $(VENV)/.dev docs  ## lint, format, types and the docs site; what a pull request must pass beside the tests
 	@$(BIN)/pyright
+	@$(BIN)/pyright --project pyrightconfig.strict.json
 
 docs: $(VENV)/.dev  ## the docs site, with the API reference, in build/site
 	@$(BIN)/mkdocs build --quiet --strict

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def _reporting_bar(report: Report) -> type:
     furthest = 0
 
     class Reporting(tqdm):
-        def update(self, n=1):
+        def update(self, n: float | None = 1) -> bool | None:
             nonlocal furthest
             shown = super().update(n)
             if self.unit == "B" and self.total and self.n > furthest:
@@ -368,7 +368,7 @@ def _download(fs: Any, remote: str, local: Path, size_bytes: int, report: Report
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -17,8 +17,8 @@ BLOCKS, SCALES = "_blocks", "_scales"
 GROUP = 32
 _BIAS = 127
 # E2M1: a sign, two bits of exponent, one of mantissa.
-_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_VALUES = np.concatenate([_VALUES, -_VALUES])
+_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_VALUES = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 
 
 class Packed:

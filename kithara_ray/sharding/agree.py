@@ -58,7 +58,7 @@ def _parts(mesh: Mesh, array: jax.Array) -> list[tuple[tuple[int, int], ...]]:
 def _checksums(mesh: Mesh, arrays: list[jax.Array]) -> jax.Array:
     """Return checksums, uint32 (devices, arrays): each device computes those of its own parts."""
 
-    def local(*blocks):
+    def local(*blocks: jax.Array) -> jax.Array:
         return jnp.stack([_checksum(block) for block in blocks])[None]
 
     specs = tuple(named_sharding(array).spec for array in arrays)
@@ -100,7 +100,7 @@ class Ballot:
         self._shape = (mesh.size,)
         self._votes: dict[int, jax.Array] = {}
 
-        def count(votes, loss, grad_norm):
+        def count(votes: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             return jnp.stack([jnp.max(votes), 1 - finite.astype(jnp.int32)])
 

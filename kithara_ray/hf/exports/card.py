@@ -207,6 +207,7 @@ class Card:
 def _beside(adapter: Adapter) -> list[str]:
     """Return the adapter_config.json entries for weights that are trained besides the factors."""
     config = adapter.config
+    named: dict[str, object]
     named = {"bias": config.bias, "lora_bias": config.lora_bias, "modules_to_save": list(config.modules_to_save)}
     named["trainable_token_indices"] = {name: list(rows) for name, rows in config.trainable_token_indices.items()}
     return [f"{name}={value}" for name, value in named.items() if value and value != "none"]

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,8 +151,8 @@ def write_part(part: Part) -> Written:
             write_tensors(base, part.adapter, file, part.dtype)
             with contextlib.nullcontext() if is_remote else _syncing(file):
                 counts, sha256 = prove_file(file, base, part.adapter, check_dtype(part.dtype), part.check_finite)
-            described = {"bytes": file.stat().st_size, "sha256": sha256}
-            receipt = {}
+            described: dict[str, object] = {"bytes": file.stat().st_size, "sha256": sha256}
+            receipt: dict[str, object] = {}
             if is_remote:
                 receipt = publish.put_file(file, part.target, part.name)
             else:
@@ -163,7 +163,7 @@ def write_part(part: Part) -> Written:
 
 
 @contextlib.contextmanager
-def _syncing(file: Path) -> Iterator[None]:
+def _syncing(file: Path) -> Generator[None]:
     """Write the file to the disk while the `with` block reads it from memory."""
     with file.open("rb") as stream, ThreadPoolExecutor(1) as pool:
         synced = pool.submit(os.fsync, stream.fileno())

@@ -115,7 +115,7 @@ class _Hasher:
     def __enter__(self) -> "_Hasher":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._pool.shutdown()
 
     def add(self, block: bytes | bytearray | memoryview) -> None:

@@ -8,7 +8,7 @@ upload existing objects again. The Hub refuses the commit if another one has bee
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def check(url: str) -> None:
 
 
 @contextlib.contextmanager
-def staged(url: str, plan: str, resume: bool) -> Iterator[HubStage]:
+def staged(url: str, plan: str, resume: bool) -> Generator[HubStage]:
     """See `publish.staged`."""
     repo = _repo_of(url)
     head, made = _head(url, repo), False
@@ -151,7 +151,7 @@ def _create(url: str, repo: str) -> None:
 
 
 @contextlib.contextmanager
-def _as_ours(url: str, advice: str) -> Iterator[None]:
+def _as_ours(url: str, advice: str) -> Generator[None]:
     """Raise the errors of huggingface_hub as DestinationError."""
     try:
         yield

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def check(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(path: Path, plan: str, resume: bool) -> Iterator[LocalStage]:
+def staged(path: Path, plan: str, resume: bool) -> Generator[LocalStage]:
     """See `publish.staged`."""
     check(path)
     target = path.resolve()
@@ -89,7 +89,7 @@ def staged(path: Path, plan: str, resume: bool) -> Iterator[LocalStage]:
 
 
 @contextlib.contextmanager
-def _locked(staging: Path, target: Path) -> Iterator[Path]:
+def _locked(staging: Path, target: Path) -> Generator[Path]:
     """Lock the staging directory, so that no other living process writes to it. Raises DestinationError."""
     staging.mkdir(exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)

@@ -6,7 +6,7 @@ start are put last. The Hub (`hub`) has commits.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ __all__ = ["MARKER", "PUBLISHED_LAST", "Stage", "check_destination", "put_file",
 
 
 @contextlib.contextmanager
-def staged(destination: str, plan: str = "", resume: bool = False) -> Iterator[Stage]:
+def staged(destination: str, plan: str = "", resume: bool = False) -> Generator[Stage]:
     """Yield a stage to write to; publish it at `destination` if the block ends without an exception.
 
     On an exception the destination stays as it was. plan: a digest of the exported content. resume: continue from the

@@ -12,7 +12,7 @@ inside it would publish the truncated object.
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def check(url: str) -> None:
 
 
 @contextlib.contextmanager
-def staged(url: str, plan: str, resume: bool) -> Iterator[StoreStage]:
+def staged(url: str, plan: str, resume: bool) -> Generator[StoreStage]:
     """See `publish.staged`."""
     with tempfile.TemporaryDirectory(prefix="kithara_ray_export_") as directory:
         stage = _claim(url, Path(directory), plan, resume)

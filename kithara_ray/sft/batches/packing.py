@@ -43,7 +43,8 @@ def packs(
     # Open rows by their free tokens, and a bit set with one bit for each such number. The lowest bit at or above a
     # sample's size is the best fit, the highest bit is the most room. Neither requires looking at the rows.
     open_rows: dict[int, list[tuple[list[int], int]]] = {}
-    rooms = count = 0
+    rooms = count = room = left = 0
+    pack: list[int] = []
     for sample, tokens, wanted in sizes:
         place = None
         if fitting := rooms >> tokens << tokens:

@@ -194,6 +194,7 @@ def _row_groups(url: str, number: int, piece_bytes: int) -> Iterator[Piece]:
 
 
 def _record_batches(url: str, number: int) -> Iterator[Piece]:
+    counts: list[int] = []
     with reading(url, "cannot be read as Arrow"), _raw(url) as file:
         if is_file := file.read(6) == b"ARROW1":
             file.seek(0)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 try:
     import resource
@@ -21,7 +21,7 @@ class OutOfTime(BaseException):
 
 
 @contextlib.contextmanager
-def cpu_time(seconds: float) -> Iterator[None]:
+def cpu_time(seconds: float) -> Generator[None]:
     """Raise OutOfTime after `seconds` of this process' CPU time, which a busy machine does not use up."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -40,7 +40,7 @@ def cpu_time(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory(more_bytes: int) -> Iterator[None]:
+def memory(more_bytes: int) -> Generator[None]:
     """Raise MemoryError if an allocation takes this process more than `more_bytes` beyond its current mappings."""
     try:
         with open("/proc/self/statm") as file:

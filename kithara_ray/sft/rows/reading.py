@@ -1,7 +1,7 @@
 """Name the file in any error of opening or reading it; stores, compressions and formats each raise their own."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows.values import short
@@ -26,7 +26,7 @@ _PACKAGES = {
 
 
 @contextlib.contextmanager
-def reading(url: str, failed: str = "cannot be read") -> Iterator[None]:
+def reading(url: str, failed: str = "cannot be read") -> Generator[None]:
     """Raise a DataError that names the file for any error inside.
 
     Args:

@@ -21,7 +21,9 @@ from typing import Any
 from kithara_ray.errors import DataError
 from kithara_ray.sft.rows import limits
 from kithara_ray.sft.tokens.messages import says_something
-from kithara_ray.sft.tokens.template_fit import TemplateFit, TooCostly
+from kithara_ray.sft.tokens.template_fit import Messages, TemplateFit, TooCostly
+
+Span = tuple[int, int]  # (start, stop) characters
 
 MAX_SECONDS = 5.0  # of CPU time, for one rendering
 MAX_MORE_BYTES = 2**31
@@ -97,9 +99,12 @@ class ChatTemplate:
             notes += ("a message of the assistant is empty; it is trained on as an empty turn",)
         return Rendered(text, tuple(spans), unlearned, notes)
 
-    def _spans(self, silent: set[int], template, messages, tools, options, text: str) -> tuple[list, int]:
+    def _spans(
+        self, silent: set[int], template: str, messages: Messages, tools: Any, options: Any, text: str
+    ) -> tuple[list, int]:
         """Return the trained spans under a template that does not mark them, and the number of untrained messages."""
-        spans, unlearned = [], 0
+        spans: list[Span] = []
+        unlearned = 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant" or number in silent:
                 continue
@@ -115,9 +120,11 @@ class ChatTemplate:
             )
         return spans, unlearned
 
-    def _without(self, silent: set[int], template, messages, tools, options, text: str, marks: list) -> list:
+    def _without(
+        self, silent: set[int], template: str, messages: Messages, tools: Any, options: Any, text: str, marks: list
+    ) -> list:
         """Remove the marks of messages of weight 0: those that each such message adds to the marks before it."""
-        gone = set()
+        gone: set[Span] = set()
         for number in sorted(silent):
             if messages[number]["role"] != "assistant":
                 continue
@@ -133,7 +140,7 @@ class ChatTemplate:
             gone |= set(new[len(old) :])
         return [mark for mark in marks if mark not in gone]
 
-    def _template(self, tools) -> str:
+    def _template(self, tools: Any) -> str:
         if self.source is not None:
             return self.source
         try:
@@ -144,7 +151,9 @@ class ChatTemplate:
                 f"version ({' '.join(str(error).split())[:120]})"
             ) from error
 
-    def _span(self, template, messages, number: int, tools, options, text: str) -> tuple[int, int] | None:
+    def _span(
+        self, template: str, messages: Messages, number: int, tools: Any, options: Any, text: str
+    ) -> tuple[int, int] | None:
         """The span of message `number` in `text`, from after the generation prompt to the end of its turn."""
         try:
             before, _ = self._render(template, messages[:number], tools, options, prompt=True)
@@ -166,15 +175,16 @@ class ChatTemplate:
         return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
 
     def _render(
-        self, template, messages, tools, options, prompt: bool = False, mark: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+        self, template: str, messages: Messages, tools: Any, options: Any, prompt: bool = False, mark: bool = False
+    ) -> tuple[str, list[Span]]:
         """Return (text, spans that the template marks)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             with limits.cpu_time(MAX_SECONDS), limits.memory(MAX_MORE_BYTES):
+                conversations: Any = [messages]
                 made: Any = render_jinja_template(
-                    [messages],
+                    conversations,
                     tools=tools,
                     chat_template=template,
                     return_assistant_tokens_mask=mark,

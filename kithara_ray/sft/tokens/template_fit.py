@@ -15,7 +15,8 @@ from kithara_ray.errors import DataError
 from kithara_ray.sft.tokens.messages import ROLES, meant_role, text_of
 
 # (messages, tools) -> text. Raises DataError if the template fails.
-Render = Callable[[Sequence[Mapping], Any], str]
+Messages = Sequence[Mapping]
+Render = Callable[[Messages, Any], str]
 
 _PROBE = "kithara"
 _REMEDY = "pass chat_template= that shows it, or leave it out of the rows"
@@ -136,7 +137,9 @@ class TemplateFit:
                 told.append(f"the chat template does not name role {role!r}; its messages are context")
         return told
 
-    def _shows(self, messages, number: int, name: str, tools, known: tuple, text: str, render: Render) -> bool:
+    def _shows(
+        self, messages: Messages, number: int, name: str, tools: Any, known: tuple, text: str, render: Render
+    ) -> bool:
         message = messages[number]
         around = (number == 0, number == len(messages) - 1, messages[number - 1]["role"] if number else None)
         value = message.get(name)
@@ -151,7 +154,9 @@ class TemplateFit:
             self.hidden.add(kind)
         return False
 
-    def _check_tools(self, messages, tools: Sequence[Mapping], known: tuple, text: str, render: Render) -> None:
+    def _check_tools(
+        self, messages: Messages, tools: Sequence[Mapping], known: tuple, text: str, render: Render
+    ) -> None:
         kind = ("tools", len(tools), messages[0]["role"], messages[-1]["role"], known)
         if kind in self.shown:
             return
@@ -197,7 +202,7 @@ def _altered_calls(call: Mapping):
         yield {**call, "function": {**function, **change}} if "function" in call else {**call, **change}
 
 
-def _changes(messages, other, number: int, tools, text: str, render: Render) -> bool:
+def _changes(messages: Messages, other: Messages, number: int, tools: Any, text: str, render: Render) -> bool:
     """Return True if the text changes, for the whole conversation or for the part that ends with message `number`.
 
     Many templates leave out the reasoning of earlier turns. A template that fails on the altered conversation reads the
