@@ -45,7 +45,7 @@ class DecoderEmbedding(keras.layers.ReversibleEmbedding):
             return super().call(inputs)
         cap, self.logit_soft_cap = self.logit_soft_cap, None
         try:
-            logits = super().call(inputs, reverse=True)
+            logits: Any = super().call(inputs, reverse=True)
         finally:
             self.logit_soft_cap = cap
         if self.head_bias is not None:

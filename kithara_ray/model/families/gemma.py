@@ -1,6 +1,7 @@
 """Corrections for gemma, gemma2 and gemma3's text model, whose settings KerasHub drops in part."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from kithara_ray.model.families.family import Family, expect, refuse, rope_of, with_defaults
 
@@ -78,7 +79,7 @@ _GEMMA3 = dict(
 
 def _complete_gemma3(config: Mapping) -> dict:
     """Rope settings by layer type, as transformers 5 writes them; formerly, `rope_scaling` was for full layers only."""
-    whole = _GEMMA3 | dict(config)
+    whole: dict[str, Any] = {**_GEMMA3, **config}
     given = whole.get("rope_parameters") or {}
     rope = {kind: dict(given.get(kind) or {}) for kind in ("full_attention", "sliding_attention")}
     rope["full_attention"].update(whole.pop("rope_scaling", None) or {})
