@@ -197,7 +197,7 @@ def test_settings_that_generate_leaves_out_are_named():
     assert describe_not_done(quiet) == []
     loud = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1, "stop_strings": ["X"]}
     sampling, changes = describe_not_done(loud)
-    assert "asks for sampling (do_sample=true, temperature=0.6)" in sampling
+    assert "ignores the sampling that generation_config.json asks for (do_sample=true, temperature=0.6)" in sampling
     assert 'repetition_penalty=1.1, stop_strings=["X"]' in changes
     for name in (
         "suppress_tokens",

@@ -115,7 +115,7 @@ def test_an_override_logs_the_difference(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         compare(BaseIdentity("org/name"), other, allow=True)
     assert "was trained on 'org/name' and not on" in caplog.text
-    assert "--force asks" in caplog.text
+    assert "because of --force" in caplog.text
 
 
 # --- on the paths ----------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_resume_keeps_what_is_proven(memory, directory, adapter, tmp_path, where
     first = list(seen)
     assert len(first) == 2
     if where == "memory":
-        with pytest.raises(DestinationError, match=r"holds an unfinished export, of process .* give resume=True"):
+        with pytest.raises(DestinationError, match=r"holds an unfinished export, of process .* pass resume=True"):
             export(base, adapter, url, **{**options, "resume": False})
         memory.pipe(f"/out/m/{first[0]}", b"changed meanwhile")
     else:

@@ -150,7 +150,7 @@ def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
 def test_there_is_no_adapter_to_save(trained):
     _, out, model, _ = trained
     for layout in ({"only_save_adapters": True}, {"save_adapters_separately": True}):
-        with pytest.raises(ConfigError, match="all weights of this model are trained, there is no adapter"):
+        with pytest.raises(ConfigError, match="all weights of this model are trained, so there is no adapter"):
             model.save_in_hf_format(out / "adapter", **layout)
     assert not (out / "adapter").exists()
 

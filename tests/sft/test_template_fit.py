@@ -81,7 +81,7 @@ def test_messages_of_weight_0_are_context(tokenizers, source):
 @pytest.mark.parametrize(
     ("message", "text"),
     [
-        (assistant(weight=0.5), "message 1 has weight 0.5; only 0 (context) and 1 (trained on) are taken"),
+        (assistant(weight=0.5), "message 1 has weight 0.5; only 0 (context) and 1 (trained on) are accepted"),
         (assistant(weight="0"), "message 1 has weight '0'; only 0"),
         (assistant(weight=0), "has only assistant messages of weight 0, so there is nothing to train on"),
         ({"role": "user", "content": "x", "weight": 1}, "message 1 has weight 1 and role 'user'"),
