@@ -260,7 +260,7 @@ def test_an_adapter_of_the_text_model_by_itself_is_refused_with_the_reason(direc
     adapter = random_adapter(base)
     alone = {name.replace("model.language_model.", "model."): array for name, array in adapter.tensors.items()}
     lora = LoraConfig(r=4, target_modules=("q_proj", "down_proj"))
-    with pytest.raises(AdapterError, match="one of both is a multimodal model and the other its text model"):
+    with pytest.raises(AdapterError, match="one of the two is a multimodal model and the other its text model"):
         Adapter(lora, alone).named_for(base).validate(base)
 
 
