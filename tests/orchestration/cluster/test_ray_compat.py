@@ -33,7 +33,7 @@ class Name:
 
 
 NAMES = {
-    "_private": Name("ray._private.state:available_resources_per_node", "free_by_node"),
+    "state": Name("ray._private.state:available_resources_per_node", "free_by_node"),
     "infer_tpu_pod_type_from_topology": Name(
         "ray._private.accelerators.tpu:infer_tpu_pod_type_from_topology", "tpu_pod_type"
     ),
@@ -42,7 +42,7 @@ NAMES = {
     "_resources_per_worker_not_none": Name(
         "ray.train:ScalingConfig._resources_per_worker_not_none", "resources_per_worker"
     ),
-    "PlacementGroupTableData": Name("ray.core.generated.gcs_pb2:PlacementGroupTableData", "placement_group_table"),
+    "gcs_pb2": Name("ray.core.generated.gcs_pb2:PlacementGroupTableData", "placement_group_table"),
     "_connect_and_get_accessor": Name(
         "ray._private.state:GlobalState._connect_and_get_accessor", "placement_group_table"
     ),
@@ -143,13 +143,13 @@ def test_resources_of_a_worker():
 
 
 def test_the_table_of_placement_groups(monkeypatch):
-    record = look_up(NAMES["PlacementGroupTableData"].owner, "PlacementGroupTableData")
+    record = look_up(NAMES["gcs_pb2"].owner, "PlacementGroupTableData")
     fields = ("placement_group_id", "creator_job_id", "creator_actor_id", "creator_actor_dead", "is_detached", "state")
     for field in fields:
-        assert field in record.DESCRIPTOR.fields_by_name, f"{said('PlacementGroupTableData')}: it has no field {field}"
+        assert field in record.DESCRIPTOR.fields_by_name, f"{said('gcs_pb2')}: it has no field {field}"
     kept, removed = record(placement_group_id=b"1"), record(placement_group_id=b"2", state=record.REMOVED)
     rows = [row.SerializeToString() for row in (kept, removed)]
-    state = look_up("ray._private.state:state", "_private")
+    state = look_up("ray._private.state:state", "state")
     accessor = SimpleNamespace(get_placement_group_table=lambda: rows)
     monkeypatch.setattr(state, "_connect_and_get_accessor", lambda: accessor)
     assert [group.placement_group_id for group in ray_compat.placement_group_table()] == [b"1"]
