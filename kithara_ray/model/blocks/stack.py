@@ -13,6 +13,7 @@ rest, no position looks at another. The block's widest arrays, those inside its 
     B  rows    T  positions    C  positions of a chunk    D  hidden width
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -221,7 +222,8 @@ def _run_chain(chain: Chain, x: jax.Array, kwargs: Sequence[Mapping], how: Pass)
         stop = start + len(section.blocks)
         key = how.dropout_key
         key = key if key is None or not place else jax.random.fold_in(key, place)
-        x, new = _run_section(section, start, x, kwargs[start:stop], read, kept, how, how.scanned[place], key)
+        own = dataclasses.replace(how, scanned=how.scanned[place : place + 1], dropout_key=key)
+        x, new = _run_section(section, start, x, kwargs[start:stop], read, kept, own)
         kept |= new
         start = stop
     return x
@@ -235,8 +237,6 @@ def _run_section(
     read: Collection[int],
     kept: Mapping[int, jax.Array],
     how: Pass,
-    scanned: Sequence[Sequence[jax.Array]],
-    dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, dict[int, jax.Array]]:
     """Compute the section's output, and the keys and values of those of its blocks that later blocks read.
 
@@ -244,7 +244,9 @@ def _run_section(
         start: the number of the section's first block.
         read: the numbers of all blocks whose keys and values are read.
         kept: keys and values of blocks before the section.
+        how: the pass over this section alone, with its own dropout key.
     """
+    (scanned,), dropout_key = how.scanned, how.dropout_key
     place, period, steps = how.place, section.period, section.steps
 
     def call(block, with_keys, given, x, values, key):
