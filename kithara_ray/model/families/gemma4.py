@@ -155,7 +155,7 @@ def _block_class() -> type:
             x = x + self.post_attention_norm(attended)
             x = x + self.post_ffw_norm(self._feedforward(x))
             if per_layer_input is not None:
-                gate = keras.activations.gelu(self.per_layer_input_gate(x), approximate=True)
+                gate: Any = keras.activations.gelu(self.per_layer_input_gate(x), approximate=True)
                 own = gate * keras.ops.cast(per_layer_input, gate.dtype)
                 x = x + self.post_per_layer_input_norm(self.per_layer_up_proj(own))
             return x * keras.ops.cast(self.layer_scalar, x.dtype), keys

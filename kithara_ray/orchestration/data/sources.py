@@ -76,9 +76,11 @@ class Work:
 
     def count(self) -> int:
         """Count the piece's rows, by reading them unless the file's header tells. Raises DataError."""
-        if self.piece.num_rows:
-            return self.piece.num_rows
-        return sum(1 for _ in self.piece.rows(self.payload if self.payload is not None else self.piece.load()))
+        piece = self.piece
+        assert piece is not None
+        if piece.num_rows:
+            return piece.num_rows
+        return sum(1 for _ in piece.rows(self.payload if self.payload is not None else piece.load()))
 
     def rows(self, block: Any = None, start: int = 0, stop: int = 0) -> list[Any]:
         """Return the normalised rows in memory; an exception stands in for each row that cannot be read.
@@ -154,7 +156,8 @@ class Tasks:
 
     def start(self, work: Work, part: tuple = ()) -> tuple[ray.ObjectRef, ray.ObjectRef]:
         """Return references to a block and its summary. Wait for the block if its rows decide the formatting style."""
-        tokens, summary = tokenize_rows.remote(self._shared, work, *part)
+        references: Any = tokenize_rows.remote(self._shared, work, *part)
+        tokens, summary = references
         if self._tokenizer.format.is_undecided and (style := ray.get(summary)[-1]) != "auto":
             decided = dataclasses.replace(self._tokenizer.format, formatting_style=style)
             self._tokenizer = dataclasses.replace(self._tokenizer, format=decided)
@@ -178,8 +181,10 @@ def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[
         DataError: the source is not something to read rows from.
     """
     if isinstance(source, (str, Path)) or files.as_sequence(source):
-        is_sliced = choice is not None and choice.rows is not None
-        yield from (_sliced if is_sliced else _of_files)(source, name, choice)
+        if choice is not None and choice.rows is not None:
+            yield from _sliced(source, name, choice)
+        else:
+            yield from _of_files(source, name, choice)
     elif is_ray_dataset(source):
         yield from _of_ray(source, name)
     elif isinstance(source, (list, tuple)):
@@ -311,6 +316,7 @@ def _of_files(source: Any, name: str, choice: Choice | None) -> Iterator[tuple[W
 def _sliced(source: Any, name: str, choice: Choice) -> Iterator[tuple[Work, tuple]]:
     """Yield the works of a slice of the rows. All files are read once more, to count their rows."""
     counts = [piece.count() for piece, _ in _of_files(source, name, choice)]
+    assert choice.rows is not None
     wanted, before = choice.rows.of(sum(counts)), 0
     if not wanted:
         raise DataError(f"split={choice.split!r}: the slice is empty; the split has {sum(counts)} rows")
