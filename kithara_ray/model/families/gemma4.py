@@ -8,13 +8,13 @@ earlier ones (E2B, E4B); experts beside the MLP (26B-A4B).
 
 import functools
 from collections.abc import Mapping
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Any
 
 from kithara_ray.model import keras_compat
 from kithara_ray.model.families.family import Family, expect, refuse
+
+if TYPE_CHECKING:
+    import jax
 
 _ABSENT = (False, None)
 # Fields of gemma4_text that gemma4_unified_text does not have: it has neither experts nor embeddings for each block.
@@ -176,8 +176,11 @@ def _block_class() -> type:
     return Gemma4Block
 
 
-def _route(router: Any, x_CD) -> jax.Array:
+def _route(router: Any, x_CD) -> "jax.Array":
     """Compute the experts' weights (C, E), float32; KerasHub's router chooses by probabilities rounded to bfloat16."""
+    import jax  # a driver checks configurations without it
+    import jax.numpy as jnp
+
     normed_CD = router.rms_norm(x_CD)
     normed_CD = normed_CD * jnp.asarray(router.per_dim_scale, normed_CD.dtype) * normed_CD.shape[-1] ** -0.5
     probabilities_CE = jax.nn.softmax(router.proj(normed_CD).astype(jnp.float32), axis=-1)
@@ -186,8 +189,11 @@ def _route(router: Any, x_CD) -> jax.Array:
     return jnp.sum(jax.nn.one_hot(chosen_CK, router.num_experts) * values_CK[..., None], axis=1)
 
 
-def _experts(bank: Any, x_CD, weights_CE: jax.Array) -> jax.Array:
+def _experts(bank: Any, x_CD, weights_CE: "jax.Array") -> "jax.Array":
     """Compute the weighted sum of all experts' outputs, (C, D); most weights are 0."""
+    import jax
+    import jax.numpy as jnp
+
     gate_EDI, up_EDI, down_EID, scale_E = (
         jnp.asarray(variable, x_CD.dtype)
         for variable in (bank.gate_proj, bank.up_proj, bank.down_proj, bank.per_expert_scale)
