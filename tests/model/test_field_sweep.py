@@ -1,0 +1,83 @@
+"""No field of config.json, and no tensor, changes transformers' logits and not ours: both are equal, or we refuse.
+
+The sweep is seen to find three faults that computed other logits in silence, by opening their doors again.
+"""
+
+import collections
+import shutil
+
+import numpy as np
+import pytest
+import sweep
+import transformers
+from safetensors.numpy import load_file, save_file
+from sweep import DIFFERENT, EQUAL, REFUSED, SKIPPED
+
+from kithara_ray.hf.tied_head import EMBEDDING, HEAD
+
+# Families whose sweep has been seen to pass. A family is added here with its sweep.
+SWEPT = ("gemma2", "llama")
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity(level)
+    transformers.logging.enable_progress_bar()
+
+
+def assert_nothing_silent(verdicts):
+    assert [each for each in verdicts if each.outcome == DIFFERENT] == []
+    count = collections.Counter(each.outcome for each in verdicts)
+    # A judge that always raised, or a check that refused everything, would pass the line above.
+    assert count[EQUAL] > 20
+    assert count[REFUSED] >= 1
+    assert count[SKIPPED] < len(verdicts) / 2
+    assert any(each.moved for each in verdicts if each.outcome == EQUAL)
+
+
+def test_each_field_changed_once(tiny_models, tmp_path):
+    assert_nothing_silent(sweep.sweep_fields("llama", tiny_models["llama"], tmp_path / "changed", each_once=True))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", SWEPT)
+def test_each_field_changed_in_every_way(family, tiny_models, tmp_path):
+    assert_nothing_silent(sweep.sweep_fields(family, tiny_models[family], tmp_path / "changed"))
+
+
+# A field, and the name of the check that refuses it.
+FAULTS = {
+    "is_causal": ("llama", "kithara_ray.model.families.check_causal", lambda config: None),
+    "layer_types": ("mistral", "kithara_ray.model.families.model_type_of", lambda config: config["model_type"]),
+}
+
+
+@pytest.mark.parametrize("field", FAULTS)
+def test_the_sweep_sees_a_silent_fault(field, tiny_models, tmp_path, monkeypatch):
+    family, check, opened = FAULTS[field]
+    monkeypatch.setattr(check, opened)
+    verdicts = sweep.sweep_fields(family, tiny_models[family], tmp_path / "changed", only=field)
+    assert DIFFERENT in {each.outcome for each in verdicts}
+
+
+def own_head(directory, place):
+    """A tied model whose file also has a head of its own values."""
+    shutil.copytree(directory, place)
+    tensors = load_file(place / "model.safetensors")
+    tensors[HEAD] = np.roll(tensors[EMBEDDING], 1, axis=0)
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_head_of_its_own_beside_a_tied_config(opened, tiny_models, tmp_path, monkeypatch):
+    if opened:
+        monkeypatch.setattr("kithara_ray.model.families.tensors.check_tied_head", lambda base: None)
+    unchanged = sweep.theirs(tiny_models["llama"])
+    verdict = sweep.judge("own head", own_head(tiny_models["llama"], tmp_path / "own"), unchanged)
+    assert verdict.moved
+    assert verdict.outcome == (DIFFERENT if opened else REFUSED)
