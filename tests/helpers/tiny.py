@@ -135,8 +135,7 @@ SIZES = {
 _EXPERTS = dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=48, shared_expert_intermediate_size=40)
 SIZES |= {
     "qwen3_5_moe_text": dict(SIZES["qwen3_5_text"], **_EXPERTS),
-    "qwen3_next": dict(SIZES["qwen3_5_text"], **_EXPERTS)
-    | dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"]),
+    "qwen3_next": dict(SIZES["qwen3_5_text"], **_EXPERTS),
     # A shared expert beside the others.
     "qwen2_moe": dict(_SMALL, **_ROPE, **_EXPERTS, num_hidden_layers=3, rms_norm_eps=1e-4),
 }
