@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import COMPARED, LIKE_OTHERS, SIZES, VOCABULARY, mostly_long
+from tiny import LIKE_OTHERS, SIZES, VOCABULARY, mostly_long
 from transformers import AutoModelForCausalLM
 
 from kithara_ray.errors import UnsupportedError
@@ -36,7 +36,8 @@ def packed():
     return tokens, segments, samples
 
 
-@pytest.mark.parametrize("name", mostly_long(sorted(SIZES.keys() - LIKE_OTHERS), COMPARED))
+# hunyuan_v1_dense: its norms come after the rotation, so that positions in a sample matter.
+@pytest.mark.parametrize("name", mostly_long(sorted((SIZES.keys() - LIKE_OTHERS) | {"hunyuan_v1_dense"})))
 def test_a_packed_row_computes_what_its_samples_do_alone(name, tiny_models):
     assert_as_alone(name, tiny_models, scan=True)
 

@@ -76,14 +76,14 @@ _ACTIVATIONS = {
 }
 
 
-def rotated(x_BTNH: jax.Array, positions_T: jax.Array, rotation: Rotation, lengths_BT: jax.Array) -> jax.Array:
+def rotated(x_BTNH: jax.Array, positions: jax.Array, rotation: Rotation, lengths_BT: jax.Array) -> jax.Array:
     """Rotate the first R places of each head by its position, in float32.
 
     Args:
-        positions_T: int; only distances between them matter.
+        positions: int, (T,) or (B, T).
         lengths_BT: int; the number of tokens of each token's sample. Read only if the rotation depends on it.
     """
-    angles = positions_T.astype(jnp.float32)[..., None] * _frequencies(rotation, lengths_BT)
+    angles = positions.astype(jnp.float32)[..., None] * _frequencies(rotation, lengths_BT)
     cos, sin = (wave(angles)[..., None, :] * rotation.scale for wave in (jnp.cos, jnp.sin))
     width = 2 * angles.shape[-1]
     turned, rest = x_BTNH[..., :width].astype(jnp.float32), x_BTNH[..., width:]
@@ -119,3 +119,11 @@ def sample_lengths(segments_BT: jax.Array) -> jax.Array:
     row_B1 = jnp.arange(rows)[:, None]
     counts = jnp.zeros((rows, positions + 1), jnp.int32).at[row_B1, ids].add(1)
     return counts[row_B1, ids]
+
+
+def sample_positions(segments_BT: jax.Array) -> jax.Array:
+    """Number each segment's tokens from 0: (B, T). A segment's tokens are neighbours."""
+    ids = segments_BT.astype(jnp.int32)
+    places_T = jnp.arange(ids.shape[1])
+    begins = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    return places_T - jax.lax.cummax(jnp.where(begins, places_T, 0), axis=1)
