@@ -23,7 +23,7 @@ LINEAR, FULL = "linear_attention", "full_attention"
 def complete(config: Mapping) -> dict:
     """Fill in transformers' defaults; the rotated part of a head's width may stand beside the rope settings."""
     defaults = dict(tie_word_embeddings=False, head_dim=256, attention_bias=False, attention_dropout=0.0)
-    whole = defaults | dict(config)
+    whole: dict[str, Any] = {**defaults, **config}
     given = dict(whole.pop("rope_scaling", None) or whole.get("rope_parameters") or {})
     factor = whole.pop("partial_rotary_factor", 0.25)
     whole["rope_parameters"] = {
@@ -217,7 +217,8 @@ def fused_delta_net_class() -> type:
             beta, step = jnp.split(self.in_proj_b(hidden_states).reshape(rows, positions, groups, -1), 2, axis=-1)
             mixed = jnp.concatenate([part.reshape(rows, positions, -1) for part in (query, key, value)], axis=-1)
             gate = gate.reshape(rows, positions, self.num_v_heads, self.head_v_dim)
-            return mixed, gate, *(part.reshape(rows, positions, self.num_v_heads) for part in (beta, step))
+            beta, step = (part.reshape(rows, positions, self.num_v_heads) for part in (beta, step))
+            return mixed, gate, beta, step
 
     return FusedDeltaNet
 
@@ -265,7 +266,7 @@ def _empty(backbone, block, shape: tuple[int, int], dtype: str):
     rows, positions = shape
     if block.layer_type == FULL:
         return jnp.zeros((rows, 2, positions, backbone.num_key_value_heads, backbone.head_dim), dtype)
-    layer = keras_compat.gated_delta_net_of(block)
+    layer: Any = keras_compat.gated_delta_net_of(block)
     channels, before = layer.conv1d_weight.shape[0], layer.conv_kernel_size - 1
     state = (rows, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
     return jnp.zeros((rows, before, channels), jnp.float32), jnp.zeros(state, jnp.float32)

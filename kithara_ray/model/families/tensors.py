@@ -123,7 +123,8 @@ def _attention(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) 
 def _feedforward(config: Mapping[str, Any], number: int, hidden: tuple[str, int]) -> Iterator[tuple[str, Dims]]:
     family, sparse = config["model_type"], config["model_type"] in _QWEN_EXPERTS and _is_sparse(config, number)
     # qwen3_5_moe has no dense MLP.
-    inner = ("intermediate_size", config.get("intermediate_size") if sparse else config["intermediate_size"])
+    wide: Any = config.get("intermediate_size") if sparse else config["intermediate_size"]
+    inner: tuple[str, int] = ("intermediate_size", wide)
     if family == "mixtral":
         experts = ("num_local_experts", config["num_local_experts"])
         yield "block_sparse_moe.gate.weight", (experts, hidden)
