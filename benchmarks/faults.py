@@ -224,6 +224,7 @@ def driver(out: Path, fault: dict) -> None:
             name="run", storage_path=str(out / "runs"), failure_config=FailureConfig(max_failures=fault["failures"])
         ),
         cpu_devices_per_worker=2,
+        mesh=kithara_ray.MeshShape(),  # weights cross processes
         step_timeout_s=STEP_TIMEOUT_S,
         progress=False,
     )

@@ -2,9 +2,11 @@
 
     make quickstart                                             SmolLM2-135M-Instruct learns to add numbers
     python examples/quickstart.py --model hf://... --data file.jsonl      your model, your prompts and answers
+    python examples/quickstart.py --shard                       the same with split weights, as a large model has them
 
-The two workers stand for two TPU hosts: each has two (CPU) devices, the weights are split over all four, and the
-collectives are real. On a pod, `ScalingConfig(use_tpu=True, ...)` is all that changes.
+The two workers stand for two TPU hosts, each with a (CPU) device, and the collectives are real. The model is small, so
+each device holds all of it; `--shard` splits its weights over four devices. On a pod, only the ScalingConfig changes:
+`ScalingConfig(use_tpu=True, ...)`.
 """
 
 import argparse
@@ -22,10 +24,9 @@ from arithmetic import make_rows, score
 from ray.train import RunConfig, ScalingConfig
 from smollm2 import write_smollm2
 
-from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 
 WORKERS = 2
-DEVICES_PER_WORKER = 2
 BATCH_ROWS = 8
 HELD_OUT = 50
 ANSWER_TOKENS = 8
@@ -37,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="hf://..., a local Hugging Face directory, gs://... (default: SmolLM2-135M)")
     parser.add_argument("--data", help="a jsonl, json, csv or parquet file with columns prompt and answer")
     parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--shard", action="store_true", help="split the weights over two devices in each worker")
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S"))
     return parser.parse_args()
@@ -57,14 +59,16 @@ def accuracy(model: KerasHubModel, held_out: list[dict], tokenizer) -> tuple[int
 
 
 def train(model: KerasHubModel, dataset: SFTDataset, args: argparse.Namespace):
+    devices = 2 if args.shard else 1
     trainer = Trainer(
         model=model,
         optimizer=keras.optimizers.AdamW(schedule(args.steps), weight_decay=0.0),
-        train_dataloader=Dataloader(dataset, per_device_batch_size=BATCH_ROWS // (WORKERS * DEVICES_PER_WORKER)),
+        train_dataloader=Dataloader(dataset, per_device_batch_size=BATCH_ROWS // (WORKERS * devices)),
         steps=args.steps,
         scaling_config=ScalingConfig(num_workers=WORKERS),
         run_config=RunConfig(storage_path=str(args.out.absolute()), name="run"),
-        cpu_devices_per_worker=DEVICES_PER_WORKER,
+        cpu_devices_per_worker=devices,
+        mesh=MeshShape(fsdp=WORKERS * devices) if args.shard else None,  # None: by the model's size
         remat="dots",  # a small model: there is memory to keep what the backward pass needs
     )
     return trainer.train()
@@ -78,7 +82,7 @@ def export(model: KerasHubModel, out: Path) -> None:
 Three exports. In transformers (pip install torch transformers peft):
 
   # 1. the adapter alone, over the base
-  model = AutoModelForCausalLM.from_pretrained("{model.base_name}")
+  model = AutoModelForCausalLM.from_pretrained("{model.preset_handle}")
   model.load_adapter("{adapter}")
   # 2. base and adapter, side by side
   model = AutoModelForCausalLM.from_pretrained("{both}")

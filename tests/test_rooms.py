@@ -32,6 +32,11 @@ LIGHT = {
     "report": (["kithara_ray.report"], HEAVY),
     "callbacks": (["kithara_ray.callbacks"], HEAVY | {"tensorboardX", "wandb", "mlflow"}),
     "plan": ([f"kithara_ray.plan.{name}" for name in ("planner", "report", "search", "hlo", "terms")], HEAVY),
+    # A process that Ray starts for a task imports the task's module first.
+    "tasks at a run's start": (
+        ["kithara_ray.orchestration.preflight.tasks", "kithara_ray.orchestration.preflight.node_facts"],
+        HEAVY - {"ray"} | {"ray.train", "ray.data", "pandas", "transformers"},
+    ),
     "orchestration, on the driver": (
         [f"kithara_ray.orchestration.{name}" for name in ("trainer", "model", "results", "generator", "search.search")],
         {"keras", "keras_hub", "torch", "tensorflow", *WORKERS_OWN},
@@ -63,7 +68,7 @@ ARROWS = {
         *("orchestration.cluster", "orchestration.data", "orchestration.request"),
     },
     "orchestration.preflight": {
-        *("errors", "storage", "hf.exports", "hf.publish", "sharding", "plan"),
+        *("errors", "storage", "hf", "hf.exports", "hf.publish", "sharding", "plan"),
         *("orchestration.cluster", "orchestration.data", "orchestration.request"),
     },
     # From a request, its tokens and its plan to the spec that the workers get.

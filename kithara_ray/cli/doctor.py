@@ -38,7 +38,7 @@ def diagnose(path: Path | None, overrides: Sequence[str]) -> list[Finding]:
     what = f"{model.preset_handle}, rank {model.lora.r}" if model.lora else model.preset_handle
     findings.append(Finding("model, arguments", OK, what))
     start_ray()
-    return findings + check_run(job.trainer.request, job.exports, wait_s=0.0, tokenize=True)
+    return findings + check_run(job.trainer.request, job.exports, wait_s=0.0, tokenize=True)[0]
 
 
 def show(findings: Sequence[Finding], console: Console) -> None:

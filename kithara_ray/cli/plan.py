@@ -137,7 +137,7 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     settings = {
         "lora": lora,
         "optimizer": portable(given.optimizer.build(given.trainer.steps or 1)),
-        "mesh": MeshShape(**mesh.given()) if mesh is not None else MeshShape(),
+        "mesh": MeshShape(**mesh.given()) if mesh is not None else None,
     }
     settings |= {name: trainer[name] for name in ("remat", "gradient_accumulation_steps") if name in trainer}
     settings |= {"precision": model["precision"]} if "precision" in model else {}

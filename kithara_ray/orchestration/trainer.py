@@ -24,7 +24,7 @@ from kithara_ray.orchestration.data.datasets import Dataloader
 from kithara_ray.orchestration.driver.kept_tokenizer import prompting_of
 from kithara_ray.orchestration.driver.progress import Progress
 from kithara_ray.orchestration.driver.run_manifest import RunManifest
-from kithara_ray.orchestration.driver.run_spec import run_spec, tokenized
+from kithara_ray.orchestration.driver.run_spec import loading_tokenizers, run_spec, tokenized
 from kithara_ray.orchestration.driver.samples import Samples
 from kithara_ray.orchestration.head.ray_channel import RayChannel
 from kithara_ray.orchestration.model import KerasHubModel
@@ -71,7 +71,9 @@ class Trainer:
         scaling_config: Ray's ScalingConfig, with one worker per host. None means one local worker.
         run_config: Ray's RunConfig: name, storage_path, failure_config, worker_runtime_env.
         cpu_devices_per_worker: number of CPU devices in each worker when there is no accelerator.
-        mesh: axes of the device mesh. By default the devices of a TPU slice are on `fsdp`, the slices on `data`.
+        mesh: axes of the device mesh. By default a model whose whole state is small beside a device's memory is on
+            every device, and all devices are on `data`. The weights of others are split: the devices of a TPU slice
+            are on `fsdp`, the slices on `data`. The losses do not depend on it.
         remat: values that the blocks keep for the backward pass. "block" keeps each block's input only and recomputes
             the rest. "attention" also keeps attention's output, which is slow for long rows. "dots" also keeps
             the results of products with weights: fastest, if memory allows. "nested" keeps the inputs of a few blocks
@@ -192,17 +194,23 @@ class Trainer:
                 adapter of that step.
             KeyboardInterrupt: the run was interrupted. The adapter so far is in `model`, and saved.
         """
+        progress = Progress(self.request.reporting.progress)
+        progress.phases.enter("connect")
         start_ray()
         self.model.release()
         # An earlier training may have changed the model since the request was made.
         request = dataclasses.replace(self.request, model=_asked_of(self.model))
         manifest = RunManifest(request)
         self.model.prompting = prompting_of(request.train.dataset)
+        tokenizers = loading_tokenizers(request, progress.phases)
         samples = Samples(self.model, request.reporting.prompts, request.reporting.max_length)
-        with Progress(request.reporting.progress) as progress:
+        with progress:
             progress.phase("check")
-            raise_for(check_run(request, exports, request.group.cluster_timeout_s))
+            found, request = check_run(request, exports, request.group.cluster_timeout_s)
+            raise_for(found)
+            progress.mesh(request)
             coordinator = self.model.coordinator()
+            tokenizers.join()
             spec = self._prepared(request, coordinator, manifest, samples, progress)
             try:
                 silence_s = spec.limits.silence_timeout_s
@@ -242,12 +250,14 @@ class Trainer:
         if request.group.scaling_config.use_tpu:
             progress.phase("plan")
         fit = memory_fit.fit(request, data.largest_shape(request))
-        spec = run_spec(request, data, fit, self.model.adapter, manifest.told()["settings"], RayChannel(coordinator))
         progress.phase("schedule")
+        settings, start = manifest.told()["settings"], progress.phases.start()
+        spec = run_spec(request, data, fit, self.model.adapter, settings, RayChannel(coordinator), start)
         request.group.wait()
         ray.get(begun)
         progress.follow(coordinator)
-        manifest.begin(coordinator, spec, keep_tokenizer(self.model, request.train.dataset, spec, manifest.directory))
+        tokenizer = keep_tokenizer(self.model, request.train.dataset, spec, manifest.directory, coordinator)
+        manifest.begin(coordinator, request, spec, tokenizer)
         return spec
 
     def _described(

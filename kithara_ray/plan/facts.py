@@ -21,6 +21,7 @@ from kithara_ray.model.causal_lm import CausalLM, build
 from kithara_ray.model.families import family_of
 from kithara_ray.model.families.family import completed
 from kithara_ray.model.identity import IdentitySet
+from kithara_ray.plan.default_mesh import NUMBERS_OF_TRAINED, default_mesh
 from kithara_ray.plan.hlo import arrays_of, cost_of, refused_bytes
 from kithara_ray.plan.terms import Counts
 from kithara_ray.sharding.mesh import make_mesh
@@ -32,29 +33,36 @@ from kithara_ray.train.optimizer import KerasOptimizer, is_elementwise
 def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     """Collect all facts about one request's program.
 
-    Keys: `devices`, `mesh`, `counts`, `bytes` (on one device, by part), `adapter_bytes` and `rows`. A compiled program
-    adds `memory`, `compile_s`, `compile_cpu_s`, `square_arrays` and `cost`. A refused one adds `refusal` and
-    `refused_bytes`.
+    Keys: `devices`, `mesh`, `default_mesh` (None if the request gives a mesh), `counts`, `bytes` (on one device, by
+    part), `adapter_bytes` and `rows`. A compiled program adds `memory`, `compile_s`, `compile_cpu_s`, `square_arrays`
+    and `cost`. A refused one adds `refusal` and `refused_bytes`.
     """
     devices = _devices(request)
-    mesh = make_mesh(MeshShape(**request["mesh"]), devices)
     optimizer = KerasOptimizer(request["optimizer"])
-    model = build(
-        request["config"],
-        LoraConfig(**request["lora"]),
-        mesh,
-        request["precision"],
-        remat=request["remat"],
-        stack_factors=is_elementwise("keras", request["optimizer"]),
-    )
-    state = step.abstract_state(model, optimizer)
-    frozen = model.abstract_frozen(_dtypes(request["base_dtype"]))
-    micro = request["gradient_accumulation_steps"]
+
+    def built(shape: MeshShape) -> tuple[CausalLM, Any, Any]:
+        model = build(
+            request["config"],
+            LoraConfig(**request["lora"]),
+            make_mesh(shape, devices),
+            request["precision"],
+            remat=request["remat"],
+            stack_factors=is_elementwise("keras", request["optimizer"]),
+        )
+        return model, step.abstract_state(model, optimizer), model.abstract_frozen(_dtypes(request["base_dtype"]))
+
+    asked, chosen = request["mesh"], None
+    model, state, frozen = built(MeshShape() if asked is None else MeshShape(**asked))
+    if asked is None:
+        chosen = default_mesh(_state_bytes(state, frozen), request["device_bytes"])
+        model, state, frozen = (model, state, frozen) if chosen.splits else built(chosen.shape)
+    mesh, micro = model.mesh, request["gradient_accumulation_steps"]
     rows = request["per_device_batch_size"] * micro * mesh.size
     batch = step.abstract_batch(model, rows, request["seq_len"], request["predictions"])
     found = {
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
+        "default_mesh": chosen and chosen.told(),
         "counts": dataclasses.asdict(counts_of(model, request["config"])),
         "bytes": {
             "frozen": _on_one_device(frozen),
@@ -68,6 +76,12 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
     }
     return found | (_compiled(model, optimizer, state, frozen, batch, micro) if request["compile"] else {})
+
+
+def _state_bytes(state: Mapping[str, Any], frozen: Any) -> int:
+    """Count the whole state as `default_mesh` does, from the built model's arrays."""
+    nbytes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return nbytes(frozen) + NUMBERS_OF_TRAINED * nbytes(state["params"])
 
 
 def _dtypes(given: str | Mapping[str, str]) -> np.dtype | dict[str, np.dtype]:

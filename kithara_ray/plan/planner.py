@@ -70,6 +70,7 @@ def plan(
         lora: the LoRA settings; rank 16 on q and v by default.
         optimizer: ("keras", its serialised configuration); AdamW by default. An optax transformation is a closed
             function. The plan assumes AdamW for it, whose state is as large as that of most optimizers.
+        mesh: axes of the device mesh; None takes the default of a run on this slice, see `default_mesh`.
         predictions: K, trained tokens per row; all of them by default.
         price_per_chip_hour: price in any currency, for the cost.
         tokens_per_epoch: tokens of the data set, for the cost of an epoch.
@@ -83,7 +84,7 @@ def plan(
     where = slice if isinstance(slice, Slice) else slice_of(slice)
     rows = _Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
     computation = ModelOptions(precision=precision, remat=remat)
-    request = _request(base, where, rows, lora or LoraConfig(), optimizer, mesh or MeshShape(), computation)
+    request = _request(base, where, rows, lora or LoraConfig(), optimizer, mesh, computation)
     why = _why_not_compiled(where, compile)
     request |= {"compile": why is None, "topology": where.topology if why is None and not where.is_cpu else None}
     found = _facts(request, where, cache, timeout_s)
@@ -98,6 +99,7 @@ class _Rows:
         seq_len: T, as requested.
         per_device_batch_size: rows of a micro-batch.
         gradient_accumulation_steps: number of micro-batches.
+        mesh: axes of the device mesh; None takes the default of a run on this slice, see `default_mesh`.
         predictions: K, trained tokens per row; None trains all.
     """
 
@@ -124,7 +126,7 @@ def _request(
     rows: _Rows,
     lora: LoraConfig,
     optimizer: tuple[str, Any] | None,
-    mesh: MeshShape,
+    mesh: MeshShape | None,
     options: ModelOptions,
 ) -> dict[str, Any]:
     """The request for `program.facts`, except whether to compile and for which slice."""
@@ -137,7 +139,9 @@ def _request(
         **dataclasses.asdict(rows.on(where)),
         "lora": dataclasses.asdict(lora),
         "optimizer": optimizer_config if kind == "keras" else _ADAMW,
-        "mesh": dataclasses.asdict(mesh),
+        "mesh": None if mesh is None else dataclasses.asdict(mesh),
+        # What the default mesh is chosen by; memory of CPU devices is not part of a plan.
+        "device_bytes": where.chip.hbm_bytes if mesh is None and where.chip else None,
         "remat": options.remat,
         "precision": options.precision,
         "base_dtype": "bfloat16" if options.precision == "bfloat16" else stored,

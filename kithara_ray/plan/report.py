@@ -38,6 +38,7 @@ class Plan:
 
     Attributes:
         slice, chips, hosts, mesh: the hardware, and the mesh over it.
+        default_mesh: figures by which the mesh was chosen, see `DefaultMesh.told`; None for a mesh that was given.
         compiled: whether the TPU's compiler compiled this exact step; if not, memory is an estimate.
         estimated_because: reason for the estimate; None where the step was compiled or refused.
         fits: None where the chip's memory is not known.
@@ -48,7 +49,7 @@ class Plan:
         flops_per_token: FLOPs of the ideal program by term, their `total`, and `program`: the compiled program's.
         flops_per_step, hbm_traffic_bytes_per_step: figures for one chip.
         collective_bytes_per_step: bytes that one chip receives, by kind, their `total`, and `fsdp_minimum`: every
-            weight once forward and once backward, and the adapter's gradients once.
+            weight that the mesh splits once forward and once backward, and the adapter's gradients once.
         step_time_s: lower bounds by part: compute, hbm, interconnect.
         step_time_s_bound: the largest of them; `bound_by` names it.
         tokens_per_step: tokens of one step, padding included.
@@ -87,6 +88,7 @@ class Plan:
     adapter_bytes: int
     checkpoint_bytes: int
     cost: dict[str, float | None] | None = None
+    default_mesh: dict[str, Any] | None = None
     advice: list[str] = field(default_factory=list)
 
     def json(self) -> str:
@@ -139,6 +141,7 @@ def assemble(
         chips=where.chips,
         hosts=where.hosts,
         mesh=found["mesh"],
+        default_mesh=found.get("default_mesh"),
         settings={
             "model_type": request["config"].get("model_type"),
             "parameters": counts.parameters,
@@ -218,7 +221,7 @@ def _program_flops(request, found, counts: Counts) -> float | None:
 
 def _collectives(found, counts: Counts) -> dict[str, float]:
     ways = found["mesh"]["fsdp"] * found["mesh"]["tensor"]
-    least = terms.least_collective_bytes(counts, ways, found["adapter_bytes"])
+    least = terms.least_collective_bytes(counts, ways, found["devices"], found["adapter_bytes"])
     if "cost" not in found:
         return {"total": least, "fsdp_minimum": least}
     kinds = found["cost"]["collectives"]
@@ -264,9 +267,11 @@ def _advice(request, where: Slice, found, hbm: Hbm, counts: Counts) -> list[str]
     split = hbm["frozen"] + hbm["adapter"] + hbm["optimizer"]
     rest = hbm["total"] - split
 
+    are_split = found["mesh"]["fsdp"] * found["mesh"]["tensor"] > 1
+
     def fits(rest: float, slice: Slice = where) -> bool:
         assert slice.chip is not None  # a run that does not fit has a known chip, and so have larger slices
-        return split * where.chips / slice.chips + rest <= slice.chip.hbm_bytes
+        return split * (where.chips / slice.chips if are_split else 1) + rest <= slice.chip.hbm_bytes
 
     tried = []
     if request["remat"] in KEEPS_ATTENTION:
@@ -323,6 +328,8 @@ def _rows(plan: Plan):
         f"{plan.slice}: {_count(plan.chips, 'chip')}, {_count(plan.hosts, 'host')}, mesh "
         + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
     )
+    if plan.default_mesh:
+        yield "", plan.default_mesh["why"]
     yield "how it is known", kind + (f": {plan.estimated_because}" if plan.estimated_because else "")
     if plan.refusal:
         yield "", plan.refusal
@@ -344,7 +351,7 @@ def _rows(plan: Plan):
     moved = plan.collective_bytes_per_step
     yield (
         "moved to each chip",
-        f"{moved['total'] / 1e9:.2f} GB a step (FSDP moves {moved['fsdp_minimum'] / 1e9:.2f}): "
+        f"{moved['total'] / 1e9:.2f} GB a step (at least {moved['fsdp_minimum'] / 1e9:.2f} on this mesh): "
         + (
             ", ".join(f"{k} {v / 1e9:.2f}" for k, v in moved.items() if k not in ("total", "fsdp_minimum"))
             or "estimated"

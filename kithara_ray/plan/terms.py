@@ -103,11 +103,11 @@ def seen_pairs(seq_len: int, window: int | None) -> float:
     return window * (window + 1) / 2 + (seq_len - window) * window
 
 
-def least_collective_bytes(counts: Counts, ways: int, adapter_bytes: int) -> float:
-    """Least bytes that fully sharded training moves to each device: every weight once forward and once backward, and
-    the adapter's gradients once."""
-    share = (ways - 1) / ways
-    return share * (2 * counts.weights_bytes + 2 * adapter_bytes)
+def least_collective_bytes(counts: Counts, ways: int, devices: int, adapter_bytes: int) -> float:
+    """Least bytes that a step moves to each device: every weight that is split `ways` ways once forward and once
+    backward, and the adapter's gradients once over all devices."""
+    share = lambda parts: (parts - 1) / parts  # noqa: E731
+    return share(ways) * 2 * counts.weights_bytes + share(devices) * 2 * adapter_bytes
 
 
 def estimated_temporaries(

@@ -19,7 +19,11 @@ from markupsafe import Markup
 from kithara_ray.report.charts import Series, chart, seconds, short, size
 
 _PHASES = {
+    "connect": "connect to Ray",
+    "check": "check cluster and data",
+    "sample": "sample before training",
     "tokenize": "tokenise the data",
+    "plan": "plan for the slice",
     "schedule": "wait for the workers",
     "import": "import and join",
     "fetch": "read the base",
@@ -30,6 +34,7 @@ _PHASES = {
     "compile": "compile",
     "first_step": "first step",
 }
+_BESIDE = {"tokenizer": "load the tokenizer", "imports": "import in a worker"}
 _STATUS = {
     "finished": ("good", "finished"),
     "failed": ("bad", "failed"),
@@ -171,23 +176,25 @@ def _tiles(run: Mapping, steps: Sequence[Mapping], evaluations: Sequence[Mapping
 
 
 def _phases(events: Sequence[Mapping], run: Mapping) -> list[dict]:
-    """Return the phases of start-up in order, as shares of the total time."""
-    phases = dict((_of(events, "started") or [{}])[-1].get("phases") or (run.get("result") or {}).get("phases") or {})
+    """Return the phases of start-up in order, as shares of the total time, and what was done beside them."""
+    started = (_of(events, "started") or [{}])[-1]
+    phases = dict(started.get("phases") or (run.get("result") or {}).get("phases") or {})
     for event in _of(events, "first_step"):
         phases["first_step"] = event["seconds"]
     total = sum(phases.values())
     ordered = sorted(phases.items(), key=lambda item: list(_PHASES).index(item[0]) if item[0] in _PHASES else 99)
+
+    def bar(name: str, begins_s: float, time_s: float, kind: str = "") -> dict:
+        left = min(100.0, 100 * begins_s / total) if total else 0
+        width = min(100 - left, 100 * time_s / total) if total else 0
+        return {"name": name, "text": seconds(time_s), "left": round(left, 2), "width": round(width, 2), "kind": kind}
+
     past, rows = 0.0, []
     for name, time_s in ordered:
-        rows.append(
-            {
-                "name": _PHASES.get(name, name),
-                "text": seconds(time_s),
-                "left": round(100 * past / total, 2) if total else 0,
-                "width": round(100 * time_s / total, 2) if total else 0,
-            }
-        )
+        rows.append(bar(_PHASES.get(name) or str(name), past, time_s))
         past += time_s
+    for name, (begins_s, ends_s) in (started.get("beside") or {}).items():
+        rows.append(bar(f"beside: {_BESIDE.get(name, name)}", begins_s, ends_s - begins_s, "beside"))
     return rows
 
 

@@ -23,7 +23,7 @@ from kithara_ray.orchestration.request.run_request import StepSettings
 from kithara_ray.orchestration.results import TrainResult, result_of
 from kithara_ray.orchestration.worker.channel import AdapterSpec
 from kithara_ray.orchestration.worker.heartbeat import Limits
-from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec
+from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec, Start
 from kithara_ray.train.optimizer_config import portable
 
 
@@ -123,8 +123,7 @@ def spec_of(directory: Path, out: Path, channel: LocalChannel, **changes: Any) -
         profiler=None,
         settings={"trainer": {"steps": 8}},
         plan=None,
-        called=now,
-        submitted=now,
+        start=Start(now, now, {"tokenize": 0.0}),
         channel=channel,
     )
     return RunSpec(**{**fields, **parts, **changes})

@@ -15,7 +15,7 @@ import tiny
 from loops import Recorder, loop_with, use, writes_logits
 from ray.train import RunConfig, ScalingConfig
 
-from kithara_ray import Callback, Checkpointer, Dataloader, KerasHubModel, Profiler, SFTDataset, Trainer
+from kithara_ray import Callback, Checkpointer, Dataloader, KerasHubModel, MeshShape, Profiler, SFTDataset, Trainer
 from kithara_ray.callbacks import WandB
 from kithara_ray.orchestration.results import TrainResult
 
@@ -92,6 +92,7 @@ def train_observed(directory: Path, root: Path) -> Observed:
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(storage_path=str(root), name="run"),
         cpu_devices_per_worker=2,
+        mesh=MeshShape(),  # weights cross processes
         tensorboard_dir=str(root / "board"),
         profiler=Profiler(str(root / "trace"), steps=(2, 3)),
         callbacks=[

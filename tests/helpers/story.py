@@ -62,14 +62,29 @@ def steps(count: int, every: int = 1) -> list[dict]:
 
 
 def history(count: int = 1200, **more) -> dict:
-    phases = {"tokenize": 21.3, "schedule": 4.2, "import": 8.9, "fetch": 31.0, "build": 3.1, "load": 5.4}
+    phases = {
+        "connect": 0.8,
+        "check": 2.9,
+        "tokenize": 21.3,
+        "schedule": 4.2,
+        "import": 8.9,
+        "fetch": 31.0,
+        "build": 3.1,
+        "load": 5.4,
+    }
     phases |= {"compare": 0.6, "compile": 48.0}
+    beside = {"tokenizer": (0.9, 2.7), "imports": (26.1, 29.0)}
     begun = {"kind": "started", "total_steps": count, "trainable": 3_194_880, "parameters": 2_617_536_000}
     evaluations = [
         {"kind": "eval", "step": step, "eval_loss": 1.0 + 1.2 * math.exp(-step / 170), "eval_perplexity": 2.9}
         for step in range(100, count + 1, 100)
     ]
-    events = [{**begun, "phases": phases}, {"kind": "first_step", "seconds": 2.4}, *steps(count), *evaluations]
+    events = [
+        {**begun, "phases": phases, "beside": beside},
+        {"kind": "first_step", "seconds": 2.4},
+        *steps(count),
+        *evaluations,
+    ]
     samples = [
         {
             "prompt": "Give three tips for staying healthy.",

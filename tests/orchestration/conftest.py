@@ -2,7 +2,6 @@ import pytest
 import ray
 from observed import train_observed
 from programs import KeptForAllRanks
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from tiny import with_mild_attention
 
 from kithara_ray.orchestration.cluster.jax_trainer import InterruptibleTrainer
@@ -10,13 +9,12 @@ from kithara_ray.orchestration.cluster.jax_trainer import InterruptibleTrainer
 
 @pytest.fixture(scope="session", autouse=True)
 def _cheap_runs():
-    """Of runs that are driven by the test process: programs that all ranks keep, and no actor that would clean up
-    after a controller that is gone. Those of jobs and searches are as they are."""
+    """Of runs that are driven by the test process: programs that all ranks keep. Those of jobs and searches are as they
+    are."""
     create = InterruptibleTrainer._create_default_callbacks
 
     def cheap(trainer):
-        kept = [one for one in create(trainer) if not isinstance(one, PlacementGroupCleanerCallback)]
-        return [*kept, KeptForAllRanks()]
+        return [*create(trainer), KeptForAllRanks()]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterruptibleTrainer, "_create_default_callbacks", cheap)

@@ -85,11 +85,15 @@ def test_the_example_trains_and_exports(trained, tiny_models):
 def test_run_json_says_what_the_run_was_made_of(trained, tiny_models):
     from kithara_ray.hf.checkpoint import BaseCheckpoint
 
-    out, _ = trained
+    out, shown = trained
     run = json.loads((out / "runs" / "mine" / "run.json").read_text())
     assert run["status"] == "finished"
     assert run["base"]["fingerprint"] == BaseCheckpoint.open(tiny_models["llama"]).fingerprint()
-    assert run["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "platform": "cpu", "devices": 4, "hosts": 2}
+    chosen = run["mesh"].pop("by_default")
+    assert run["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1, "platform": "cpu", "devices": 4, "hosts": 2}
+    assert 8 * chosen["state_bytes"] < chosen["device_bytes"]
+    assert chosen["why"].startswith("every device holds all weights: the state has 0.00 GB")
+    assert f"mesh data=4 fsdp=1 tensor=1: {chosen['why']}" in shown
     assert (run["data"]["train"]["rows"], len(run["data"]["train"]["fingerprint"])) == (12, 32)
     assert run["versions"]["ray"] == ray.__version__
     assert len(run["git"]["revision"]) == 40

@@ -13,7 +13,7 @@ from peft import PeftModel
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 
@@ -43,6 +43,7 @@ def run(
         scaling_config=ScalingConfig(num_workers=workers),
         run_config=RunConfig(storage_path=str(tmp_path), name=f"{workers}x{devices}"),
         cpu_devices_per_worker=devices,
+        mesh=MeshShape(),  # weights cross processes
         progress=False,
         **{"steps": 7, **kwargs},
     )

@@ -14,7 +14,7 @@ from loops import loop_with, use, writes_logits
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 
@@ -33,6 +33,7 @@ def train(model, storage, workers=2, devices=2, name="first"):
         scaling_config=ScalingConfig(num_workers=workers),
         run_config=RunConfig(storage_path=str(storage), name=name),
         cpu_devices_per_worker=devices,
+        mesh=MeshShape(),  # weights cross processes
         progress=False,
         steps=5,
     )

@@ -44,6 +44,20 @@ def test_an_export_is_told_with_its_proof(run, tmp_path):
     assert "every tensor &lt;equal&gt;" in (run / "report.html").read_text()
 
 
+def test_what_went_on_beside_the_start_is_drawn_where_it_was():
+    phases, beside = {"check": 3.0, "tokenize": 1.0, "build": 4.0}, {"tokenizer": (1.0, 3.5), "imports": (6.0, 99.0)}
+    events = [{"kind": "started", "phases": phases, "beside": beside}, {"kind": "first_step", "seconds": 2.0}]
+    rows = [(row["name"], row["left"], row["width"]) for row in page._phases(events, {})]
+    assert rows[:4] == [
+        ("check cluster and data", 0, 30.0),
+        ("tokenise the data", 30.0, 10.0),
+        ("build the model", 40.0, 40.0),
+        ("first step", 80.0, 20.0),
+    ]
+    # Two hosts' clocks may differ: nothing is drawn outside.
+    assert rows[4:] == [("beside: load the tokenizer", 10.0, 25.0), ("beside: import in a worker", 60.0, 40.0)]
+
+
 def test_on_an_object_store():
     place = Place("memory://runs/7")
     place.put_bytes(json.dumps(story.run_json()).encode(), "", "run.json")

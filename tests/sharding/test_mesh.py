@@ -20,7 +20,8 @@ from kithara_ray.sharding.shape import MeshShape
 
 devices = topologies.get_topology_desc("v5e:2x2", "tpu", num_slices=2).devices
 told = {}
-for name, shape in {"automatic": None, "half": MeshShape(data=4), "across": MeshShape()}.items():
+shapes = {"automatic": None, "half": MeshShape(data=4), "across": MeshShape(), "whole": MeshShape(data=-1, fsdp=1)}
+for name, shape in shapes.items():
     try:
         mesh = make_mesh(shape, devices)
         told[name] = [list(mesh.devices.shape), [device.slice_index for device in mesh.devices.flat]]
@@ -45,6 +46,7 @@ def test_slices_are_on_the_data_axis():
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["automatic"] == [[2, 4, 1], [0] * 4 + [1] * 4]
     assert told["half"] == [[4, 2, 1], [0] * 4 + [1] * 4]
+    assert told["whole"] == [[8, 1, 1], [0] * 4 + [1] * 4]
     assert "mesh data=1 over 2 TPU slices" in told["across"]
 
 

@@ -16,6 +16,7 @@ from ray.train import Result
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from kithara_ray.errors import KitharaRayError, TrainingError
+from kithara_ray.orchestration.cluster import placement_groups
 from kithara_ray.orchestration.cluster.ray_train_compat import HookedJaxTrainer, error_of_worker
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def fit(trainer: InterruptibleTrainer, coordinator: ActorHandle | None) -> Resul
     except TrainingFailedError as error:
         raise named(error, _stalled(coordinator)) from error
     except RayActorError as error:
+        placement_groups.free()  # nobody else frees what the controller held
         raise TrainingError(f"Ray's controller of the run died: {_one_line(error)}") from error
     finally:
         if coordinator is not None:

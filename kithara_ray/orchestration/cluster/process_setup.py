@@ -5,9 +5,11 @@ Ray passes no time limits to `jax.distributed.initialize`. A process that waits 
 then wait for JAX's default time; this module sets the limits.
 """
 
+import contextlib
 import functools
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +28,14 @@ class WorkerBackend(JaxConfig):
     """Ray's JaxConfig with time limits.
 
     Attributes:
+        prepare: called in each worker's process in a thread, while the processes meet; its errors are not reported.
         initialize_timeout_s: seconds until all processes must have met.
         heartbeat_timeout_s: seconds without a sign of life from a process, after which JAX ends the others.
     """
 
     # Ray's switch for jax.distributed, also on CPUs. Without it N workers are N independent runs.
     use_tpu: bool = True
+    prepare: Callable[[], Any] | None = None
     initialize_timeout_s: int = 300
     heartbeat_timeout_s: int = 100
 
@@ -43,7 +47,7 @@ class WorkerBackend(JaxConfig):
 class _Backend(JaxBackend):
     def on_start(self, worker_group, backend_config: WorkerBackend):
         limits = (backend_config.initialize_timeout_s, backend_config.heartbeat_timeout_s)
-        calls: list[Any] = worker_group.execute_async(_set_up_process, *limits)
+        calls: list[Any] = worker_group.execute_async(_set_up_process, *limits, backend_config.prepare)
         ray.get(calls)
         super().on_start(worker_group, backend_config)
         # This comes after JAX's start, as JAX may have taken the signal for a service of its own.
@@ -54,8 +58,11 @@ class _Backend(JaxBackend):
         """Skip Ray's wait for JAX's shutdown, 30 s if a process is dead: a loop that ends well does it itself."""
 
 
-def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int) -> None:
+def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int, prepare: Callable[[], Any] | None) -> None:
     import jax
+
+    if prepare is not None:
+        threading.Thread(target=_prepared, args=(prepare,), name="prepare", daemon=True).start()
 
     # JAX's preemption service would handle SIGTERM itself, and report it to nobody here.
     jax.config.update("jax_enable_preemption_service", False)
@@ -64,6 +71,11 @@ def _set_up_process(initialize_timeout_s: int, heartbeat_timeout_s: int) -> None
         initialization_timeout=initialize_timeout_s,
         heartbeat_timeout_seconds=heartbeat_timeout_s,
     )
+
+
+def _prepared(prepare: Callable[[], Any]) -> None:
+    with contextlib.suppress(Exception):  # the loop meets the same error, and raises it
+        prepare()
 
 
 def _listen() -> None:

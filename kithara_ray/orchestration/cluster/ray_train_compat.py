@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.jax import JaxTrainer
 from ray.train.v2.jax.config import _JaxBackend as JaxBackend
@@ -19,19 +20,20 @@ __all__ = ["HookedJaxTrainer", "JaxBackend", "error_of_worker", "preemption_noti
 
 
 class HookedJaxTrainer(JaxTrainer):
-    """Ray's JaxTrainer without its data-sharing actor, and with a hook for interrupts."""
+    """Ray's JaxTrainer without two of its actors, and with a hook for interrupts."""
 
     def on_sigint(self, controller: ActorHandle) -> None:
         """Handle one SIGINT of the driver, in a signal handler."""
         raise NotImplementedError
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Return Ray's callbacks without the actor through which workers share datasets: here each worker reads its own
-        rows.
+        """Return Ray's callbacks without those that start an actor which nothing here needs.
 
+        Workers share no datasets: each reads its own rows. `placement_groups` frees what a dead controller held.
         Needed because `RunConfig(callbacks=...)` adds callbacks and removes none.
         """
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, unused)]
 
     def _register_sigint_handler(self, controller: ActorHandle) -> None:
         """Hand SIGINT to `on_sigint`.

@@ -99,7 +99,7 @@ class WorkerGroup:
         trainer = jax_trainer.InterruptibleTrainer(
             loop,
             train_loop_config=config,
-            jax_config=WorkerBackend(heartbeat_timeout_s=int(heartbeat_s)),
+            jax_config=WorkerBackend(prepare=getattr(loop, "prepare", None), heartbeat_timeout_s=int(heartbeat_s)),
             scaling_config=self.scaling_config,
             run_config=RunConfig(
                 name=self.run_config.name,

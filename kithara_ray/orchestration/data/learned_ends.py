@@ -7,6 +7,7 @@ import numpy as np
 import ray
 
 from kithara_ray.orchestration.data.pipeline import tokenize
+from kithara_ray.orchestration.data.sources import FEW_ROWS
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.tokens.tokenizer import SpecialTokens
@@ -26,7 +27,10 @@ def learned_ends(store: Any, dataset: Any) -> tuple[int, ...]:
         store = tokenize(dataset.head(_LOOKED_AT))
     parts = getattr(dataset, "datasets", (dataset,))
     cut = tuple({part.max_seq_len for part in parts})
-    found = set().union(*ray.get([_last_tokens.remote(block, cut) for block in store.blocks]))
+    if store.num_rows <= FEW_ROWS:
+        found = set().union(*(last_tokens(store.block(number), cut) for number in range(len(store.blocks))))
+    else:
+        found = set().union(*ray.get([_last_tokens.remote(block, cut) for block in store.blocks]))
     return tuple(sorted(found & SpecialTokens.of(parts[0].row_tokenizer().loaded()).all_ids))
 
 

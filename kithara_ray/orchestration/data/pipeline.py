@@ -1,10 +1,13 @@
-"""Turn a described dataset into a tokenised one: tasks on the cluster's CPUs tokenise the source's blocks."""
+"""Turn a described dataset into a tokenised one: tasks on the cluster's CPUs tokenise the source's blocks.
+
+A few rows are tokenised in the driver.
+"""
 
 import collections
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,7 +16,8 @@ from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import sources
-from kithara_ray.orchestration.data.sources import COUNTS
+from kithara_ray.orchestration.data.sources import COUNTS, Work
+from kithara_ray.orchestration.data.tasks import Tasks, outcome, summary_of
 from kithara_ray.orchestration.data.token_store import TokenStore, describe
 from kithara_ray.orchestration.data.unbounded import SLICE_ROWS, UNREAD, EndlessStore, start_reader
 from kithara_ray.sft.batches.blocks import TokenizedRow
@@ -53,7 +57,7 @@ class Mixture(Protocol):
 
 
 def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> TokenStore | EndlessStore:
-    """Tokenise a dataset, or those of a mixture, by tasks on the cluster's CPUs.
+    """Tokenise a dataset, or those of a mixture: by tasks on the cluster's CPUs, or here if it has only a few rows.
 
     Args:
         vocabulary: number of tokens the model knows. A row with a token outside it is bad.
@@ -67,24 +71,41 @@ def tokenize(dataset: Described | Mixture, vocabulary: int | None = None) -> Tok
     row_tokenizer = dataclasses.replace(dataset.row_tokenizer(), vocabulary=vocabulary)
     if dataset.is_endless:
         return start_reader(dataset.source, dataset.max_seq_len, row_tokenizer)
-    tasks = sources.Tasks(row_tokenizer)
-    blocks, summaries, results = [], collections.deque(), []
-    try:
-        for piece, part in sources.work(dataset.source, dataset.name, dataset.choice):
-            if len(summaries) >= _MAX_TASKS:
-                results.append(ray.get(summaries.popleft()))
-            tokens, summary = tasks.start(piece, part)
-            blocks.append(tokens)
-            summaries.append(summary)
-        results += ray.get(list(summaries))
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, DataError) else error from None
+    works = sources.work(dataset.source, dataset.name, dataset.choice)
+    first, rest = sources.few(works)
+    blocks, results = _here(row_tokenizer, first) if rest is None else _in_tasks(row_tokenizer, rest)
     lengths, trained = (np.concatenate([np.zeros(0, np.int32), *(result[i] for result in results)]) for i in (0, 1))
     counts, unread_columns, told = _concluded(len(lengths), [result[2] for result in results])
     starts = np.cumsum([0] + [len(result[0]) for result in results])
     content = f"{sum(result[3] for result in results) % (1 << 128):032x}"
     said = counts, unread_columns, told
     return TokenStore(tuple(blocks), lengths, trained, starts, row_tokenizer.pad_id, content, *said)
+
+
+def _here(tokenize: RowTokenizer, works: Sequence[tuple[Work, tuple]]) -> tuple[list, list]:
+    """Tokenise a few rows in this process, which has the tokenizer: a task would take seconds to start and load it."""
+    blocks, results = [], []
+    for work, part in works:
+        block = work.tokenize(tokenize, *((ray.get(part[0]), *part[1:]) if part else ()))
+        blocks.append(ray.put(block))
+        results.append(summary_of(block))
+    return blocks, results
+
+
+def _in_tasks(tokenize: RowTokenizer, works: Iterable[tuple[Work, tuple]]) -> tuple[list, list]:
+    tasks = Tasks(tokenize)
+    blocks, summaries, results = [], collections.deque(), []
+    try:
+        for work, part in works:
+            if len(summaries) >= _MAX_TASKS:
+                results.append(ray.get(summaries.popleft()))
+            tokens, summary = tasks.start(work, part)
+            blocks.append(tokens)
+            summaries.append(summary)
+        results += ray.get(list(summaries))
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, DataError) else error from None
+    return blocks, results
 
 
 def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
@@ -109,7 +130,7 @@ def tokenized_rows(dataset: Described | Mixture) -> Iterator[TokenizedRow]:
         held: tuple[Any, ...] = (ray.get(part[0]), *part[1:]) if part else ()
         block, rows = piece.tokenized_rows(row_tokenizer, *held)
         kept += len(block)
-        outcomes.append(sources.outcome(block))
+        outcomes.append(outcome(block))
         yield from rows
     _concluded(kept, outcomes)
 
@@ -119,7 +140,7 @@ def _concluded(kept: int, outcomes: Sequence[tuple]) -> tuple[dict[str, int], tu
 
     Args:
         kept: number of rows to train on.
-        outcomes: see `sources.outcome`.
+        outcomes: see `tasks.outcome`.
 
     Raises:
         DataError: there is no row to train on.

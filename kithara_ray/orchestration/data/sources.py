@@ -7,6 +7,7 @@ block by block. Every kind of source goes through the same normalisation, `sft.r
 import dataclasses
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.cluster import ray_compat
 from kithara_ray.sft.batches.blocks import TokenizedBlock, TokenizedRow
-from kithara_ray.sft.batches.told import Told
 from kithara_ray.sft.rows import files, values
 from kithara_ray.sft.rows.columns import Columns
 from kithara_ray.sft.rows.files import Piece
@@ -29,6 +28,9 @@ from kithara_ray.sft.tokens.tokenize import Made, RowTokenizer
 # Maximum rows and bytes of one task, taken from rows in the driver or from a block of Ray Data.
 _SLICE_ROWS = 2048
 _SLICE_BYTES = 2 * files.PIECE_BYTES
+# Up to so many rows, or bytes of files, are tokenised in the driver: a second or less, which a task needs to start.
+FEW_ROWS = 512
+FEW_BYTES = 2**18
 COUNTS = {
     "dropped_untrained": "were dropped because truncation left nothing to train",
     "skipped_bad": "were skipped as bad",
@@ -94,6 +96,18 @@ class Work:
             return values.rows_of(self.payload)
         return [values.plain_row(row, self.keep_nulls, self.shapes) for row in self.payload]
 
+    def share_of_few(self, part: tuple) -> float:
+        """Return the share of `FEW_ROWS` that this is, or of `FEW_BYTES` for text; infinite if it is not known.
+
+        Args:
+            part: the Ray Data block and row range, if the rows are there.
+        """
+        if part:
+            return (part[2] - part[1]) / FEW_ROWS
+        if self.payload is None:
+            return math.inf
+        return len(self.payload) / (FEW_BYTES if isinstance(self.payload, bytes) else FEW_ROWS)
+
     def _made(self, tokenize: RowTokenizer, block: Any, start: int, stop: int) -> Made:
         columns = Columns()
         if self.piece is not None:
@@ -136,41 +150,6 @@ class Work:
         return rows(), piece.first_id + begin, where
 
 
-@ray.remote(num_returns=2, num_cpus=1)
-def tokenize_rows(tokenize: RowTokenizer, work: Work, block=None, start: int = 0, stop: int = 0):
-    """Tokenise some rows of the source; return them and the facts that the driver needs about them."""
-    tokenized = work.tokenize(tokenize, block, start, stop)
-    summary = tokenized.lengths, tokenized.trained(), outcome(tokenized), tokenized.content()
-    return tokenized, (*summary, tokenize.format.formatting_style)
-
-
-class Tasks:
-    """Tokenise works of one source by a task each.
-
-    All tasks use the formatting style that the source's first deciding row gives, so the result does not depend on how
-    the source is cut.
-    """
-
-    def __init__(self, tokenizer: RowTokenizer):
-        self._tokenizer, self._shared = tokenizer, ray.put(tokenizer)
-
-    def start(self, work: Work, part: tuple = ()) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        """Return references to a block and its summary. Wait for the block if its rows decide the formatting style."""
-        references: Any = tokenize_rows.remote(self._shared, work, *part)
-        tokens, summary = references
-        if self._tokenizer.format.is_undecided and (style := ray.get(summary)[-1]) != "auto":
-            decided = dataclasses.replace(self._tokenizer.format, formatting_style=style)
-            self._tokenizer = dataclasses.replace(self._tokenizer, format=decided)
-            self._shared = ray.put(self._tokenizer)
-        return tokens, summary
-
-
-def outcome(block: TokenizedBlock) -> tuple[dict[str, int], tuple[str, ...], tuple[tuple[str, bool], ...], Told]:
-    """Summarise a block's rows for the driver: counts, examples, columns and messages."""
-    told = Told(block.formats, block.notes)
-    return {name: getattr(block, name) for name in COUNTS}, block.samples, block.columns, told
-
-
 def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[tuple[Work, tuple]]:
     """Yield the source's rows as work for one task each, with the Ray Data block and row range that hold the rows.
 
@@ -209,6 +188,17 @@ def work(source: Any, name: str = "", choice: Choice | None = None) -> Iterator[
             f"a dataset cannot be made of {named}; give a path, URL or list of these, a list of dicts, a Ray Dataset, "
             "a Hugging Face dataset, a pandas DataFrame or an Arrow table"
         )
+
+
+def few(works: Iterator[tuple[Work, tuple]]) -> tuple[list[tuple[Work, tuple]], Iterator[tuple[Work, tuple]] | None]:
+    """Return (all of the work, None) if it is only a few rows; else (the beginning, all of the work)."""
+    taken: list[tuple[Work, tuple]] = []
+    while sum(work.share_of_few(part) for work, part in taken) <= 1:
+        try:
+            taken.append(next(works))
+        except StopIteration:
+            return taken, None
+    return taken, itertools.chain(taken, works)
 
 
 def stream(source: Any, rows: int) -> Iterator[Work]:

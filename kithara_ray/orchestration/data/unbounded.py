@@ -23,7 +23,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
-from kithara_ray.orchestration.data.sources import COUNTS, Tasks, stream
+from kithara_ray.orchestration.data.sources import COUNTS, stream
+from kithara_ray.orchestration.data.tasks import Tasks
 from kithara_ray.orchestration.data.token_store import describe, rounded
 from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.batches.packing import packs

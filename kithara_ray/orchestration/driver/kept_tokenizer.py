@@ -6,15 +6,10 @@ Exports take it from there: the run's own exports, exports during the run, and t
 import hashlib
 import json
 import logging
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from kithara_ray.hf.model_files import token_texts, write_files
-from kithara_ray.orchestration.cluster.remote import head_node_id, remote_get
+from kithara_ray.hf.model_files import token_texts
 from kithara_ray.sft.tokens.prompts import Prompting
 from kithara_ray.sft.tokens.tokenizer_files import files_of
 from kithara_ray.storage.urls import join
@@ -22,6 +17,8 @@ from kithara_ray.storage.urls import join
 logger = logging.getLogger(__name__)
 
 DIRECTORY = "tokenizer"
+# Files by name, and the directories to write all of them to -> the first of these.
+Write = Callable[[Mapping[str, bytes], Sequence[str]], str]
 
 
 def prompting_of(dataset: Any) -> Prompting:
@@ -33,12 +30,13 @@ def prompting_of(dataset: Any) -> Prompting:
     return Prompting(parts[0].tokenizer, templates[0] if templates else None)
 
 
-def keep(prompting: Prompting, base: str, directories: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Have the head node write the tokenizer's files into `tokenizer/` of each directory; the directories are its own.
+def keep(prompting: Prompting, base: str, directories: Sequence[str], write: Write) -> tuple[str, dict[str, Any]]:
+    """Write the tokenizer's files into `tokenizer/` of each directory. They are made here, as the tokenizer is loaded.
 
     Args:
         base: the base's handle. The end tokens of the answers are added to its generation settings.
-        directories: paths or URLs. If there are none, the head node keeps the files in its temporary directory.
+        directories: paths or URLs. If there are none, a temporary directory keeps the files.
+        write: writes the files on the node whose directories these are, see `Coordinator.keep_files`.
 
     Returns: the files' location, and the tokenizer's entry in run.json.
 
@@ -46,19 +44,8 @@ def keep(prompting: Prompting, base: str, directories: Sequence[str]) -> tuple[s
         DataError: there is no tokenizer.
         DestinationError: a directory cannot be written.
     """
-    head = head_node_id() or ray.get_runtime_context().get_node_id()
-    on_head = NodeAffinitySchedulingStrategy(head, soft=False)
-    return remote_get(_keep.options(scheduling_strategy=on_head).remote(prompting, base, tuple(directories)))
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _keep(prompting: Prompting, base: str, directories: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     files = files_of(prompting, base)
-    places = [join(directory, DIRECTORY) for directory in directories]
-    places = places or [tempfile.mkdtemp(prefix="kithara_ray_tokenizer_")]
-    for place in places:
-        write_files(place, files)
-    return places[0], _facts(prompting, files)
+    return write(files, [join(directory, DIRECTORY) for directory in directories]), _facts(prompting, files)
 
 
 def _facts(prompting: Prompting, files: dict[str, bytes]) -> dict[str, Any]:

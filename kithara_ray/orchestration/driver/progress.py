@@ -1,6 +1,7 @@
 """The display of a run's progress: a bar on a terminal, lines elsewhere."""
 
 import datetime
+import logging
 import threading
 from typing import Any
 
@@ -10,6 +11,12 @@ from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from kithara_ray.orchestration.driver.phases import Phases
+from kithara_ray.orchestration.request.facts import mesh_axes
+from kithara_ray.orchestration.request.run_request import RunRequest
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _PHASES = {
@@ -41,9 +48,14 @@ def figures_of(event: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Shows the driver's phases and, once `follow` names a coordinator, its events. Use it in a `with` block."""
+    """Shows the driver's phases and, once `follow` names a coordinator, its events. Use it in a `with` block.
+
+    Attributes:
+        phases: the times of the driver's phases.
+    """
 
     def __init__(self, enabled: bool = True):
+        self.phases = Phases()
         self._coordinator: ActorHandle | None = None
         self._console = Console(stderr=True, quiet=not enabled, highlight=False)
         self._seen = 0
@@ -80,7 +92,18 @@ class Progress:
         self._bar.stop()
 
     def phase(self, name: str) -> None:
+        """Begin a phase of the driver, and show it."""
+        self.phases.enter(name)
         self._show({"kind": "phase", "name": name})
+
+    def mesh(self, request: RunRequest) -> None:
+        """Tell the mesh of a run, and why it has it if it was chosen by default."""
+        axes = mesh_axes(request)
+        if request.default_mesh is None or axes is None:
+            return
+        line = f"mesh {' '.join(f'{axis}={size}' for axis, size in axes.items())}: {request.default_mesh['why']}"
+        logger.info("%s", line)
+        self._note(line)
 
     def _follow(self) -> None:
         while not self._stop.wait(_POLL_S):

@@ -22,11 +22,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from kithara_ray.checkpoint.run_files import RUN
-from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.exports.reference import split_reference
-from kithara_ray.hf.identity import identity_of
 from kithara_ray.orchestration.data.datasets import Dataloader
 from kithara_ray.orchestration.preflight import node_facts
+from kithara_ray.orchestration.preflight.tasks import base_facts
 from kithara_ray.orchestration.request.facts import mesh_axes
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.orchestration.worker.spec import RunSpec
@@ -38,15 +36,6 @@ VERSION = 1
 GIT_VARIABLE = "KITHARA_RAY_GIT"  # holds the result of `git_revision` on the machine that submitted the job
 # Environment variables whose values affect the computation; of all others only the names are written.
 _COMPUTES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "KERAS_", "OMP_", "NCCL_")
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _base_facts(handle: str) -> dict[str, Any]:
-    """Return the base's location and identity; if its weights are local, samples of them are hashed."""
-    base = BaseCheckpoint.at(handle)
-    name, revision = split_reference(handle)[0], identity_of(base, handle).revision
-    fingerprint = None if base.source else base.fingerprint()
-    return {"name": name, "revision": revision, "fingerprint": fingerprint, "model_type": base.config.get("model_type")}
 
 
 class RunManifest:
@@ -61,7 +50,7 @@ class RunManifest:
         env = (request.group.run_config.worker_runtime_env or {}).get("env_vars", {})
         # A value that only the workers receive is also a secret, if its name suggests so.
         self._secrets = sorted({*secret_values(), *secret_values(env)}, key=len, reverse=True)
-        self._base = _base_facts.remote(request.model.preset_handle)
+        self._base = base_facts.remote(request.model.preset_handle)
         self.content: dict[str, Any] = {
             "manifest_version": VERSION,
             "status": "running",
@@ -80,10 +69,11 @@ class RunManifest:
         """The run's directory on the head node, or a URL; None if only Ray's own file system reaches it."""
         return None if self._request.group.run_config.storage_filesystem else self._request.directory
 
-    def begin(self, coordinator: ActorHandle, spec: RunSpec, tokenizer: Mapping[str, Any]) -> None:
+    def begin(self, coordinator: ActorHandle, request: RunRequest, spec: RunSpec, tokenizer: Mapping[str, Any]) -> None:
         """Write the manifest before the first step.
 
         Args:
+            request: the run's request after the checks, which have chosen its mesh.
             spec: the run's RunSpec, with its tokenised datasets.
             tokenizer: see `kept_tokenizer.keep`.
         """
@@ -92,10 +82,11 @@ class RunManifest:
         self.content["data"] = {"train": _data(spec.train.store)} | (
             {"eval": _data(spec.eval.data.store)} if spec.eval else {}
         )
-        axes, devices = mesh_axes(self._request) or {}, spec.num_devices
+        axes, devices = mesh_axes(request) or {}, spec.num_devices
         if spec.plan is not None:
             self.content["plan"] = spec.plan
-        self.content["mesh"] = {**axes, "platform": spec.platform, "devices": devices, "hosts": spec.num_workers}
+        where = {"platform": spec.platform, "devices": devices, "hosts": spec.num_workers}
+        self.content["mesh"] = {**axes, **where, "by_default": request.default_mesh}
         self._write(coordinator)
 
     def end(self, coordinator: ActorHandle, status: str, **more: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Turn a request into the workers' RunSpec: first tokenised data, then rows per device, then the spec."""
 
-import time
+import contextlib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,14 @@ from kithara_ray.orchestration.data.held_out import tokenize_and_hold_out
 from kithara_ray.orchestration.data.pipeline import tokenize, tokenize_whole
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.orchestration.data.unbounded import EndlessStore
+from kithara_ray.orchestration.driver.phases import Phases
 from kithara_ray.orchestration.preflight.memory_fit import Fit
 from kithara_ray.orchestration.request.facts import count_devices, vocabulary
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.orchestration.worker.callback_runner import RayMetrics
 from kithara_ray.orchestration.worker.channel import Channel
 from kithara_ray.orchestration.worker.heartbeat import Limits
-from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec
+from kithara_ray.orchestration.worker.spec import EvalSpec, ModelSpec, RunSpec, Start
 
 # A process sends a beat each second. A frozen process sends none, and neither does one whose host is gone.
 SILENCE_TIMEOUT_S = 60.0
@@ -32,13 +34,10 @@ class Tokenized:
 
     Attributes:
         eval: the evaluation data; None if the run evaluates nothing.
-        began, ended: start and end of the tokenising, in seconds since the epoch.
     """
 
     train: TokenStore | EndlessStore
     eval: TokenStore | EndlessStore | None
-    began: float
-    ended: float
 
     def largest_shape(self, request: RunRequest) -> tuple[int, int]:
         """Return (T, K), positions and predictions of a row, of the largest training batch."""
@@ -46,13 +45,29 @@ class Tokenized:
         return self.train.shapes(request.group.platform, loader.packed_len, loader.length_buckets)[-1]
 
 
+def loading_tokenizers(request: RunRequest, phases: Phases) -> threading.Thread:
+    """Load a run's tokenizers in a thread, and return it: transformers is imported while checks wait for tasks."""
+    loaders = [loader.dataset for _, loader in request.loaders()]
+    datasets = [part for dataset in loaders for part in getattr(dataset, "datasets", (dataset,))]
+
+    def load() -> None:
+        with phases.beside("tokenizer"):
+            for dataset in datasets:
+                with contextlib.suppress(Exception):  # raised again where the tokenizer is needed
+                    dataset.row_tokenizer().loaded()
+
+    thread = threading.Thread(target=load, name="tokenizers", daemon=True)
+    thread.start()
+    return thread
+
+
 def tokenized(request: RunRequest) -> Tokenized:
     """Tokenise a run's data on the cluster. Raises DataError."""
-    began, known = time.time(), vocabulary(request)
+    known = vocabulary(request)
     train, asked = request.train, request.evaluation
     if train.eval_fraction is not None:
         stores = tokenize_and_hold_out(train.dataset, train.eval_fraction, train.seed, known)
-        return Tokenized(*stores, began, time.time())
+        return Tokenized(*stores)
     store, held_out = tokenize(train.dataset, known), None
     if asked is not None:
         dataset = asked.loader.dataset
@@ -60,7 +75,7 @@ def tokenized(request: RunRequest) -> Tokenized:
             assert asked.max_samples is not None  # the request asks for it
             dataset = dataset.head(asked.max_samples)
         held_out = tokenize_whole(dataset, known)
-    return Tokenized(store, held_out, began, time.time())
+    return Tokenized(store, held_out)
 
 
 def run_spec(
@@ -70,6 +85,7 @@ def run_spec(
     adapter: Mapping[str, np.ndarray] | None,
     settings: Mapping[str, Any],
     channel: Channel,
+    start: Start,
 ) -> RunSpec:
     """Return the workers' spec.
 
@@ -78,6 +94,7 @@ def run_spec(
         adapter: tensors to continue from; None starts from PEFT's initial factors.
         settings: the run's arguments, as in run.json.
         channel: the channel to the head.
+        start: the driver's part of the run's start.
     """
     model, group, reporting = request.model, request.group, request.reporting
     board = [TensorBoard(reporting.tensorboard_dir)] if reporting.tensorboard_dir else []
@@ -100,8 +117,7 @@ def run_spec(
         profiler=reporting.profiler,
         settings=settings,
         plan=fit.plan,
-        called=data.began,
-        submitted=data.ended,
+        start=start,
         channel=channel,
     )
 

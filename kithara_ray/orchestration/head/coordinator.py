@@ -9,9 +9,10 @@ import functools
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from kithara_ray.hf.exports.export import export_with_report
 from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.trained import TensorSlice
 from kithara_ray.hf.exports.trained_export import Receiver, export_trained
+from kithara_ray.hf.model_files import write_files
 from kithara_ray.orchestration.cluster.remote import head_node_id
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef, Tensors
@@ -205,6 +207,17 @@ class Coordinator:
         opened, adapter = BaseCheckpoint.at(base), Adapter(config, tensors)
         export_with_report(opened, adapter, order.destination, order.layout, options)
         return order.destination
+
+    def keep_files(self, files: Mapping[str, bytes], directories: Sequence[str]) -> str:
+        """Write files into each directory, or into a temporary one if there are none; return the first directory.
+
+        Raises:
+            DestinationError: a directory cannot be written.
+        """
+        directories = directories or [tempfile.mkdtemp(prefix="kithara_ray_tokenizer_")]
+        for directory in directories:
+            write_files(directory, files)
+        return directories[0]
 
     def write_run(self, directory: str, content: dict[str, Any]) -> None:
         """Write run.json of the run."""

@@ -4,15 +4,17 @@ They cover all that can be known before an accelerator is reserved, on all nodes
 They start tasks and no actor, so a run that fails here leaves nothing on the cluster.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kithara_ray.errors import DestinationError
+from kithara_ray.errors import DestinationError, KitharaRayError
 from kithara_ray.hf.exports.request import requests_of
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.preflight import memory_fit
 from kithara_ray.orchestration.preflight.findings import OK, Finding, Skipped, Warned, find, gb
+from kithara_ray.orchestration.preflight.mesh import with_mesh
 from kithara_ray.orchestration.preflight.nodes import Nodes
 from kithara_ray.orchestration.preflight.probes import FirstRows, Probes
 from kithara_ray.orchestration.request.facts import mesh_axes, positions_of, weight_bytes
@@ -27,8 +29,8 @@ def check_cluster() -> list[Finding]:
 
 def check_run(
     request: RunRequest, exports: Sequence[Mapping[str, Any]], wait_s: float, tokenize: bool = False
-) -> list[Finding]:
-    """Run all checks of a run.
+) -> tuple[list[Finding], RunRequest]:
+    """Run all checks of a run; return their findings, and the request with the mesh that it has by default.
 
     Args:
         exports: arguments of the `save_in_hf_format` calls that will follow.
@@ -44,6 +46,8 @@ def check_run(
     nodes = Nodes.of_cluster()  # after the wait, so nodes that joined meanwhile are included
     # Reading rows takes a free CPU; without one, Ray Data would wait forever.
     rows = FirstRows(request, tokenize) if cluster.state == OK else None
+    with contextlib.suppress(KitharaRayError):  # a check reports the same error
+        request = with_mesh(request, nodes)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", nodes.check_versions),
         ("accelerator", lambda: nodes.check_tpus(request)),
@@ -54,7 +58,7 @@ def check_run(
         ("length", lambda: check_length(request)),
         ("tokenizer, rows" if tokenize else "rows", lambda: _check_rows(rows)),
     ]
-    return [cluster, *(find(name, check) for name, check in checks)]
+    return [cluster, *(find(name, check) for name, check in checks)], request
 
 
 def wait_for_cluster(request: RunRequest, wait_s: float) -> str:
@@ -76,7 +80,9 @@ def check_devices(request: RunRequest) -> str:
         raise Skipped("the number of devices is known once the workers have started")
     devices = math.prod(axes.values())
     batch = f", global batch {rows * devices * request.step.micro_batches} rows" if rows != "auto" else ""
-    return f"{devices} of {request.group.platform}: {' '.join(f'{axis}={size}' for axis, size in axes.items())}{batch}"
+    shape = " ".join(f"{axis}={size}" for axis, size in axes.items())
+    why = f"; {request.default_mesh['why']}" if request.default_mesh else ""
+    return f"{devices} of {request.group.platform}: {shape}{batch}{why}"
 
 
 def _check_disk(request: RunRequest, nodes: Nodes, probes: Probes) -> str:

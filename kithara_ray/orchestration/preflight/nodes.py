@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kithara_ray.errors import ClusterError
 from kithara_ray.orchestration.cluster import capacity, ray_compat
+from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.preflight.findings import Skipped, Warned, gb
 from kithara_ray.orchestration.preflight.node_facts import NodeFacts, look_there, versions
 from kithara_ray.orchestration.request.facts import mesh_axes, weight_bytes
@@ -86,6 +87,18 @@ class Nodes:
         if not chips:
             raise ClusterError("no node has a TPU; start the run on a cluster of TPU hosts, or without use_tpu")
         return f"{chips} device file(s), unused on every host where Ray counts them as free"
+
+    def ram_of_worker(self, group: WorkerGroup) -> int | None:
+        """Return the least memory, in bytes, that a worker of a group may find on its host; None if none fits anywhere.
+
+        A host's workers share its memory. As many are assumed as its resources have room for.
+        """
+        needs = ray_compat.resources_per_worker(group.scaling_config)
+        found = []
+        for node_id, facts in self.facts().items():
+            there = capacity.placeable(group.num_workers, needs, [self._nodes[node_id]["Resources"]])
+            found += [facts.ram_bytes // there] if there else []
+        return min(found, default=None)
 
     def check_memory(self, request: RunRequest) -> str:
         """Check the host memory for the weights that workers on CPUs keep."""

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,45 +14,13 @@ from kithara_ray.hf.exports.request import ExportRequest
 from kithara_ray.hf.publish.publish import check_destination
 from kithara_ray.orchestration.cluster.remote import head_node_id
 from kithara_ray.orchestration.data import sources
-from kithara_ray.orchestration.preflight.node_facts import free_disk
+from kithara_ray.orchestration.preflight.tasks import Found, check_snapshots, probe, probe_directory, tokenize_first
 from kithara_ray.orchestration.request.run_request import RunRequest
-from kithara_ray.orchestration.request.snapshots import PREFIX
 from kithara_ray.storage import urls
-from kithara_ray.storage.places import Place
 from kithara_ray.storage.urls import absolute
 
 _TIMEOUT_S = 60.0
 _FIRST_ROWS = 2
-
-
-# The problem of a place to write to, or None, and the free bytes of a local one.
-_Found = tuple[KitharaRayError | None, int | None]
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _probe(path: str, check: Callable[[str], None]) -> _Found:
-    """Try one place from the node that this runs on. `check` raises DestinationError."""
-    try:
-        check(path)
-    except KitharaRayError as error:
-        return error, None
-    return None, None if urls.is_url(path) else free_disk(path)
-
-
-def probe_directory(path: str) -> None:
-    """Raise DestinationError unless files can be written and deleted under `path`, which may exist or not."""
-    check_destination(urls.join(path, f".kithara_ray_probe_{uuid.uuid4().hex[:8]}"))
-
-
-def check_snapshots(directory: str, may_resume: bool) -> None:
-    """Raise DestinationError unless adapters can be written there, and existing ones belong to this run."""
-    probe_directory(directory)
-    found = sorted(name for name in Place(directory).directories() if name.startswith(PREFIX))
-    if found and not may_resume:
-        raise DestinationError(
-            f"{directory} holds {found[0]} from an earlier run; give another export_dir, or a checkpointer to "
-            "continue that run"
-        )
 
 
 class HeadProbes:
@@ -67,11 +34,11 @@ class HeadProbes:
         head = head_node_id()
         where = NodeAffinitySchedulingStrategy(head, soft=False) if head else "DEFAULT"
         self._asked = {
-            path: _probe.options(scheduling_strategy=where).remote(path, check) for path, check in places.items()
+            path: probe.options(scheduling_strategy=where).remote(path, check) for path, check in places.items()
         }
-        self._found: dict[str, _Found] | None = None
+        self._found: dict[str, Found] | None = None
 
-    def results(self) -> dict[str, _Found]:
+    def results(self) -> dict[str, Found]:
         """Return the results by path. Raises DestinationError for places that do not answer."""
         if self._found is None:
             late = ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_TIMEOUT_S)[1]
@@ -125,17 +92,6 @@ def places_of(request: RunRequest, exports: Sequence[ExportRequest]) -> dict[str
     return places
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _tokenize_first(tokenize: Any, rows: list[dict]) -> tuple[KitharaRayError | None, str]:
-    """Check that the tokenizer loads, and that the first rows have the expected format."""
-    try:
-        block = tokenize(rows, 0)
-    except KitharaRayError as error:
-        return error, ""
-    kept = ", ".join(str(int(length)) for length in block.lengths) or "none"
-    return None, f"the first row(s) have {kept} tokens" + (f"; {block.samples[0]}" if block.samples else "")
-
-
 class FirstRows:
     """The first rows of each dataset: read and formatted here, tokenised in a task while other checks run."""
 
@@ -155,7 +111,7 @@ class FirstRows:
         rows = [row for _, row in found]
         row_tokenizer = dataset.row_tokenizer()
         if tokenize:
-            self._asked.append((name, _tokenize_first.remote(row_tokenizer, rows)))
+            self._asked.append((name, tokenize_first.remote(row_tokenizer, rows)))
         elif row_tokenizer.on_bad_row == "error":
             for where, row in found:
                 if not isinstance(row, Exception):  # unreadable rows are reported when all rows are read

@@ -45,7 +45,7 @@ class StepSettings:
 
     Attributes:
         optimizer: ("keras", config) or ("optax", transformation).
-        mesh: axes of the device mesh; None derives the layout from the devices.
+        mesh: axes of the device mesh; None until the checks choose it, see `preflight.mesh`.
         remat: values that the blocks keep for the backward pass, one of `kithara_ray.model.options.REMAT`.
         micro_batches: parts of a step's rows that go through the model one after the other.
         seed: seed of the initial factors and of dropout.
@@ -127,6 +127,7 @@ class RunRequest:
         timeouts: limits on a run without progress.
         reporting: callbacks, logs, samples.
         config: the YAML that describes the run; None for a run written in Python.
+        default_mesh: figures that `step.mesh` was chosen by; None before the checks, and for a mesh that was given.
     """
 
     model: ModelRequest
@@ -141,6 +142,7 @@ class RunRequest:
     timeouts: Timeouts
     reporting: Reporting
     config: Mapping[str, Any] | None = None
+    default_mesh: Mapping[str, Any] | None = None
 
     @property
     def directory(self) -> str:

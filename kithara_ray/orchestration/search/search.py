@@ -24,13 +24,13 @@ from rich.console import Console
 
 from kithara_ray.checkpoint.run_files import read_trained, tokenizer_of
 from kithara_ray.errors import ConfigError, TrainingError
-from kithara_ray.orchestration.cluster import capacity, ray_compat
+from kithara_ray.orchestration.cluster import capacity, placement_groups, ray_compat
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.jax_trainer import sigint_kept
 from kithara_ray.orchestration.cluster.remote import pickled
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.model import KerasHubModel
-from kithara_ray.orchestration.search import placement_groups, spaces
+from kithara_ray.orchestration.search import spaces
 from kithara_ray.orchestration.search.spaces import describe, plain
 from kithara_ray.orchestration.search.state_files import whole_files
 from kithara_ray.orchestration.search.trial import (

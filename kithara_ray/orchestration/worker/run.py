@@ -17,7 +17,7 @@ from kithara_ray.callbacks import RunInfo
 from kithara_ray.callbacks.profiler import Tracer
 from kithara_ray.errors import TrainingError
 from kithara_ray.orchestration.cluster.process_setup import check_process_group
-from kithara_ray.orchestration.worker import leaving, start
+from kithara_ray.orchestration.worker import entry, leaving, start
 from kithara_ray.orchestration.worker.callback_runner import Calls
 from kithara_ray.orchestration.worker.channel import AdapterSpec
 from kithara_ray.orchestration.worker.checkpointing import Saving
@@ -71,12 +71,13 @@ class Run:
     def __init__(self, spec: RunSpec, started: float):
         self.spec, self.rank = spec, jax.process_index()
         importing = time.monotonic() - started
+        # These compare two hosts' clocks.
         phases = {
-            "tokenize": round(spec.submitted - spec.called, 2),
-            # This compares two hosts' clocks.
-            "schedule": round(max(0.0, time.time() - importing - spec.submitted), 2),
+            **spec.start.phases,
+            "schedule": round(max(0.0, time.time() - importing - spec.start.submitted), 2),
             "import": round(importing, 2),
         }
+        self._beside = {**spec.start.beside, **entry.times_beside(spec.start.began)}
         check_process_group(spec.num_workers, spec.platform, spec.num_devices)
         self.number, self.left = 0, None
         self.saving: Saving | None = None
@@ -114,7 +115,7 @@ class Run:
             self.outcomes = self._outcomes()
         if spec.snapshots is not None:
             self.snapshots = SnapshotSender(spec.snapshots, spec.channel, self.rank, self._adapter_spec)
-        log.record("started", total_steps=self.total_steps, **self._counts, phases=log.phases)
+        log.record("started", total_steps=self.total_steps, **self._counts, phases=log.phases, beside=self._beside)
 
     def _look_for_checkpoint(self) -> None:
         self.saving = start.find_checkpoint(self.spec, self.rank, self._parts)

@@ -51,6 +51,22 @@ class EvalSpec:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The driver's part of a run's start.
+
+    Attributes:
+        began, submitted: beginning of `train()`, and of the request for the workers, in seconds since the epoch.
+        phases: seconds of each phase between the two, in order.
+        beside: (beginning, end) of work beside the phases, in seconds since `began`.
+    """
+
+    began: float
+    submitted: float
+    phases: Mapping[str, float] = field(default_factory=dict)
+    beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """All inputs of a worker.
 
@@ -69,7 +85,7 @@ class RunSpec:
         profiler: the profiler, which sets the steps that rank 0 traces; None traces none.
         settings: the run's arguments as in run.json, for callbacks.
         plan: the plan for the slice; None without a plan.
-        called, submitted: start of the driver, and its request for the workers, in seconds since the epoch.
+        start: the driver's part of the run's start.
         channel: the channel of the ranks to the head.
     """
 
@@ -91,6 +107,5 @@ class RunSpec:
     profiler: Profiler | None
     settings: Mapping[str, Any]
     plan: Mapping[str, Any] | None
-    called: float
-    submitted: float
+    start: Start
     channel: Channel = field(repr=False, compare=False)

@@ -7,6 +7,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from kithara_ray.errors import DataError, TrainingError
+from kithara_ray.orchestration.cluster import jax_trainer
 from kithara_ray.orchestration.cluster.jax_trainer import named
 from kithara_ray.orchestration.worker.event_log import one_history
 
@@ -36,6 +37,18 @@ def test_the_rank_that_failed_by_itself_is_named(failures, expected):
     stalled = named(WorkerGroupError("", failures), "rank 7 on host is stuck")
     assert isinstance(stalled, TrainingError)
     assert "rank 7" in str(stalled)
+
+
+def test_what_a_dead_controller_held_is_freed(monkeypatch):
+    class Trainer:
+        def fit(self):
+            raise DIED
+
+    freed = []
+    monkeypatch.setattr(jax_trainer.placement_groups, "free", lambda: freed.append(True))
+    with pytest.raises(TrainingError, match=r"Ray's controller of the run died: .*the actor died"):
+        jax_trainer.fit(Trainer(), None)
+    assert freed
 
 
 def test_the_history_of_all_attempts_is_one():

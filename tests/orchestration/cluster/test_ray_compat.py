@@ -62,6 +62,9 @@ NAMES = {
     "create_package": Name("ray._private.runtime_env.packaging:create_package", "write_package"),
     "HEAD_NODE_RESOURCE_NAME": Name("ray._common.constants:HEAD_NODE_RESOURCE_NAME", "HEAD_NODE_RESOURCE"),
     "DatasetsCallback": Name("ray.train.v2._internal.callbacks.datasets:DatasetsCallback", "HookedJaxTrainer"),
+    "PlacementGroupCleanerCallback": Name(
+        "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback", "HookedJaxTrainer"
+    ),
     "get_train_context": Name("ray.train.v2._internal.execution.context:get_train_context", "preemption_notice"),
     "_JaxBackend": Name("ray.train.v2.jax.config:_JaxBackend.on_start", "JaxBackend"),
     "_create_default_callbacks": Name("ray.train.v2.jax:JaxTrainer._create_default_callbacks", "HookedJaxTrainer"),
@@ -210,10 +213,10 @@ def test_files_of_a_package(tmp_path):
 
 
 def test_the_trainers_hooks(monkeypatch):
-    callback = look_up(NAMES["DatasetsCallback"].owner, "DatasetsCallback")
-    sharing, other = callback.__new__(callback), object()
+    unused = [look_up(NAMES[name].owner, name) for name in ("DatasetsCallback", "PlacementGroupCleanerCallback")]
+    unused, other = [callback.__new__(callback) for callback in unused], object()
     base = ray_train_compat.HookedJaxTrainer.__mro__[1]
-    monkeypatch.setattr(base, "_create_default_callbacks", lambda self: [sharing, other])
+    monkeypatch.setattr(base, "_create_default_callbacks", lambda self: [*unused, other])
     asked = []
 
     class Trainer(ray_train_compat.HookedJaxTrainer):

@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoModelForCausalLM
 
-from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 from kithara_ray.errors import ClusterError
 
 
@@ -51,6 +51,7 @@ def make_trainer(directory, tmp_path, **scaling):
         ),
         steps=2,
         scaling_config=ScalingConfig(use_tpu=True, **scaling),
+        mesh=MeshShape(),  # weights cross processes
         run_config=RunConfig(storage_path=str(tmp_path), worker_runtime_env={"env_vars": env}),
         cluster_timeout_s=2,
         progress=False,

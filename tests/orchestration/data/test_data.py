@@ -15,6 +15,7 @@ import tiny
 
 from kithara_ray import Dataloader, SFTDataset, TextCompletionDataset, mix
 from kithara_ray.errors import ConfigError, DataError
+from kithara_ray.orchestration.data import pipeline, sources
 from kithara_ray.orchestration.data.pipeline import tokenize
 from kithara_ray.orchestration.data.token_rows import Rows
 
@@ -24,6 +25,14 @@ ROWS = tiny.rows(50)
 @pytest.fixture(scope="module")
 def directory(tiny_models):
     return str(tiny_models["llama"])
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Rows are tokenised in tasks, however few they are; yields what decides it otherwise."""
+    decides = sources.few
+    monkeypatch.setattr(sources, "few", lambda works: ([], works))
+    return decides
 
 
 def jsonl(path, rows=ROWS):
@@ -45,7 +54,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_source_gives_the_same_tokens_in_the_same_order(cluster, directory, tmp_path, kind, monkeypatch):
+def test_every_source_gives_the_same_tokens_in_the_same_order(cluster, directory, tmp_path, kind, monkeypatch, few):
     monkeypatch.setattr("kithara_ray.sft.rows.files.PIECE_BYTES", 700)
     monkeypatch.setattr("kithara_ray.orchestration.data.sources._SLICE_ROWS", 20)
     monkeypatch.setattr("kithara_ray.orchestration.data.sources._SLICE_BYTES", 400)
@@ -58,6 +67,11 @@ def test_every_source_gives_the_same_tokens_in_the_same_order(cluster, directory
     assert store.trained.tolist() == [row.loss_mask.sum() for row in expected.rows()]
     assert store.starts.tolist() == np.cumsum([0] + [len(block) for block in blocks]).tolist()
     assert len(blocks) > 1
+    monkeypatch.setattr(sources, "few", few)
+    monkeypatch.setattr(pipeline, "Tasks", None)
+    here = tokenize(dataset)
+    assert (here.content, here.counts, here.told) == (store.content, store.counts, store.told)
+    assert here.lengths.tolist() == store.lengths.tolist()
 
 
 def conversations(tmp):

@@ -112,6 +112,27 @@ def test_every_source_is_trained_on_as_the_list_of_its_rows(directory, tmp_path,
     assert where == [f"{'line' if kind == 'jsonl' else 'row'} {first + n}" for n in range(3)]
 
 
+def test_a_few_rows_and_more(tmp_path, monkeypatch):
+    """By rows, or by bytes of text; of what the driver has not read, nothing is known."""
+
+    def few(source):
+        _, rest = sources.few(sources.work(source))
+        assert rest is None or len(list(rest)) == len(list(sources.work(source)))
+        return rest is None
+
+    row, path = {"prompt": "a", "answer": "b"}, tmp_path / "a.jsonl"
+    assert few([row] * sources.FEW_ROWS)
+    assert not few([row] * (sources.FEW_ROWS + 1))
+    assert not few(pa.Table.from_pylist([row] * 5000))
+    line = json.dumps(row) + "\n"
+    for more, is_few in ((0, True), (1, False)):
+        path.write_text(line * (sources.FEW_BYTES // len(line) + more))
+        assert few(path) is is_few
+    path.write_text(line)
+    monkeypatch.setattr("kithara_ray.sft.rows.files.is_local", lambda url: False)
+    assert not few(path)
+
+
 def rows_of(source):
     """As a formatting function is given them."""
     is_stream = hasattr(source, "features") and not hasattr(source, "__len__")

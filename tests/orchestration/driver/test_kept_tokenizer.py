@@ -1,4 +1,4 @@
-"""A run's tokenizer as files and as run.json has it; the task's own function, without Ray."""
+"""A run's tokenizer as files and as run.json has it; written by a coordinator of this process, without Ray."""
 
 import json
 import shutil
@@ -9,9 +9,12 @@ from transformers import AutoTokenizer
 
 from kithara_ray.errors import DestinationError
 from kithara_ray.orchestration.driver import kept_tokenizer
+from kithara_ray.orchestration.head.coordinator import Coordinator
 from kithara_ray.sft.tokens.prompts import Prompting
 
-keep = kept_tokenizer._keep._function
+
+def keep(*given):
+    return kept_tokenizer.keep(*given, Coordinator().keep_files)
 
 
 @pytest.fixture

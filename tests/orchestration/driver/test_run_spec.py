@@ -10,6 +10,7 @@ from kithara_ray import Checkpointer
 from kithara_ray.orchestration.data.token_store import TokenStore
 from kithara_ray.orchestration.driver.run_spec import Tokenized, limits_of, run_spec
 from kithara_ray.orchestration.preflight.memory_fit import Fit
+from kithara_ray.orchestration.worker.spec import Start
 
 
 def store(longest: int) -> TokenStore:
@@ -17,11 +18,12 @@ def store(longest: int) -> TokenStore:
     return TokenStore((), lengths, lengths - 2, np.array([0, 2]), pad_id=0)
 
 
-DATA = Tokenized(store(20), store(40), began=100.0, ended=107.0)
+DATA = Tokenized(store(20), store(40))
+START = Start(100.0, 107.0)
 
 
 def spec_of(asked, rows: int, plan=None):
-    return run_spec(asked, DATA, Fit(rows, plan), None, {"a": 1}, channel=None)
+    return run_spec(asked, DATA, Fit(rows, plan), None, {"a": 1}, None, START)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_a_request_is_carried_into_the_spec():
     assert (spec.steps, spec.epochs, spec.step) == (4, None, asked.step)
     assert (spec.platform, spec.num_workers, spec.num_devices, spec.directory) == ("cpu", 2, 2, "/runs/run")
     assert [type(callback).__name__ for callback in spec.callbacks] == ["RayMetrics", "TensorBoard"]
-    assert (spec.log_steps_interval, spec.settings, spec.called, spec.submitted) == (6, {"a": 1}, 100.0, 107.0)
+    assert (spec.log_steps_interval, spec.settings, spec.start) == (6, {"a": 1}, START)
 
 
 def test_a_save_may_take_the_checkpointers_time():

@@ -39,7 +39,7 @@ def started(tiny_models, monkeypatch):
     manifest = MagicMock()
     manifest.begin.side_effect = note("run.json")
     monkeypatch.setattr(trainers, "RunManifest", lambda request: manifest)
-    monkeypatch.setattr(trainers, "tokenized", note("tokenize", Tokenized(store, None, 0.0, 1.0)))
+    monkeypatch.setattr(trainers, "tokenized", note("tokenize", Tokenized(store, None)))
     monkeypatch.setattr(trainers, "keep_tokenizer", note("tokenizer", {}))
     monkeypatch.setattr(trainers.ray, "get", note("coordinator is there"))
     monkeypatch.setattr(KerasHubModel, "coordinator", note("coordinator", MagicMock()))
@@ -48,7 +48,7 @@ def started(tiny_models, monkeypatch):
     monkeypatch.setattr(WorkerGroup, "run", run)
 
     def start(findings):
-        monkeypatch.setattr(trainers, "check_run", note("check", findings))
+        monkeypatch.setattr(trainers, "check_run", lambda request, *rest: done.append("check") or (findings, request))
         model = KerasHubModel.from_preset(str(tiny_models["llama"]), lora_rank=4)
         Trainer(model, optax.sgd(1.0), loader(3), steps=1, gradient_accumulation_steps=2, progress=False).train()
 

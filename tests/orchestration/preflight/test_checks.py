@@ -12,7 +12,7 @@ from kithara_ray import Checkpointer, MeshShape
 from kithara_ray.errors import ClusterError, ConfigError, DestinationError
 from kithara_ray.hf.exports.request import requests_of
 from kithara_ray.orchestration.cluster.connection import check_address
-from kithara_ray.orchestration.preflight import checks, findings, node_facts, nodes, probes
+from kithara_ray.orchestration.preflight import checks, findings, node_facts, nodes, probes, tasks
 from kithara_ray.orchestration.request.snapshots import Snapshots
 
 
@@ -76,14 +76,14 @@ def test_this_node():
 
 
 def test_a_directory_is_probed_and_left_as_it_was(tmp_path):
-    probes.probe_directory(str(tmp_path))
-    probes.probe_directory(str(tmp_path / "not" / "there"))
+    tasks.probe_directory(str(tmp_path))
+    tasks.probe_directory(str(tmp_path / "not" / "there"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(DestinationError, match="cannot be written"):
-        probes.probe_directory(str(tmp_path / "file"))
+        tasks.probe_directory(str(tmp_path / "file"))
     with pytest.raises(DestinationError, match="cannot be written"):
-        probes.probe_directory("/proc/self")
+        tasks.probe_directory("/proc/self")
 
 
 def test_all_that_failed_is_raised_together():
@@ -144,6 +144,16 @@ def test_memory_of_nodes(monkeypatch):
     with pytest.raises(ClusterError, match=r"2 worker\(s\) keep 12\.0 GB of weights each, of 16\.0 GB of memory"):
         cluster_of(host).check_memory(copies)
     assert cluster_of(host).check_memory(request(V5E_4)).startswith("12.0 GB of the base read by each host")
+
+
+def test_memory_of_a_worker():
+    """Hosts of 8 CPUs: as many workers share the memory as fit there, and of unlike hosts the least counts."""
+    small, large = facts(ram_bytes=16 * GB), facts(ram_bytes=64 * GB)
+    assert cluster_of(large, small).ram_of_worker(request({"num_workers": 2}).group) == 8 * GB
+    each = {"num_workers": 4, "resources_per_worker": {"CPU": 3}}
+    assert cluster_of(large).ram_of_worker(request(each).group) == 32 * GB
+    nowhere = {"num_workers": 1, "resources_per_worker": {"CPU": 9}}
+    assert cluster_of(large).ram_of_worker(request(nowhere).group) is None
 
 
 class Free:

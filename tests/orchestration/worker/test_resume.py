@@ -1,5 +1,6 @@
 """A run that is killed goes on from its last committed checkpoint, and ends as if nothing had happened."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import tiny
 from loops import Recorder, loop_with, noted, use
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from kithara_ray import Checkpointer, Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Checkpointer, Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 from kithara_ray.checkpoint import disk_format
 from kithara_ray.checkpoint.run_files import read_trained
 from kithara_ray.storage.places import Place
@@ -29,7 +30,11 @@ def make_trainer(directory, out, workers=2, devices=2, failures=0, **kwargs):
     model = KerasHubModel.from_preset(str(directory), lora_rank=4, lora_alpha=12, lora_dropout=0.1, precision="float32")
     data = SFTDataset(tiny.rows(22), tokenizer_handle=str(directory), max_seq_len=64)
     held_out = SFTDataset(tiny.rows(5), tokenizer_handle=str(directory))
-    options = dict(seed=2, checkpointer=Checkpointer(out / "checkpoints", save_interval_steps=EVERY, max_to_keep=2))
+    options = dict(
+        seed=2,
+        checkpointer=Checkpointer(out / "checkpoints", save_interval_steps=EVERY, max_to_keep=2),
+        mesh=MeshShape(),  # weights cross processes
+    )
     return Trainer(
         model=model,
         optimizer=keras.optimizers.AdamW(keras.optimizers.schedules.PolynomialDecay(1e-2, STEPS, 1e-3)),
@@ -105,14 +110,17 @@ def test_killed_ranks_resume_to_the_same_bits(undisturbed, tiny_models, tmp_path
 
 
 @pytest.mark.long
-def test_resumed_on_another_number_of_hosts(undisturbed, tiny_models, tmp_path):
-    """Step 6 of two workers of two devices, to the end on one worker of one."""
+def test_resumed_on_another_number_of_hosts_and_another_mesh(undisturbed, tiny_models, tmp_path):
+    """Step 6 of two workers of two devices that split the weights, to the end on one worker whose two devices do not,
+    as a small model has it by default."""
     out, reference, expected = undisturbed
     where = Place(str(out / "checkpoints"))
     shutil.copytree(out / "checkpoints", tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints" / disk_format.committed(where)[0])
-    trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, devices=1)
+    trainer = make_trainer(tiny_models["llama"], tmp_path, workers=1, mesh=None)
     result = trainer.train()
+    axes = json.loads((Path(result.path) / "run.json").read_text())["mesh"]
+    assert (axes["data"], axes["fsdp"]) == (2, 1)
     assert [row["step"] for row in result.history] == list(range(1, STEPS + 1))
     assert losses(result)[6] == losses(expected)[6]
     assert losses(result)[8] == pytest.approx(losses(expected)[8], rel=1e-5)

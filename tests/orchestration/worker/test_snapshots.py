@@ -7,14 +7,14 @@ import tiny
 from observed import EVERY
 from ray.train import RunConfig, ScalingConfig
 
-from kithara_ray import Dataloader, KerasHubModel, SFTDataset, Trainer
+from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 from kithara_ray.checkpoint.run_files import read_trained
 from kithara_ray.cli.app import main
 from kithara_ray.errors import ConfigError, DestinationError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.orchestration.head.snapshot_writer import SnapshotWriter
-from kithara_ray.orchestration.preflight.probes import check_snapshots
+from kithara_ray.orchestration.preflight.tasks import check_snapshots
 from kithara_ray.orchestration.worker.channel import AdapterSpec, SnapshotPart
 from kithara_ray.sharding.gather import Shard
 
@@ -30,6 +30,7 @@ def make_trainer(directory, tmp_path, **kwargs):
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(storage_path=str(tmp_path), name="run"),
         cpu_devices_per_worker=2,
+        mesh=MeshShape(),  # weights cross processes
         progress=False,
         **kwargs,
     )

@@ -1,8 +1,9 @@
-"""Placement groups of this job whose creator is dead: workers of a killed trial held them, and nothing frees them.
+"""Placement groups of this job whose creator is dead: workers of a killed run held them, and nothing frees them.
 
 Ray frees a placement group when its job ends, or when its creator frees it. A trial that is stopped or killed takes the
-controller of its run with it. An actor of Ray Train looks for such groups through the dashboard's server. That server
-may be absent or belong to another cluster; the table of groups is always available.
+controller of its run with it. Ray Train has an actor that looks for such groups through the dashboard's server. That
+server may be absent or belong to another cluster, and the actor's process takes seconds to start; the table of groups
+is always available.
 """
 
 import contextlib
