@@ -184,7 +184,7 @@ def test_room_on_disks(monkeypatch):
 def test_devices_and_the_global_batch():
     asked = request({"num_workers": 3}, step={"micro_batches": 5})
     assert checks.check_devices(asked) == "3 of cpu: data=1 fsdp=3 tensor=1, global batch 30 rows"
-    with pytest.raises(findings.Skipped, match="when the workers have started"):
+    with pytest.raises(findings.Skipped, match="once the workers have started"):
         checks.check_devices(request({"num_workers": 1, "use_tpu": True}))
     with pytest.raises(ConfigError, match="does not fit 3 devices"):
         checks.check_devices(request({"num_workers": 3}, step={"mesh": MeshShape(data=2)}))
