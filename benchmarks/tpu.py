@@ -24,7 +24,7 @@ from pathlib import Path
 from common import HERE, machine, run
 
 from kithara_ray.hf.lora_config import LoraConfig
-from kithara_ray.plan import plan, planner, program, slice_of
+from kithara_ray.plan import plan, planner, slice_of
 
 _GEMMA2 = dict(
     model_type="gemma2", head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0,
@@ -159,14 +159,15 @@ def native() -> dict:
     import keras
     import keras_hub
 
-    from kithara_ray.model.causal_lm import _without_values
+    from kithara_ray.model import keras_compat
     from kithara_ray.model.families import family_of
+    from kithara_ray.plan import facts
     from kithara_ray.sharding.mesh import batch_sharding, factor_sharding, make_mesh
 
     asked = {"topology": where.topology, "devices": where.chips, "hosts": where.hosts}
-    mesh = make_mesh(devices=program._devices(asked))
+    mesh = make_mesh(devices=facts._devices(asked))
     config = MODELS[model] | {"num_hidden_layers": NATIVE_LAYERS}
-    with _without_values():
+    with keras_compat.without_values():
         backbone = family_of(config).build(config, keras.DTypePolicy("mixed_bfloat16"))
         backbone.enable_lora(16)
     lm = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
