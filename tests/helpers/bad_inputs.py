@@ -234,9 +234,9 @@ def _(space):
     space.json(space.model / "config.json", model_type="mamba")
 
 
-@case("a field that KerasHub drops", "attention_bias")
+@case("a field that is not computed", "is_causal=False of this llama model")
 def _(space):
-    space.json(space.model / "config.json", attention_bias=True)
+    space.json(space.model / "config.json", is_causal=False)
 
 
 @case("weights cut short", "model.safetensors: tensor .* do not lie within")

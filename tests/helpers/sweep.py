@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from tiny import SIZES, VOCABULARY
+from tiny import MULTIMODAL, SIZES, VOCABULARY, model_type
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import CheckpointError, KitharaRayError, UnsupportedError
@@ -190,10 +190,10 @@ def others(name: str, value: Any) -> Iterator[Any]:
 
 @functools.cache
 def examples() -> Mapping[str, Any]:
-    """A value of every field that the config class of any family has."""
+    """A value of every field that the config class of any family of text has."""
     found: dict[str, Any] = {}
-    for family, size in sorted(SIZES.items()):
-        found |= AutoConfig.for_model(family, **copy.deepcopy(size)).to_dict()
+    for family in sorted(SIZES.keys() - MULTIMODAL):
+        found |= AutoConfig.for_model(model_type(family), **copy.deepcopy(SIZES[family])).to_dict()
     return found
 
 

@@ -19,7 +19,7 @@ CASES = {
     "patterns": {
         "target_modules": ATTENTION,
         "rank_pattern": {r"layers\.1\..*q_proj": 2, "v_proj": 6},
-        "alpha_pattern": {"o_proj": 3, r"layers\.0\..*k_proj": 11},
+        "alpha_pattern": {"o_proj": 3, r"layers\.[03]\..*k_proj": 11},
     },
     "expression": {"target_modules": r".*layers\.1.*q_proj"},
     "selected": {"target_modules": ATTENTION, "layers_to_transform": [1, 2], "exclude_modules": r".*\.1\..*k_proj"},

@@ -15,6 +15,7 @@ from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, Unsup
 from kithara_ray.hf.adapter import Adapter, LoraConfig, target_modules_of
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import export_with_report
+from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter, checksum
 from kithara_ray.hf.tower import is_beside, text_of
 from kithara_ray.model.families import family_of
@@ -194,7 +195,9 @@ def test_a_merge_is_peft_s_of_the_whole_model_and_leaves_the_rest(spelling, file
     adapter = random_adapter(base)
     adapter.write(tmp_path / "adapter", str(source))
     size = None if files == "the base's" else "200KB"
-    report = export_with_report(base, adapter, str(tmp_path / "out"), "merged", base_name="b", max_shard_size=size)
+    report = export_with_report(
+        base, adapter, str(tmp_path / "out"), "merged", ExportOptions(base_name="b", max_shard_size=size)
+    )
     beside = [name for name in base.names if is_beside(base.config, name)]
     note = f"the {len(beside)} tensors of multi_modal_projector, vision_tower are byte for byte the base's"
     assert any(note in one for one in report["notes"])
@@ -217,9 +220,8 @@ def test_a_merge_is_peft_s_of_the_whole_model_and_leaves_the_rest(spelling, file
 
 def test_a_cast_merge_keeps_the_names_in_the_files(directory, base, tmp_path):
     adapter = random_adapter(base)
-    report = export_with_report(
-        base, adapter, str(tmp_path / "out"), "merged", base_name="b", dtype="bfloat16", max_shard_size="200KB"
-    )
+    options = ExportOptions(base_name="b", dtype="bfloat16", max_shard_size="200KB")
+    report = export_with_report(base, adapter, str(tmp_path / "out"), "merged", options)
     assert any("multi_modal_projector, vision_tower are the base's, cast to bfloat16" in n for n in report["notes"])
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(load_file(directory / WEIGHTS))
@@ -245,7 +247,7 @@ def test_an_adapter_with_names_of_before_is_read(directory, base, tmp_path):
     assert all((read.adapter[name] == array).all() for name, array in adapter.tensors.items())
     loaded = Adapter.read(tmp_path / "older")
     for out, one in (("a", adapter), ("b", loaded)):
-        export_with_report(base, one, str(tmp_path / out), "merged", base_name="b")
+        export_with_report(base, one, str(tmp_path / out), "merged", ExportOptions(base_name="b"))
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 

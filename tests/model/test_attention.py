@@ -107,5 +107,5 @@ def test_what_the_kernel_cannot_split_is_named():
     q = jnp.zeros((1, 128, 4, 64))
     with pytest.raises(UnsupportedError, match="mesh tensor=4 does not divide the model's 2 key and value heads"):
         splash_attention(q, q[:, :, :2], q[:, :, :2], jnp.ones((1, 128), int), Settings(1.0), how=Kernel(mesh))
-    with pytest.raises(UnsupportedError, match="a multiple of 128, got 100"):
+    with pytest.raises(UnsupportedError, match="a multiple of 128 tokens, got 100"):
         splash_attention(*[jnp.zeros((1, 100, 4, 64))] * 3, jnp.ones((1, 100), int), Settings(1.0), how=Kernel(mesh))

@@ -13,7 +13,7 @@ from kithara_ray.orchestration.request.snapshots import Snapshots
 def test_settings_say_what_is_computed_and_what_is_kept():
     asked = request(
         model={"quantize": "int8", "starts_from_adapter": True},
-        step={"on_nan": "skip", "micro_batches": 3, "optimizer": ("optax", print)},
+        step={"on_nan": "skip", "micro_batches": 3, "optimizer": ("optax", len)},
         evaluation=dataclasses.replace(evaluation(5), max_samples=9),
         checkpointer=Checkpointer("/saved", max_to_keep=1),
         snapshots=Snapshots(7, "/steps"),
@@ -22,7 +22,7 @@ def test_settings_say_what_is_computed_and_what_is_kept():
     told = json.loads(json.dumps(settings(asked)))
     assert told["model"]["preset_handle"] == "/base"
     assert (told["model"]["quantize"], told["model"]["starts_from_adapter"]) == ("int8", True)
-    assert (told["model"]["lora"]["r"], told["optimizer"]) == (4, "builtin_function_or_method print")
+    assert (told["model"]["lora"]["r"], told["optimizer"]) == (4, "builtin_function_or_method len")
     assert (told["train_dataloader"]["per_device_batch_size"], told["train_dataloader"]["seed"]) == (2, 0)
     assert told["eval_dataloader"]["dataset"]["type"] == "SFTDataset"
     trainer = told["trainer"]
