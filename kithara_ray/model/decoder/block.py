@@ -62,7 +62,7 @@ class DecoderAttention(keras.layers.Layer):
                 setattr(self, name, norm)
         self.built = True
 
-    def call(self, x, segments=None, cache=None, index=0):
+    def call(self, x, segments: Any = None, cache=None, index=0):
         query, key, value = self._projected(x)
         positions_T = index + jnp.arange(query.shape[1])
         if cache is None:

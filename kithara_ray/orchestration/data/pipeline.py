@@ -86,7 +86,11 @@ def _here(tokenize: RowTokenizer, works: Sequence[tuple[Work, tuple]]) -> tuple[
     """Tokenise a few rows in this process, which has the tokenizer: a task would take seconds to start and load it."""
     blocks, results = [], []
     for work, part in works:
-        block = work.tokenize(tokenize, *((ray.get(part[0]), *part[1:]) if part else ()))
+        if part:
+            rows, start, stop = part
+            block = work.tokenize(tokenize, ray.get(rows), start, stop)
+        else:
+            block = work.tokenize(tokenize)
         blocks.append(ray.put(block))
         results.append(summary_of(block))
     return blocks, results

@@ -10,7 +10,7 @@ import numpy as np
 
 from kithara_ray.callbacks import TensorBoard
 from kithara_ray.orchestration.data.data_spec import DataSpec
-from kithara_ray.orchestration.data.datasets import Dataloader, RowDataset
+from kithara_ray.orchestration.data.datasets import Dataloader, MixedDataset, RowDataset
 from kithara_ray.orchestration.data.held_out import tokenize_and_hold_out
 from kithara_ray.orchestration.data.pipeline import tokenize, tokenize_whole
 from kithara_ray.orchestration.data.token_store import TokenStore
@@ -48,7 +48,9 @@ class Tokenized:
 def loading_tokenizers(request: RunRequest, phases: Phases) -> threading.Thread:
     """Load a run's tokenizers in a thread, and return it: transformers is imported while checks wait for tasks."""
     loaders = [loader.dataset for _, loader in request.loaders()]
-    datasets = [part for dataset in loaders for part in getattr(dataset, "datasets", (dataset,))]
+    datasets = [
+        part for dataset in loaders for part in (dataset.datasets if isinstance(dataset, MixedDataset) else [dataset])
+    ]
 
     def load() -> None:
         with phases.beside("tokenizer"):
