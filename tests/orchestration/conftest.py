@@ -1,10 +1,20 @@
+import gc
+
 import pytest
 import ray
 from observed import train_observed
 from programs import KeptForAllRanks
+from ray._private import auto_init_hook
 from tiny import with_mild_attention
 
 from kithara_ray.orchestration.cluster.jax_trainer import InterruptibleTrainer
+
+
+def stop_ray():
+    """Stop the cluster of this process, after the finalisers that call it: Ray Data's would start another one."""
+    if ray.is_initialized():
+        gc.collect()
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,13 +47,15 @@ def observed(cluster, tiny_models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def no_cluster():
     """For a file that starts a cluster of its own."""
-    ray.shutdown()
+    stop_ray()
     yield
-    ray.shutdown()
+    stop_ray()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """What is behind these tests, in the same process, has no Ray."""
     if nextitem is None or {"cluster", "no_cluster"}.isdisjoint(nextitem.fixturenames):
-        ray.shutdown()
+        stop_ray()
+        # Nor may a finaliser that is late start one.
+        auto_init_hook.enable_auto_connect = False
