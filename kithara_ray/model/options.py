@@ -21,8 +21,9 @@ QUANTIZATIONS = (None, "int8")
 REMAT = ("block", "attention", "dots", "nested")
 # Policies under which attention runs once per step.
 KEEPS_ATTENTION = ("attention", "dots")
-# Longest row, in positions, whose attention has one backward kernel, see `fuses_backward`.
-FUSED_LIMIT = 8192
+# Keys of a block of attention's fused backward kernel, and the longest row that takes it; see `fuses_backward`. Longer
+# blocks do not fit the memory of a v5e's core.
+FUSED_KEYS, FUSED_LIMIT = 1024, 8192
 
 # Tokens of a chunk on one device. Products read a block's weights once per chunk, so a chunk must be large enough to
 # be efficient. Up to twice as many tokens form one chunk.
@@ -65,10 +66,11 @@ class ModelOptions:
 def fuses_backward(remat: str, positions: int) -> bool:
     """True if attention's backward pass on a TPU is one kernel of five products instead of two kernels of seven.
 
-    The one kernel writes a part of the queries' gradient, as large as the queries, for each 1,024 keys. Policies that
-    save memory, and rows of more than 8,192 positions, take the two kernels.
+    The one kernel writes a part of the queries' gradient, as large as the queries, for each block of keys. Policies
+    that save memory, rows of more than 8,192 positions, and long rows that blocks of 1,024 do not divide take the two.
     """
-    return remat in KEEPS_ATTENTION and positions <= FUSED_LIMIT
+    divides = positions <= FUSED_KEYS or positions % FUSED_KEYS == 0
+    return remat in KEEPS_ATTENTION and positions <= FUSED_LIMIT and divides
 
 
 def groups_of(steps: int) -> int:

@@ -140,7 +140,7 @@ def _request(
         "lora": dataclasses.asdict(lora),
         "optimizer": optimizer_config if kind == "keras" else _ADAMW,
         "mesh": None if mesh is None else dataclasses.asdict(mesh),
-        # What the default mesh is chosen by; memory of CPU devices is not part of a plan.
+        # The default mesh depends on it. A plan does not know the memory of CPU devices.
         "device_bytes": where.chip.hbm_bytes if mesh is None and where.chip else None,
         "remat": options.remat,
         "precision": options.precision,

@@ -106,8 +106,8 @@ def seen_pairs(seq_len: int, window: int | None) -> float:
 def least_collective_bytes(counts: Counts, ways: int, devices: int, adapter_bytes: int) -> float:
     """Least bytes that a step moves to each device: every weight that is split `ways` ways once forward and once
     backward, and the adapter's gradients once over all devices."""
-    share = lambda parts: (parts - 1) / parts  # noqa: E731
-    return share(ways) * 2 * counts.weights_bytes + share(devices) * 2 * adapter_bytes
+    weights, gradients = (2 * (parts - 1) / parts for parts in (ways, devices))
+    return weights * counts.weights_bytes + gradients * adapter_bytes
 
 
 def estimated_temporaries(

@@ -308,7 +308,7 @@ TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in S
 }
 
 
-# Those of the short tests: between them periods, windows, soft caps, sinks, experts, and a tied head.
+# Families of the short tests. Between them they have periods, windows, soft caps, sinks, experts, and a tied head.
 SHORT_FAMILIES = ("gemma2", "gpt_oss", "llama")
 
 
@@ -354,7 +354,7 @@ def write_model(directory: Path, family: str, **fields) -> Path:
         for name, parameter in model.named_parameters():
             # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,
             # and its gradients of smollm3 1.1e-5, of gemma4_text 2.3e-5.
-            # Where torch computes a recurrent state in chunks and where token by token, its logits differ by 2e-4.
+            # torch's logits differ by 2e-4 between a recurrent state in chunks and one token by token.
             low = family in {*MIXTURES, *OWN, "smollm3"} or family.startswith("gemma4")
             gain = 1.0 if family in RECURRENT else 1.5 if low else 2.5
             std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])

@@ -13,6 +13,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.blocks import attention
 from kithara_ray.model.blocks.attention import Kernel, Settings, splash_attention, xla_attention
 from kithara_ray.model.causal_lm import build
+from kithara_ray.model.options import fuses_backward
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
@@ -78,7 +79,7 @@ def test_the_tpu_kernel_equals_xla_and_so_do_its_gradients(case, remat, monkeypa
     b, t, n, kv, h = 2, 256, 4, 2, 64
     if remat == "dots":
         monkeypatch.setattr(attention, "_MAX_TILE", 128)
-        monkeypatch.setattr(attention, "_FUSED_TILE", 256)
+        monkeypatch.setattr(attention, "FUSED_KEYS", 256)
         t = 512
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2))
     keys = jax.random.split(jax.random.key(0), 5)
@@ -109,3 +110,9 @@ def test_what_the_kernel_cannot_split_is_named():
         splash_attention(q, q[:, :, :2], q[:, :, :2], jnp.ones((1, 128), int), Settings(1.0), how=Kernel(mesh))
     with pytest.raises(UnsupportedError, match="a multiple of 128 tokens, got 100"):
         splash_attention(*[jnp.zeros((1, 100, 4, 64))] * 3, jnp.ones((1, 100), int), Settings(1.0), how=Kernel(mesh))
+
+
+def test_one_backward_kernel_writes_eight_parts_at_most():
+    assert [fuses_backward("dots", t) for t in (896, 4096, 8192)] == [True] * 3
+    assert [fuses_backward("dots", t) for t in (1152, 8064, 9216)] == [False] * 3
+    assert not fuses_backward("block", 4096)

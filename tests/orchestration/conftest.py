@@ -19,8 +19,7 @@ def stop_ray():
 
 @pytest.fixture(scope="session", autouse=True)
 def _cheap_runs():
-    """Of runs that are driven by the test process: programs that all ranks keep. Those of jobs and searches are as they
-    are."""
+    """Let runs that the test process drives keep programs for all ranks. Jobs and searches stay as they are."""
     create = InterruptibleTrainer._create_default_callbacks
 
     def cheap(trainer):

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
-from kithara_ray.model.options import fuses_backward
+from kithara_ray.model.options import FUSED_KEYS, fuses_backward
 from kithara_ray.sharding.mesh import BATCH_AXES
 
 # Splash tile length in positions; if it does not divide the sequence, the largest smaller power of two that does.
@@ -36,8 +36,6 @@ _MIN_TILE = 128
 # Limits of XLA's blocks of queries: shorter blocks make products inefficient, and more blocks slow compilation down.
 _MIN_QUERIES = 64
 _MAX_BLOCKS = 8
-# Keys of a block of the fused backward kernel; longer ones do not fit the memory of a v5e's core.
-_FUSED_TILE = 1024
 # Names of the arrays that `remat` may keep: rotated queries and keys, and values; attention's output, and on a TPU the
 # logarithm of its normaliser, from which the backward kernel restores the softmax.
 INPUTS = "attention inputs"
@@ -115,7 +113,7 @@ def _softmax(logits_BKGQS, seen_BQS, soft_cap: float | None, sinks_N) -> jax.Arr
 
 @dataclass(frozen=True)
 class Kernel:
-    """Where and how the TPU's kernel runs.
+    """Settings of the TPU's kernel.
 
     Attributes:
         mesh: the devices; rows are split over the batch axes, heads over `tensor`.
@@ -190,7 +188,7 @@ def _block_sizes(t: int, tile: int, fused: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     if fused:
-        wide = _FUSED_TILE if t % _FUSED_TILE == 0 else tile
+        wide = FUSED_KEYS if t % FUSED_KEYS == 0 else tile
         return splash.BlockSizes(
             block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=wide, block_kv_dkv_compute=tile,
             use_fused_bwd_kernel=True,

@@ -187,7 +187,7 @@ def _complete_exaone(config: Mapping) -> dict:
 
 def _exaone(config: Mapping) -> Description:
     norm, windows, turn = rms(config), windows_of(config), rotation(config)
-    # Where there is a window at all, full blocks do not rotate.
+    # If some blocks have a window, those without one do not rotate.
     turns = [turn if config["sliding_window"] is None or window is not None else None for window in windows]
     return decoder(config, norm, attention={"norm": norm}, block=_NORMS_AFTER, windows=windows, rotations=turns)
 

@@ -113,9 +113,10 @@ class Family:
 
 
 # Fields that change transformers' computation only while it trains. Here they are off: no block reads them.
-_TRAINING_ONLY = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout") + (
-    *("residual_dropout", "embedding_dropout", "router_jitter_noise", "output_router_logits"),
-)
+_TRAINING_ONLY = (
+    "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
+    "embedding_dropout", "router_jitter_noise", "output_router_logits",
+)  # fmt: skip
 
 
 def training_note(config: Mapping) -> str | None:

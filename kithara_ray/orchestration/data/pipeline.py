@@ -12,12 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data import sources
 from kithara_ray.orchestration.data.sources import COUNTS, Work
-from kithara_ray.orchestration.data.tasks import Tasks, outcome, summary_of
+from kithara_ray.orchestration.data.tasks import Tasks, causes, outcome, summary_of
 from kithara_ray.orchestration.data.token_store import TokenStore, describe
 from kithara_ray.orchestration.data.unbounded import SLICE_ROWS, UNREAD, EndlessStore, start_reader
 from kithara_ray.sft.batches.blocks import TokenizedRow
@@ -99,7 +98,7 @@ def _here(tokenize: RowTokenizer, works: Sequence[tuple[Work, tuple]]) -> tuple[
 def _in_tasks(tokenize: RowTokenizer, works: Iterable[tuple[Work, tuple]]) -> tuple[list, list]:
     tasks = Tasks(tokenize)
     blocks, summaries, results = [], collections.deque(), []
-    try:
+    with causes():
         for work, part in works:
             if len(summaries) >= _MAX_TASKS:
                 results.append(ray.get(summaries.popleft()))
@@ -107,8 +106,6 @@ def _in_tasks(tokenize: RowTokenizer, works: Iterable[tuple[Work, tuple]]) -> tu
             blocks.append(tokens)
             summaries.append(summary)
         results += ray.get(list(summaries))
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, DataError) else error from None
     return blocks, results
 
 

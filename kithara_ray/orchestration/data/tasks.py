@@ -1,10 +1,14 @@
 """Tokenise work in Ray's tasks, and sum up a block for the driver. A task's process imports this module first."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
+from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data.sources import COUNTS, Work
 from kithara_ray.sft.batches.blocks import TokenizedBlock
 from kithara_ray.sft.batches.told import Told
@@ -48,3 +52,12 @@ def outcome(block: TokenizedBlock) -> tuple[dict[str, int], tuple[str, ...], tup
     """Summarise a block's rows for the driver: counts, examples, columns and messages."""
     told = Told(block.formats, block.notes)
     return {name: getattr(block, name) for name in COUNTS}, block.samples, block.columns, told
+
+
+@contextlib.contextmanager
+def causes() -> Iterator[None]:
+    """Raise the DataError of a task instead of Ray's error about it."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, DataError) else error from None

@@ -8,7 +8,6 @@ the actor reads and tokenises the source again from its start, because its rows 
 them. Resuming therefore repeats the sequence only if the source gives the same rows in the same order.
 """
 
-import contextlib
 import itertools
 import logging
 import math
@@ -20,11 +19,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
 
 from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data.sources import COUNTS, stream
-from kithara_ray.orchestration.data.tasks import Tasks
+from kithara_ray.orchestration.data.tasks import Tasks, causes
 from kithara_ray.orchestration.data.token_store import describe, rounded
 from kithara_ray.sft.batches.blocks import TokenizedRow
 from kithara_ray.sft.batches.packing import packs
@@ -145,10 +143,10 @@ class Reader:
         works, pending = stream(self._source, SLICE_ROWS), deque()
         while True:
             if work := next(works, None):
-                with _causes():
+                with causes():
                     pending.append(self._tasks.start(work))
             while pending and (len(pending) >= _MAX_TASKS or not work):
-                with _causes():
+                with causes():
                     block, summary = ray.get(list(pending.popleft()))
                 self._report(summary)
                 yield from block.rows()
@@ -166,15 +164,6 @@ class Reader:
         self._counts = {name: self._counts[name] + counts[name] for name in COUNTS}
         if counts["dropped_untrained"] or counts["skipped_bad"]:
             logger.warning("streamed so far: rows that %s; for example: %s", describe(self._counts), "; ".join(samples))
-
-
-@contextlib.contextmanager
-def _causes() -> Iterator[None]:
-    """Raise the DataError of a task instead of Ray's error about it."""
-    try:
-        yield
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, DataError) else error from None
 
 
 def start_reader(source: Any, max_seq_len: int, tokenizer: RowTokenizer) -> EndlessStore:

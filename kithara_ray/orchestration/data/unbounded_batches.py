@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import ray
 from jax.sharding import NamedSharding
-from ray.exceptions import RayTaskError
 
-from kithara_ray.errors import DataError
 from kithara_ray.orchestration.data.placement import place
 from kithara_ray.orchestration.data.prefetch import Prefetched
+from kithara_ray.orchestration.data.tasks import causes
 from kithara_ray.orchestration.data.unbounded import EndlessOrder, EndlessStore
 from kithara_ray.sft.batches.collate import collate
 
@@ -50,10 +49,8 @@ class EndlessStream:
             self._made.close()
 
     def _make(self, step: int) -> tuple[dict[str, jax.Array], int]:
-        try:
+        with causes():
             batch = ray.get(self.store.reader.batch.remote(step, self.order, self._shape))
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, DataError) else error from None
         tokens = [sum(len(row.token_ids) for row in pack) for pack in batch]
         shape = next(shape for shape in self.shapes if shape[0] >= max(tokens))
 

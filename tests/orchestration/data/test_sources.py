@@ -113,7 +113,7 @@ def test_every_source_is_trained_on_as_the_list_of_its_rows(directory, tmp_path,
 
 
 def test_a_few_rows_and_more(tmp_path, monkeypatch):
-    """By rows, or by bytes of text; of what the driver has not read, nothing is known."""
+    """Rows are counted, or bytes of text. Nothing is known of sources that the driver has not read."""
 
     def few(source):
         _, rest = sources.few(sources.work(source))
