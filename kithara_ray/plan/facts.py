@@ -22,7 +22,8 @@ from kithara_ray.model.families import family_of
 from kithara_ray.model.families.family import completed
 from kithara_ray.model.identity import IdentitySet
 from kithara_ray.plan.default_mesh import NUMBERS_OF_TRAINED, default_mesh
-from kithara_ray.plan.hlo import arrays_of, cost_of, refused_bytes
+from kithara_ray.plan.hlo import cost_of, refused_bytes
+from kithara_ray.plan.hlo_text import arrays_of
 from kithara_ray.plan.terms import Counts
 from kithara_ray.sharding.mesh import make_mesh
 from kithara_ray.sharding.shape import MeshShape

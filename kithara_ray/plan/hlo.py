@@ -7,54 +7,20 @@ body as often as the constant in its condition says. All figures are for one dev
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2} | {
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
-}  # fmt: skip
+from kithara_ray.plan.hlo_text import Computation, Instruction, called, groups, parse
+from kithara_ray.plan.loops import trips
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(")
-_CALLED = re.compile(r"\b(calls|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
 # Opcodes whose result is no new array in memory.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "opt-barrier", "optimization-barrier", "copy-done", "all-gather-done", "all-reduce-done",
     "collective-permute-done", "async-done", "async-start", "async-update",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Array:
-    """One array of a result. `hbm` is False where the compiler keeps the array in a nearer memory."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    hbm: bool
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.dims) * _BYTES.get(self.dtype, 4)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of a computation. `literal` is the text in its brackets: a constant's value or a parameter's number."""
-
-    name: str
-    arrays: tuple[Array, ...]
-    opcode: str
-    operands: tuple[str, ...]
-    literal: str
-    attributes: str
-    is_root: bool
-
-
-Computation = dict[str, Instruction]
 
 
 @dataclass
@@ -81,7 +47,7 @@ def cost_of(text: str) -> Cost:
     """Compute the cost of a program from its `compiled.as_text()`."""
     computations, entry = parse(text)
     times = _times(computations, entry)
-    fused = {name for c in computations.values() for i in c.values() if i.opcode == "fusion" for name in _called(i)}
+    fused = {name for c in computations.values() for i in c.values() if i.opcode == "fusion" for name in called(i)}
     cost, seen = Cost(), {}
     for name, computation in computations.items():
         if not times[name]:
@@ -108,13 +74,6 @@ def cost_of(text: str) -> Cost:
     return cost
 
 
-def arrays_of(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield (dtype, dims) of every array named in a program."""
-    for dtype, dims, _ in _ARRAY.findall(text):
-        if dims and dtype in _BYTES:
-            yield dtype, tuple(map(int, dims.split(",")))
-
-
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -135,51 +94,6 @@ def refused_bytes(message: str) -> dict[str, int | None]:
     return {"available": None}
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Parse a program: its computations by name, and the name of the entry computation."""
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" ") and (found := _COMPUTATION.match(line)):
-            current = computations.setdefault(found[2], {})
-            entry = found[2] if found[1] else entry
-        elif line == "}":
-            current = None
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current[found[2]] = _instruction(found, line[found.end() :])
-    return computations, entry
-
-
-def _instruction(found: re.Match, rest: str) -> Instruction:
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opcode, _, rest = rest.partition("(")
-    end = _closing(rest, -1)
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
-    arrays = tuple(
-        Array(dtype, tuple(map(int, dims.split(","))) if dims else (), "S(" not in layout)
-        for dtype, dims, layout in _ARRAY.findall(shape)
-    )
-    return Instruction(found[2], arrays, opcode, operands, rest[:end], rest[end + 1 :], bool(found[1]))
-
-
-def _closing(text: str, start: int) -> int:
-    """Position of the bracket that closes the one opened at `start`; -1 is a bracket just before the text."""
-    depth = 1 if start < 0 else 0
-    for place in range(max(start, 0), len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
-        if depth == 0:
-            return place
-    raise ValueError(f"unbalanced brackets: {text[:80]}")
-
-
-def _called(instruction: Instruction) -> list[str]:
-    return [name for _, names in _CALLED.findall(instruction.attributes) for name in re.findall(r"%([\w.\-]+)", names)]
-
-
 def _times(computations: Mapping[str, Computation], entry: str) -> dict[str, float]:
     """Count how often each computation runs."""
     times: dict[str, float] = defaultdict(float)
@@ -187,43 +101,21 @@ def _times(computations: Mapping[str, Computation], entry: str) -> dict[str, flo
     def call(name: str, runs: float) -> None:
         times[name] += runs
         for instruction in computations[name].values():
-            trips = _trips(instruction, computations) if instruction.opcode == "while" else 1
-            for called in _called(instruction):
-                call(called, runs * trips)
+            runs_of_it = trips(instruction, computations[name], computations) if instruction.opcode == "while" else 1
+            for each in called(instruction):
+                call(each, runs * runs_of_it)
 
     call(entry, 1)
     return times
 
 
-def _trips(loop: Instruction, computations: Mapping[str, Computation]) -> int:
-    """Count the runs of a loop's body: XLA's own count if the text has it, else the constant that ends the loop.
-
-    A scan counts from 0 in steps of one. A loop with neither number counts once.
-    """
-    known = re.search(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)', loop.attributes)
-    if known:
-        return int(known[1])
-    condition = _groups(r"condition=%([\w.\-]+)", loop)[0]
-    found = [i for i in computations[condition].values() if i.opcode == "constant" and i.arrays[0].dims == ()]
-    limits = [int(m[1]) for i in found if (m := re.match(r"(\d+)", i.literal))]
-    return max(limits, default=1)
-
-
 # --- counting --------------------------------------------------------------------------------------------------------
-
-
-def _groups(pattern: str, instruction: Instruction) -> tuple[str, ...]:
-    """Return the groups of a pattern that this kind of instruction always has among its attributes."""
-    found = re.search(pattern, instruction.attributes)
-    if found is None:
-        raise ValueError(f"{instruction.name}: no {pattern} in {instruction.attributes[:200]}")
-    return found.groups()
 
 
 def _flops(instruction: Instruction, computation: Computation) -> float:
     if instruction.opcode == "dot":
         lhs = computation[instruction.operands[0]].arrays[0].dims
-        (contracted,) = _groups(r"lhs_contracting_dims=\{([\d,]*)\}", instruction)
+        (contracted,) = groups(r"lhs_contracting_dims=\{([\d,]*)\}", instruction)
         return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(lhs[int(d)] for d in contracted.split(",") if d)
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, computation)
@@ -234,7 +126,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
     """FLOPs of a convolution, counting only window positions inside the input. A TPU computes products this way."""
     lhs, rhs = (computation[name].arrays[0].dims for name in instruction.operands[:2])
     out = instruction.arrays[0].dims
-    lhs_labels, rhs_labels, out_labels = _groups(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", instruction)
+    lhs_labels, rhs_labels, out_labels = groups(r"dim_labels=([a-z\d]+)_([a-z\d]+)->([a-z\d]+)", instruction)
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     given = dict(part.split("=") for part in window[1].split()) if window else {}
     spatial = sorted(label for label in lhs_labels if label.isdigit())
@@ -252,10 +144,10 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
             place * int(stride) + tap * int(rhs_dilate) - low for place in range(places) for tap in range(int(size))
         ]
         valid *= sum(0 <= at <= (width - 1) * spread and at % spread == 0 for at in reach)
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    grouped = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     batch, features = lhs[lhs_labels.index("b")], rhs[rhs_labels.index("i")]
     produced = rhs[rhs_labels.index("o")]
-    return 2.0 * batch / (int(groups[1]) if groups else 1) * features * produced * valid
+    return 2.0 * batch / (int(grouped[1]) if grouped else 1) * features * produced * valid
 
 
 def _received(kind: str, within: str, instruction: Instruction) -> tuple[str, float]:
@@ -289,7 +181,7 @@ def _traffic(instruction: Instruction, computation: Computation, computations: M
     if instruction.opcode in _FREE:
         return 0.0
     if instruction.opcode == "fusion":
-        return _fusion_traffic(instruction, computation, computations[_called(instruction)[0]])
+        return _fusion_traffic(instruction, computation, computations[called(instruction)[0]])
     written = sum(array.nbytes for array in instruction.arrays if array.hbm)
     if instruction.opcode == "dynamic-slice":
         return 2 * written

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kithara_ray.model.blocks import embedding
-from kithara_ray.plan.hlo import arrays_of, cost_of
+from kithara_ray.plan.hlo import cost_of
+from kithara_ray.plan.hlo_text import arrays_of
 from kithara_ray.sharding.mesh import BATCH_AXES, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.causal_lm import build
-from kithara_ray.plan import hlo, plan, planner, slice_of, terms
+from kithara_ray.plan import hlo, hlo_text, plan, planner, slice_of, terms
 from kithara_ray.plan.chips import CHIPS, slice_of_topology, slice_sizes
 from kithara_ray.plan.report import assemble
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
@@ -129,12 +130,80 @@ ENTRY %main (p: bf16[4,8]) -> bf16[1,8] {{
 def test_what_only_a_tpu_program_has():
     """One gather spread over a pipeline counts once; products are convolutions whose window lies half outside; a
     reduce-scatter is written as an all-reduce of which a part is taken."""
-    computations, entry = hlo.parse(_TPU)
+    computations, entry = hlo_text.parse(_TPU)
     assert (entry, set(computations)) == ("main", {"body", "condition", "all-reduce-scatter.1", "main"})
     cost = hlo.cost_of(_TPU)
     assert cost.collectives == {"all-gather": 26 * 256 * 128 * 2 * 3 / 4, "reduce-scatter": 4 * 8 * 2 * 3 / 4}
     assert cost.matmul_flops == 26 * 2 * 16 * 64 * 128 * 2
     assert cost.kernels == {"mha_fwd": 26}
+
+
+def test_windowed_products_count_once():
+    """Two products of a block, D=2048 and F=8192, in a scan of 6 over 16 chips, each with one row of 2,048 tokens.
+
+    The compiler gathers a weight in parts while it multiplies, in loops whose counters go to 8 in steps of 2. The
+    program runs two products forward, one again, and two backward. Two of these five share a weight gathered whole.
+    """
+    cost = hlo.cost_of((Path(__file__).parent / "golden" / "windowed_products_v5e_16.hlo").read_text())
+    product, weight = 2 * 2048 * 2048 * 8192, 2 * 2048 * 8192
+    assert cost.matmul_flops == 6 * 5 * product
+    # A windowed product starts with a part from one side; then each of 4 trips takes two from both sides.
+    assert cost.collective_counts == {"collective-permute": 6 * 3 * (1 + 4 * 4), "all-gather": 6}
+    assert cost.collectives == {
+        "collective-permute": 6 * 3 * 17 * weight / 16,
+        "all-gather": 6 * weight * 15 / 16,
+    }
+
+
+_LOOP = """\
+%body (state: (f32[], s32[])) -> (f32[], s32[]) {
+  %state = (f32[], s32[]) parameter(0)
+  %x = f32[] get-tuple-element(%state), index=0
+  %i = s32[] get-tuple-element(%state), index=1
+  %y = f32[4,4] constant({...})
+  %z = f32[4,4] dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %step = s32[] constant(STEP)
+  %next = s32[] fusion(%step, %i), kind=kLoop, calls=%added
+  ROOT %after = (f32[], s32[]) tuple(%x, %next)
+}
+
+%added (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %sum = s32[] add(%b, %a)
+}
+
+%compared (a: s32[], b: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %less = pred[] compare(%a, %b), direction=WAY
+}
+
+%condition (state: (f32[], s32[])) -> pred[] {
+  %state = (f32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=1
+  %limit = s32[] constant(LIMIT)
+  ROOT %said = pred[] fusion(%i, %limit), kind=kLoop, calls=%compared
+}
+
+ENTRY %main (p: f32[]) -> (f32[], s32[]) {
+  %p = f32[] parameter(0)
+  %start = s32[] constant(START)
+  %first = (f32[], s32[]) tuple(%p, %start)
+  ROOT %loop = (f32[], s32[]) while(%first), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "way", "limit"),
+    [(0, 1, "LT", 26), (0, 2, "LT", 8), (3, 2, "LT", 8), (1, 3, "LE", 10), (9, -2, "GT", 0), (8, -2, "GE", 0)],
+)
+def test_a_loops_own_arithmetic_says_how_often_it_runs(start, step, way, limit):
+    text = _LOOP.replace("START", str(start)).replace("STEP", str(step)).replace("WAY", way)
+    counted = {"LT": range(start, limit, step), "LE": range(start, limit + 1, step)}
+    counted |= {"GT": range(start, limit, step), "GE": range(start, limit - 1, step)}
+    assert hlo.cost_of(text.replace("LIMIT", str(limit))).matmul_flops == len(counted[way]) * 2 * 4**3
 
 
 @pytest.mark.parametrize(("seq_len", "window"), [(5, None), (5, 2), (6, 6), (7, 1)])
