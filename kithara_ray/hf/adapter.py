@@ -15,6 +15,7 @@ import numpy as np
 from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
 from kithara_ray.hf import beside
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
+from kithara_ray.hf.facts.stored import is_of_experts
 from kithara_ray.hf.identity import FINGERPRINT, UNKNOWN, BaseIdentity, read_identity
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.names import (
@@ -46,10 +47,12 @@ DTYPES = ("F32", "BF16", "F16")
 def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ...]:
     """Return the modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets.
 
-    Skip tensors that transformers does not compute with: PEFT finds no module there.
+    Skip tensors that transformers does not compute with, and experts that it holds in one parameter: PEFT finds no
+    module there.
     """
-    used = (n for n in base.names if why_unused(base.config, n) is None and not is_beyond(base.config, n))
-    modules = (n.removesuffix(WEIGHT_SUFFIX) for n in used if n.endswith(WEIGHT_SUFFIX))
+    config_json, weights = base.config, (name for name in base.names if name.endswith(WEIGHT_SUFFIX))
+    used = (n for n in weights if why_unused(config_json, n) is None and not is_beyond(config_json, n))
+    modules = (n.removesuffix(WEIGHT_SUFFIX) for n in used if not is_of_experts(config_json, n))
     return tuple(module for module in modules if config.matches(module))
 
 

@@ -1,8 +1,9 @@
 """The text model inside a multimodal checkpoint: its config, the names of its tensors, and the parts beside it.
 
-transformers builds the whole model for such a checkpoint, also in AutoModelForCausalLM. An adapter therefore has the
-names of the whole model (`model.language_model.layers...`), and so has everything here. A weight file may have other
-names, mostly older ones; `renamed` converts them. A text model by itself is named `model.layers...`.
+transformers builds the whole model for such a checkpoint in AutoModelForImageTextToText, and mostly also in
+AutoModelForCausalLM. An adapter therefore has the names of the whole model (`model.language_model.layers...`), and so
+has everything here. A weight file may have other names, mostly older ones; `renamed` converts them. A text model by
+itself is named `model.layers...`.
 """
 
 import dataclasses
@@ -46,6 +47,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "gemma4": Wrapper("gemma4_text", ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
     # Its published files name parts of embed_vision otherwise.
     "gemma4_unified": Wrapper("gemma4_unified_text", ("vision_embedder", "embed_vision", "embed_audio")),
+    "qwen3_5": Wrapper("qwen3_5_text", ("visual",), tied=False),
+    "qwen3_5_moe": Wrapper("qwen3_5_moe_text", ("visual",), tied=False),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import plain_llama
 import pytest
 from models_table import table
-from tiny import MULTIMODAL, SIZES
+from tiny import MULTIMODAL, SIZES, load
 
 from kithara_ray.cli.app import main
 from kithara_ray.hf.tower import WRAPPERS, is_beside
@@ -127,10 +127,8 @@ def test_many_models_share_one_start(tmp_path):
 
 @pytest.mark.parametrize("family", SIZES)
 def test_every_family_is_accepted_with_transformers_count(family, tiny_models, capsys):
-    from transformers import AutoModelForCausalLM
-
     (row,) = answer(capsys, tiny_models[family])
-    model = AutoModelForCausalLM.from_pretrained(tiny_models[family])
+    model = load(tiny_models[family])
     config, saved = model.config.to_dict(), model.state_dict().keys()
     held = ((name, buffer) for name, buffer in model.named_buffers() if not is_beside(config, name))
     buffers = sum(buffer.numel() for name, buffer in held if name in saved)

@@ -1,5 +1,6 @@
 """Tiny random models as a user's directory holds them: config, float32 weights, a tokenizer with a chat template."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -267,6 +268,16 @@ _SHARED4 = dict(
 )
 _EXPERTS4 = dict(_DENSE4, enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=48)
 _UNIFIED = {name: value for name, value in _DENSE4.items() if name != "hidden_size_per_layer_input"}
+_TWO_PERIODS = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
+_VISUAL = dict(
+    depth=2,
+    hidden_size=32,
+    intermediate_size=64,
+    num_heads=2,
+    patch_size=4,
+    out_hidden_size=64,
+    num_position_embeddings=64,
+)
 _PATCHES = dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=8, output_proj_dims=32)
 SIZES |= {
     "gemma3": dict(text_config=SIZES["gemma3_text"], vision_config=_SIGLIP, mm_tokens_per_image=1),
@@ -274,16 +285,19 @@ SIZES |= {
     "gemma4 experts": dict(text_config=_EXPERTS4, vision_config=_VISION4),
     "gemma4_unified": dict(text_config=_UNIFIED, vision_config=_PATCHES, audio_config=dict(audio_embed_dim=32)),
     "gemma4_unified_text": _UNIFIED,
+    "qwen3_5": dict(text_config=SIZES["qwen3_5_text"] | _TWO_PERIODS, vision_config=_VISUAL),
+    "qwen3_5_moe": dict(text_config=SIZES["qwen3_5_moe_text"] | _TWO_PERIODS, vision_config=_VISUAL),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
-RECURRENT = {family for family, size in SIZES.items() if "linear_num_key_heads" in size}
-MIXTURES = {family for family, size in SIZES.items() if {"num_experts_per_tok", "moe_k"} & size.keys()}
+_FIELDS = {family: size.get("text_config", size) for family, size in SIZES.items()}
+RECURRENT = {family for family, fields in _FIELDS.items() if "linear_num_key_heads" in fields}
+MIXTURES = {family for family, fields in _FIELDS.items() if {"num_experts_per_tok", "moe_k"} & fields.keys()}
 # Families that are like another of the table but for what the long tests compare.
 LIKE_OTHERS = (
     (OWN.keys() - {"phi3", "olmo3"})
     | {"gemma4 experts", "gemma4_unified", "gemma4_unified_text"}
-    | {"qwen3_5_moe_text", "qwen2_moe"}
+    | {"qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen2_moe"}
 )
 # Families with more in their files than is built and trained.
 MULTIMODAL = {family for family, size in SIZES.items() if "text_config" in size}
@@ -306,6 +320,7 @@ TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in S
     "qwen3_next": (*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
     "qwen2_moe": (*_ATTENTION, "shared_expert_gate"),
 }
+TARGETS |= {family: TARGETS[f"{family}_text"] for family in ("qwen3_5", "qwen3_5_moe")}
 
 
 # Families of the short tests. Between them they have periods, windows, soft caps, sinks, experts, and a tied head.
@@ -330,7 +345,7 @@ def model_type(family: str) -> str:
 
 def text_size(family: str) -> dict:
     """The fields of a family's text model."""
-    return SIZES[family].get("text_config", SIZES[family])
+    return _FIELDS[family]
 
 
 def config_of(family: str, **fields):
@@ -343,13 +358,25 @@ def config_of(family: str, **fields):
     return config_class(**SIZES[family] | {"text_config": text}) if family in MULTIMODAL else config_class(**text)
 
 
+def auto_class(kind: str):
+    """The class of transformers that builds the whole model of a `model_type`, with a head."""
+    import transformers
+
+    return transformers.AutoModelForImageTextToText if kind in MULTIMODAL else transformers.AutoModelForCausalLM
+
+
+def load(directory: Path, **settings):
+    """The model in a directory, as users load it."""
+    kind = json.loads((directory / "config.json").read_text())["model_type"]
+    return auto_class(kind).from_pretrained(directory, **settings)
+
+
 def write_model(directory: Path, family: str, **fields) -> Path:
     """A model of a family; weights large enough that a wrong mask, norm or scale shows."""
     import torch
-    import transformers
 
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **fields))
+    model = auto_class(model_type(family)).from_config(config_of(family, **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from tiny import MULTIMODAL, load, model_type
 
 from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
 from kithara_ray.hf.adapter import Adapter, LoraConfig, target_modules_of
@@ -17,7 +18,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import export_with_report
 from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter, checksum
-from kithara_ray.hf.tower import is_beside, text_of
+from kithara_ray.hf.tower import WRAPPERS, is_beside, text_of
 from kithara_ray.model.families import family_of
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, lora_config_of, other_modules_of
@@ -60,7 +61,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_names_in_files_are_read_in_every_spelling(spelling, directory, base, tmp_path):
     other = BaseCheckpoint.open(respelled(directory, tmp_path / "other", *SPELLINGS[spelling]))
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(directory)
     there = set(model.state_dict()) - {"lm_head.weight"}
     assert set(base.names) == set(other.names) == there
     assert all((base.view(name) == other.view(name)).all() for name in base.names)
@@ -216,6 +217,44 @@ def test_a_merge_is_peft_s_of_the_whole_model_and_leaves_the_rest(spelling, file
     ours = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(ours) is transformers.Gemma3ForConditionalGeneration
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+
+
+SEEING = sorted(MULTIMODAL - {"gemma3"})
+
+
+def test_the_wrappers_are_those_that_are_merged_here():
+    assert {"gemma3", *map(model_type, SEEING)} == WRAPPERS.keys()
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_an_adapter_and_a_merge_of_every_wrapper_are_peft_s(family, tiny_models, tmp_path):
+    base = BaseCheckpoint.open(tiny_models[family])
+    adapter = random_adapter(base, target_modules="all-linear")
+    adapter.write(tmp_path / "adapter", str(base.directory))
+    model = peft.PeftModel.from_pretrained(load(base.directory), tmp_path / "adapter")
+    names = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert names == {f"base_model.model.{name[:-7]}.default.weight" for name in adapter.tensors}
+    wanted = model.merge_and_unload().state_dict()
+
+    export_with_report(base, adapter, str(tmp_path / "out"), "merged", ExportOptions(base_name="b"))
+    found = load(tmp_path / "out").state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    merged, plain = BaseCheckpoint.open(tmp_path / "out"), load(base.directory).state_dict()
+    beside = [name for name in base.names if is_beside(base.config, name)]
+    assert beside
+    assert all(merged.view(name).tobytes() == base.view(name).tobytes() for name in beside)
+    assert sum(not torch.equal(tensor, plain[name]) for name, tensor in found.items()) == len(adapter.tensors) / 2
+
+
+@pytest.mark.parametrize("layout", ["adapter", "merged"])
+def test_the_card_loads_the_whole_model(layout, base, tmp_path):
+    options = ExportOptions(base_name="hf://org/name")
+    export_with_report(base, random_adapter(base), str(tmp_path / "out"), layout, options)
+    card = (tmp_path / "out" / "README.md").read_text()
+    named = "org/name" if layout == "adapter" else "path/to/this/directory"
+    assert f'AutoModelForImageTextToText.from_pretrained("{named}"' in card
+    assert "CausalLM" not in card
 
 
 def test_a_cast_merge_keeps_the_names_in_the_files(directory, base, tmp_path):

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import LIKE_OTHERS, SIZES, VOCABULARY, mostly_long
-from transformers import AutoModelForCausalLM
+from tiny import LIKE_OTHERS, SIZES, VOCABULARY, load, mostly_long
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -49,7 +48,7 @@ def test_so_it_does_without_the_scan(family, tiny_models):
 
 def assert_as_alone(name, tiny_models, scan):
     tokens, segments, samples = packed()
-    reference = AutoModelForCausalLM.from_pretrained(tiny_models[name]).eval()
+    reference = load(tiny_models[name]).eval()
     base, mesh = BaseCheckpoint.open(tiny_models[name]), make_mesh()
     model = build(base.config, None, mesh, "float32", scan=scan)
     placed = [jax.device_put(array, batch_sharding(mesh)) for array in (tokens, segments)]

@@ -11,7 +11,7 @@ import torch
 from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, logits, reference
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from tiny import COMPARED, SIZES, TARGETS, model_type, mostly_long, write_model
+from tiny import COMPARED, RECURRENT, SIZES, TARGETS, load, model_type, mostly_long, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import ConfigError, UnsupportedError
@@ -70,7 +70,7 @@ def only(adapter, module=None):
 
 
 def test_base_logits(every_family, tiny_models, logits_of, random_adapter):
-    model = AutoModelForCausalLM.from_pretrained(tiny_models[every_family])
+    model = load(tiny_models[every_family])
     assert_equal(logits_of[every_family](only(random_adapter[every_family])), reference(model), 1e-4)
 
 
@@ -92,7 +92,7 @@ def assert_adapted_logits(ours, family, adapter, tiny_models, tmp_path):
     """Equal to PEFT's, of the adapter's file, and to the bit what PEFT reads of that."""
     directory = tiny_models[family]
     Adapter(LORA[family], adapter).write(tmp_path, str(directory))
-    base = AutoModelForCausalLM.from_pretrained(directory)
+    base = load(directory)
     plain = reference(base)
     adapted = PeftModel.from_pretrained(base, tmp_path)
     named = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in adapted.named_parameters()}
@@ -114,7 +114,7 @@ def test_greedy_decoding(any_family, tiny_models, random_adapter, tmp_path):
     ours = decoder.greedy(prompts, 24, (2,))
 
     Adapter(LORA[any_family], adapter).write(tmp_path, str(directory))
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path).eval()
+    theirs = PeftModel.from_pretrained(load(directory), tmp_path).eval()
     for prompt, row in zip(prompts, ours, strict=True):
         wanted = theirs.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_length=24)
         assert row == wanted[0].tolist()
@@ -133,7 +133,7 @@ PERIODS = dict.fromkeys(SIZES, (1,)) | dict.fromkeys(["gemma2", "gemma3", "gemma
 PERIODS |= dict.fromkeys(["qwen3_moe", "smollm3"], (2,)) | dict(gemma4_text=(3,), gemma4=(2, 2))
 PERIODS |= dict.fromkeys(["gemma4 experts", "gemma4_unified", "gemma4_unified_text"], (2,))
 PERIODS |= dict.fromkeys(["cohere2", "exaone4", "olmo3"], (2,)) | dict.fromkeys(["ernie4_5_moe", "glm4_moe"], (1, 1))
-PERIODS |= dict.fromkeys(["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"], (2,))
+PERIODS |= dict.fromkeys(RECURRENT, (2,))
 ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "dots")} | {
     "unstacked factors": dict(stack_factors=False)
 }

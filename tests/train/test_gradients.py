@@ -9,8 +9,7 @@ import pytest
 import torch
 from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, by_name
 from peft import PeftModel
-from tiny import COMPARED, RECURRENT, mostly_long, with_mild_attention
-from transformers import AutoModelForCausalLM
+from tiny import COMPARED, RECURRENT, load, mostly_long, with_mild_attention
 
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -26,7 +25,7 @@ TRAINED = (SEGMENTS[:, 1:] * (np.random.default_rng(5).random(POSITIONS.shape) <
 
 def torch_s(directory, adapter_directory):
     """Loss and gradients in float64, by adapter tensor name."""
-    base = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
+    base = load(directory, experts_implementation="eager")
     model = PeftModel.from_pretrained(base, adapter_directory, is_trainable=True).double().eval()
     tokens = torch.tensor(TOKENS).long()
     logits = model(tokens, attention_mask=torch.tensor(SEGMENTS).long()).logits[:, :-1]

@@ -21,6 +21,13 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{here}", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{here}")""",
+    "adapter of a multimodal model": """import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(base, "{here}")
+tokenizer = AutoTokenizer.from_pretrained("{here}")""",
     "separate": """import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,6 +77,7 @@ class Card:
         run: the known facts about the training.
         licence: fields of the base's own card, from `licence_of`.
         stops: stop ids that a user must give when decoding; None if the files contain them.
+        multimodal: True if the base is a multimodal model, of which the text model was trained.
     """
 
     base_name: str
@@ -80,6 +88,7 @@ class Card:
     run: Mapping[str, Any] | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
     stops: Sequence[int] | None = None
+    multimodal: bool = False
 
     def text(self) -> str:
         facts = facts_of(self.run)
@@ -155,13 +164,17 @@ class Card:
         chats = chats or (config.is_file() and b'"chat_template"' in config.read_bytes())
         layout = "merged" if self._layout == "trained" else self._layout
         adapter = f'"{self._here}", subfolder="adapter"' if is_hub(self.destination) else f'"{self._here}/adapter"'
-        loading = _LOADING[layout].format(here=self._here, adapter=adapter)
+        base, code = self._repository or "path/to/the/base", _LOADING[layout]
+        if self.multimodal:
+            # The names of adapter and weights are those of the whole model. For some families, AutoModelForCausalLM
+            # builds only the text model, or nothing.
+            code = _LOADING.get(f"{layout} of a multimodal model", code).replace("ForCausalLM", "ForImageTextToText")
+        loading = code.format(here=self._here, adapter=adapter, base=base)
         answer = _ANSWER.format(stop=f", eos_token_id={list(self.stops)}" if self.stops else "")
         code = "\n\n".join([loading, (_CHAT if chats else _TEXT).format(), answer])
         parts = ["## Use", f"```python\n{code}\n```"]
         rank = max_lora_rank(self.adapter) if self.adapter is not None else None
         if layout == "merged" or rank is not None:
-            base = self._repository or "path/to/the/base"
             command = _SERVING[layout].format(base=base, rank=rank, here=self._here)
             parts += ["With vLLM:", f"```sh\n{command}\n```"]
         return parts

@@ -37,6 +37,7 @@ from kithara_ray.hf.merging.merge import CAST_TAGS, check_dtype, check_mergeable
 from kithara_ray.hf.merging.merge import write_config as write_base_config
 from kithara_ray.hf.publish import publish
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
+from kithara_ray.hf.tower import wrapper_of
 from kithara_ray.storage import urls
 
 log = logging.getLogger(__name__)
@@ -255,7 +256,8 @@ def add_files(
         log.warning("%s", note)
     if run:
         write_json(directory / RUN, published(run))
-    card = Card(base_name, destination, directory, report, adapter, run, licence_of(base.directory), stops)
+    licence, multimodal = licence_of(base.directory), wrapper_of(base.config) is not None
+    card = Card(base_name, destination, directory, report, adapter, run, licence, stops, multimodal)
     (directory / CARD).write_text(card.text(), encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.facts.stored import adapts_by_layer
 from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import is_named
 from kithara_ray.hf.tower import TOWER, in_tower, is_in_tower, prefix_of, wrapper_of
@@ -18,8 +19,6 @@ _WEIGHT = ".weight"
 _EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "lm_head")
 _ROUTERS = ("gate", "router")
 _EXPERTS = ".experts."
-# Mixtures whose experts PEFT does not adapt by an expert's name.
-_BY_LAYER = ("qwen3_5_moe_text", "qwen3_5_moe")
 
 
 def linear_modules_of(base: BaseCheckpoint) -> list[str]:
@@ -33,15 +32,15 @@ def linear(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """Select, from a checkpoint's modules with a matrix, the linear layers in transformers, except the head.
 
     The experts and the router of a mixture are not selected. Transformers holds all experts in one parameter, and PEFT
-    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name. Only in `_BY_LAYER` it
-    takes the name for the layer.
+    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name. Where
+    `stored.adapts_by_layer`, it takes the name for the layer.
 
     Args:
         config: config.json.
     """
     modules = list(modules)
     apart = {*_EMBEDDINGS, *_ROUTERS}
-    if config.get("model_type") not in _BY_LAYER:
+    if not adapts_by_layer(config):
         apart |= {_leaf(module) for module in modules if _EXPERTS in module}
     return [module for module in modules if not (_leaf(module) in apart or _EXPERTS in module or _is_router(module))]
 
@@ -60,7 +59,7 @@ def other_modules_of(base: BaseCheckpoint) -> list[str]:
     """
     linear = set(linear_modules_of(base))
     names = base.tensors
-    if base.config.get("model_type") in _BY_LAYER:
+    if adapts_by_layer(base.config):
         # An expert is no module, but a part of a parameter.
         names = [name for name in names if _EXPERTS not in name]
     modules = {name.rpartition(".")[0] for name in names}
