@@ -37,8 +37,15 @@ LIGHT = {
         ["kithara_ray.orchestration.preflight.tasks", "kithara_ray.orchestration.preflight.node_facts"],
         HEAVY - {"ray"} | {"ray.train", "ray.data", "pandas", "transformers"},
     ),
+    "the actor of generate": (
+        ["kithara_ray.orchestration.generator"],
+        HEAVY - {"ray"} | {"ray.train", "ray.data", "pandas", "transformers"},
+    ),
     "orchestration, on the driver": (
-        [f"kithara_ray.orchestration.{name}" for name in ("trainer", "model", "results", "generator", "search.search")],
+        [
+            f"kithara_ray.orchestration.{name}"
+            for name in ("trainer", "model", "results", "generator_group", "search.search")
+        ],
         {"keras", "keras_hub", "torch", "tensorflow", *WORKERS_OWN},
     ),
 }
@@ -80,7 +87,7 @@ ARROWS = {
         *("errors", "storage", "hf", "hf.exports", "sharding", "model", "checkpoint", "report"),
         *("orchestration.cluster", "orchestration.worker"),
     },
-    # The handles: trainer, model, results, generator, submit.
+    # The handles: trainer, model, results, generator, generator_group, submit.
     "orchestration": {
         *("errors", "storage", "hf", "hf.exports", "hf.publish", "sft", "sharding", "model", "train", "callbacks"),
         *("yaml_file", "checkpoint", "redact"),

@@ -26,10 +26,14 @@ _LENGTH_MULTIPLE = 16
 
 
 class Decoder:
-    """Greedy decoding with one model, built with `scan=False`, and these arrays. All processes call it together."""
+    """Greedy decoding with one model, built with `scan=False`. All processes call it together.
+
+    Attributes:
+        factors, frozen: the arrays that it decodes with. The compiled programs serve any others of the same shapes.
+    """
 
     def __init__(self, model: CausalLM, factors: Factors, frozen: Frozen):
-        self._model, self._factors, self._frozen = model, factors, frozen
+        self._model, self.factors, self.frozen = model, factors, frozen
         model.model.compile(sampler="greedy")
         if model.mesh.size > 1:
             _keep_weights_in_place(model)
@@ -45,7 +49,7 @@ class Decoder:
         self, prompts: Sequence[Sequence[int]], max_length: int, stop_token_ids: tuple[int, ...]
     ) -> list[list[int]]:
         """Return each prompt with its continuation, the stop token included: at most `max_length` tokens."""
-        out = self.step(self._factors, self._frozen, *self.batch(prompts, max_length), stop_token_ids or None)
+        out = self.step(self.factors, self.frozen, *self.batch(prompts, max_length), stop_token_ids or None)
         ids, keep = np.asarray(out["token_ids"]), np.asarray(out["padding_mask"])
         return [
             _cut(ids[row][keep[row]].tolist(), len(prompt), max_length, stop_token_ids)

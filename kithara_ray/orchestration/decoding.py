@@ -1,14 +1,11 @@
 """A loaded model that continues prompts. Import this only in the process that decodes, after `runtime.prepare`."""
 
-from typing import Any
-
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.generate import Decoder
-from kithara_ray.orchestration.cluster import process_setup
-from kithara_ray.orchestration.generator import GroupSpec, Request, Weights
+from kithara_ray.orchestration.generator import Request, Weights
 from kithara_ray.sft.tokens.prompts import prompt_ids, stop_ids
 from kithara_ray.sft.tokens.tokenizer import load_tokenizer
 from kithara_ray.sharding.mesh import make_mesh
@@ -16,17 +13,36 @@ from kithara_ray.sharding.shape import MeshShape
 
 
 class Decoding:
-    """One loaded model. In a group, every rank holds one, and all ranks are called together."""
+    """One model and its weights. In a group, every rank holds one, and all ranks are called together."""
 
     def __init__(self, weights: Weights, mesh: MeshShape | None = None):
-        checkpoint = BaseCheckpoint.open(fetch(weights.base))
-        adapter = weights.adapter if weights.lora is not None else None
-        lora = weights.lora if adapter is not None else None
-        self.model = build(checkpoint.config, lora, make_mesh(mesh), weights.precision, scan=False)
-        factors = self.model.place_factors(adapter) if adapter is not None else {}
-        self.frozen = self.model.load(checkpoint)
-        self._decoder = Decoder(self.model, factors, self.frozen)
-        self._stop = stops_of(checkpoint.config, read_generation(checkpoint.directory))
+        self._checkpoint = BaseCheckpoint.open(fetch(weights.base))
+        config = self._checkpoint.config
+        self.model = build(config, weights.adapted, make_mesh(mesh), weights.precision, scan=False)
+        self.decoder = Decoder(self.model, {}, [])
+        self._stop = stops_of(config, read_generation(self._checkpoint.directory))
+        self._built = _kind(weights)
+        self.load(weights)
+
+    def fits(self, weights: Weights) -> bool:
+        """Return True if this model can compute with these weights."""
+        return _kind(weights) == self._built
+
+    def load(self, weights: Weights) -> None:
+        """Read the base's weights, and place the adapter's."""
+        self.unload()  # never hold two models
+        model, decoder = self.model, self.decoder
+        decoder.frozen = model.load(self._checkpoint)
+        if weights.adapted is None:
+            decoder.factors = {}
+        elif weights.adapter is None:
+            decoder.factors = model.initial_factors(0, decoder.frozen)
+        else:
+            decoder.factors = model.place_factors(weights.adapter)
+
+    def unload(self) -> None:
+        """Let go of the weights; the compiled programs stay."""
+        self.decoder.factors, self.decoder.frozen = {}, []
 
     def generate(self, request: Request) -> list[str] | list[list[int]]:
         """See `KerasHubModel.generate`."""
@@ -35,7 +51,7 @@ class Decoding:
         prompts = prompt_ids(request.inputs, tokenizer, request.chat_template, vocabulary)
         known = {*self._stop, *request.ends, tokenizer.eos_token_id} - {None}
         stops = stop_ids(request.stop_token_ids, known, vocabulary)
-        rows = self._decoder.greedy(prompts, request.max_length, stops)
+        rows = self.decoder.greedy(prompts, request.max_length, stops)
         if request.strip_prompt:
             rows = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         if not request.return_decoded:
@@ -43,8 +59,5 @@ class Decoding:
         return [tokenizer.decode(row, skip_special_tokens=request.skip_special_tokens) for row in rows]
 
 
-def generate_loop(config: dict[str, Any]) -> list[str] | list[list[int]]:
-    """Run a worker's loop, see `worker.entry`: load the weights, answer and end. The group's answer is rank 0's."""
-    spec: GroupSpec = config["spec"]
-    process_setup.check_process_group(spec.num_workers, spec.platform)
-    return Decoding(spec.weights, spec.mesh).generate(spec.request)
+def _kind(weights: Weights) -> tuple:
+    return weights.base, weights.adapted, weights.precision

@@ -1,4 +1,4 @@
-"""The workers behind `KerasHubModel.generate`: one actor on one CPU device, or a group that shares the weights."""
+"""The actor behind `KerasHubModel.generate`: one model on one CPU device. Its process imports no Ray Train."""
 
 import functools
 import logging
@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
-from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.facts.generation import describe_not_done, read_generation
+from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model import runtime
-from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
-from kithara_ray.orchestration.worker.entry import Entry, Loop, imported
-from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.orchestration.cluster.remote import remote_get
+from kithara_ray.orchestration.worker.entry import imported
 
-# The loop that each worker of a group imports and runs. Tests substitute their own loop.
-GENERATE_LOOP: str | Loop = "kithara_ray.orchestration.decoding:generate_loop"
 logger = logging.getLogger(__name__)
 
 
@@ -36,6 +34,17 @@ class Weights:
     lora: LoraConfig | None
     precision: str
     adapter: Mapping[str, np.ndarray] | None
+
+    @property
+    def adapted(self) -> LoraConfig | None:
+        """The LoRA settings that the model is built with; None builds the base alone.
+
+        An adapter that is not trained yet is built with its initial values, which change no output, so the program
+        compiled for it serves after training too. DoRA's initial magnitudes round, so the base decodes without them.
+        """
+        if self.lora is None or (self.adapter is None and self.lora.use_dora):
+            return None
+        return self.lora
 
 
 @dataclass(frozen=True)
@@ -58,34 +67,72 @@ class Request:
     ends: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class GroupSpec:
-    """One request to a group of workers; for `platform` and `num_workers` see `spec.RunSpec`."""
+class Worker:
+    """The model of an actor: it loads weights and continues prompts with them."""
 
-    weights: Weights
-    request: Request
-    mesh: MeshShape | None
-    platform: str
-    num_workers: int
-
-
-class Generator:
-    """The model of an actor or of this process: it loads the weights and continues prompts with them."""
-
-    def __init__(self, weights: Weights, mesh: MeshShape | None = None):
+    def __init__(self):
         runtime.prepare()
-        self._decoding = imported("kithara_ray.orchestration.decoding:Decoding")(weights, mesh)
+        self._decoding = None
+
+    def load(self, weights: Weights) -> None:
+        """Load weights. If they fit the model that is here, it stays, and so do its compiled programs."""
+        if self._decoding is None or not self._decoding.fits(weights):
+            self._decoding = None  # frees the old model first
+            self._decoding = imported("kithara_ray.orchestration.decoding:Decoding")(weights)
+        else:
+            self._decoding.load(weights)
+
+    def unload(self) -> None:
+        """Free the memory of the weights."""
+        if self._decoding is not None:
+            self._decoding.unload()
 
     def generate(self, request: Request) -> list[str] | list[list[int]]:
         """See `KerasHubModel.generate`."""
+        assert self._decoding is not None
         return self._decoding.generate(request)
 
 
-def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, mesh: MeshShape | None) -> Any:
-    """Run `GENERATE_LOOP` in every worker of a group, and return rank 0's answer."""
-    group.wait()
-    spec = GroupSpec(weights, request, mesh, group.platform, group.num_workers)
-    return group.run(Entry(GENERATE_LOOP), {"spec": spec}).return_value
+class Generator:
+    """The actor as its user sees it. Its process starts with the first request, and ends with `end`."""
+
+    def __init__(self):
+        self._actor: ActorHandle | None = None
+        self._is_loaded = False
+
+    def generate(self, weights: Weights, request: Request) -> Any:
+        """Continue prompts; `weights` are read only if none are loaded.
+
+        Raises:
+            KitharaRayError: the weights or the request are wrong.
+        """
+        if not self._is_loaded:
+            self._load(weights)
+        assert self._actor is not None
+        return remote_get(self._actor.generate.remote(request))
+
+    def _load(self, weights: Weights) -> None:
+        if self._actor is not None:
+            try:
+                remote_get(self._actor.load.remote(weights))
+            except RayActorError:  # it died while it was idle, perhaps with its node
+                self._actor = None
+        if self._actor is None:
+            self._actor = _started()
+            remote_get(self._actor.load.remote(weights))
+        self._is_loaded = True
+
+    def unload(self) -> None:
+        """Free the memory of the weights. The process stays, with the programs that it has compiled."""
+        if self._actor is not None and self._is_loaded:
+            self._actor.unload.remote()
+        self._is_loaded = False
+
+    def end(self) -> None:
+        """End the process."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+        self._actor, self._is_loaded = None, False
 
 
 @functools.lru_cache(maxsize=64)
@@ -95,8 +142,8 @@ def tell_generation(base: str) -> None:
         logger.warning("%s", text)
 
 
-def start_generator(weights: Weights) -> ActorHandle:
+def _started() -> ActorHandle:
     """Start the actor on any node. It requests no CPU from the scheduler, so it also starts on a full cluster."""
     env = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "XLA_FLAGS": ""}
-    made: Any = ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote(weights)
+    made: Any = ray.remote(Worker).options(num_cpus=0, runtime_env={"env_vars": env}).remote()
     return made

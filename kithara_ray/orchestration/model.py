@@ -30,7 +30,8 @@ from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
-from kithara_ray.orchestration.generator import Request, Weights, generate_on_group, start_generator, tell_generation
+from kithara_ray.orchestration.generator import Generator, Request, Weights, tell_generation
+from kithara_ray.orchestration.generator_group import generate_on_group
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
 from kithara_ray.orchestration.head.coordinator import living_coordinator
@@ -72,7 +73,7 @@ class KerasHubModel:
         self.prompting = Prompting(preset_handle)
         self.tokenizer: str | None = None
         self._coordinator = None
-        self._generator = None
+        self._generator = Generator()
 
     @classmethod
     def from_preset(
@@ -323,9 +324,9 @@ class KerasHubModel:
     ) -> list[str] | list[list[int]]:
         """Continue prompts greedily with the base and the training so far.
 
-        By default one actor decodes on the CPU of one node. It keeps the model until training changes it or `release()`
-        is called. This suits small models. With `scaling_config`, a group of workers decodes, as in training. The
-        workers share the weights and the cache, and end after the answer, so give them all prompts at once.
+        By default one actor decodes on the CPU of one node. It keeps the weights until training starts, and its
+        compiled programs until `release()` is called. This suits small models. With `scaling_config`, a group of
+        workers decodes, as in training. They end after the answer, so give them all prompts at once.
 
         Args:
             inputs: a text, token ids, a chat (a list of {"role", "content"}, rendered by the chat template), or a list
@@ -339,7 +340,7 @@ class KerasHubModel:
                 base's own.
             return_decoded: return texts; False returns token ids.
             scaling_config, run_config, cpu_devices_per_worker, mesh, cluster_timeout_s: as in `Trainer`, for the
-                workers.
+                workers. By default small weights are whole on every device, and others are split, by the same rule.
 
         Returns: one text, or one list of token ids, per prompt.
 
@@ -363,23 +364,23 @@ class KerasHubModel:
         if scaling_config is not None:
             group = WorkerGroup(scaling_config, run_config or RunConfig(), cpu_devices_per_worker, cluster_timeout_s)
             return generate_on_group(group, weights, request, mesh)
-        if self._generator is None:
-            self._generator = start_generator(weights)
-        return remote_get(self._generator.generate.remote(request))
+        return self._generator.generate(weights, request)
 
     def release(self) -> None:
-        """Free the memory of `generate`'s actor."""
-        if self._generator is not None:
-            ray.kill(self._generator)
-            self._generator = None
+        """End `generate`'s actor, which frees its memory."""
+        self._generator.end()
+
+    def unload(self) -> None:
+        """Free the weights of `generate`'s actor; its process stays, with the programs that it has compiled."""
+        self._generator.unload()
 
     def detach(self) -> None:
         """Forget this handle's actors without ending them, so that a copy of the handle can go on using them."""
-        self._coordinator = self._generator = None
+        self._coordinator, self._generator = None, Generator()
 
     def set_adapter(self, tensors: dict[str, np.ndarray]) -> None:
         """Store the adapter that training ended with."""
-        self.release()
+        self.unload()
         self.adapter = tensors
 
     def set_trained(self, directory: str) -> None:

@@ -197,7 +197,7 @@ class Trainer:
         progress = Progress(self.request.reporting.progress)
         progress.phases.enter("connect")
         start_ray()
-        self.model.release()
+        self.model.unload()
         # An earlier training may have changed the model since the request was made.
         request = dataclasses.replace(self.request, model=_asked_of(self.model))
         manifest = RunManifest(request)

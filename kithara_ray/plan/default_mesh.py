@@ -114,6 +114,15 @@ def state_bytes(base: BaseCheckpoint, lora: LoraConfig | None, precision: str, q
     return StateBytes(frozen, NUMBERS_OF_TRAINED * 4 * trained_by(lora, base))
 
 
+def decoding_bytes(base: BaseCheckpoint, lora: LoraConfig | None, precision: str) -> int:
+    """Count the bytes of the arrays that decoding holds: the weights, and the adapter's tensors in float32.
+
+    The cache of keys and values is left out: its rows are split on either mesh.
+    """
+    weights = sum(_nbytes(info, precision) for info in _held(base))
+    return weights + (0 if lora is None else 4 * trained_by(lora, base))
+
+
 def trained_by(lora: LoraConfig, base: BaseCheckpoint) -> int:
     """Return how many numbers an adapter trains: factors, magnitudes, and weights of the base itself."""
     count = 0

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kithara_ray import Dataloader, KerasHubModel, MeshShape, SFTDataset, Trainer
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.orchestration import generator_group
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -115,7 +116,7 @@ def generate_where_weights_cross_processes(config):
 
     spec = config["spec"]
     decoding = Decoding(spec.weights, spec.mesh)
-    assert any(not array.is_fully_addressable for array in decoding.frozen)
+    assert any(not array.is_fully_addressable for array in decoding.decoder.frozen)
     return decoding.generate(spec.request)
 
 
@@ -125,7 +126,7 @@ def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
     directory, out, model, _ = trained
     if "gemma2" in str(out):
         pytest.skip("once is enough: tests/model/test_generate.py has the families and meshes")
-    monkeypatch.setattr("kithara_ray.orchestration.generator.GENERATE_LOOP", generate_where_weights_cross_processes)
+    monkeypatch.setattr(generator_group, "GENERATE_LOOP", generate_where_weights_cross_processes)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     chat = [{"role": "user", "content": "seven"}]
@@ -138,6 +139,7 @@ def test_generate_on_workers_that_share_the_weights(trained, monkeypatch):
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(storage_path=str(out / "runs"), name="generate"),
         cpu_devices_per_worker=2,
+        mesh=MeshShape(),
     )
     ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
     ids += [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False), inputs[-1]]

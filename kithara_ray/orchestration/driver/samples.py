@@ -19,7 +19,10 @@ class Samples:
         self.rows: list[dict[str, str]] = [{"prompt": _shown(prompt)} for prompt in self._prompts]
 
     def take(self, when: str) -> None:
-        """Generate now, `when` being "before" or "after", then free the model's memory. The rows record a failure."""
+        """Generate now, `when` being "before" or "after", then free the weights; "after" ends the actor too.
+
+        The rows record a failure.
+        """
         if not self._prompts:
             return
         try:
@@ -28,7 +31,7 @@ class Samples:
             logger.warning("no samples %s training: %s", when, error)
             texts = [f"not generated: {type(error).__name__}: {error}"] * len(self._prompts)
         finally:
-            self._model.release()
+            self._model.unload() if when == "before" else self._model.release()
         for row, text in zip(self.rows, texts, strict=True):
             row[when] = text
 

@@ -6,6 +6,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.facts.positions import max_positions
 from kithara_ray.hf.facts.vocabulary import embedding_rows
 from kithara_ray.orchestration.cluster import capacity, ray_compat
+from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.sharding.shape import MeshShape
 
@@ -15,7 +16,12 @@ _ONE_DEVICE_A_CHIP = ("TPU-V4", "TPU-V5P", "TPU-V5LITEPOD", "TPU-V6E")
 
 def count_devices(request: RunRequest) -> int | None:
     """Return the number of JAX devices of the run; None if only the accelerator knows."""
-    scaling, workers, env = request.group.scaling_config, request.group.num_workers, request.group.env()
+    return devices_of(request.group)
+
+
+def devices_of(group: WorkerGroup) -> int | None:
+    """Return the number of JAX devices of a group; None if only the accelerator knows."""
+    scaling, workers, env = group.scaling_config, group.num_workers, group.env()
     if env["JAX_PLATFORMS"].split(",")[0] == "cpu":
         found = re.search(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))
         return workers * int(found.group(1) if found else 1)

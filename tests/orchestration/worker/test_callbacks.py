@@ -199,7 +199,7 @@ def test_samples_that_cannot_be_made_end_nothing():
         def generate(self, *arguments, **settings):
             raise MemoryError("4 GB")
 
-        def release(self):
+        def unload(self):
             pass
 
     samples = Samples(Away(), ["a", [{"role": "user", "content": "b"}, {"role": "system", "content": "c"}]], 64)
