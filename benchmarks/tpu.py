@@ -337,7 +337,13 @@ def _row(made: dict) -> str:
 
 
 def _is_width(made: dict) -> bool:
-    return made["settings"]["seq_len"] in MODELS[made["model"]].values()
+    """True if the row is as long as one of the model's widths."""
+    config = MODELS[made["model"]].get("text_config", MODELS[made["model"]])
+    heads = [
+        config.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
+    ]
+    widths = [config.get(name, 0) for name in ("head_dim", "global_head_dim")]
+    return made["settings"]["seq_len"] in {*config.values(), *(h * w for h in heads for w in widths)}
 
 
 def _terms(known: dict) -> list[str]:

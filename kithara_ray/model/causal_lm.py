@@ -29,7 +29,7 @@ from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
 from kithara_ray.model.weights.quantized import Int8, in_floats
-from kithara_ray.sharding.mesh import BATCH_AXES
+from kithara_ray.sharding.mesh import BATCH_AXES, replicated, split_on
 
 
 @dataclass(kw_only=True)
@@ -169,7 +169,9 @@ class CausalLM(ModelArrays):
             if ports.is_seed(variable):
                 return jnp.zeros((steps, *variable.shape), variable.dtype)
             of_all = jnp.stack([in_floats(single[peer]) for peer in peers[variable]])
-            return self._constrain(of_all, None, *layouts.get(variable, ()))
+            of_step = layouts.get(variable, replicated(self.mesh))
+            layout = NamedSharding(of_step.mesh, PartitionSpec(None, *of_step.spec))
+            return jax.lax.with_sharding_constraint(of_all, layout)
 
         return [
             [[all_steps(v, section.steps) for v in block.variables] for block in section.blocks[: section.period]]
@@ -184,25 +186,27 @@ class CausalLM(ModelArrays):
     def _whole(self, array: jax.Array) -> jax.Array:
         return self._constrain(array)
 
-    def _layouts(self) -> IdentityMap[keras.Variable, tuple]:
-        """Split of one step's value of each weight, one entry per dim."""
-        return IdentityMap(
-            (slot.ports[0].variable, tuple(self.weight_sharding(slot).spec)[int(slot.stacked) :]) for slot in self.slots
-        )
+    def _layouts(self) -> IdentityMap[keras.Variable, NamedSharding]:
+        """The layout of one step's value of each weight."""
+        made = []
+        for slot in self.slots:
+            layout = self.weight_sharding(slot)
+            of_step = PartitionSpec(*tuple(layout.spec)[int(slot.stacked) :])
+            made.append((slot.ports[0].variable, NamedSharding(layout.mesh, of_step)))
+        return IdentityMap(made)
 
     def _gathered(self) -> stack.Gather:
         """A function that gathers a block's weight for its computation: whole over `fsdp`, split over `tensor`."""
-        split_of = self._layouts()
+        layouts = self._layouts()
 
         def gather(variable: keras.Variable, value: jax.Array | Int8) -> jax.Array:
-            split = split_of.get(variable, ())
-            axes = [(axis,) if isinstance(axis, str) else axis or () for axis in split]
-            gathered = ["tensor" if "tensor" in names else None for names in axes]
+            layout = layouts.get(variable, replicated(self.mesh))
+            gathered = ["tensor" if "tensor" in axes else None for axes in split_on(self.mesh, layout)]
             if isinstance(value, Int8):
                 return self._gather_of_int8(value, gathered).floats(variable.dtype)
             if not self.trains_weights:
                 return self._constrain(value, *gathered)
-            return self._gather_of_trained(value, gathered, split)
+            return self._gather_of_trained(value, gathered, layout)
 
         return gather
 
@@ -213,7 +217,7 @@ class CausalLM(ModelArrays):
         channels = [None if size == 1 else axes for axes, size in zip(gathered, sizes, strict=True)]
         return Int8(self._constrain(value.values, *gathered), self._constrain(value.scales, *channels))
 
-    def _gather_of_trained(self, value: jax.Array, gathered: Sequence, split: Sequence) -> jax.Array:
+    def _gather_of_trained(self, value: jax.Array, gathered: Sequence, layout: NamedSharding) -> jax.Array:
         """Gather a trained weight; in every step of the scan, its gradient takes the weight's own layout.
 
         A constraint's own gradient would keep the gathered layout. All steps' gradients would then take as much memory
@@ -224,7 +228,8 @@ class CausalLM(ModelArrays):
         def gather(value):
             return self._constrain(value, *gathered)
 
-        gather.defvjp(lambda value: (gather(value), None), lambda _, grad: (self._constrain(grad, *split),))
+        in_its_layout = lambda grad: jax.lax.with_sharding_constraint(grad, layout)  # noqa: E731
+        gather.defvjp(lambda value: (gather(value), None), lambda _, grad: (in_its_layout(grad),))
         return gather(value)
 
     def _rows_split(self, array: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.model import keras_compat
 from kithara_ray.model.causal_lm import CausalLM, Factors, Frozen
 from kithara_ray.model.identity import IdentityMap
-from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, from_parts, replicated
+from kithara_ray.sharding.mesh import BATCH_AXES, batch_sharding, from_parts, replicated, split_on
 
 # Round lengths up to this, so that prompts of similar length share a compiled program.
 _LENGTH_MULTIPLE = 16
@@ -86,7 +86,9 @@ def _cut(row: list[int], prompt: int, max_length: int, stop: tuple[int, ...]) ->
 
 def _keep_weights_in_place(model: CausalLM) -> None:
     """Wrap the layers of a model so that its weights never move. The model must have no other use."""
-    split_of = IdentityMap((slot.ports[0].variable, tuple(model.weight_sharding(slot).spec)) for slot in model.slots)
+    split_of = IdentityMap(
+        (slot.ports[0].variable, split_on(model.mesh, model.weight_sharding(slot))) for slot in model.slots
+    )
 
     def constrain(array, *spec):
         return jax.lax.with_sharding_constraint(array, NamedSharding(model.mesh, PartitionSpec(*spec)))

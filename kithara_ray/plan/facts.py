@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.tower import text_of
@@ -35,8 +36,8 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     """Collect all facts about one request's program.
 
     Keys: `devices`, `mesh`, `default_mesh` (None if the request gives a mesh), `counts`, `bytes` (on one device, by
-    part), `adapter_bytes` and `rows`. A compiled program adds `memory`, `compile_s`, `compile_cpu_s`, `square_arrays`
-    and `cost`. A refused one adds `refusal` and `refused_bytes`.
+    part), `uneven_bytes`, `adapter_bytes` and `rows`. A compiled program adds `memory`, `compile_s`, `compile_cpu_s`,
+    `square_arrays` and `cost`. A refused one adds `refusal` and `refused_bytes`.
     """
     devices = _devices(request)
     optimizer = KerasOptimizer(request["optimizer"])
@@ -71,6 +72,7 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
             "optimizer": _on_one_device(state["opt"]),
             "batch": _on_one_device(batch),
         },
+        "uneven_bytes": _uneven_bytes(frozen, mesh),
         "adapter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in state["params"].values()),
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         "largest_array_bytes": max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen)),
@@ -126,6 +128,13 @@ def _devices(request: Mapping[str, Any]) -> list:
 
 def _on_one_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _uneven_bytes(frozen: Any, mesh: Mesh) -> int:
+    """Count the bytes on one device that weights take because the mesh does not divide them evenly."""
+    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    uneven = [leaf for leaf in jax.tree.leaves(frozen) if leaf.sharding.mesh != mesh]
+    return _on_one_device(uneven) - sum(leaf.size * leaf.dtype.itemsize for leaf in uneven) // ways
 
 
 def counts_of(model, config: Mapping[str, Any]) -> Counts:

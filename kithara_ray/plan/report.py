@@ -38,6 +38,7 @@ class Plan:
 
     Attributes:
         slice, chips, hosts, mesh: the hardware, and the mesh over it.
+        uneven_bytes: bytes on one chip of copies of weights that this number of chips does not divide evenly.
         default_mesh: figures by which the mesh was chosen, see `DefaultMesh.told`; None for a mesh that was given.
         compiled: whether the TPU's compiler compiled this exact step; if not, memory is an estimate.
         estimated_because: reason for the estimate; None where the step was compiled or refused.
@@ -87,6 +88,7 @@ class Plan:
     host: dict[str, int]
     adapter_bytes: int
     checkpoint_bytes: int
+    uneven_bytes: int = 0
     cost: dict[str, float | None] | None = None
     default_mesh: dict[str, Any] | None = None
     advice: list[str] = field(default_factory=list)
@@ -170,6 +172,7 @@ def assemble(
         host=_host(found, where, counts),
         adapter_bytes=found["adapter_bytes"],
         checkpoint_bytes=found["state_bytes"],
+        uneven_bytes=found.get("uneven_bytes", 0),
         cost=_cost(price_per_chip_hour, tokens_per_epoch, where.chips, tokens, bound),
         advice=[] if fits in (None, True) else _advice(request, where, found, hbm, counts),
     )
@@ -339,6 +342,11 @@ def _rows(plan: Plan):
     parts: dict[str, Any] = {**hbm}
     for name in ("frozen", "adapter", "optimizer", "batch", "temporaries"):
         yield f"HBM per chip: {name}", f"{parts[name] / _GIB:.3f} GiB"
+    if plan.uneven_bytes:
+        yield (
+            "    copies, there",
+            f"{plan.uneven_bytes / _GIB:.3f} GiB: {plan.chips} chips do not divide these weights",
+        )
     yield "    kept inputs of blocks", f"{kept / _GIB:.3f} GiB, there{' or in VMEM' if may_be_in_vmem else ''}"
     for name in ("program", "total"):
         if parts[name] is not None:

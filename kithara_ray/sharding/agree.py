@@ -30,9 +30,14 @@ def check_copies(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> int:
     if not copied:
         return 0
     ranks = [device.process_index for device in mesh.devices.flat]
-    sums = np.asarray(_checksums(mesh, [arrays[name] for name in copied]))
-    for column, name in enumerate(copied):
-        _check(name, parts[name], sums[:, column].tolist(), ranks)
+    # The meshes of arrays hold the devices in one order, whatever their axes.
+    by_mesh: dict[Mesh, list[str]] = {}
+    for name in copied:
+        by_mesh.setdefault(named_sharding(arrays[name]).mesh, []).append(name)
+    for own, names in by_mesh.items():
+        sums = np.asarray(_checksums(own, [arrays[name] for name in names]))
+        for column, name in enumerate(names):
+            _check(name, parts[name], sums[:, column].tolist(), ranks)
     return len(copied)
 
 

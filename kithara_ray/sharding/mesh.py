@@ -60,18 +60,41 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: Sequence[int] = ()) -> NamedSharding:
-    """Return the layout of one weight: `fsdp` and `tensor` together split one dim that divides evenly.
+    """Return the layout of one weight: `fsdp` and `tensor` together split one dim.
+
+    A vector (a norm's scale, a bias) is replicated, and so is any weight under 2048 elements. A weight without a dim
+    that divides evenly is split over as many devices as divide one of its dims, and copied over the rest.
 
     Args:
         shape: the weight's shape.
         whole_dims: the number of leading dims that stay whole (the dim of stacked blocks).
         prefer: dims to try first; the first that divides evenly is split, else the largest dim that does.
 
-    A vector (a norm's scale, a bias) is replicated, and so is any weight under 2048 elements.
-
-    Raises:
-        ConfigError: no dim of a larger weight divides evenly.
+    Returns:
+        A layout on this mesh; on a mesh of the same devices with the axis `copies` if the weight is copied.
     """
+    return _even_sharding(mesh, shape, whole_dims, prefer) or _uneven_sharding(mesh, shape, whole_dims)
+
+
+def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
+    """Split a LoRA factor or an optimizer array like a weight if a dim divides evenly; else replicate it."""
+    return _even_sharding(mesh, shape, whole_dims, ()) or replicated(mesh)
+
+
+def split_on(mesh: Mesh, sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
+    """Return the axes of this mesh that split each dim of an array.
+
+    A weight that is copied over a part of `fsdp` is not split by the whole of it: for such a weight this is `tensor`
+    alone, or nothing.
+    """
+    names = [(axis,) if isinstance(axis, str) else tuple(axis or ()) for axis in sharding.spec]
+    if sharding.mesh == mesh:
+        return tuple(names)
+    return tuple(tuple(axis for axis in axes if axis == "tensor") for axes in names)
+
+
+def _even_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int, prefer: Sequence[int]) -> NamedSharding | None:
+    """The layout of a small weight, or one that all devices split evenly; None for any other."""
     axes = tuple(axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
     ways = math.prod(mesh.shape[axis] for axis in axes)
     dims = range(whole_dims, len(shape))
@@ -79,14 +102,29 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
         return replicated(mesh)
     candidates = [dim for dim in dims if shape[dim] % ways == 0]
     if not candidates:
-        raise ConfigError(
-            f"a weight of shape {tuple(shape)} cannot be split evenly {ways} ways "
-            f"(fsdp={mesh.shape['fsdp']} x tensor={mesh.shape['tensor']}): no dim is a multiple of {ways}; "
-            "choose another mesh or number of devices"
-        )
+        return None
     largest = max(candidates, key=lambda dim: shape[dim])
     dim = next((dim for dim in prefer if dim in candidates), largest)
     return NamedSharding(mesh, PartitionSpec(*(axes if each == dim else None for each in range(len(shape)))))
+
+
+def _uneven_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int) -> NamedSharding:
+    """Split the dim that most devices divide evenly, over `tensor` if it can be, and a part of `fsdp`."""
+    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+
+    def ways(dim: int) -> tuple[int, int]:
+        by_tensor = tensor if shape[dim] % tensor == 0 else 1
+        return math.gcd(fsdp, shape[dim] // by_tensor), by_tensor
+
+    dim = max(range(whole_dims, len(shape)), key=lambda dim: (math.prod(ways(dim)), shape[dim]))
+    by_fsdp, by_tensor = ways(dim)
+    if by_fsdp * by_tensor == 1:
+        return replicated(mesh)
+    # The devices stand in the same order as on the mesh.
+    grid = mesh.devices.reshape(data, by_fsdp, fsdp // by_fsdp, tensor)
+    axes = tuple(axis for axis, parts in (("fsdp", by_fsdp), ("tensor", by_tensor)) if parts > 1)
+    spec = PartitionSpec(*(axes if each == dim else None for each in range(len(shape))))
+    return NamedSharding(Mesh(grid, ("data", "fsdp", "copies", "tensor")), spec)
 
 
 def from_parts(
@@ -105,11 +143,3 @@ def named_sharding(array: jax.Array) -> NamedSharding:
     """Return the layout of a global array that this library placed."""
     assert isinstance(array.sharding, NamedSharding), array.sharding
     return array.sharding
-
-
-def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
-    """Split a LoRA factor or an optimizer array like a weight if a dim divides evenly; else replicate it."""
-    try:
-        return weight_sharding(mesh, shape, whole_dims)
-    except ConfigError:
-        return replicated(mesh)

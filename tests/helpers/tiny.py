@@ -399,6 +399,10 @@ def write_model(directory: Path, family: str, **fields) -> Path:
     return directory
 
 
+# Fields of a llama whose weights have no dim, but for the vocabulary's, that four devices divide.
+UNEVEN = dict(hidden_size=90, intermediate_size=126, num_attention_heads=9, num_key_value_heads=3, head_dim=10)
+
+
 def with_mild_attention(directory: Path, out: Path) -> Path:
     """A copy of such a model with a quarter of its queries. A sharp softmax amplifies float32's noise: torch's own
     gradients in float32 were 0.9e-5 (gemma, mistral, qwen2) to 1.3e-5 (llama) from those in float64; so, 2e-6.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import VOCABULARY, write_model
+from tiny import UNEVEN, VOCABULARY, write_model
 from transformers import AutoModelForCausalLM
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -35,6 +35,20 @@ def test_rows_that_the_mesh_does_not_divide(family, mesh, tiny_models):
         wanted = reference.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_length=24)
         assert row == wanted[0].tolist()
     assert len({tuple(row[-5:]) for row in ours}) > 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(fsdp=2, tensor=2)])
+def test_weights_that_the_mesh_does_not_divide(mesh, tmp_path):
+    directory = write_model(tmp_path / "model", "llama", **UNEVEN)
+    base = BaseCheckpoint.open(directory)
+    model = build(base.config, None, make_mesh(mesh), "float32", scan=False)
+    frozen = model.load(base)
+    assert any("copies" in array.sharding.mesh.shape for array in frozen)
+    ours = Decoder(model, {}, frozen).greedy(PROMPTS, 24, (2,))
+    reference = AutoModelForCausalLM.from_pretrained(directory).eval()
+    for prompt, row in zip(PROMPTS, ours, strict=True):
+        assert row == reference.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_length=24)[0].tolist()
 
 
 def test_weights_stay_in_place_and_the_cache_is_split_by_rows_and_heads(tmp_path):

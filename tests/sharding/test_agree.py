@@ -8,13 +8,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kithara_ray.errors import CheckpointError
 from kithara_ray.sharding.agree import check_copies
-from kithara_ray.sharding.mesh import make_mesh
+from kithara_ray.sharding.mesh import make_mesh, weight_sharding
 from kithara_ray.sharding.shape import MeshShape
 
 LAYOUTS = {
     "whole on each": (MeshShape(), PartitionSpec()),
     "split over fsdp, copied over data": (MeshShape(data=2), PartitionSpec(None, "fsdp")),
 }
+
+
+# A weight that four devices do not divide: two halves, each on two of them.
+UNEVEN = np.arange(46 * 63, dtype=np.float32).reshape(46, 63)
 
 
 def array(mesh, spec, values, damage=None):
@@ -55,3 +59,17 @@ def test_parts_that_no_other_device_holds_are_not_compared():
     mesh = make_mesh()
     split = array(mesh, PartitionSpec("fsdp"), np.arange(8, dtype=np.float32))
     assert check_copies(mesh, {"split": split}) == 0
+
+
+def test_copies_of_a_weight_that_the_mesh_does_not_divide_are_compared():
+    mesh = make_mesh()
+    layout = weight_sharding(mesh, UNEVEN.shape)
+    good, other = array(layout.mesh, layout.spec, UNEVEN), array(mesh, PartitionSpec(), UNEVEN)
+    assert check_copies(mesh, {"uneven": good, "whole": other}) == 2
+
+    def change(number, block):
+        if number == 1:
+            block[0, 0] = -1
+
+    with pytest.raises(CheckpointError, match=r"model\.w: rank 0 holds different bits"):
+        check_copies(mesh, {"whole": other, "model.w": array(layout.mesh, layout.spec, UNEVEN, change)})

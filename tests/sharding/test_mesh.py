@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
-from kithara_ray.errors import ConfigError
 from kithara_ray.sharding.mesh import make_mesh, weight_sharding
 from kithara_ray.sharding.shape import MeshShape
 
@@ -50,7 +54,35 @@ def test_slices_are_on_the_data_axis():
     assert "mesh data=1 over 2 TPU slices" in told["across"]
 
 
-def test_a_weight_that_no_axis_divides_is_an_error():
-    mesh = make_mesh(MeshShape(fsdp=4))
-    with pytest.raises(ConfigError, match=r"shape \(45, 63\) cannot be split evenly 4 ways .*choose another mesh"):
-        weight_sharding(mesh, (45, 63))
+# shape -> (shape of a device's part, number of copies) on fsdp=4 and on fsdp=2 x tensor=2.
+UNEVEN = {
+    (46, 63): (((23, 63), 2), ((23, 63), 2)),
+    (45, 66): (((45, 33), 2), ((45, 33), 2)),
+    (45, 63): (((45, 63), 4), ((45, 63), 4)),
+    (4, 30, 90): (((1, 30, 90), 1), ((1, 30, 90), 1)),
+}
+
+
+@pytest.mark.parametrize("shape", UNEVEN)
+@pytest.mark.parametrize("mesh", [MeshShape(fsdp=4), MeshShape(fsdp=2, tensor=2)])
+def test_a_weight_is_split_over_as_many_devices_as_divide_it(mesh, shape):
+    made = make_mesh(mesh)
+    part, copies = UNEVEN[shape][mesh.tensor == 2]
+    layout = weight_sharding(made, shape)
+    assert layout.shard_shape(shape) == part
+    held = Counter(tuple((s.start, s.stop) for s in layout.devices_indices_map(shape)[d]) for d in made.devices.flat)
+    assert set(held.values()) == {copies}
+
+
+def test_of_two_axes_both_split_what_they_can():
+    """12 over fsdp=4 and tensor=2: two ways by tensor, of each half 6 two ways by fsdp, in the mesh's order."""
+    made = Mesh(np.array(jax.devices() * 2)[:8].reshape(1, 4, 2), ("data", "fsdp", "tensor"))
+    layout = weight_sharding(SimpleNamespace(shape=dict(data=1, fsdp=4, tensor=2), devices=made.devices), (12, 513))
+    assert dict(layout.mesh.shape) == {"data": 1, "fsdp": 2, "copies": 2, "tensor": 2}
+    assert layout.spec == PartitionSpec(("fsdp", "tensor"), None)
+    assert layout.mesh.devices.ravel().tolist() == made.devices.ravel().tolist()
+
+
+def test_stacked_blocks_stay_whole():
+    layout = weight_sharding(make_mesh(MeshShape(fsdp=4)), (8, 46, 63), whole_dims=1)
+    assert layout.shard_shape((8, 46, 63)) == (8, 23, 63)

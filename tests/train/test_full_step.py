@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from tiny import VOCABULARY, mostly_long, write_model
+from tiny import UNEVEN, VOCABULARY, mostly_long, write_model
 from transformers import AutoModelForCausalLM
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -82,10 +82,12 @@ MODELS = {
     "llama": ("llama", {}),
     "gemma2": ("gemma2", {}),
     "qwen2 with biases and a head of its own": ("qwen2", dict(tie_word_embeddings=False)),
+    "dims that four devices do not divide": ("llama", UNEVEN),
 }
 WAYS = {
     "llama": [dict(mesh=MeshShape(fsdp=2, tensor=2), remat="dots")],
     "gemma2": [dict(), dict(mesh=MeshShape(data=2), stack_factors=False)],
+    "dims that four devices do not divide": [dict(), dict(mesh=MeshShape(fsdp=2, tensor=2), stack_factors=False)],
 }
 
 

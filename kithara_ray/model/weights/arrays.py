@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kithara_ray.errors import AdapterError, ConfigError
+from kithara_ray.errors import AdapterError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import keras_compat
 from kithara_ray.model.identity import IdentityMap
@@ -111,19 +111,17 @@ class ModelArrays:
         return made
 
     def weight_sharding(self, slot: Slot) -> NamedSharding:
-        try:
-            return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
-        except ConfigError as error:
-            raise ConfigError(f"{slot.ports[0].hf_name}: {error}") from error
+        return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
 
     def factor_sharding(self, slot: layers.FactorSlot) -> NamedSharding:
         return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))
 
     def base_sharding(self, slot: base_weights.BaseSlot) -> NamedSharding:
         """Split a table as the model splits it for its computation, rows as factors are; replicate biases."""
-        spec = slot.spec(tuple(self.weight_sharding(self.slots[slot.number]).spec))
+        of_weight = self.weight_sharding(self.slots[slot.number])
+        spec = slot.spec(tuple(of_weight.spec))
         if spec is not None:
-            return NamedSharding(self.mesh, PartitionSpec(*spec))
+            return NamedSharding(of_weight.mesh, PartitionSpec(*spec))
         return replicated(self.mesh) if slot.rows is None else factor_sharding(self.mesh, slot.shape)
 
     @property
