@@ -63,6 +63,25 @@ MODELS = {
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4
     ),
 }
+# Qwen/Qwen3-30B-A3B-Instruct-2507 and openai/gpt-oss-20b, mixtures of experts.
+_MIXTURES = {
+    "Qwen3-30B-A3B": dict(
+        model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, vocab_size=151936, rms_norm_eps=1e-6, rope_theta=1e7, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, mlp_only_layers=[],
+        tie_word_embeddings=False,
+    ),
+    "gpt-oss-20b": dict(
+        model_type="gpt_oss", hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=64, vocab_size=201088, rms_norm_eps=1e-5, rope_theta=150000.0,
+        sliding_window=128, num_local_experts=32, num_experts_per_tok=4, swiglu_limit=7.0, attention_bias=True,
+        tie_word_embeddings=False, rope_scaling=dict(
+            rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+            original_max_position_embeddings=4096,
+        ),
+    ),
+}  # fmt: skip
+MODELS |= _MIXTURES
 # google/gemma-3-27b-it, gemma-4-31B-it and gemma-4-26B-A4B-it: text_config, and what names the whole model.
 _GEMMA4 = dict(
     model_type="gemma4_text", head_dim=256, global_head_dim=512, attention_k_eq_v=True, sliding_window=1024,
@@ -106,7 +125,11 @@ RUNS = {
     "qwen3.5-9b-4096-v6e-8": ("Qwen3.5-9B", "v6e-8", 4096, {}),
     "llama-3.1-70b-4096-nested": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": "nested"}),
 }
-RUNS |= {f"{model.lower()}-4096-{where}": (model, where, 4096, {}) for model in _TEXTS for where in ("v5e-16", "v6e-8")}
+RUNS |= {
+    f"{model.lower()}-4096-{where}": (model, where, 4096, {})
+    for model in (*_TEXTS, *_MIXTURES)
+    for where in ("v5e-16", "v6e-8")
+}
 # What the compiler is told that a chip has, MiB. Where there is more than enough it reserves more than it must.
 HBM = {"gemma-2-2b-4096-tight": 1360}
 # What compiling takes by the clock, of so many blocks of one of them, in turns; the machine must do nothing else.

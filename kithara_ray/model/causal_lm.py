@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.tower import text_of
 from kithara_ray.model import keras_compat
-from kithara_ray.model.blocks import attention, embedding, stack
+from kithara_ray.model.blocks import attention, embedding, mixtures, stack
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.families import family_of, ports
 from kithara_ray.model.identity import IdentityMap, IdentitySet
@@ -41,12 +41,14 @@ class CausalLM(ModelArrays):
         chain: the decoder blocks.
         dropout: fraction of the side paths' input that training drops.
         zeros: factors of layers that are not targets; see `layers.Target`.
+        share: the least share of its experts that a routed mixture sends a token to; 1.0 if nothing is routed.
     """
 
     model: keras.Model
     chain: stack.Chain
     dropout: float
     zeros: Sequence[keras.Variable] = ()
+    share: float = 1.0
 
     @property
     def vocabulary(self) -> int:
@@ -87,7 +89,7 @@ class CausalLM(ModelArrays):
     def _chunk(self, token_ids_BT: jax.Array) -> int:
         rows, positions = token_ids_BT.shape
         ways = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        return chunk_length(-(-rows // ways), positions, self.options.remat)
+        return chunk_length(-(-rows // ways), positions, self.options.remat, self.share)
 
     def head_V(self, head: Sequence[jax.Array], hidden) -> jax.Array:
         """Compute logits (..., V) from hidden states (..., D), soft-capped if the family does so.
@@ -245,7 +247,8 @@ def build(
         config: the parsed config.json; of a multimodal model, only the text model is built.
         lora_config: the layers to adapt; None adapts nothing, and trains either all weights or none.
         mesh: the devices that will hold the model's arrays.
-        precision, options: the fields of `ModelOptions`: scan, remat, stack_factors, quantize, train_weights.
+        precision, options: the fields of `ModelOptions`: scan, remat, stack_factors, quantize, train_weights,
+            routed.
 
     Raises:
         UnsupportedError: KerasHub cannot honour the family, or a field that changes the mathematics.
@@ -260,6 +263,9 @@ def build(
         targets = layers.inject(backbone, recorded, lora_config, config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh, chosen.remat)
+    routes = chosen.scan and mesh.devices.flat[0].platform == "tpu" if chosen.routed is None else chosen.routed
+    if routes:
+        mixtures.install(chain.blocks, mesh)
     for table in keras_compat.all_layers(backbone):
         if isinstance(table, keras.layers.Embedding):
             embedding.install(table, mesh)
@@ -276,6 +282,7 @@ def build(
         dropout=lora_config.lora_dropout if lora_config else 0.0,
         zeros=layers.zero_factors(targets),
         base_slots=base_weights.base_slots(backbone, weights, lora_config, chosen.stack_factors),
+        share=min(mixtures.shares(chain.blocks).values(), default=1.0) if routes else 1.0,
     )
 
 

@@ -227,11 +227,6 @@ def gated_delta_net_of(block):
     return getattr(block, "_linear_attn", None)
 
 
-def qwen3_5_moe_router_of(block):
-    """The linear layer that chooses a qwen3_5_moe block's experts; needed to route in float32."""
-    return block.mlp._router_gate
-
-
 def forget_layer(layer, name: str) -> None:
     """Take a layer's attribute `name`, itself a layer, out of it; needed as in `forget_variable`."""
     layer._tracker.untrack(getattr(layer, name))
@@ -247,17 +242,41 @@ def replace_cache_builder(model, build: Callable) -> None:
     model._build_cache = build
 
 
-def mixtral_router_of(block):
-    """The linear layer that chooses a mixtral block's experts.
+# Names of the linear layer that chooses experts; of the experts' kernels, the last one's last; and of a shared expert.
+_ROUTERS = ("_sparse_feedforward_gate_dense", "_router_gate")
+_EXPERT_KERNELS = (
+    "_expert_feedforward_gate_dense",
+    "_expert_feedforward_intermediate_dense",
+    "_expert_feedforward_output_dense",
+)
+_SHARED_EXPERTS = (("shared_expert_dense", "shared_expert_gate_dense"), ("shared_expert", "_shared_expert_gate"))
 
-    Needed to route in float32; the block exports neither its experts nor their router.
+
+def mixtral_mixture_of(block):
+    """A mixtral block's mixture of experts; needed to reach its router, since the block keeps it private."""
+    return block._sparse_moe_block
+
+
+def router_of(mixture):
+    """The linear layer that chooses the experts of KerasHub's mixtral, qwen2_moe, qwen3_moe or qwen3_5_moe.
+
+    Needed to route in float32; the layers export neither their experts nor their router.
     """
-    return block._sparse_moe_block._sparse_feedforward_gate_dense
+    return next(getattr(mixture, name) for name in _ROUTERS if hasattr(mixture, name))
 
 
-def qwen3_moe_router_of(mlp):
-    """The linear layer that chooses the experts of a qwen3_moe block's sparse MLP; needed for the same reason."""
-    return mlp._sparse_feedforward_gate_dense
+def expert_kernels_of(bank) -> list:
+    """The kernels of these families' experts: gate and up projection, in one or two variables, then the last one.
+
+    Needed to compute the chosen experts only; the layer computes them all, and keeps its kernels private.
+    """
+    return [getattr(bank, name) for name in _EXPERT_KERNELS if hasattr(bank, name)]
+
+
+def shared_expert_of(mixture) -> tuple | None:
+    """A mixture's expert of every token and the layer that weighs it, or None; needed for the same reason."""
+    names = next((names for names in _SHARED_EXPERTS if hasattr(mixture, names[0])), None)
+    return None if names is None else tuple(getattr(mixture, name) for name in names)
 
 
 def expose_dense_mlp(block) -> None:

@@ -28,6 +28,9 @@ FUSED_KEYS, FUSED_LIMIT = 1024, 8192
 # Tokens of a chunk on one device. Products read a block's weights once per chunk, so a chunk must be large enough to
 # be efficient. Up to twice as many tokens form one chunk.
 _CHUNK_TOKENS = 1024
+# Tokens that each expert of a mixture should get of a chunk. Its matrices are read once for them, and the compiler's
+# kernel takes them 128 at a time.
+_EXPERT_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class ModelOptions:
             that update each element separately.
         quantize: "int8" holds the kernels of linear layers as int8, see `quantized`; embedding, head and norms stay.
         train_weights: train all weights instead of an adapter.
+        routed: compute the chosen experts of a mixture only. None does so on a TPU, in the scan; other devices compute
+            all experts faster.
 
     Raises:
         ConfigError: an unknown precision, remat or quantize.
@@ -53,6 +58,7 @@ class ModelOptions:
     stack_factors: bool = True
     quantize: str | None = None
     train_weights: bool = False
+    routed: bool | None = None
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -78,7 +84,7 @@ def groups_of(steps: int) -> int:
     return min((g for g in range(1, steps + 1) if steps % g == 0), key=lambda g: (g + steps // g, g))
 
 
-def chunk_length(rows: int, positions: int, remat: str) -> int:
+def chunk_length(rows: int, positions: int, remat: str, share: float = 1.0) -> int:
     """Positions in a decoder block's chunk, see `stack`: the largest divisor that keeps it within `_CHUNK_TOKENS`.
 
     A chunk takes all positions if they are few, or if no divisor comes near the limit. Lengths
@@ -87,9 +93,11 @@ def chunk_length(rows: int, positions: int, remat: str) -> int:
     Args:
         rows: rows of one device.
         remat: "dots" keeps arrays inside the block for all positions, so the block is not cut.
+        share: the share of its experts that a routed mixture sends a token to, which makes chunks longer.
     """
-    if remat == "dots" or rows * positions <= 2 * _CHUNK_TOKENS:
+    tokens = max(_CHUNK_TOKENS, int(_EXPERT_TOKENS / share)) if share < 1 else _CHUNK_TOKENS
+    if remat == "dots" or rows * positions <= 2 * tokens:
         return positions
-    bound = max(1, _CHUNK_TOKENS // rows)
+    bound = max(1, tokens // rows)
     longest = max(c for c in range(1, bound + 1) if positions % c == 0)
     return longest if 2 * longest > bound else positions

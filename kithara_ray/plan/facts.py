@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.tower import text_of
-from kithara_ray.model.blocks import attention
+from kithara_ray.model.blocks import attention, mixtures
 from kithara_ray.model.causal_lm import CausalLM, build
 from kithara_ray.model.families import family_of
 from kithara_ray.model.families.family import completed
@@ -145,16 +145,10 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
     # The stored variables are those that a tensor feeds, in the blocks too.
     ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
     nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
-    experts = config.get("num_local_experts") or config.get("num_experts") or 1
-    active = (config.get("num_experts_per_tok") or config.get("top_k_experts") or experts) / experts
-
-    def multiplied(variable) -> float:
-        if len(variable.shape) < 2:
-            return 0
-        # An expert's matrix is part of an array whose first dim counts the experts.
-        routed = experts > 1 and len(variable.shape) == 3 and variable.shape[0] == experts
-        return size(variable) * (active if routed else 1)
-
+    shares = mixtures.shares(model.chain.blocks)
+    multiplied = lambda v: size(v) * shares.get(v, 1) if len(v.shape) > 1 else 0  # noqa: E731
+    # A token's widest activation is inside its experts: all of them, unless only the chosen ones are computed.
+    of_experts = (v.shape[0] * v.shape[2] * (share if model.share < 1 else 1) for v, share in shares.items())
     blocks = [v for v in ports if v in in_blocks]
     tables = [v for v in ports if v.path.rpartition("/")[2] in ("embeddings", "reverse_embeddings")]
     heads = [v for v in tables if v.path.endswith("reverse_embeddings")] or tables
@@ -172,8 +166,9 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         weights_bytes=sum(nbytes(v) for v in ports),
         blocks_bytes=sum(of_block),
         widest_bytes=max(of_block),
-        intermediate=int(config.get("intermediate_size") or 4 * config["hidden_size"]),
+        intermediate=int(max([config.get("intermediate_size") or 4 * config["hidden_size"], *of_experts])),
         parameters=sum(size(v) for v in ports),
+        share=model.share,
     )
 
 

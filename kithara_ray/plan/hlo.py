@@ -15,6 +15,8 @@ from kithara_ray.plan.loops import trips
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+# Names of the TPU compiler's kernels for `ragged_dot`; one more only prepares the groups.
+_GROUPED = re.compile(r"ragged-dot-(?!metadata)")
 # Opcodes whose result is no new array in memory.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -119,7 +121,20 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
         return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(lhs[int(d)] for d in contracted.split(",") if d)
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, computation)
+    if instruction.opcode == "custom-call" and _GROUPED.match(instruction.name):
+        return _grouped_flops(instruction, computation)
     return 0.0
+
+
+def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
+    """FLOPs of the TPU's kernel for `ragged_dot`: each row is multiplied with the matrix of its own group.
+
+    Its last operands are the rows (R, X) and either a matrix for each group, (E, X, Y), or other rows (R, Y), whose
+    products it sums by group. The kernel takes 128 rows at a time and a border between groups twice: with R / E rows a
+    group it multiplies up to 1 + 128 E / R times as many rows, which is not counted.
+    """
+    rows, other = (computation[name].arrays[0].dims for name in instruction.operands[-2:])
+    return 2.0 * math.prod(rows) * other[-1]
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:

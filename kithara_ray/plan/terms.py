@@ -17,7 +17,8 @@ class Counts:
     """Sizes counted from a built model.
 
     Attributes:
-        blocks: elements of all matrices in decoder blocks that a token is multiplied with.
+        blocks: elements of all matrices in decoder blocks that a token is multiplied with; of experts, those that it
+            is sent to.
         head: elements of the head's matrix.
         lora: elements of all factors.
         attention: (query heads, head width, window or None) of each block with attention. What blocks with a recurrent
@@ -29,6 +30,7 @@ class Counts:
         widest_bytes: bytes of the frozen arrays of the largest decoder block.
         intermediate: elements per token of the widest activation inside a block.
         parameters: elements of all frozen arrays.
+        share: the least share of its experts that a routed mixture sends a token to; 1.0 if nothing is routed.
     """
 
     blocks: int
@@ -43,6 +45,7 @@ class Counts:
     widest_bytes: int
     intermediate: int
     parameters: int
+    share: float = 1.0
 
 
 def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) -> dict[str, float]:
@@ -118,7 +121,7 @@ def estimated_temporaries(
     It adds up: the kept activations; a block's activations, the widest for one chunk only; the gathered weights of two
     blocks, since one computes while the next is fetched; one chunk of logits with its gradient.
     """
-    chunk = rows * chunk_length(rows, seq_len, remat)
+    chunk = rows * chunk_length(rows, seq_len, remat, counts.share)
     inside = (6 * chunk * counts.intermediate + 14 * rows * seq_len * counts.hidden) * activation_bytes / tensor
     kept = kept_bytes(counts, seq_len, rows, activation_bytes, remat)
     return kept + inside + 2 * counts.widest_bytes / tensor + 3 * 2**26

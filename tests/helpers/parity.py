@@ -36,9 +36,9 @@ def logits(directory, adapter=None, **options):
     return np.asarray(jax.jit(model.logits_BTV)(factors, model.load(base), place(TOKENS), place(SEGMENTS)))
 
 
-def reference(model):
+def reference(model, tokens=TOKENS, segments=SEGMENTS):
     with torch.no_grad():
-        return model.eval()(torch.tensor(TOKENS).long(), attention_mask=torch.tensor(SEGMENTS).long()).logits.numpy()
+        return model.eval()(torch.tensor(tokens).long(), attention_mask=torch.tensor(segments).long()).logits.numpy()
 
 
 def assert_equal(ours, theirs, atol):

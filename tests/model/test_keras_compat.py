@@ -75,14 +75,14 @@ NAMES = {
         HUB, "keras_hub.src.models.qwen3_5", "gated_delta_net", "models/qwen3_5/qwen3_5_gated_delta_net.py"
     ),
     "_linear_attn": Name(HUB, "qwen3_5's block", "gated_delta_net_of", "models/qwen3_5/qwen3_5_decoder.py"),
-    "_router_gate": Name(
-        HUB, "qwen3_5_moe's MLP", "qwen3_5_moe_router_of", "models/qwen3_5_moe/qwen3_5_moe_decoder.py"
-    ),
+    "_router_gate": Name(HUB, "qwen3_5_moe's MLP", "router_of", "models/qwen3_5_moe/qwen3_5_moe_decoder.py"),
+    "_shared_expert_gate": Name(HUB, "qwen3_5_moe's MLP", "shared_expert_of", "models/qwen3_5_moe/"),
     "_build_cache": Name(HUB, "CausalLM", "replace_cache_builder", "models/*/*_causal_lm.py"),
-    "_sparse_moe_block": Name(HUB, "mixtral's block", "mixtral_router_of", "models/mixtral/mixtral_decoder.py"),
-    "_sparse_feedforward_gate_dense": Name(
-        HUB, "sparse MLP", "mixtral_router_of, qwen3_moe_router_of", "models/{mixtral,qwen3_moe}/*_decoder.py"
-    ),
+    "_sparse_moe_block": Name(HUB, "mixtral's block", "mixtral_mixture_of", "models/mixtral/mixtral_decoder.py"),
+    "_sparse_feedforward_gate_dense": Name(HUB, "sparse MLP", "router_of", "models/{mixtral,qwen3_moe}/*_decoder.py"),
+    "_expert_feedforward_gate_dense": Name(HUB, "experts", "expert_kernels_of", "models/*/*moe_decoder.py"),
+    "_expert_feedforward_intermediate_dense": Name(HUB, "mixtral's experts", "expert_kernels_of", "models/mixtral/"),
+    "_expert_feedforward_output_dense": Name(HUB, "experts", "expert_kernels_of", "models/*/*moe_decoder.py"),
     "_feedforward_intermediate_dense": Name(HUB, "qwen3_moe's MLP", "expose_dense_mlp", "models/qwen3_moe/"),
     "_feedforward_output_dense": Name(HUB, "qwen3_moe's MLP", "expose_dense_mlp", "models/qwen3_moe/"),
     "_feedforward_gate_dense": Name(HUB, "qwen3_moe's MLP", "expose_dense_mlp", "models/qwen3_moe/"),
@@ -398,16 +398,39 @@ def test_a_layer_is_forgotten(dense):
     assert not hasattr(outer, "inner")
 
 
-def test_routers_of_experts(blocks):
-    mixtral, qwen = blocks("mixtral")[1], blocks("qwen3_moe")[1]
-    qwen3_5 = blocks("qwen3_5_moe_text")[1]
-    check(qwen3_5.mlp, "_router_gate")
-    assert keras_compat.qwen3_5_moe_router_of(qwen3_5).units == SIZES["qwen3_5_moe_text"]["num_experts"]
-    check(mixtral, "_sparse_moe_block")
-    check(mixtral._sparse_moe_block, "_sparse_feedforward_gate_dense")
-    check(qwen.mlp, "_sparse_feedforward_gate_dense")
-    assert keras_compat.mixtral_router_of(mixtral).units == SIZES["mixtral"]["num_local_experts"]
-    assert keras_compat.qwen3_moe_router_of(qwen.mlp).units == SIZES["qwen3_moe"]["num_experts"]
+def mixture_of(blocks, family):
+    block = blocks(family)[1]
+    if family != "mixtral":
+        return block.mlp
+    check(block, "_sparse_moe_block")
+    return keras_compat.mixtral_mixture_of(block)
+
+
+@pytest.mark.parametrize(
+    ("family", "wide"), {"mixtral": 2, "qwen2_moe": 1, "qwen3_moe": 1, "qwen3_5_moe_text": 1}.items()
+)
+def test_routers_and_kernels_of_experts(blocks, family, wide):
+    mixture, size = mixture_of(blocks, family), SIZES[family]
+    count = size.get("num_experts", size.get("num_local_experts"))
+    check_one_of(mixture, "_sparse_feedforward_gate_dense", "_router_gate")
+    assert keras_compat.router_of(mixture).units == count
+    check(mixture.expert_bank, "_expert_feedforward_gate_dense")
+    check(mixture.expert_bank, "_expert_feedforward_output_dense")
+    *first, last = keras_compat.expert_kernels_of(mixture.expert_bank)
+    inside, hidden = size.get("moe_intermediate_size", size["intermediate_size"]), size["hidden_size"]
+    assert [tuple(kernel.shape) for kernel in first] == [(count, hidden, 2 * inside // wide)] * wide
+    assert tuple(last.shape) == (count, inside, hidden)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_5_moe_text", "qwen3_moe"])
+def test_shared_experts(blocks, family):
+    shared = keras_compat.shared_expert_of(mixture_of(blocks, family))
+    if family == "qwen3_moe":
+        assert shared is None
+    else:
+        expert, gate = shared
+        assert expert.intermediate_dim == SIZES[family]["shared_expert_intermediate_size"]
+        assert gate.units == 1
 
 
 def test_a_dense_block_of_qwen3_moe(blocks):

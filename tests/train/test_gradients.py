@@ -15,6 +15,7 @@ from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train import loss as loss_module
 from kithara_ray.train import step
 
@@ -37,6 +38,7 @@ def torch_s(directory, adapter_directory):
 
 
 SHORT = ["gemma3_text", "gpt_oss", "llama", "qwen3"]
+ROUTED = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"}
 GEMMA4 = {family for family in COMPARED if family.startswith("gemma4")}
 
 
@@ -45,12 +47,23 @@ def test_loss_and_gradients(family, tiny_models, tmp_path, monkeypatch):
     """Of gemma4 float32's noise is above what is asserted, of gemma2 torch gives no float64: test_parity.py
     compares their scan with the unrolled model. transformers computes a recurrent state in float32, whatever the dtype:
     test_delta_rule.py compares its gradients."""
+    assert_gradients(family, tiny_models, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(fsdp=4), MeshShape(fsdp=2, tensor=2)])
+@pytest.mark.parametrize("family", mostly_long([], ROUTED))
+def test_gradients_through_the_chosen_experts(family, mesh, tiny_models, tmp_path, monkeypatch):
+    assert_gradients(family, tiny_models, tmp_path, monkeypatch, mesh, routed=True)
+
+
+def assert_gradients(family, tiny_models, tmp_path, monkeypatch, mesh=None, **options):
     monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 1)
     # A device has one row; three chunks of it.
     monkeypatch.setattr("kithara_ray.model.options._CHUNK_TOKENS", 8)
-    directory, mesh = with_mild_attention(tiny_models[family], tmp_path / "model"), make_mesh()
+    monkeypatch.setattr("kithara_ray.model.options._EXPERT_TOKENS", 1)
+    directory, mesh = with_mild_attention(tiny_models[family], tmp_path / "model"), make_mesh(mesh)
     base = BaseCheckpoint.open(directory)
-    model = build(base.config, LORA[family], mesh, "float32")
+    model = build(base.config, LORA[family], mesh, "float32", **options)
     # Small enough that float32's own noise stays below what is asserted.
     adapter = {name: tensor / 4 for name, tensor in adapter_of(model).items()}
     Adapter(LORA[family], adapter).write(tmp_path / "adapter", str(directory))

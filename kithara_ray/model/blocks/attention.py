@@ -13,7 +13,7 @@ segment ids instead, as a (B, T, 1) column. Decoding with a KV cache still uses 
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -326,6 +326,11 @@ def attends(block: keras.layers.Layer) -> bool:
     return not any(type(layer).__name__ in _SEGMENTED for layer in keras_compat.all_layers(block))
 
 
+def segments_in(arguments: Mapping[str, Any]) -> Any:
+    """The segment ids (B, T) among the arguments of a block's call, or of its mask builder; None without any."""
+    return next((arguments[name] for name in _PADDING_MASKS if name in arguments), None)
+
+
 def settings_of(block: keras.layers.Layer) -> Settings:
     """The parameters of a decoder block's attention."""
     layer = _layer_of(block)
@@ -346,7 +351,7 @@ def _hand_over_segments(block: keras.layers.Layer) -> None:
 
     def mask(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
-        cache, padding = (next((given[n] for n in names if n in given), None) for names in (_CACHES, _PADDING_MASKS))
+        cache, padding = next((given[name] for name in _CACHES if name in given), None), segments_in(given)
         if cache is not None or padding is None:
             return original(*args, **kwargs)
         return padding[:, :, None]

@@ -26,7 +26,7 @@ import keras
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
-from kithara_ray.model.blocks import attention
+from kithara_ray.model.blocks import attention, experts
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.options import groups_of
@@ -38,7 +38,7 @@ _POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.INPUTS, attention.RESIDUALS),
+        jax.checkpoint_policies.save_only_these_names(attention.INPUTS, attention.RESIDUALS, experts.PRODUCTS),
     ),
     "nested": None,
 }
@@ -320,7 +320,8 @@ def _common(kwargs: Sequence[Mapping]) -> tuple[dict[str, Any], dict[str, jax.Ar
 
 def _outputs(block: keras.layers.Layer, x: jax.Array, kwargs: Mapping) -> list[jax.Array]:
     """The block's output, and its keys and values if it returns them."""
-    return keras.tree.flatten(block(x, **kwargs))
+    with experts.padded(attention.segments_in(kwargs)):
+        return keras.tree.flatten(block(x, **kwargs))
 
 
 def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array | None) -> list[jax.Array]:

@@ -86,7 +86,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in an MLP's place. Each expert is gated; every expert computes every token.
+    """A mixture of experts in an MLP's place. Each expert is gated.
 
     Attributes:
         count, chosen: E experts, and how many of them each token gets.

@@ -1,6 +1,6 @@
 """A decoder block's second half: an MLP, or a mixture of experts.
 
-B  rows    T  positions    D  hidden width    I  width inside an MLP    E  experts
+B  rows    T  positions    D  hidden width    I  width inside an MLP    E  experts    K  experts of a token
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import keras
 
 from kithara_ray.model import keras_compat
+from kithara_ray.model.blocks.experts import Choice, Compute, Kernels, dense
 from kithara_ray.model.decoder.description import Experts, Mlp
 from kithara_ray.model.decoder.layers import DecoderActivation
 
@@ -52,12 +53,14 @@ class DecoderMlp(keras.layers.Layer):
 class DecoderExperts(keras.layers.Layer):
     """A mixture of experts of (B, T, D); the router computes in float32, as in transformers.
 
-    Every expert computes every token, as in KerasHub's mixtures, and the scores weigh the results, most of them by 0.
+    Attributes:
+        compute: computes the weighted sum of the experts; `blocks.mixtures` sets it.
     """
 
     def __init__(self, experts: Experts, hidden: int, **kwargs):
         super().__init__(**kwargs)
         self.experts, self.hidden = experts, hidden
+        self.compute: Compute = dense
         self.shared = None
 
     def build(self, input_shape):
@@ -80,24 +83,24 @@ class DecoderExperts(keras.layers.Layer):
         self.built = True
 
     def call(self, x):
-        weights_BTE = self._weights(x).astype(x.dtype)
-        gate, up = (jnp.einsum("btd,edi->btei", x, jnp.asarray(kernel)) for kernel in (self.gate, self.up))
-        inner = self.activation(gate) * up * weights_BTE[..., None]
-        out = jnp.einsum("btei,eid->btd", inner, jnp.asarray(self.down))
+        gate, up, down = (jnp.asarray(kernel) for kernel in (self.gate, self.up, self.down))
+        out = self.compute(x, self._choice(x), Kernels((gate, up), down, self._inner))
         return out if self.shared is None else out + self.shared(x)
 
-    def _weights(self, x) -> jax.Array:
-        """The factor of each expert's result, (B, T, E) float32: 0 for those that are not chosen."""
+    def _inner(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        return self.activation(gate).astype(jnp.float32) * up.astype(jnp.float32)
+
+    def _choice(self, x) -> Choice:
         given = self.experts
         with keras_compat.without_autocast():
             router, correction = (jnp.asarray(v.value, jnp.float32) for v in (self.router, self.correction))
         logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
         scores = jax.nn.softmax(logits, axis=-1) if given.scores == "softmax" else jax.nn.sigmoid(logits)
         _, chosen = jax.lax.top_k(scores + correction.reshape(-1), given.chosen)
-        kept = scores * jax.nn.one_hot(chosen, given.count, dtype=jnp.float32).sum(axis=-2)
+        factors = jnp.take_along_axis(scores, chosen, axis=-1)
         if given.normalised:
-            kept = kept / jnp.maximum(kept.sum(axis=-1, keepdims=True), given.floor)
-        return kept * given.factor
+            factors = factors / jnp.maximum(factors.sum(axis=-1, keepdims=True), given.floor)
+        return Choice(chosen, factors * given.factor)
 
     def compute_output_spec(self, x):
         return keras.KerasTensor(x.shape, self.compute_dtype)

@@ -1,4 +1,4 @@
-"""Mixtures of experts that KerasHub has no converter for, as decoders of ours; every expert computes every token."""
+"""Mixtures of experts that KerasHub has no converter for, as decoders of ours."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Corrections for gemma4's text model, and a block that LoRA can adapt.
 
-    C  tokens    E  experts    I  width inside an expert    D  hidden width
+    B  rows    T  positions    D  hidden width    E  experts    K  experts of a token
 
 Its forms: dense blocks (31B, 12B); embeddings for each block, and later blocks that attend to the keys and values of
 earlier ones (E2B, E4B); experts beside the MLP (26B-A4B).
@@ -14,7 +14,7 @@ from kithara_ray.model import keras_compat
 from kithara_ray.model.families.family import Family, expect, refuse
 
 if TYPE_CHECKING:
-    import jax
+    from kithara_ray.model.blocks.experts import Choice, Kernels
 
 _ABSENT = (False, None)
 # Fields of gemma4_text that gemma4_unified_text does not have: it has neither experts nor embeddings for each block.
@@ -125,11 +125,16 @@ def _finish(config: Mapping, backbone) -> None:
 def _block_class() -> type:
     import keras
 
+    from kithara_ray.model.blocks import experts
+
     class Gemma4Block(keras_compat.gemma4_text_block()):
         """A block that calls its MLP's layers, so that LoRA can adapt them; KerasHub's multiplies by their kernels.
 
-        `call` keeps the signature that Keras has cached for the block.
+        `call` keeps the signature that Keras has cached for the block. `compute` is one of `blocks.experts`' ways, if
+        the block has experts.
         """
+
+        compute = staticmethod(experts.dense)
 
         def call(
             self,
@@ -166,43 +171,31 @@ def _block_class() -> type:
             out = self.ffw_linear(gate * self.gating_ffw_2(normed))
             if not self.enable_moe_block:
                 return out
-            flat_CD = keras.ops.reshape(x, (-1, x.shape[-1]))
-            weights_CE = _route(self.moe_router, flat_CD)
-            experts_CD = _experts(self.moe_expert_bank, self.pre_ffw_norm_moe(flat_CD), weights_CE)
-            return self.post_ffw_norm_dense(out) + self.post_ffw_norm_moe_path(
-                keras.ops.reshape(experts_CD, keras.ops.shape(x))
-            )
+            mixed = self.compute(self.pre_ffw_norm_moe(x), *_mixture(self, x))
+            return self.post_ffw_norm_dense(out) + self.post_ffw_norm_moe_path(mixed)
 
     return Gemma4Block
 
 
-def _route(router: Any, x_CD) -> "jax.Array":
-    """Compute the experts' weights (C, E), float32; KerasHub's router chooses by probabilities rounded to bfloat16."""
+def _mixture(block: Any, x_BTD) -> "tuple[Choice, Kernels]":
+    """Choose a block's experts in float32; KerasHub's router chooses by probabilities rounded to bfloat16."""
     import jax  # a driver checks configurations without it
     import jax.numpy as jnp
 
-    normed_CD = router.rms_norm(x_CD)
-    normed_CD = normed_CD * jnp.asarray(router.per_dim_scale, normed_CD.dtype) * normed_CD.shape[-1] ** -0.5
-    probabilities_CE = jax.nn.softmax(router.proj(normed_CD).astype(jnp.float32), axis=-1)
-    values_CK, chosen_CK = jax.lax.top_k(probabilities_CE, router.num_experts_per_token)
-    values_CK = values_CK / values_CK.sum(axis=-1, keepdims=True)
-    return jnp.sum(jax.nn.one_hot(chosen_CK, router.num_experts) * values_CK[..., None], axis=1)
+    from kithara_ray.model.blocks.experts import Choice, Kernels
+    from kithara_ray.model.blocks.mixtures import chosen, gated
 
-
-def _experts(bank: Any, x_CD, weights_CE: "jax.Array") -> "jax.Array":
-    """Compute the weighted sum of all experts' outputs, (C, D); most weights are 0."""
-    import jax
-    import jax.numpy as jnp
-
-    gate_EDI, up_EDI, down_EID, scale_E = (
-        jnp.asarray(variable, x_CD.dtype)
+    router, bank = block.moe_router, block.moe_expert_bank
+    normed = router.rms_norm(x_BTD)
+    normed = normed * jnp.asarray(router.per_dim_scale, normed.dtype) * normed.shape[-1] ** -0.5
+    probabilities = jax.nn.softmax(router.proj(normed).astype(jnp.float32), axis=-1)
+    choice = chosen(probabilities, router.num_experts_per_token, normalised=True)
+    gate, up, down, scale_E = (
+        jnp.asarray(variable, normed.dtype)
         for variable in (bank.gate_proj, bank.up_proj, bank.down_proj, bank.per_expert_scale)
     )
-    gate_ECI = jax.nn.gelu(jnp.einsum("cd,edi->eci", x_CD, gate_EDI), approximate=True)
-    inner_ECI = gate_ECI * jnp.einsum("cd,edi->eci", x_CD, up_EDI)
-    weights_EC = (weights_CE * scale_E.astype(jnp.float32)).T.astype(x_CD.dtype)
-    # Weighted before the last product, so that no output of an expert by itself exists.
-    return jnp.einsum("eci,eid->cd", inner_ECI * weights_EC[..., None], down_EID)
+    factors_BTK = choice.factors_BTK * scale_E.astype(jnp.float32)[choice.experts_BTK]
+    return Choice(choice.experts_BTK, factors_BTK), Kernels((gate, up), down, gated(jax.nn.gelu))
 
 
 _TEXT = Family(

@@ -1,7 +1,8 @@
 """Corrections for the mixtures of experts mixtral, qwen2_moe and qwen3_moe.
 
 KerasHub computes every expert for every token and weights the results, most of them by 0. The sum equals transformers',
-at the cost of all experts. A token's experts depend only on that token, so padding changes nothing.
+at the cost of all experts; `blocks.mixtures` replaces this on a TPU. A token's experts depend only on that token, so
+padding changes nothing.
 """
 
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def _correct_mixtral(config: Mapping, kwargs: dict) -> None:
 
 def _finish_mixtral(config: Mapping, backbone) -> None:
     for block in backbone.transformer_layers:
-        route_in_float32(keras_compat.mixtral_router_of(block))
+        route_in_float32(keras_compat.router_of(keras_compat.mixtral_mixture_of(block)))
 
 
 # --- qwen3_moe -------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def _finish_qwen3_moe(config: Mapping, backbone) -> None:
             layer.epsilon = config["rms_norm_eps"]
     for block in backbone.transformer_layers:
         if block.is_sparse_mlp:
-            route_in_float32(keras_compat.qwen3_moe_router_of(block.mlp))
+            route_in_float32(keras_compat.router_of(block.mlp))
         else:
             keras_compat.expose_dense_mlp(block)
 
@@ -137,7 +138,7 @@ def _correct_qwen2_moe(config: Mapping, kwargs: dict) -> None:
 
 def _finish_qwen2_moe(config: Mapping, backbone) -> None:
     for block in backbone.transformer_layers:
-        route_in_float32(keras_compat.qwen3_moe_router_of(block.mlp))
+        route_in_float32(keras_compat.router_of(block.mlp))
 
 
 FAMILIES = {

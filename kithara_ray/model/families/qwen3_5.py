@@ -84,7 +84,7 @@ def _check_next(config: Mapping) -> None:
 def _finish_moe(config: Mapping, backbone) -> None:
     finish(config, backbone)
     for block in backbone.transformer_layers:
-        route_in_float32(keras_compat.qwen3_5_moe_router_of(block))
+        route_in_float32(keras_compat.router_of(block.mlp))
 
 
 def _finish_next(config: Mapping, backbone) -> None:

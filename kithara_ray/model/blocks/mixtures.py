@@ -1,0 +1,134 @@
+"""Mixtures of experts in decoder blocks: KerasHub's layers and ours, made to compute the chosen experts only.
+
+KerasHub's layers compute every expert for every token. `install` replaces their `call` by one that reads the same
+weights: their router chooses, and `experts.routed` computes. Layers of ours take the computation as an attribute.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.sharding import Mesh
+
+from kithara_ray.model import keras_compat
+from kithara_ray.model.blocks.experts import Choice, Compute, Kernels, routed
+from kithara_ray.model.identity import IdentityMap
+
+
+def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
+    """Make the mixtures in these blocks compute the chosen experts only."""
+    compute = partial(routed, mesh=mesh)
+    for layer in _layers_of(blocks):
+        replaced = _REPLACED.get(type(layer).__name__)
+        if replaced is None:
+            layer.compute = compute
+        else:
+            layer.call = replaced(layer, compute)
+
+
+def shares(blocks: tuple[keras.layers.Layer, ...]) -> IdentityMap[keras.Variable, float]:
+    """Map each kernel of experts to the share K / E of its experts that a token is sent to."""
+    found = ((_KINDS[type(layer).__name__], layer) for layer in _layers_of(blocks))
+    return IdentityMap(
+        (variable, kind.chosen(layer) / kind.count(layer))
+        for kind, layer in found
+        for variable in kind.bank(layer).variables
+        if len(variable.shape) == 3
+    )
+
+
+def _layers_of(blocks: tuple[keras.layers.Layer, ...]) -> list[Any]:
+    layers = (layer for block in blocks for layer in keras_compat.all_layers(block))
+    return [layer for layer in layers if type(layer).__name__ in _KINDS and getattr(layer, "enable_moe_block", True)]
+
+
+def chosen(scores: jax.Array, count: int, normalised: bool) -> Choice:
+    """Choose the `count` experts of the highest scores (..., E), float32; their factors may be made to add up to 1."""
+    factors, numbers = jax.lax.top_k(scores.astype(jnp.float32), count)
+    return Choice(numbers, factors / jnp.sum(factors, axis=-1, keepdims=True) if normalised else factors)
+
+
+def gated(activation: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+    """The inner activation of gated experts, float32, of a gate and an up projection or of both in halves."""
+
+    def inner(*products: jax.Array) -> jax.Array:
+        gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)
+        return activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+
+    return inner
+
+
+# --- KerasHub's layers -----------------------------------------------------------------------------------------------
+
+
+def _softmax_routed(layer: Any, compute: Compute) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The `call` of a mixture whose router is a softmax over all experts; a shared expert may stand beside."""
+    router, normalised = keras_compat.router_of(layer), getattr(layer, "norm_top_k_prob", True)
+
+    def call(hidden_states, attention_mask=None, training=None):
+        *wide, down = (jnp.asarray(variable) for variable in keras_compat.expert_kernels_of(layer.expert_bank))
+        kernels = Kernels(tuple(wide), down, gated(jax.nn.silu), in_halves=len(wide) == 1)
+        logits = router(hidden_states)
+        choice = chosen(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), layer.top_k, normalised)
+        out = compute(hidden_states, choice, kernels)
+        if (shared := keras_compat.shared_expert_of(layer)) is not None:
+            expert, gate = shared
+            out = out + expert(hidden_states) * jax.nn.sigmoid(gate(hidden_states))
+        return out, logits
+
+    return call
+
+
+def _gpt_oss(layer: Any, compute: Compute) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The `call` of gpt_oss' mixture: a softmax over the chosen experts, biases, and a clamped activation."""
+    experts = layer.experts
+
+    def inner(both: jax.Array) -> jax.Array:
+        # A gate's column before each column of the up projection.
+        gate, up = (both[..., first::2].astype(jnp.float32) for first in (0, 1))
+        gate, up = jnp.minimum(gate, experts.limit), jnp.clip(up, -experts.limit, experts.limit)
+        return gate * jax.nn.sigmoid(gate * experts.alpha) * (up + 1)
+
+    def call(hidden_states):
+        names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+        wide, down, wide_bias, down_bias = (jnp.asarray(getattr(experts, name)) for name in names)
+        logits = layer.router.router_dense(hidden_states)
+        scores, numbers = jax.lax.top_k(logits, layer.top_k)
+        choice = Choice(numbers, jax.nn.softmax(scores.astype(jnp.float32), axis=-1))
+        return compute(hidden_states, choice, Kernels((wide,), down, inner, (wide_bias,), down_bias)), logits
+
+    return call
+
+
+# Layers whose `call` is replaced. Layers of ours have an attribute `compute`.
+_REPLACED: dict[str, Callable[[Any, Compute], Callable]] = {
+    "MixtralSparseMoeBlock": _softmax_routed,
+    "Qwen3SparseMoeBlock": _softmax_routed,
+    "QwenSparseMoeBlock": _softmax_routed,
+    "Qwen3_5MoeSparseMoeBlock": _softmax_routed,
+    "GptOssSparseMoeBlock": _gpt_oss,
+}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Find a mixture's E and K, and the layer that holds the kernels of its experts."""
+
+    count: Callable[[Any], int] = lambda layer: layer.num_experts
+    chosen: Callable[[Any], int] = lambda layer: layer.top_k
+    bank: Callable[[Any], Any] = lambda layer: layer.expert_bank
+
+
+_KINDS = dict.fromkeys(_REPLACED, _Kind()) | {
+    "GptOssSparseMoeBlock": _Kind(bank=lambda layer: layer.experts),
+    "DecoderExperts": _Kind(lambda layer: layer.experts.count, lambda layer: layer.experts.chosen, lambda layer: layer),
+    "Gemma4Block": _Kind(
+        lambda block: block.moe_router.num_experts,
+        lambda block: block.moe_router.num_experts_per_token,
+        lambda block: block.moe_expert_bank,
+    ),
+}

@@ -1,0 +1,158 @@
+"""The chosen experts' results: routed, dense and one token at a time give the same, however uneven the choice."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, reference
+from tiny import MIXTURES, mostly_long
+from transformers import AutoModelForCausalLM
+
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.blocks import experts
+from kithara_ray.model.blocks.experts import Choice, Kernels
+from kithara_ray.model.blocks.mixtures import gated
+from kithara_ray.model.causal_lm import build
+from kithara_ray.model.options import chunk_length
+from kithara_ray.sharding.mesh import batch_sharding, make_mesh
+from kithara_ray.sharding.shape import MeshShape
+
+B, T, D, E, K, WIDTH = 4, 6, 8, 5, 2, 12
+MESHES = {"1x4": MeshShape(fsdp=4), "2x2": MeshShape(data=2, fsdp=2), "split inside": MeshShape(fsdp=2, tensor=2)}
+# One row is padded at its end, and one is nothing else.
+REAL = np.ones((B, T), np.int32)
+REAL[1, 4:], REAL[2] = 0, 0
+
+
+def random(rng, *shape):
+    return rng.normal(0, 0.5, shape).astype(np.float32)
+
+
+def choices(rng) -> dict[str, np.ndarray]:
+    """Experts of each token: at random, all of one pair, and with experts that nobody chooses."""
+    some = np.stack([rng.permutation(E)[:K] for _ in range(B * T)]).reshape(B, T, K)
+    few = np.where(rng.random((B, T, 1)) < 0.8, [3, 0], [0, 4])
+    return {"random": some, "one pair": np.broadcast_to([4, 1], some.shape), "three of five": few}
+
+
+def layouts(rng) -> dict[str, Kernels]:
+    """Gate and up projection apart, in halves of one matrix, and column by column with biases."""
+    gate, up, down = random(rng, E, D, WIDTH), random(rng, E, D, WIDTH), random(rng, E, WIDTH, D)
+    inner = gated(jax.nn.silu)
+    turns = np.stack([gate, up], axis=-1).reshape(E, D, 2 * WIDTH)
+    biases = dict(wide_biases=(random(rng, E, 2 * WIDTH),), down_bias_ED=random(rng, E, D))
+    return {
+        "apart": Kernels((gate, up), down, inner),
+        "halves": Kernels((np.concatenate([gate, up], -1),), down, inner, in_halves=True),
+        "turns": Kernels((turns,), down, lambda both: inner(both[..., ::2], both[..., 1::2]), **biases),
+    }
+
+
+def one_by_one(x, choice, factors, kernels):
+    """The sum over a token's experts in float64, with gate and up projection taken apart by hand."""
+    out = np.zeros(x.shape)
+    for place in np.ndindex(B, T):
+        for expert, factor in zip(choice[place], factors[place], strict=True):
+            wide = [x[place].astype(float) @ kernel[expert] for kernel in kernels.wide]
+            if kernels.wide_biases:
+                wide = [wide[0] + kernels.wide_biases[0][expert]]
+            if len(wide) == 1:
+                wide = [wide[0][:WIDTH], wide[0][WIDTH:]] if kernels.in_halves else [wide[0][::2], wide[0][1::2]]
+            gate, up = wide
+            result = (gate / (1 + np.exp(-gate)) * up) @ kernels.down_EID[expert].astype(float)
+            out[place] += factor * (result + (0 if kernels.down_bias_ED is None else kernels.down_bias_ED[expert]))
+    return out
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_routed_and_dense_are_the_sum_over_each_token_s_experts(mesh):
+    rng = np.random.default_rng(2)
+    x, factors, weight = random(rng, B, T, D), rng.random((B, T, K)).astype(np.float32), random(rng, B, T, D)
+    real, devices = REAL.astype(bool), make_mesh(MESHES[mesh])
+    routed = partial(experts.routed, mesh=devices)
+    for layout, kernels in layouts(rng).items():
+
+        def both(x, factors, chosen, wide, down, kernels=kernels):
+            """Outputs, and gradients of what real tokens get."""
+            given = Kernels(wide, down, kernels.inner, kernels.wide_biases, kernels.down_bias_ED, kernels.in_halves)
+
+            def loss(compute, *args):
+                out = compute(args[0], Choice(chosen, args[1]), given)
+                return jnp.sum(jnp.where(REAL[..., None] != 0, out * weight, 0)), out
+
+            with experts.padded(jnp.asarray(REAL)):
+                return [
+                    jax.value_and_grad(partial(loss, compute), argnums=(0, 1), has_aux=True)(x, factors)
+                    for compute in (routed, experts.dense)
+                ]
+
+        program = jax.jit(both)
+        for name, chosen in choices(rng).items():
+            placed = [jax.device_put(array, batch_sharding(devices)) for array in (x, factors, chosen.astype(np.int32))]
+            ((_, ours), grads), ((_, plain), wanted) = program(*placed, kernels.wide, kernels.down_EID)
+            told = f"{layout}, {name}"
+            expected = one_by_one(x, chosen, factors, kernels)
+            np.testing.assert_allclose(np.asarray(ours)[real], expected[real], atol=1e-5, err_msg=told)
+            np.testing.assert_allclose(plain, expected, atol=1e-5, err_msg=told)
+            for grad, want in zip(grads, wanted, strict=True):
+                np.testing.assert_allclose(grad, want, atol=1e-5, err_msg=told)
+                assert np.abs(np.asarray(want)[real]).max() > 0.01
+                assert not np.asarray(grad)[~real].any()
+
+
+FAMILIES = sorted({*MIXTURES, "gemma4 experts"})
+
+
+def packed(segments: np.ndarray) -> np.ndarray:
+    """Ten tokens of one sample, and then another, padded as before."""
+    return np.where(np.arange(segments.shape[1]) < 10, 1, 2 * segments).astype(np.int32)
+
+
+@pytest.mark.parametrize("family", mostly_long(["gpt_oss", "qwen3_moe"], FAMILIES))
+def test_families_compute_the_chosen_experts_of_packed_rows_as_transformers_does(family, tiny_models, monkeypatch):
+    """In three chunks, weights split both ways; each sample against transformers by itself."""
+    monkeypatch.setattr("kithara_ray.model.options._CHUNK_TOKENS", 8)
+    monkeypatch.setattr("kithara_ray.model.options._EXPERT_TOKENS", 1)
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh(MeshShape(fsdp=2, tensor=2))
+    model = build(base.config, None, mesh, "float32", routed=True)
+    assert 0 < model.share < 1
+    batch = [jax.device_put(array, batch_sharding(mesh)) for array in (TOKENS, packed(SEGMENTS))]
+    frozen = model.load(base)
+    program = jax.jit(model.logits_BTV).trace({}, frozen, *batch)
+    # A CPU's program no longer shows it.
+    assert "ragged_dot" in str(program.jaxpr)
+    ours = program.lower().compile()({}, frozen, *batch)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_models[family])
+    both = [reference(theirs, TOKENS[:, part], SEGMENTS[:, part]) for part in (slice(10), slice(10, None))]
+    assert_equal(np.asarray(ours), np.concatenate(both, axis=1), 1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gemma4 experts", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_gradients_through_chosen_experts_are_those_through_all(family, remat, tiny_models):
+    """Of families that torch gives no gradients of to compare with; test_gradients.py has the others."""
+    base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh()
+    found = []
+    for routed in (True, False):
+        model = build(base.config, LORA[family], mesh, "float32", routed=routed, remat=remat)
+        adapter = {name: tensor / 4 for name, tensor in adapter_of(model).items()}
+        frozen = model.load(base)
+
+        def loss(factors, model=model, frozen=frozen):
+            logits = model.logits_BTV(factors, frozen, TOKENS, SEGMENTS)
+            return jnp.mean(SEGMENTS * jax.nn.logsumexp(logits, axis=-1))
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(model.place_factors(adapter))
+        found.append((float(value), by_name(model, grads)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert_close_as_one(found[0][1], found[1][1])
+
+
+def test_chunks_of_a_mixture_give_each_expert_enough_tokens():
+    assert chunk_length(1, 8192, "block") == 1024
+    assert chunk_length(1, 8192, "block", share=2 / 8) == 1024
+    assert chunk_length(1, 16384, "block", share=8 / 128) == 4096
+    assert chunk_length(2, 4096, "block", share=8 / 128) == 4096
