@@ -55,6 +55,12 @@ class CausalLM(ModelArrays):
         return self.model.backbone.vocabulary_size
 
     @property
+    def num_active(self) -> int:
+        """Number of parameters that compute a token: of the experts of a mixture, only those that it is sent to."""
+        shares = mixtures.shares(self.chain.blocks)
+        return self.num_parameters - round(sum(math.prod(v.shape) * (1 - share) for v, share in shares.items()))
+
+    @property
     def vocabulary_axes(self) -> tuple[str, ...] | None:
         """Mesh axes that split the logits' vocabulary; None if they do not divide it."""
         ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]

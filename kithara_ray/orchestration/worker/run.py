@@ -162,7 +162,7 @@ class Run:
             trainable=counts["trainable"],
             settings=spec.settings,
         )
-        self.figures = Figures(counts["parameters"], spec.model.lora is not None, self.mesh.size)
+        self.figures = Figures(self.model.num_active, spec.model.lora is not None, self.mesh.size)
         problem = agree(self.calls.start(info))[0]
         if problem:
             raise TrainingError(problem)

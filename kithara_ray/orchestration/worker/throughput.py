@@ -16,8 +16,8 @@ class Figures:
     """A run's use of the chips, computed from its speed.
 
     Args:
-        parameters: number N of the whole model's parameters; 4N FLOPs per token to train an adapter, 6N for all
-            weights.
+        parameters: number N of the parameters that compute a token; 4N FLOPs per token to train an adapter, 6N for
+            all weights.
         is_lora: True if an adapter is trained.
         devices: number of devices of all hosts.
     """
