@@ -31,9 +31,27 @@ CONFIG = dict(
     vocab_size=65536,
     rms_norm_eps=1e-6,
 )
+# Every second block is dense.
+MIXTURE = dict(
+    model_type="qwen3_moe",
+    hidden_size=384,
+    intermediate_size=640,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=128,
+    vocab_size=65536,
+    rms_norm_eps=1e-6,
+    num_experts=16,
+    num_experts_per_tok=2,
+    moe_intermediate_size=320,
+    norm_topk_prob=True,
+    decoder_sparse_step=2,
+    tie_word_embeddings=False,
+)
 
 
-def compile_for_v5e(remat: str) -> None:
+def compile_for_v5e(remat: str, config: dict) -> None:
     """Prints the program as JSON; runs in a process of its own, whose environment names the slice."""
     from kithara_ray.model import runtime
 
@@ -52,17 +70,18 @@ def compile_for_v5e(remat: str) -> None:
     from kithara_ray.train import step
     from kithara_ray.train.optimizer import KerasOptimizer
 
-    options._CHUNK_TOKENS = CHUNK
+    options._CHUNK_TOKENS = options._EXPERT_TOKENS = CHUNK
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2), devices)
-    model = build(CONFIG, LoraConfig(r=8, target_modules=("q_proj", "down_proj")), mesh, "mixed_bfloat16", remat=remat)
+    lora = LoraConfig(r=8, target_modules=("q_proj", "down_proj" if config is CONFIG else "o_proj"))
+    model = build(config, lora, mesh, "mixed_bfloat16", remat=remat)
     optimizer = KerasOptimizer(keras.optimizers.serialize(keras.optimizers.AdamW(1e-3)))
     state = step.abstract_state(model, optimizer)
     frozen = model.abstract_frozen(np.dtype(ml_dtypes.bfloat16))
     compiled = step.compile_step(model, optimizer, state, frozen, step.abstract_batch(model, 2, T, T))
     outputs = {key: list(leaf.shape) for key, leaf in compiled.out_info[0]["params"].items()}
     factors = {slot.key: list(slot.shape) for slot in model.factor_slots}
-    counts = dataclasses.asdict(counts_of(model, CONFIG))
+    counts = dataclasses.asdict(counts_of(model, config))
     json.dump({"text": compiled.as_text(), "outputs": outputs, "factors": factors, "counts": counts}, sys.stdout)
 
 
@@ -71,7 +90,7 @@ def program():
     return program_of("block")
 
 
-def program_of(remat):
+def program_of(remat, config="CONFIG"):
     env = os.environ | {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -82,7 +101,7 @@ def program_of(remat):
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    done = subprocess.run([sys.executable, __file__, remat], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, remat, config], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -149,5 +168,22 @@ def test_attention_runs_once_where_its_residuals_are_kept():
     assert 0.95 * ideal < cost.matmul_flops + attention < 1.15 * ideal
 
 
+@pytest.mark.long
+def test_a_mixture_computes_the_chosen_experts_only():
+    """Of the experts, a program that computed all would take eight times the products; each device has half of their
+    width."""
+    program = program_of("block", "MIXTURE")
+    counts = terms.Counts(**program["counts"])
+    assert counts.share == MIXTURE["num_experts_per_tok"] / MIXTURE["num_experts"]
+    cost = cost_of(program["text"])
+    grouped = {name: runs for name, runs in cost.kernels.items() if name.startswith("ragged-dot")}
+    # Of each mixture, gate and up projection forward and once more, the last product forward, and three backward.
+    assert grouped.pop("ragged-dot-metadata") > 0
+    assert sum(grouped.values()) == LAYERS // 2 * (3 + 2 + 3)
+    attention = sum(runs * terms.kernel_flops(name, counts, T, 1) / 2 for name, runs in cost.kernels.items())
+    ideal = terms.flops_per_token(counts, T, T, "block")["total"] * 2 * T / 4
+    assert 0.9 * ideal < cost.matmul_flops + attention < 1.15 * ideal
+
+
 if __name__ == "__main__":
-    compile_for_v5e(sys.argv[1])
+    compile_for_v5e(sys.argv[1], globals()[sys.argv[2]])

@@ -106,6 +106,13 @@ HloModule jit_step
   %k = bf16[2,64,128]{{2,1,0}} constant({{...}})
   %y = bf16[16,2,128]{{2,1,0}} convolution(%x, %k), window={{size=2 pad=1_1 rhs_reversal=1}}, dim_labels=bf0_0io->b0f
   %mha_fwd.4 = f32[8]{{0}} custom-call(%y), custom_call_target="tpu_custom_call"
+  %sizes = s32[3]{{0}} constant({{...}})
+  %rows = bf16[96,64]{{1,0}} constant({{...}})
+  %more = bf16[96,32]{{1,0}} constant({{...}})
+  %experts = bf16[3,64,32]{{2,1,0}} constant({{...}})
+  %ragged-dot-metadata.1 = (s32[4]{{0}}, s32[1]{{0}}) custom-call(%sizes), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.2 = bf16[96,32]{{1,0}} custom-call(%sizes, %rows, %experts), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.3 = bf16[3,64,32]{{2,1,0}} custom-call(%sizes, %rows, %more), custom_call_target="tpu_custom_call"
 }}
 
 %condition (p: s32[]) -> pred[] {{
@@ -130,13 +137,14 @@ ENTRY %main (p: bf16[4,8]) -> bf16[1,8] {{
 
 def test_what_only_a_tpu_program_has():
     """One gather spread over a pipeline counts once; products are convolutions whose window lies half outside; a
-    reduce-scatter is written as an all-reduce of which a part is taken."""
+    reduce-scatter is written as an all-reduce of which a part is taken. A grouped product multiplies each row with the
+    matrix of its group, and its gradient sums products of rows."""
     computations, entry = hlo_text.parse(_TPU)
     assert (entry, set(computations)) == ("main", {"body", "condition", "all-reduce-scatter.1", "main"})
     cost = hlo.cost_of(_TPU)
     assert cost.collectives == {"all-gather": 26 * 256 * 128 * 2 * 3 / 4, "reduce-scatter": 4 * 8 * 2 * 3 / 4}
-    assert cost.matmul_flops == 26 * 2 * 16 * 64 * 128 * 2
-    assert cost.kernels == {"mha_fwd": 26}
+    assert cost.matmul_flops == 26 * 2 * (16 * 64 * 128 * 2 + 2 * 96 * 64 * 32)
+    assert cost.kernels == {"mha_fwd": 26, "ragged-dot-metadata": 26, "ragged-dot-none": 2 * 26}
 
 
 def test_windowed_products_count_once():
