@@ -20,7 +20,12 @@ from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
 B, T, D, E, K, WIDTH = 4, 6, 8, 5, 2, 12
-MESHES = {"1x4": MeshShape(fsdp=4), "2x2": MeshShape(data=2, fsdp=2), "split inside": MeshShape(fsdp=2, tensor=2)}
+# With the layouts that are computed on each.
+MESHES = {
+    "1x4": (MeshShape(fsdp=4), ["halves"]),
+    "2x2": (MeshShape(data=2, fsdp=2), ["apart"]),
+    "split inside": (MeshShape(fsdp=2, tensor=2), ["apart", "halves", "turns"]),
+}
 # One row is padded at its end, and one is nothing else.
 REAL = np.ones((B, T), np.int32)
 REAL[1, 4:], REAL[2] = 0, 0
@@ -70,9 +75,10 @@ def one_by_one(x, choice, factors, kernels):
 def test_routed_and_dense_are_the_sum_over_each_token_s_experts(mesh):
     rng = np.random.default_rng(2)
     x, factors, weight = random(rng, B, T, D), rng.random((B, T, K)).astype(np.float32), random(rng, B, T, D)
-    real, devices = REAL.astype(bool), make_mesh(MESHES[mesh])
+    shape, names = MESHES[mesh]
+    real, devices = REAL.astype(bool), make_mesh(shape)
     routed = partial(experts.routed, mesh=devices)
-    for layout, kernels in layouts(rng).items():
+    for layout, kernels in ((name, layouts(rng)[name]) for name in names):
 
         def both(x, factors, chosen, wide, down, kernels=kernels):
             """Outputs, and gradients of what real tokens get."""
