@@ -34,12 +34,13 @@ class Wrapper:
     Attributes:
         text: the `model_type` of its text model, if `text_config` does not say.
         beside: the parts of `model` beside the text model. They are copied, never built or trained.
-        tied: True if transformers ties the head when config.json has no tie_word_embeddings.
+        tied: True if transformers ties the head when config.json has no tie_word_embeddings; None if the text model's
+            config decides then.
     """
 
     text: str
     beside: tuple[str, ...]
-    tied: bool = True
+    tied: bool | None = True
 
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -47,6 +48,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "gemma4": Wrapper("gemma4_text", ("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
     # Its published files name parts of embed_vision otherwise.
     "gemma4_unified": Wrapper("gemma4_unified_text", ("vision_embedder", "embed_vision", "embed_audio")),
+    # transformers ties its head without asking, unless the file has one: as text_config says in all published files.
+    "mistral3": Wrapper("mistral", ("vision_tower", "multi_modal_projector"), tied=None),
     "qwen3_5": Wrapper("qwen3_5_text", ("visual",), tied=False),
     "qwen3_5_moe": Wrapper("qwen3_5_moe_text", ("visual",), tied=False),
 }
@@ -76,7 +79,9 @@ def text_of(config: Mapping[str, Any]) -> dict[str, Any]:
     text = {"model_type": wrapper.text, **given}
     # transformers reads these of the whole model.
     tied = config.get("tie_word_embeddings")
-    text["tie_word_embeddings"] = wrapper.tied if tied is None else tied
+    tied = wrapper.tied if tied is None else tied
+    if tied is not None:
+        text["tie_word_embeddings"] = tied
     of_all = ("dtype", "torch_dtype", "quantization_config")
     return text | {name: config[name] for name in of_all if config.get(name) is not None}
 

@@ -7,7 +7,14 @@ from tiny import SIZES, TARGETS, text_size
 PAGE = Path(__file__).parents[2] / "docs" / "features.md"
 BEGIN, END = "<!-- families: written by tests/helpers/families_table.py -->\n", "<!-- end of families -->\n"
 # Sizes that every family has, and what they cost.
-_PLAIN = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
+_PLAIN = {
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+}
 
 
 def table() -> str:

@@ -196,6 +196,23 @@ OWN = {
         rms_norm_eps=1e-4,
         rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=1.0, alpha=100.0),
     ),
+    # Queries grow within the rows.
+    "ministral3": dict(
+        _SMALL,
+        num_hidden_layers=3,
+        head_dim=32,
+        rms_norm_eps=1e-4,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=500.0,
+            factor=4.0,
+            beta_fast=4.0,
+            mscale=2.0,
+            mscale_all_dim=1.0,
+            original_max_position_embeddings=8,
+            llama_4_scaling_beta=0.5,
+        ),
+    ),
     "ernie4_5": dict(_PLAIN, head_dim=32, use_bias=True, rms_norm_eps=1e-4),
     "exaone4": dict(_PLAIN, layer_types=_WINDOWED, sliding_window=8, rms_norm_eps=1e-4),
     "cohere2": dict(_PLAIN, layer_types=_WINDOWED, sliding_window=8, logit_scale=0.5, layer_norm_eps=1e-4),
@@ -268,6 +285,7 @@ _SHARED4 = dict(
 )
 _EXPERTS4 = dict(_DENSE4, enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=48)
 _UNIFIED = {name: value for name, value in _DENSE4.items() if name != "hidden_size_per_layer_input"}
+_PIXTRAL = dict(_VISION, model_type="pixtral", head_dim=16, image_size=28, patch_size=14)
 _TWO_PERIODS = dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2)
 _VISUAL = dict(
     depth=2,
@@ -285,6 +303,10 @@ SIZES |= {
     "gemma4 experts": dict(text_config=_EXPERTS4, vision_config=_VISION4),
     "gemma4_unified": dict(text_config=_UNIFIED, vision_config=_PATCHES, audio_config=dict(audio_embed_dim=32)),
     "gemma4_unified_text": _UNIFIED,
+    "mistral3": dict(
+        text_config=dict(SIZES["mistral"], model_type="mistral"), vision_config=_PIXTRAL, tie_word_embeddings=False
+    ),
+    "mistral3 ministral3": dict(text_config=dict(SIZES["ministral3"], model_type="ministral3"), vision_config=_PIXTRAL),
     "qwen3_5": dict(text_config=SIZES["qwen3_5_text"] | _TWO_PERIODS, vision_config=_VISUAL),
     "qwen3_5_moe": dict(text_config=SIZES["qwen3_5_moe_text"] | _TWO_PERIODS, vision_config=_VISUAL),
 }
@@ -297,7 +319,7 @@ MIXTURES = {family for family, fields in _FIELDS.items() if {"num_experts_per_to
 LIKE_OTHERS = (
     (OWN.keys() - {"phi3", "olmo3"})
     | {"gemma4 experts", "gemma4_unified", "gemma4_unified_text"}
-    | {"qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen2_moe"}
+    | {"mistral3", "mistral3 ministral3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen2_moe"}
 )
 # Families with more in their files than is built and trained.
 MULTIMODAL = {family for family, size in SIZES.items() if "text_config" in size}

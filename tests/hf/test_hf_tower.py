@@ -18,6 +18,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.export import export_with_report
 from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter, checksum
+from kithara_ray.hf.tied_head import is_tied
 from kithara_ray.hf.tower import WRAPPERS, is_beside, text_of
 from kithara_ray.model.families import family_of
 from kithara_ray.model.families.tensors import check_tensors
@@ -100,6 +101,26 @@ def test_the_whole_model_decides_whether_its_head_is_tied():
     assert text_of({"model_type": "gemma3", "text_config": text})["tie_word_embeddings"] is True
     untied = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False, "dtype": "bfloat16"}
     assert text_of(untied) == text | {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("given", [True, False, None])
+def test_a_mistral3_that_does_not_say_it_ties_its_head_as_its_text_model_does(given, tiny_models, tmp_path):
+    """As the published ones; transformers ties a head that the file does not have."""
+    shutil.copytree(tiny_models["mistral3"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["tie_word_embeddings"], config["text_config"]["tie_word_embeddings"]
+    if given is not None:
+        config["text_config"]["tie_word_embeddings"] = given
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    if given:
+        tensors = load_file(tmp_path / "model" / WEIGHTS)
+        del tensors["language_model.lm_head.weight"]
+        save_file(tensors, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    base = BaseCheckpoint.open(tmp_path / "model")
+    check_tensors(base)
+    model = load(tmp_path / "model")
+    assert is_tied(base.config) == bool(given)
+    assert torch.equal(model.lm_head.weight, model.model.language_model.embed_tokens.weight) == bool(given)
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def test_what_kerashub_has_stays_on_kerashub(tiny_models):
     for row in SIZES.keys() - OWN.keys():
         config = text_of(json.loads((tiny_models[row] / "config.json").read_text()))
         family = config["model_type"]
+        if family in OWN:  # in a multimodal model
+            continue
         assert FAMILIES[family].described(completed(FAMILIES[family], config)) is None, family
     assert not any(FAMILIES[family].converter for family in OWN)
 

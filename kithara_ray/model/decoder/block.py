@@ -15,7 +15,7 @@ import keras
 
 from kithara_ray.model.blocks.attention import Settings, attend_locally
 from kithara_ray.model.decoder.description import Attention, Block
-from kithara_ray.model.decoder.layers import DecoderNorm, rotated, sample_lengths, sample_positions
+from kithara_ray.model.decoder.layers import DecoderNorm, grown, rotated, sample_lengths, sample_positions
 from kithara_ray.model.decoder.mlp import mlp_layer
 
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -66,9 +66,8 @@ class DecoderAttention(keras.layers.Layer):
         query, key, value = self._projected(x)
         positions_T = index + jnp.arange(query.shape[1])
         if cache is None:
-            # Norms behind the rotation weigh rotated places, so their positions count, not only distances between them.
-            is_placed = self.attention.norm_after_rotation
-            query, key = self._turned(query, key, sample_positions(segments) if is_placed else positions_T, segments)
+            positions = sample_positions(segments) if self.attention.is_placed else positions_T
+            query, key = self._turned(query, key, positions, segments)
             return self.out(self.attend(query, key, value, segments, self.settings))
         query, key = self._turned(query, key, positions_T, jnp.ones((1, cache.shape[2]), jnp.int32))
         start = (0, index, 0, 0)
@@ -91,7 +90,7 @@ class DecoderAttention(keras.layers.Layer):
         return [part.reshape(*part.shape[:-1], -1, given.head_dim) for part in jnp.split(joint, ends, axis=-1)]
 
     def _turned(self, query, key, positions, segments) -> list[jax.Array]:
-        """Normalise and rotate queries and keys at these positions, (T,) or (B, T)."""
+        """Normalise, rotate and scale queries and keys at these positions, (T,) or (B, T)."""
         given = self.attention
         both = [query, key]
         if given.norm is not None and not given.norm_after_rotation:
@@ -99,6 +98,8 @@ class DecoderAttention(keras.layers.Layer):
         if given.rotation is not None:
             lengths = sample_lengths(segments)[:, : query.shape[1]] if given.rotation.limit is not None else segments
             both = [rotated(array, positions, given.rotation, lengths) for array in both]
+        if given.growth is not None:
+            both = [grown(both[0], positions, *given.growth), both[1]]
         return self._normed(both) if given.norm is not None and given.norm_after_rotation else both
 
     def _normed(self, both) -> list[jax.Array]:

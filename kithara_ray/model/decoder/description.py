@@ -43,6 +43,8 @@ class Attention:
         bias, out_bias: of the projections to queries, keys and values; of the projection back.
         fused: the module that projects to queries, keys and values at once, or None.
         out_name: the module that projects back.
+        growth: (beta, length) multiplies the query at position p of its sample by 1 + beta * log(1 + p // length); None
+            leaves queries as they are.
     """
 
     heads: int
@@ -59,6 +61,15 @@ class Attention:
     out_bias: bool = False
     fused: str | None = None
     out_name: str = "o_proj"
+    growth: tuple[float, int] | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """True if positions count, and not only distances between them.
+
+        Norms behind the rotation weigh rotated places.
+        """
+        return self.norm_after_rotation or self.growth is not None
 
 
 @dataclass(frozen=True)

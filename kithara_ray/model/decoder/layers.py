@@ -96,6 +96,12 @@ def rotated(x_BTNH: jax.Array, positions: jax.Array, rotation: Rotation, lengths
     return jnp.concatenate([both.astype(x_BTNH.dtype), rest], axis=-1)
 
 
+def grown(query_BTNH: jax.Array, positions: jax.Array, beta: float, length: int) -> jax.Array:
+    """Multiply queries by 1 + beta * log(1 + p // length) of their positions p, (T,) or (B, T), in float32."""
+    factor = 1 + beta * jnp.log1p((positions // length).astype(jnp.float32))
+    return (query_BTNH.astype(jnp.float32) * factor[..., None, None]).astype(query_BTNH.dtype)
+
+
 def _frequencies(rotation: Rotation, lengths_BT: jax.Array) -> jax.Array:
     """Frequencies (F,), or (B, T, F) where they depend on the sample's length."""
     plain = jnp.asarray(rotation.frequencies, jnp.float32)

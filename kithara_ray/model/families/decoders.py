@@ -143,9 +143,32 @@ def _glm4(config: Mapping) -> Description:
 # --- biases, windows, rotations --------------------------------------------------------------------------------------
 
 
+_MINISTRAL3_ROPE = dict(
+    type="yarn", rope_theta=1_000_000.0, factor=16.0, original_max_position_embeddings=16_384, beta_fast=32.0,
+    beta_slow=1.0, mscale_all_dim=1.0, mscale=1.0, llama_4_scaling_beta=0.1,
+)  # fmt: skip
+
+
 def _seed_oss(config: Mapping) -> Description:
     attention = {"bias": bool(config["attention_bias"]), "out_bias": bool(config["attention_out_bias"])}
     return decoder(config, rms(config), attention=attention, mlp={"bias": bool(config["mlp_bias"])})
+
+
+def _complete_ministral3(config: Mapping) -> dict:
+    whole = {"rms_norm_eps": 1e-5, "head_dim": 128, "sliding_window": None, "tie_word_embeddings": False}
+    whole |= {"max_position_embeddings": 262_144} | dict(config)
+    if not (whole.get("rope_scaling") or whole.get("rope_parameters")):
+        own = {"max_position_embeddings": whole["max_position_embeddings"]}
+        whole["rope_parameters"] = _MINISTRAL3_ROPE | own
+    return whole
+
+
+def _ministral3(config: Mapping) -> Description:
+    rope = config["rope_parameters"]
+    growth = (float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"]))
+    if growth[1] < 1:
+        refuse(config, "rope_parameters", "original_max_position_embeddings is no number of tokens")
+    return decoder(config, rms(config), attention={"growth": growth}, windows=config["sliding_window"])
 
 
 def _hunyuan(config: Mapping) -> Description:
@@ -331,6 +354,7 @@ FAMILIES = {
         ),
         general=_seed_oss,
     ),
+    "ministral3": Family(complete=_complete_ministral3, general=_ministral3),
     "hunyuan_v1_dense": Family(
         complete=with_defaults(rms_norm_eps=1e-5, attention_bias=False, **_UNTIED), general=_hunyuan
     ),
