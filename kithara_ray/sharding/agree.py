@@ -33,7 +33,9 @@ def check_copies(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> int:
     # The meshes of arrays hold the devices in one order, whatever their axes.
     by_mesh: dict[Mesh, list[str]] = {}
     for name in copied:
-        by_mesh.setdefault(named_sharding(arrays[name]).mesh, []).append(name)
+        own = named_sharding(arrays[name]).mesh
+        assert isinstance(own, Mesh)  # arrays with values are on devices
+        by_mesh.setdefault(own, []).append(name)
     for own, names in by_mesh.items():
         sums = np.asarray(_checksums(own, [arrays[name] for name in names]))
         for column, name in enumerate(names):
