@@ -35,6 +35,7 @@ def generate_on_group(group: WorkerGroup, weights: Weights, request: Request, me
         ClusterError: the cluster lacks the group's resources, or a node does not answer.
     """
     group.wait()
+    group.begin()
     if mesh is None:
         chosen = mesh_to_decode(group, weights.base, weights.lora, weights.precision, Nodes.of_cluster())
         if chosen is not None:

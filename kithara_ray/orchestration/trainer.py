@@ -242,6 +242,7 @@ class Trainer:
     ) -> RunSpec:
         """Prepare the run after its checks: take samples, tokenise, plan, wait for room and write run.json."""
         begun = coordinator.start_run.remote()  # starts the coordinator's process in the meantime
+        request.group.begin()
         if request.reporting.prompts:
             progress.phase("sample")
             samples.take("before")

@@ -99,7 +99,8 @@ def test_a_group_has_the_default_mesh_of_training(ram, mesh, tiny_models, monkey
     group = WorkerGroup(ScalingConfig(num_workers=2), RunConfig(name="g", storage_path="/g"), 1, 1.0)
     nodes = SimpleNamespace(of_cluster=lambda: SimpleNamespace(ram_of_worker=lambda group: ram))
     monkeypatch.setattr(generator_group, "Nodes", nodes)
-    monkeypatch.setattr(WorkerGroup, "wait", lambda self: None)
+    for name in ("wait", "begin"):
+        monkeypatch.setattr(WorkerGroup, name, lambda self: None)
     monkeypatch.setattr(WorkerGroup, "run", lambda self, loop, config: SimpleNamespace(return_value=config["spec"]))
     assert generator_group.generate_on_group(group, weights, None, None).mesh == mesh
     given = MeshShape(tensor=2)

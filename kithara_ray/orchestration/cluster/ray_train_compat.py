@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ray.actor import ActorHandle
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.jax import JaxTrainer
 from ray.train.v2.jax.config import _JaxBackend as JaxBackend
 
-__all__ = ["HookedJaxTrainer", "JaxBackend", "error_of_worker", "preemption_notice"]
+__all__ = ["HookedJaxTrainer", "JaxBackend", "error_of_worker", "preemption_notice", "start_autoscaling_coordinator"]
 
 # Ray's `JaxBackend` is needed as a base class: `JaxConfig` is public, but the backend it starts on the workers is not.
 
@@ -42,6 +43,15 @@ class HookedJaxTrainer(JaxTrainer):
         """
         on_interrupt: Callable = lambda signum, frame: self.on_sigint(controller)  # noqa: E731
         signal.signal(signal.SIGINT, on_interrupt)
+
+
+def start_autoscaling_coordinator() -> None:
+    """Start Ray's AutoscalingCoordinator on this node if the cluster has none; do not wait for it.
+
+    Needed because the controller of a cluster's first run starts this actor before its workers and waits for its
+    process, which imports Ray Data. Started earlier, it is ready by then.
+    """
+    get_or_create_autoscaling_coordinator()
 
 
 def preemption_notice() -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from ray.train import Result, RunConfig, ScalingConfig
 
 from kithara_ray.errors import ConfigError, UnsupportedError
-from kithara_ray.orchestration.cluster import capacity, jax_trainer, ray_compat
+from kithara_ray.orchestration.cluster import capacity, jax_trainer, ray_compat, ray_train_compat
 from kithara_ray.orchestration.cluster.process_setup import WorkerBackend
 from kithara_ray.orchestration.cluster.run_name import check_run_name
 from kithara_ray.storage.urls import absolute
@@ -80,6 +80,10 @@ class WorkerGroup:
             self.cluster_timeout_s,
             capacity.slice_heads(self.scaling_config),
         )
+
+    def begin(self) -> None:
+        """Start, without waiting for it, what Ray's controller of any group would wait for before it starts workers."""
+        ray_train_compat.start_autoscaling_coordinator()
 
     def run(
         self, loop: Callable[[dict], Any], config: dict[str, Any], coordinator: Any = None, heartbeat_s: float = 120.0

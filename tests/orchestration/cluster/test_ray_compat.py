@@ -69,6 +69,10 @@ NAMES = {
     "_JaxBackend": Name("ray.train.v2.jax.config:_JaxBackend.on_start", "JaxBackend"),
     "_create_default_callbacks": Name("ray.train.v2.jax:JaxTrainer._create_default_callbacks", "HookedJaxTrainer"),
     "_register_sigint_handler": Name("ray.train.v2.jax:JaxTrainer._register_sigint_handler", "HookedJaxTrainer"),
+    "get_or_create_autoscaling_coordinator": Name(
+        "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator:get_or_create_autoscaling_coordinator",
+        "start_autoscaling_coordinator",
+    ),
     "_base_exc": Name("an instance of ray.train.v2._internal.exceptions.UserExceptionWithTraceback", "error_of_worker"),
 }
 # Used by the functions above and public in form: named in the table to be told of in words.

@@ -44,6 +44,7 @@ def started(tiny_models, monkeypatch):
     monkeypatch.setattr(trainers.ray, "get", note("coordinator is there"))
     monkeypatch.setattr(KerasHubModel, "coordinator", note("coordinator", MagicMock()))
     monkeypatch.setattr(trainers.Progress, "follow", note("follow"))
+    monkeypatch.setattr(WorkerGroup, "begin", note("begin"))
     monkeypatch.setattr(WorkerGroup, "wait", note("wait"))
     monkeypatch.setattr(WorkerGroup, "run", run)
 
@@ -62,6 +63,7 @@ def test_the_coordinator_starts_when_the_checks_have_passed(started):
     assert done == [
         "check",
         "coordinator",
+        "begin",
         "tokenize",
         "wait",
         "coordinator is there",
