@@ -63,7 +63,7 @@ check: lint $(VENV)/.dev docs  ## lint, format, types and the docs site; what a 
 	@$(BIN)/pyright --project pyrightconfig.strict.json
 
 docs: $(VENV)/.dev  ## the docs site, with the API reference, in build/site
-	@$(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/.test  ## rewrite the code in the project's format
 	@$(BIN)/ruff check --fix --quiet .
