@@ -171,6 +171,11 @@ def _read_checkpoint(found: Checkpoint, step: int | None) -> Trained:
         raise CheckpointError(f"{found.url} is not from a LoRA run, so it has no adapter")
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     lora = {name: value for name, value in identity["lora"].items() if name in fields}
+    if lora.pop("added_rows", None):
+        raise CheckpointError(
+            f"{found.url}: the run went on from an adapter whose file gave the rows of added tokens, and a checkpoint "
+            "does not hold them. Resume the run with its adapter=, or export the adapter in the run's directory"
+        )
     config = LoraConfig(**lora)
     run = {"source": found.url, "step": found.step, "metrics": found.manifest["metrics"], "identity": identity}
     trained_on = named(found.manifest.get("base"), _revision_of(found), identity.get("base"))

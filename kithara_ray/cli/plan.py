@@ -21,6 +21,7 @@ _LORA = (
     *("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
     *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    "resize_token_embeddings",
 )
 
 

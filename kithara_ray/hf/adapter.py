@@ -6,9 +6,10 @@ This module reads, checks and writes PEFT's own files.
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -30,7 +31,8 @@ from kithara_ray.hf.names import (
     listed,
     why_absent,
 )
-from kithara_ray.hf.safetensors_file import TAGS, read_array, read_header, write_arrays
+from kithara_ray.hf.resizing.saved import added_rows, separate
+from kithara_ray.hf.safetensors_file import TAGS, TensorInfo, read_array, read_header, write_arrays
 from kithara_ray.hf.tower import name_of
 from kithara_ray.hf.unused import is_beyond, why_unused
 
@@ -82,6 +84,7 @@ class Adapter:
         config: the LoRA settings.
         tensors: float32, bfloat16 or float16 arrays by name; `beside` returns those of no module.
         trained_on: the base that it was trained on, as far as its files say.
+        tables: tables of the base that its file holds, untrained, by the base's tensor; see `fitted`.
 
     Each module, for example `model.layers.0.self_attn.q_proj`, adapts the base's tensor `<module>.weight` (out, in). It
     has:
@@ -95,6 +98,7 @@ class Adapter:
     config: LoraConfig
     tensors: dict[str, np.ndarray]
     trained_on: BaseIdentity = UNKNOWN
+    tables: Mapping[str, TensorInfo] = dataclasses.field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -148,7 +152,25 @@ class Adapter:
         names = {name: name_of(base.config, name) for name in self.tensors}
         if len(set(names.values())) != len(names):
             raise AdapterError("the adapter holds modules under two names, an older and a newer; save it again")
-        return dataclasses.replace(self, tensors={names[name]: array for name, array in self.tensors.items()})
+        tensors = {names[name]: array for name, array in self.tensors.items()}
+        tables = {name_of(base.config, name): info for name, info in self.tables.items()}
+        return dataclasses.replace(self, tensors=tensors, tables=tables)
+
+    def fitted(self, base: BaseCheckpoint) -> "Adapter":
+        """Return the adapter with a config that gives the base the rows for which the file has values.
+
+        PEFT saves the embedding and the head, whole, if their vocabulary was resized.
+
+        Raises:
+            AdapterError: the file's tables have fewer rows than the base, or other values in the base's rows.
+        """
+        if self.config.is_resized:
+            return self
+        tensors = beside.without_tied_tokens(base, self.tensors)
+        whole = {n: array for n, array in self.beside.items() if beside.rows_of(self.config, n) is None}
+        rows, added = added_rows(base, self.tables, whole)
+        config = dataclasses.replace(self.config, resize_token_embeddings=rows, added_rows=added)
+        return dataclasses.replace(self, config=config, tensors=tensors, tables={})
 
     def only(self, modules: Iterable[str]) -> "Adapter":
         """Return an adapter with only the tensors of these modules, under the same config."""
@@ -268,16 +290,18 @@ class Adapter:
         base_model_name_or_path: str,
         revision: str | None = None,
         fingerprint: str | None = None,
+        tables: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         """Write adapter_model.safetensors and adapter_config.json as peft.PeftModel.save_pretrained does.
 
         fingerprint: the base's fingerprint, stored in the weights' metadata, which PEFT and vLLM do not read.
+        tables: the tables of a resized base, by their names in the file; see `hf.resizing.saved`.
         """
         self.validate_alone()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         written = beside.with_copies(self.config, self.tensors)
-        arrays = {PEFT_PREFIX + name: array for name, array in written.items()}
+        arrays = {PEFT_PREFIX + name: array for name, array in {**written, **tables}.items()}
         metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
         write_arrays(directory / ADAPTER_WEIGHTS, arrays, metadata)
         # PEFT accepts entries that match no module, but vLLM reads the list.
@@ -298,9 +322,11 @@ class Adapter:
             infos, metadata = read_header(weights_path)
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
-        tensors = {short: read_array(infos[name]) for name, short in adapter_names(infos, str(weights_path)).items()}
+        named = {short: infos[name] for name, short in adapter_names(infos, str(weights_path)).items()}
+        trained, tables = separate(config, named)
+        tensors = {name: read_array(info) for name, info in trained.items()}
         trained_on = read_identity(directory, peft_config, metadata)
-        adapter = cls(config, beside.without_copies(config, tensors), trained_on)
+        adapter = cls(config, beside.without_copies(config, tensors), trained_on, tables)
         adapter.validate_alone()
         return adapter
 

@@ -123,7 +123,7 @@ def normal(config: LoraConfig, base: BaseCheckpoint) -> dict[str, Any]:
         if beyond:
             raise ConfigError(
                 f"trainable_token_indices: token {beyond[0]} of {name!r} is beyond the base's {vocabulary} rows. "
-                "Resize the base first with transformers: resize_token_embeddings, then save_pretrained"
+                "Add rows with resize_token_embeddings=len(tokenizer)"
             )
     if not is_tied(base):
         if config.ensure_weight_tying:
@@ -158,7 +158,6 @@ def check_names(config: LoraConfig, names: Iterable[str]) -> None:
         if not is_on:
             raise AdapterError(
                 f"{name}: adapter_config.json says {field}={getattr(config, field)!r}, which does not name it"
-                + ("; a resized vocabulary cannot be read from an adapter" if field == "modules_to_save" else "")
             )
 
 
@@ -174,6 +173,21 @@ def without_copies(config: LoraConfig, tensors: Mapping[str, np.ndarray]) -> dic
     embedding = next((array for name, array in kept.items() if name.endswith(f"{EMBEDDING}{WEIGHT}")), None)
     if embedding is None or not np.array_equal(embedding, kept.pop(head)):
         raise AdapterError(f"{head}: ensure_weight_tying ties it to the embedding, but their values differ")
+    return kept
+
+
+def without_tied_tokens(base: BaseCheckpoint, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return an adapter's tensors without the tokens of a tied head, which PEFT may write as copies.
+
+    Raises:
+        AdapterError: the head's tokens are not a copy of the embedding's.
+    """
+    kept, head = dict(tensors), f"{HEAD}{TOKENS}"
+    if head not in kept or not is_tied(base):
+        return kept
+    embedding = next((array for name, array in kept.items() if name.endswith(f"{EMBEDDING}{TOKENS}")), None)
+    if embedding is None or not np.array_equal(embedding, kept.pop(head)):
+        raise AdapterError(f"{head}: the base ties its head to its embedding, but their trained tokens differ")
     return kept
 
 

@@ -52,6 +52,7 @@ class BaseCheckpoint:
     directory: Path. config: config.json. tensors: name -> TensorInfo (empty when opened with weights=False).
     files: the safetensors files, sorted. names: sorted tensor names. has_weights: whether tensors were opened.
     source: the URL of the weights' bytes if `directory` holds only their headers; else None.
+    original: the checkpoint as it is on disk, if this one has rows for added tokens (`hf.resizing.tables`); else None.
     A pickle holds paths and offsets; the unpickled checkpoint opens its maps again on use.
     """
 
@@ -62,9 +63,11 @@ class BaseCheckpoint:
         tensors: Mapping[str, TensorInfo],
         files: tuple[Path, ...],
         source: str | None = None,
+        original: "BaseCheckpoint | None" = None,
     ):
         self.directory = directory
         self.source = source
+        self.original = original
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self.files = files

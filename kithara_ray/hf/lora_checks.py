@@ -96,6 +96,14 @@ def checked_tokens(given: object) -> dict[str, tuple[int, ...]]:
     return made
 
 
+def checked_rows(given: object) -> int | None:
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+        raise ConfigError(
+            f"resize_token_embeddings must be the number of rows, such as len(tokenizer), or None, got {given!r}"
+        )
+    return given
+
+
 def check_expression(field: str, given: str, expression: str) -> None:
     try:
         re.compile(expression)

@@ -1,5 +1,6 @@
 """LoRA settings with PEFT's meaning, and their adapter_config.json."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,10 +17,12 @@ from kithara_ray.hf.lora_checks import (
     checked_layers,
     checked_modules,
     checked_patterns,
+    checked_rows,
     checked_targets,
     checked_tokens,
     is_number,
 )
+from kithara_ray.hf.resizing.added import AddedRows
 
 BIASES = ("none", "all", "lora_only")
 
@@ -91,6 +94,9 @@ class LoraConfig:
     trainable_token_indices: tokens whose rows are trained, keyed by "embed_tokens" and "lm_head"; a list applies to the
         embedding.
     ensure_weight_tying: train the embedding of modules_to_save and the head that shares its weight as one.
+    resize_token_embeddings: the rows that embedding and head have after rows for added tokens; None adds none. It is
+        an argument of transformers: in PEFT's files, the shapes of the saved tables say it.
+    added_rows: the values of these rows, if an adapter's file gave them; else each is the mean of the base's rows.
     """
 
     r: int = 16
@@ -110,6 +116,8 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ensure_weight_tying: bool = False
+    resize_token_embeddings: int | None = None
+    added_rows: AddedRows | None = None
 
     def __post_init__(self) -> None:
         check_rank("lora_rank", self.r)
@@ -136,6 +144,7 @@ class LoraConfig:
         object.__setattr__(self, "modules_to_save", checked_modules(self.modules_to_save))
         object.__setattr__(self, "trainable_token_indices", checked_tokens(self.trainable_token_indices))
         self._check_beside()
+        object.__setattr__(self, "resize_token_embeddings", checked_rows(self.resize_token_embeddings))
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
 
@@ -161,6 +170,22 @@ class LoraConfig:
         both = sorted(set(self.modules_to_save) & set(self.trainable_token_indices))
         if both:
             raise ConfigError(f"modules_to_save trains all of {both[0]}; leave it out of trainable_token_indices")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the fields as plain data; `added_rows` is a digest of the values.
+
+        Without rows for added tokens the two fields about them are left out: earlier runs have not recorded them.
+        """
+        made = dataclasses.asdict(dataclasses.replace(self, added_rows=None))
+        added = {"resize_token_embeddings": made.pop("resize_token_embeddings"), "added_rows": made.pop("added_rows")}
+        if self.added_rows:
+            added["added_rows"] = self.added_rows.digest
+        return made | added if self.is_resized else made
+
+    @property
+    def is_resized(self) -> bool:
+        """True if the base gets rows for added tokens."""
+        return self.resize_token_embeddings is not None
 
     @property
     def has_beside(self) -> bool:

@@ -161,6 +161,12 @@ def read_array(info: TensorInfo) -> np.ndarray:
     return np.frombuffer(bytearray(raw), dtype=info.numpy_dtype).reshape(info.shape)
 
 
+def map_array(info: TensorInfo) -> np.ndarray:
+    """Map one whole tensor for reading; a slice touches only the pages it needs."""
+    mapped = np.memmap(info.file, np.uint8, "r")[info.offset : info.offset + info.nbytes]
+    return np.ndarray(info.shape, info.numpy_dtype, buffer=mapped)
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write whole arrays in the library's own order: wider dtypes first (alignment), then by name."""
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))

@@ -12,6 +12,7 @@ import numpy as np
 from kithara_ray.errors import ExportError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.resizing.tables import resized
 from kithara_ray.hf.tower import text_of
 from kithara_ray.model.causal_lm import CausalLM, Frozen, Params, build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
@@ -33,7 +34,7 @@ def prove_logits(base: BaseCheckpoint, lora: LoraConfig, tensors: Mapping[str, n
     Raises:
         ExportError: the merged model's logits differ by more than the rounding of its weights explains.
     """
-    written = BaseCheckpoint.open(merged)
+    written, base = BaseCheckpoint.open(merged), resized(base, lora)
     model = build(base.config, lora, make_mesh(), "float32")
     # PEFT's initial factors change nothing: B is zero, and DoRA's magnitudes are the weights' own.
     first = lambda frozen: model.initial_factors(0, frozen)  # noqa: E731

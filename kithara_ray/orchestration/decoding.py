@@ -3,6 +3,7 @@
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.resizing.tables import resized
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.generate import Decoder
 from kithara_ray.orchestration.generator import Request, Weights
@@ -16,7 +17,7 @@ class Decoding:
     """One model and its weights. In a group, every rank holds one, and all ranks are called together."""
 
     def __init__(self, weights: Weights, mesh: MeshShape | None = None):
-        self._checkpoint = BaseCheckpoint.open(fetch(weights.base))
+        self._checkpoint = resized(BaseCheckpoint.open(fetch(weights.base)), weights.lora)
         config = self._checkpoint.config
         self.model = build(config, weights.adapted, make_mesh(mesh), weights.precision, scan=False)
         self.decoder = Decoder(self.model, {}, [])

@@ -21,6 +21,7 @@ from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.identity import check_same_base
 from kithara_ray.hf.model_files import has_tokenizer
 from kithara_ray.hf.publish.publish import check_destination
+from kithara_ray.hf.resizing.tables import described
 from kithara_ray.hf.tower import text_of
 from kithara_ray.model.families import family_of
 from kithara_ray.model.families.family import training_note
@@ -98,6 +99,7 @@ class KerasHubModel:
         modules_to_save: Sequence[str] | None = None,
         trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         ensure_weight_tying: bool = False,
+        resize_token_embeddings: int | None = None,
         adapter: str | None = None,
         allow_other_base: bool = False,
         quantize: str | None = None,
@@ -132,6 +134,8 @@ class KerasHubModel:
             trainable_token_indices: ids of tokens whose embedding rows are trained, and whose head rows are if the head
                 is the embedding. A mapping gives such lists for "embed_tokens" and "lm_head".
             ensure_weight_tying: train modules_to_save as one weight if the head is the embedding.
+            resize_token_embeddings: number of rows that embedding and head shall have, for example len(tokenizer) of a
+                tokenizer with added tokens. A new row is the mean of the old ones.
             adapter: a PEFT adapter to train further, or only to export: a directory, `hf://` or `gs://`. It brings all
                 LoRA settings, so give none of them with it.
             allow_other_base: accept an adapter whose base differs from this one in fingerprint, revision or name.
@@ -166,6 +170,7 @@ class KerasHubModel:
             "modules_to_save": modules_to_save,
             "trainable_token_indices": trainable_token_indices,
             "ensure_weight_tying": ensure_weight_tying,
+            "resize_token_embeddings": resize_token_embeddings,
         }
         handle = absolute(preset_handle)
         # An object store is asked for the headers only: no weight comes to the driver.
@@ -194,9 +199,10 @@ class KerasHubModel:
         quantize: str | None,
     ) -> "KerasHubModel":
         directory = fetch(adapter)
-        loaded = Adapter.read(directory).named_for(base)
+        loaded = Adapter.read(directory).named_for(base).fitted(base)
         trained_on, allow = loaded.trained_on, allow_other_base
         check_same_base(trained_on, base, handle, adapter=adapter, allow=allow, override="allow_other_base=True")
+        base = described(base, loaded.config)
         loaded.validate(base)
         check_targets(loaded.config, linear_modules_of(base), other_modules_of(base))
         model = cls(handle, replace(loaded.config, **beside.normal(loaded.config, base)), precision, quantize)

@@ -22,6 +22,7 @@ from typing import Any
 from kithara_ray.errors import ConfigError, PlanError, UnsupportedError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.resizing.tables import with_vocabulary
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.options import ModelOptions
 from kithara_ray.plan.chips import Slice, slice_of
@@ -131,13 +132,16 @@ def _request(
 ) -> dict[str, Any]:
     """The request for `program.facts`, except whether to compile and for which slice."""
     config, stored = config_of(base)
+    if lora.resize_token_embeddings is not None:
+        config = with_vocabulary(config, lora.resize_token_embeddings)
     kind, optimizer_config = optimizer or ("keras", _ADAMW)
     return {
         "config": config,
         "devices": where.chips,
         "hosts": where.hosts,
         **dataclasses.asdict(rows.on(where)),
-        "lora": dataclasses.asdict(lora),
+        # A plan needs no values.
+        "lora": dataclasses.replace(lora, added_rows=None).recorded(),
         "optimizer": optimizer_config if kind == "keras" else _ADAMW,
         "mesh": None if mesh is None else dataclasses.asdict(mesh),
         # The default mesh depends on it. A plan does not know the memory of CPU devices.

@@ -208,3 +208,37 @@ def test_what_cannot_be_honoured_is_named(directory, adapter):
     with pytest.raises(Exception, match="adapter") as caught:
         KerasHubModel.from_preset(directory, adapter=str(adapter))
     assert type(caught.value).__module__ == "kithara_ray.errors"
+
+
+def test_rows_for_added_tokens(directory, tmp_path):
+    added = [VOCABULARY + 2]
+    with pytest.raises(ConfigError, match=r"token 322 .* beyond the base's 320 rows. Add rows with resize_token_"):
+        KerasHubModel.from_preset(directory, lora_rank=4, trainable_token_indices=added)
+    with pytest.raises(ConfigError, match=r"resize_token_embeddings=300: the base has 320 rows, .* leave it out"):
+        KerasHubModel.from_preset(directory, lora_rank=4, resize_token_embeddings=300)
+    with pytest.raises(ConfigError, match=r"resize_token_embeddings=330.* without lora_rank="):
+        KerasHubModel.from_preset(directory, resize_token_embeddings=330)
+    as_it_is = KerasHubModel.from_preset(directory, lora_rank=4, resize_token_embeddings=VOCABULARY)
+    assert as_it_is.lora == KerasHubModel.from_preset(directory, lora_rank=4).lora
+    settings = dict(trainable_token_indices=added, resize_token_embeddings=VOCABULARY + 3)
+    model = KerasHubModel.from_preset(directory, lora_rank=4, **settings)
+    assert (model.lora.resize_token_embeddings, model.lora.added_rows) == (VOCABULARY + 3, None)
+
+
+def test_a_resized_adapter_of_peft_brings_its_rows(directory, tmp_path):
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    base.resize_token_embeddings(VOCABULARY + 3)
+    with pytest.warns(UserWarning, match="has been resized"):
+        get_peft_model(base, PeftConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = KerasHubModel.from_preset(directory, adapter=str(tmp_path))
+    assert model.lora.resize_token_embeddings == VOCABULARY + 3
+    rows = base.get_input_embeddings().weight.detach().numpy()[VOCABULARY:]
+    assert (model.lora.added_rows.values["model.embed_tokens.weight"] == rows).all()
+    assert set(model.adapter) == {f"model.layers.{n}.self_attn.q_proj.lora_{x}.weight" for n in range(3) for x in "AB"}
+    recorded = json.loads(json.dumps(model.lora.recorded()))
+    assert recorded["added_rows"] == model.lora.added_rows.digest
+    assert "added_rows" not in LoraConfig().recorded()

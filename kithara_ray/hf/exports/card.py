@@ -21,12 +21,12 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{here}", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{here}")""",
-    "adapter of a multimodal model": """import torch
+    "adapter over its base": """import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")
-model = PeftModel.from_pretrained(base, "{here}")
+{resize}model = PeftModel.from_pretrained(base, "{here}")
 tokenizer = AutoTokenizer.from_pretrained("{here}")""",
     "separate": """import torch
 from peft import PeftModel
@@ -165,11 +165,15 @@ class Card:
         layout = "merged" if self._layout == "trained" else self._layout
         adapter = f'"{self._here}", subfolder="adapter"' if is_hub(self.destination) else f'"{self._here}/adapter"'
         base, code = self._repository or "path/to/the/base", _LOADING[layout]
+        rows = self.adapter.config.resize_token_embeddings if self.adapter is not None else None
+        if layout == "adapter" and (self.multimodal or rows is not None):
+            code = _LOADING["adapter over its base"]
         if self.multimodal:
             # The names of adapter and weights are those of the whole model. For some families, AutoModelForCausalLM
             # builds only the text model, or nothing.
-            code = _LOADING.get(f"{layout} of a multimodal model", code).replace("ForCausalLM", "ForImageTextToText")
-        loading = code.format(here=self._here, adapter=adapter, base=base)
+            code = code.replace("ForCausalLM", "ForImageTextToText")
+        resize = "" if rows is None else f"base.resize_token_embeddings({rows})\n"
+        loading = code.format(here=self._here, adapter=adapter, base=base, resize=resize)
         answer = _ANSWER.format(stop=f", eos_token_id={list(self.stops)}" if self.stops else "")
         code = "\n\n".join([loading, (_CHAT if chats else _TEXT).format(), answer])
         parts = ["## Use", f"```python\n{code}\n```"]
@@ -223,6 +227,7 @@ def _beside(adapter: Adapter) -> list[str]:
     named: dict[str, object]
     named = {"bias": config.bias, "lora_bias": config.lora_bias, "modules_to_save": list(config.modules_to_save)}
     named["trainable_token_indices"] = {name: list(rows) for name, rows in config.trainable_token_indices.items()}
+    named["resize_token_embeddings"] = config.resize_token_embeddings
     return [f"{name}={value}" for name, value in named.items() if value and value != "none"]
 
 

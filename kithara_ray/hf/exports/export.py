@@ -31,11 +31,13 @@ from kithara_ray.hf.exports.part import Part, Written, parts_of, remove_leftover
 from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.exports.reference import shown_name, split_reference
 from kithara_ray.hf.exports.run_record import published, without_paths
-from kithara_ray.hf.fetch import tokenizer_at
+from kithara_ray.hf.fetch import fetch, tokenizer_at
 from kithara_ray.hf.identity import identity_of
 from kithara_ray.hf.merging.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
 from kithara_ray.hf.merging.merge import write_config as write_base_config
 from kithara_ray.hf.publish import publish
+from kithara_ray.hf.resizing.saved import saved_tables
+from kithara_ray.hf.resizing.tables import described, resized
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 from kithara_ray.hf.tower import wrapper_of
 from kithara_ray.storage import urls
@@ -77,7 +79,8 @@ def export_with_report(
     """
     started_s = time.perf_counter()
     layout, destination, tag = _layout(layout), str(destination), check_dtype(options.dtype)
-    adapter = adapter.named_for(base)
+    adapter = adapter.named_for(base).fitted(base)
+    base = _with_rows(base, adapter, layout)
     adapter.validate(base)
     if layout is Layout.MERGED:
         check_mergeable(base, adapter, options.dtype)
@@ -96,6 +99,15 @@ def export_with_report(
         describe(stage, report, files, started_s)
     log.info("exported layout=%s destination=%s seconds=%.1f", layout, destination, report["seconds"])
     return report
+
+
+def _with_rows(base: BaseCheckpoint, adapter: Adapter, layout: Layout) -> BaseCheckpoint:
+    """Return the base with rows for added tokens, if the adapter has any; a layout with the base needs its bytes."""
+    if layout is Layout.ADAPTER:
+        return described(base, adapter.config)
+    if base.source is not None and adapter.config.is_resized:
+        base = BaseCheckpoint.open(fetch(base.source))
+    return resized(base, adapter.config)
 
 
 def _layout(layout: Layout | str) -> Layout:
@@ -151,9 +163,10 @@ def _write(
     if layout is not Layout.MERGED:
         target = stage.directory / ADAPTER_DIRECTORY if layout is Layout.SEPARATE else stage.directory
         final = adapter.cast(NUMPY_DTYPES[CAST_TAGS[dtype]]) if check_dtype(dtype) else adapter
-        trained_on = identity_of(base, base_name)
-        final.write(target, split_reference(base_name)[0], trained_on.revision, _fingerprint(base, written))
-        prove_adapter(target, final)
+        name, revision = split_reference(base_name)[0], identity_of(base, base_name).revision
+        tables = saved_tables(final.config, base)
+        final.write(target, name, revision, _fingerprint(base, written), tables)
+        prove_adapter(target, final, tables)
         checks.append("adapter reopened; tensors equal those given bit by bit, scales equal")
     notes = adapter_notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
     notes += tower_notes(base, dtype) if layout is not Layout.ADAPTER else []
@@ -231,7 +244,8 @@ def _fingerprint(base: BaseCheckpoint, written: list[Written]) -> str | None:
     """Return the base's fingerprint; None if nothing read its weights, as for only an adapter of a remote base."""
     if written:
         return base.fingerprint_of({name: digest for file in written for name, digest in file.digests.items()})
-    return None if base.source else base.fingerprint()
+    known = base.original or base
+    return None if known.source else known.fingerprint()
 
 
 def add_files(

@@ -48,6 +48,11 @@ def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
         notes.append("vLLM does not serve DoRA adapters; serve the merged layout")
     if config.has_beside or config.lora_bias:
         notes.append("vLLM applies no biases, trained tokens or saved modules of an adapter; serve the merged layout")
+    if (rows := config.resize_token_embeddings) is not None:
+        notes.append(
+            f"the embedding has {rows} rows: PEFT loads the adapter on a base that transformers' "
+            f"resize_token_embeddings({rows}) made as large, and vLLM adds no rows; serve the merged layout"
+        )
     scales = {config.scale_of(module) for module in adapter.modules}
     if len(scales) > 1:
         notes.append(

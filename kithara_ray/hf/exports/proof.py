@@ -19,7 +19,8 @@ from kithara_ray.errors import AdapterError, CheckpointError, ExportError, Unsup
 from kithara_ray.hf.adapter import Adapter, Change
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.merging.merge import FLOAT_TAGS, Tag, cast, out_tag, row_blocks
-from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, read_header
+from kithara_ray.hf.resizing.saved import tensor_of
+from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, map_array, read_header
 from kithara_ray.hf.tower import renamed
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,11 @@ BLOCK_BYTES = 1 << 20
 UNIT_ROUNDOFF_32 = 2.0**-24
 
 
-def prove_adapter(directory: Path, adapter: Adapter) -> None:
-    """Prove that the adapter read back equals the given one, tensor by tensor, bit by bit, with the same scales."""
+def prove_adapter(directory: Path, adapter: Adapter, tables: Mapping[str, np.ndarray]) -> None:
+    """Prove that the adapter read back equals the given one, tensor by tensor, bit by bit, with the same scales.
+
+    tables: the resized base's tables that were written with it.
+    """
     try:
         found = Adapter.read(directory)
     except (AdapterError, UnsupportedError) as error:
@@ -42,6 +46,12 @@ def prove_adapter(directory: Path, adapter: Adapter) -> None:
     for name, array in adapter.tensors.items():
         if found.tensors[name].dtype != array.dtype or not _same_bits(found.tensors[name], array):
             raise ExportError(f"{directory}: adapter tensor {name!r} reads back different from the one given")
+    expected = {tensor_of(name): array for name, array in tables.items()}
+    if found.tables.keys() != expected.keys():
+        raise ExportError(f"{directory}: the file holds the tables {sorted(found.tables)}, not {sorted(expected)}")
+    for name, array in expected.items():
+        if not _same_bits(map_array(found.tables[name]), array):
+            raise ExportError(f"{directory}: {name} of the resized base reads back different from the one given")
     for module in adapter.modules:
         scales = found.config.scale_of(module), adapter.config.scale_of(module)
         if scales[0] != scales[1]:
@@ -195,8 +205,7 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _rows(info: TensorInfo, rows: np.ndarray) -> np.ndarray:
-    mapped = np.memmap(info.file, np.uint8, "r")[info.offset : info.offset + info.nbytes]
-    return np.ndarray(info.shape, info.numpy_dtype, buffer=mapped)[rows].astype(np.float64)
+    return map_array(info)[rows].astype(np.float64)
 
 
 def _prove_replaced(info: TensorInfo, found: TensorInfo, change: Change) -> None:

@@ -55,10 +55,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
                 "DoRA adapters cannot be combined, because their update is not a sum of products; merge each one "
                 "separately"
             )
-        if adapter.config.has_beside or adapter.config.lora_bias:
+        if adapter.config.has_beside or adapter.config.lora_bias or adapter.tables:
             raise UnsupportedError(
-                "adapters with biases, trained tokens or saved modules cannot be combined, because those are values "
-                "and not updates; merge each adapter separately"
+                "adapters with biases, trained tokens, saved modules or added tokens cannot be combined, because those "
+                "are values and not updates; merge each adapter separately"
             )
     tensors, ranks = {}, {}
     for module in sorted({module for adapter in adapters for module in adapter.modules}):

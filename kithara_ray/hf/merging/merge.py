@@ -123,14 +123,15 @@ def write_config(
     """
     directory, tag = Path(directory), check_dtype(dtype)
     written = [directory / CONFIG]
-    if tag is None:
+    is_copy = tag is None and base.original is None
+    if is_copy:
         shutil.copyfile(base.directory / CONFIG, directory / CONFIG)
     else:
-        write_json(directory / CONFIG, _with_dtype(base.config, dtype, top=True))
+        write_json(directory / CONFIG, base.config if tag is None else _with_dtype(base.config, dtype, top=True))
     theirs = {name: info.file.name for name, info in base.tensors.items()}
     files = theirs if files is None else dict(files)
     has_index = (base.directory / INDEX).is_file()
-    if has_index and tag is None and files == theirs:
+    if has_index and is_copy and files == theirs:
         written.append(directory / INDEX)
         shutil.copyfile(base.directory / INDEX, directory / INDEX)
     elif set(files.values()) != {SINGLE}:

@@ -12,6 +12,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.facts.stored import adapts_by_layer
 from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import is_named
+from kithara_ray.hf.resizing.tables import described, rows_of
 from kithara_ray.hf.tower import TOWER, in_tower, is_in_tower, prefix_of, wrapper_of
 from kithara_ray.hf.unused import why_unused
 
@@ -91,6 +92,9 @@ def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConf
         raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
     patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     lora = of_text_model(LoraConfig(r=rank, target_modules=targets, **patterns, **settings), base.config)
+    if lora.is_resized and rows_of(base) == lora.resize_token_embeddings:
+        lora = dataclasses.replace(lora, resize_token_embeddings=None)
+    base = described(base, lora)
     lora = dataclasses.replace(lora, **beside.normal(lora, base))
     if lora.bias != "none" and not any(one.tensor.endswith(beside.BIAS) for one in beside.of_base(lora, base)):
         raise ConfigError(f"bias={lora.bias!r}: none of these layers has a bias in this base; leave it out")

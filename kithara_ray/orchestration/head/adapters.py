@@ -23,6 +23,7 @@ from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.reference import split_reference
 from kithara_ray.hf.identity import identity_of
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.resizing.saved import saved_tables
 from kithara_ray.hf.safetensors_file import raw_bytes
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.storage.places import Place
@@ -132,11 +133,13 @@ def write_adapter(adapter: AdapterRef, tensors: Tensors) -> str:
 
     Raises:
         DestinationError: the directory cannot be written.
+        CheckpointError: the base, which has the tables of a resized vocabulary, cannot be read.
     """
     assert adapter.directory is not None
     place = Place(adapter.directory)
     with place.scratch() as scratch:
-        Adapter(adapter.config, tensors).write(scratch / DIRECTORY, *_named(adapter.base))
+        tables = saved_tables(adapter.config, BaseCheckpoint.at(adapter.base)) if adapter.config.is_resized else {}
+        Adapter(adapter.config, tensors).write(scratch / DIRECTORY, *_named(adapter.base), tables)
         # The weights come first, because readers look for the configuration.
         for path in sorted((scratch / DIRECTORY).iterdir(), key=lambda path: path.suffix == ".json"):
             place.put(path, DIRECTORY, path.name)

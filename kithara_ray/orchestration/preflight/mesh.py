@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.hf.resizing.tables import described
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.preflight.memory_fit import slice_of_run
 from kithara_ray.orchestration.preflight.nodes import Nodes
@@ -30,7 +31,7 @@ def with_mesh(request: RunRequest, nodes: Nodes) -> RunRequest:
     model = request.model
 
     def state() -> int:
-        base = BaseCheckpoint.at(model.weights_handle)
+        base = described(BaseCheckpoint.at(model.weights_handle), model.lora)
         return state_bytes(base, model.lora, model.precision, model.quantize).total
 
     chosen = _mesh_of(request.group, state, nodes)
@@ -52,7 +53,7 @@ def mesh_to_decode(
     Raises:
         ClusterError: a node does not answer.
     """
-    return _mesh_of(group, lambda: decoding_bytes(BaseCheckpoint.at(base), lora, precision), nodes)
+    return _mesh_of(group, lambda: decoding_bytes(described(BaseCheckpoint.at(base), lora), lora, precision), nodes)
 
 
 def _mesh_of(group: WorkerGroup, count_state: Callable[[], int], nodes: Nodes) -> DefaultMesh | None:

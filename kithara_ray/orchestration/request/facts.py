@@ -5,6 +5,7 @@ import re
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.facts.positions import max_positions
 from kithara_ray.hf.facts.vocabulary import embedding_rows
+from kithara_ray.hf.resizing.tables import described
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.request.run_request import RunRequest
@@ -51,8 +52,9 @@ def weight_bytes(request: RunRequest) -> int:
 
 
 def vocabulary(request: RunRequest) -> int | None:
-    """Return the number of tokens that the base knows: the rows of its embedding."""
-    return embedding_rows(BaseCheckpoint.at(request.model.preset_handle))
+    """Return the number of tokens that the model knows: the rows of its embedding."""
+    base = BaseCheckpoint.at(request.model.preset_handle)
+    return embedding_rows(described(base, request.model.lora))
 
 
 def positions_of(request: RunRequest) -> int | None:

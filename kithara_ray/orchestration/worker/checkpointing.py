@@ -226,10 +226,10 @@ class Saving:
 def identity_of(spec: RunSpec, base: BaseCheckpoint, order: Any) -> dict[str, Any]:
     """Return the values that identify a run, by the names of `checkpointer.IDENTITY`."""
     return {
-        "base": base.fingerprint(),
+        "base": (base.original or base).fingerprint(),
         "precision": spec.model.precision,
         "quantize": spec.model.quantize,
-        "lora": spec.model.lora and dataclasses.asdict(spec.model.lora),
+        "lora": spec.model.lora and spec.model.lora.recorded(),
         "optimizer": optimizer_identity(*spec.step.optimizer),
         "seed": spec.step.seed,
         "data": sequence_identity(order, spec.train.store.content, spec.train.packed_len),

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.fetch import fetch
+from kithara_ray.hf.resizing.tables import resized
 from kithara_ray.model.causal_lm import CausalLM, Frozen, Params, build
 from kithara_ray.orchestration.data.batches import HostStream
 from kithara_ray.orchestration.data.loading import training_batches
@@ -53,7 +54,7 @@ def open_parts(spec: RunSpec, log: EventLog) -> Parts:
     """Fetch the base, build the model with shapes and no values, and open the data."""
     model, step = spec.model, spec.step
     with log.phase("fetch"):
-        base = BaseCheckpoint.open(fetch(model.base, log.fetched))
+        base = resized(BaseCheckpoint.open(fetch(model.base, log.fetched)), model.lora)
     with log.phase("build"):
         mesh = make_mesh(step.mesh)
         built = build(

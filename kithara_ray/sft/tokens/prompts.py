@@ -96,7 +96,7 @@ def beyond(ids: Any, vocabulary: int | None, tokenizer: Any) -> str | None:
     token = f"token {tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}" if known else f"id {largest}"
     return (
         f"{token}{',' if known else ' is'} beyond the model's vocabulary of {vocabulary}, the rows of its embedding; "
-        "give the model's own tokenizer, or leave the token out"
+        "give the model's own tokenizer, add rows with resize_token_embeddings=len(tokenizer), or leave the token out"
     )
 
 
