@@ -183,10 +183,10 @@ def without_tied_tokens(base: BaseCheckpoint, tensors: Mapping[str, np.ndarray])
         AdapterError: the head's tokens are not a copy of the embedding's.
     """
     kept, head = dict(tensors), f"{HEAD}{TOKENS}"
-    if head not in kept or not is_tied(base):
-        return kept
     embedding = next((array for name, array in kept.items() if name.endswith(f"{EMBEDDING}{TOKENS}")), None)
-    if embedding is None or not np.array_equal(embedding, kept.pop(head)):
+    if head not in kept or embedding is None or not is_tied(base):
+        return kept
+    if not np.array_equal(embedding, kept.pop(head)):
         raise AdapterError(f"{head}: the base ties its head to its embedding, but their trained tokens differ")
     return kept
 

@@ -203,7 +203,7 @@ def assert_as_peft_s(ours, gradients, reference, tokens=TOKENS):
 
 
 # One of each kind: patterns, magnitudes, biases, tokens, whole modules; the others are among the long tests.
-SHORT = ["DoRA, rsLoRA, patterns", "biases of some", "tokens of both, int8", "added tokens, tied", "some layers"]
+SHORT = ["DoRA, rsLoRA, patterns", "biases of some", "tokens of both, int8", "embedding, tied", "some layers"]
 
 
 @pytest.mark.parametrize("option", mostly_long(SHORT, OPTIONS))
