@@ -226,7 +226,9 @@ def _fusion_traffic(instruction: Instruction, computation: Computation, body: Co
     root = next(i for i in body.values() if i.is_root)
     results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for result, array in zip(results, instruction.arrays, strict=False):
-        if array.hbm:
+        # A step of a pipeline only hands the collective's buffer on; the last step returns it by itself.
+        handed_on = root.opcode == "tuple" and result.opcode in COLLECTIVES
+        if array.hbm and not handed_on:
             total += _written(result, body, array.nbytes)
     return total
 

@@ -147,6 +147,30 @@ def test_what_only_a_tpu_program_has():
     assert cost.kernels == {"mha_fwd": 26, "ragged-dot-metadata": 26, "ragged-dot-none": 2 * 26}
 
 
+_PIPELINED = f"""\
+HloModule jit_step
+
+%step (v: bf16[64,128]) -> (bf16[64,128], bf16[256,128]) {{
+  %v = bf16[64,128]{{1,0}} parameter(0)
+  %doubled = bf16[64,128]{{1,0}} add(%v, %v)
+  %gathered = bf16[256,128]{{1,0}} {_GATHER.replace("%w", "%v")}
+  ROOT %both = (bf16[64,128]{{1,0}}, bf16[256,128]{{1,0}}) tuple(%doubled, %gathered)
+}}
+
+ENTRY %main (w: bf16[64,128]) -> (bf16[64,128], bf16[256,128]) {{
+  %w = bf16[64,128]{{1,0}} parameter(0)
+  ROOT %first = (bf16[64,128]{{1,0}}, bf16[256,128]{{1,0}}) fusion(%w), kind=kCustom, calls=%step
+}}
+"""
+
+
+def test_a_step_of_a_pipeline_hands_the_gathered_array_on():
+    """It does not write it: the products beside which a gather runs would each write all of it."""
+    cost = hlo.cost_of(_PIPELINED)
+    assert cost.hbm_bytes == 2 * 64 * 128 * 2
+    assert cost.collectives == {"all-gather": 256 * 128 * 2 * 3 / 4}
+
+
 def test_windowed_products_count_once():
     """Two products of a block, D=2048 and F=8192, in a scan of 6 over 16 chips, each with one row of 2,048 tokens.
 
