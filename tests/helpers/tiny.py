@@ -296,6 +296,12 @@ _VISUAL = dict(
     out_hidden_size=64,
     num_position_embeddings=64,
 )
+_WITHOUT_TABLE = {name: value for name, value in _VISUAL.items() if name != "num_position_embeddings"}
+# Three directions of positions, one after the other or interleaved.
+_MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=500.0, mrope_section=[4, 2, 2]))
+_INTERLEAVED = dict(
+    rope_parameters=dict(rope_type="default", rope_theta=500.0, mrope_section=[8, 4, 4], mrope_interleaved=True)
+)
 _PATCHES = dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=8, output_proj_dims=32)
 SIZES |= {
     "gemma3": dict(text_config=SIZES["gemma3_text"], vision_config=_SIGLIP, mm_tokens_per_image=1),
@@ -307,6 +313,20 @@ SIZES |= {
         text_config=dict(SIZES["mistral"], model_type="mistral"), vision_config=_PIXTRAL, tie_word_embeddings=False
     ),
     "mistral3 ministral3": dict(text_config=dict(SIZES["ministral3"], model_type="ministral3"), vision_config=_PIXTRAL),
+    "qwen2_vl": dict(
+        text_config=dict(SIZES["qwen2"], **_MROPE),
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=4),
+        tie_word_embeddings=True,
+    ),
+    "qwen2_5_vl": dict(
+        text_config=dict(SIZES["qwen2"], **_MROPE, tie_word_embeddings=False),
+        vision_config=dict(_WITHOUT_TABLE, fullatt_block_indexes=[1], window_size=16),
+    ),
+    "qwen3_vl": dict(
+        text_config=dict(SIZES["qwen3"], **_INTERLEAVED),
+        vision_config=dict(_VISUAL, deepstack_visual_indexes=[0]),
+        tie_word_embeddings=True,
+    ),
     "qwen3_5": dict(text_config=SIZES["qwen3_5_text"] | _TWO_PERIODS, vision_config=_VISUAL),
     "qwen3_5_moe": dict(text_config=SIZES["qwen3_5_moe_text"] | _TWO_PERIODS, vision_config=_VISUAL),
 }
@@ -319,7 +339,8 @@ MIXTURES = {family for family, fields in _FIELDS.items() if {"num_experts_per_to
 LIKE_OTHERS = (
     (OWN.keys() - {"phi3", "olmo3"})
     | {"gemma4 experts", "gemma4_unified", "gemma4_unified_text"}
-    | {"mistral3", "mistral3 ministral3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen2_moe"}
+    | {"mistral3", "mistral3 ministral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+    | {"qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen2_moe"}
 )
 # Families with more in their files than is built and trained.
 MULTIMODAL = {family for family, size in SIZES.items() if "text_config" in size}
@@ -404,7 +425,8 @@ def write_model(directory: Path, family: str, **fields) -> Path:
             # These amplify float32's noise: with 2.5, torch's own logits of gpt_oss were 1.5e-4 from those of float64,
             # and its gradients of smollm3 1.1e-5, of gemma4_text 2.3e-5.
             # torch's logits differ by 2e-4 between a recurrent state in chunks and one token by token.
-            low = family in {*MIXTURES, *OWN, "smollm3"} or family.startswith("gemma4")
+            # With 2.5, logits of a packed row of qwen2_5_vl were 1.1e-4 from those of its samples, in values of 6.
+            low = family in {*MIXTURES, *OWN, "qwen2_5_vl", "smollm3"} or family.startswith("gemma4")
             gain = 1.0 if family in RECURRENT else 1.5 if low else 2.5
             std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])
             parameter.add_(torch.randn_like(parameter) * std)

@@ -20,7 +20,8 @@ from kithara_ray.hf.exports.options import ExportOptions
 from kithara_ray.hf.exports.trained import TensorSlice, TrainedWriter, checksum
 from kithara_ray.hf.tied_head import is_tied
 from kithara_ray.hf.tower import WRAPPERS, is_beside, text_of
-from kithara_ray.model.families import family_of
+from kithara_ray.model.families import FAMILIES, family_of
+from kithara_ray.model.families.family import completed
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.lora.targets import check_targets, linear_modules_of, lora_config_of, other_modules_of
 from kithara_ray.orchestration.model import KerasHubModel
@@ -96,11 +97,73 @@ def test_a_field_that_counts_in_the_text_model_alone_is_refused(base):
         family_of(base.config | {"text_config": text})
 
 
+@pytest.mark.parametrize("value", [None, False])
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_attention_that_looks_ahead_is_refused_wherever_it_is_asked_for(place, value, tiny_models, tmp_path):
+    shutil.copytree(tiny_models["mistral3"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (config if place == "top" else config[place])["is_causal"] = value
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    tokens = torch.arange(3, 12)[None]
+    plain, changed = (load(at).eval()(tokens).logits for at in (tiny_models["mistral3"], tmp_path / "model"))
+    moves = not torch.allclose(plain, changed, atol=1e-4)
+    assert moves == ((place, value) != ("top", None))
+    if moves:
+        with pytest.raises(UnsupportedError, match=f"is_causal={value} of this mistral3 model: .*see all others"):
+            family_of(config)
+    else:
+        family_of(config)
+
+
 def test_the_whole_model_decides_whether_its_head_is_tied():
     text = {"model_type": "gemma3_text", "tie_word_embeddings": False}
     assert text_of({"model_type": "gemma3", "text_config": text})["tie_word_embeddings"] is True
     untied = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False, "dtype": "bfloat16"}
     assert text_of(untied) == text | {"dtype": "bfloat16"}
+
+
+ALIASES = sorted(kind for kind, wrapper in WRAPPERS.items() if wrapper.alias)
+
+
+@pytest.mark.parametrize("kind", ALIASES)
+def test_fields_that_an_alias_leaves_out_are_those_of_transformers(kind):
+    text = dict(num_hidden_layers=9, num_attention_heads=64, use_sliding_window=kind != "qwen3_vl")
+    given = text_of({"model_type": kind, "text_config": text})
+    ours = completed(FAMILIES[given["model_type"]], given)
+    theirs = transformers.AutoConfig.for_model(kind, text_config=text).text_config.to_dict()
+    assert {"rms_norm_eps", "num_key_value_heads", "rope_parameters"} <= ours.keys()
+    # Read only with windows, which qwen3_vl does not have.
+    fixed = {"model_type", "tie_word_embeddings", *WRAPPERS[kind].fixed}
+    fixed |= {"sliding_window", "max_window_layers"} if kind == "qwen3_vl" else set()
+    assert {name: value for name, value in ours.items() if name not in fixed} == {
+        name: theirs[name] for name in ours.keys() - fixed
+    }
+
+
+def test_a_published_config_with_the_text_model_s_fields_at_its_top(tiny_models, tmp_path):
+    """As Qwen2.5-VL's: no text_config, rope type mrope, and tensors without language_model."""
+    shutil.copytree(tiny_models["qwen2_5_vl"], tmp_path / "model")
+    nested = BaseCheckpoint.open(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    text = {name: value for name, value in config.pop("text_config").items() if name != "model_type"}
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(text | config))
+    older = (r"^model\.language_model\.", "model.")
+    flat = BaseCheckpoint.open(respelled(tmp_path / "model", tmp_path / "flat", older))
+    assert any(info.stored.startswith("model.layers.0.") for info in flat.tensors.values())
+    assert flat.names == nested.names
+    check_tensors(flat)
+    family = family_of(flat.config)
+    assert family is FAMILIES["qwen2"]
+    ours, theirs = (completed(family, text_of(base.config)) for base in (flat, nested))
+    rope = {name: ours["rope_parameters"][name] for name in ("rope_type", "rope_theta")}
+    assert rope == {"rope_type": "default", "rope_theta": 500.0}
+    kept = theirs.keys() - {"rope_parameters", "model_type"}
+    assert {name: ours[name] for name in kept} == {name: theirs[name] for name in kept}
+    one, other = (load(base.directory).eval()(torch.arange(9)[None]).logits for base in (flat, nested))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("given", [True, False, None])

@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -42,6 +43,35 @@ def test_load_from_directory_once_a_process(tokenizer_directories, tokenizers, k
     loaded = load_tokenizer(handle)
     assert loaded("the answer")["input_ids"] == tokenizers[kind]("the answer")["input_ids"]
     assert load_tokenizer(handle) is loaded
+
+
+def test_the_template_of_a_processor_is_read_where_the_tokenizer_has_none(tmp_path, tokenizer_directories):
+    place = tmp_path / "model"
+    shutil.copytree(tokenizer_directories["llama3"], place)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (place / name).unlink(missing_ok=True)
+    config = json.loads((place / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(str(place)).chat_template is None
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for number, (held, found) in enumerate(
+        [({"chat_template": template}, template), ({"chat_template": None}, None), ([], None)]
+    ):
+        other = tmp_path / str(number)
+        shutil.copytree(place, other)
+        (other / "chat_template.json").write_text(json.dumps(held))
+        if found is None:
+            with pytest.raises(DataError, match=r"chat_template\.json of .* holds no template \("):
+                load_tokenizer(str(other))
+            continue
+        assert load_tokenizer(str(other)).chat_template == found
+        # The tokenizer's own goes first.
+        (tmp_path / "own").mkdir()
+        for file in other.iterdir():
+            shutil.copy(file, tmp_path / "own")
+        (tmp_path / "own" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        assert load_tokenizer(str(tmp_path / "own")).chat_template == "{{ messages[0].content }}"
 
 
 def test_no_tokenizer_names_handle_and_cause(tmp_path):

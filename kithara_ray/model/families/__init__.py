@@ -33,7 +33,7 @@ def family_of(config: Mapping) -> Family:
     Raises:
         UnsupportedError: an unknown `model_type`, or a field that KerasHub cannot express.
     """
-    of_all, config = config.get("model_type"), text_of(config)
+    whole_model, of_all, config = config, config.get("model_type"), text_of(config)
     model_type = model_type_of(config)
     if model_type not in FAMILIES:
         given = config.get("model_type")
@@ -49,7 +49,7 @@ def family_of(config: Mapping) -> Family:
             f"config.json: a base quantised by {quantisation!r} (quantization_config) cannot be trained or merged; "
             "use the unquantised checkpoint. It would take dequantising its tensors as they are read"
         )
-    check_causal(config)
+    check_causal(whole_model)
     check_sizes(config)
     with fields_needed(config):
         whole = completed(family, config)

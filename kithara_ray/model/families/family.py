@@ -186,9 +186,16 @@ def refuse(config: Mapping, field: str, why: str) -> None:
 
 
 def check_causal(config: Mapping) -> None:
-    """Refuse attention that looks ahead. transformers' masks read this field; no config class has it."""
-    if config.get("is_causal", True) is not True:
-        refuse(config, "is_causal", "each token would see all others; only causal models are trained here")
+    """Refuse attention that looks ahead. transformers' masks read this field of a whole config.json; no class has it.
+
+    transformers drops a null at the top of config.json, and reads one in text_config as false.
+    """
+    why = "each token would see all others; only causal models are trained here"
+    if config.get("is_causal") not in (True, None):
+        refuse(config, "is_causal", why)
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and text.get("is_causal", True) is not True:
+        refuse({**text, "model_type": config.get("model_type")}, "is_causal", f"in text_config, {why}")
 
 
 def check_sizes(config: Mapping) -> None:
@@ -220,6 +227,9 @@ def rope_of(config: Mapping) -> dict:
     if config.get("partial_rotary_factor") is not None:
         rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if rope["rope_type"] == "mrope":
+        # A text's positions are the same in all three directions, and so is the rotation.
+        rope["rope_type"] = "default"
     original = "original_max_position_embeddings"
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         if config.get(original) is not None:

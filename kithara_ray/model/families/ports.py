@@ -304,7 +304,9 @@ def record_ports(family: Family, model, config: Mapping) -> list[Port]:
     fed = IdentitySet(port.variable for port in recorder.ports)
     unfed = [v.path for v in model.variables if v not in fed and not is_seed(v)]
     if unfed or len(fed) != len(recorder.ports):
-        raise UnsupportedError(f"KerasHub's {family.converter} leaves {unfed[:3]} unloaded or loads a variable twice")
+        own = isinstance(model.backbone, DecoderBackbone)
+        loader = "the general decoder" if own else f"KerasHub's {family.converter}"
+        raise UnsupportedError(f"{loader} leaves {unfed[:3]} unloaded or loads a variable twice")
     return recorder.ports
 
 

@@ -5,12 +5,19 @@ module of transformers imports torch if it is installed.
 """
 
 import functools
+import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import DataError, KitharaRayError
 
 _PROBE = "a"
+# Formerly, transformers kept the template of a processor here, and the tokenizer beside it had none.
+_OF_PROCESSORS = "chat_template.json"
+
+log = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=8)
@@ -24,7 +31,8 @@ def load_tokenizer(handle: str) -> Any:
     from kithara_ray.hf.fetch import fetch_headers
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(fetch_headers(handle)[0]), trust_remote_code=False)
+        directory = fetch_headers(handle)[0]
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except (KitharaRayError, OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise DataError(_unloadable(handle, error)) from error
     except Exception as error:
@@ -34,7 +42,32 @@ def load_tokenizer(handle: str) -> Any:
     if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
         # AutoTokenizer invents an empty vocabulary for some directories that hold a config.json and no tokenizer.
         raise DataError(f"the tokenizer at {handle!r} encodes {_PROBE!r} to no tokens; are its tokenizer files there?")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _of_processor(directory, handle)
     return tokenizer
+
+
+def _of_processor(directory: Path, handle: str) -> str | None:
+    """Return the template of chat_template.json, which only processors read; None if there is no such file.
+
+    Raises:
+        DataError: the file holds no template.
+    """
+    file = directory / _OF_PROCESSORS
+    if not file.is_file():
+        return None
+    try:
+        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(_without_template(handle, f"{type(error).__name__}: {error}")) from error
+    if not isinstance(template, str):
+        raise DataError(_without_template(handle, f"'chat_template' is {type(template).__name__}"))
+    log.info("chat template of %s: %s, as the tokenizer has none of its own", handle, _OF_PROCESSORS)
+    return template
+
+
+def _without_template(handle: str, cause: str) -> str:
+    return f"{_OF_PROCESSORS} of {handle!r} holds no template ({cause}); mend the file, or pass chat_template="
 
 
 def _unloadable(handle: str, error: Exception) -> str:
