@@ -8,36 +8,23 @@ The judge is transformers: it loads the same weights with the changed file. A ch
     different  a silent fault.
 """
 
-import contextlib
 import copy
 import functools
-import importlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
-import torch
-from tiny import MULTIMODAL, SIZES, VOCABULARY, model_type
-from transformers import AutoConfig, AutoModelForCausalLM
+from sides import Ours, Theirs
+from tiny import MULTIMODAL, SIZES, model_type, text_size
+from transformers import AutoConfig
 
 from kithara_ray.errors import CheckpointError, KitharaRayError, UnsupportedError
-from kithara_ray.hf.checkpoint import NOT_MATHEMATICS, BaseCheckpoint
-from kithara_ray.model import keras_compat
-from kithara_ray.model.causal_lm import build
-from kithara_ray.model.families import FAMILIES, family_of
-from kithara_ray.model.families.tensors import check_tensors
-from kithara_ray.sharding.mesh import make_mesh
+from kithara_ray.hf.checkpoint import NOT_MATHEMATICS
 
 EQUAL, REFUSED, SKIPPED, DIFFERENT = "equal", "refused", "skipped", "different"
-TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (1, 24)).astype(np.int32)
 ATOL = 1e-4
 
 
@@ -55,57 +42,38 @@ class Verdict:
     moved: bool = False
 
 
-# --- the two sides ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sides:
+    """Both sides of one directory, equal before anything is changed."""
 
+    theirs: Theirs
+    ours: Ours
 
-def theirs(directory: Path) -> np.ndarray:
-    """Logits of transformers. Raises whatever it raises, and ValueError for weights that do not fit."""
-    model, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    missing, resized = loading["missing_keys"], loading["mismatched_keys"]
-    if missing or resized:
-        raise ValueError(f"missing {sorted(missing)[:1]}, of another shape {sorted(resized)[:1]}")
-    with torch.no_grad():
-        logits = model.eval()(torch.tensor(TOKENS).long(), use_cache=False).logits.numpy()
-    if not np.isfinite(logits).all():
-        raise ValueError("logits are not finite")
-    return logits
+    @classmethod
+    def of(cls, directory: Path, place: Path) -> "Sides":
+        """`place`: a directory to be made, for changed configs."""
+        place.mkdir()
+        sides = cls(Theirs(directory, place), Ours(directory))
+        np.testing.assert_allclose(sides.ours.unchanged, sides.theirs.unchanged, atol=ATOL, rtol=0)
+        return sides
 
-
-def check(directory: Path) -> BaseCheckpoint:
-    """Look at what a run looks at before it starts. Raises KitharaRayError."""
-    base = BaseCheckpoint.open(directory)
-    family_of(base.config)
-    check_tensors(base)
-    return base
-
-
-def ours(base: BaseCheckpoint) -> np.ndarray:
-    model = build(base.config, None, make_mesh(devices=jax.devices()[:1]), "float32", scan=False)
-    return np.asarray(model.logits_BTV({}, model.load(base), TOKENS, np.ones_like(TOKENS)))
-
-
-def judge(change: str, directory: Path, unchanged: np.ndarray, reads: bool = True) -> Verdict:
-    """Compare both sides on a changed directory.
-
-    Args:
-        unchanged: the logits of both before the change.
-        reads: False if nothing here names the changed field, so that our logits are the unchanged ones.
-    """
-    try:
-        wanted = theirs(directory)
-    except Exception as error:
-        return Verdict(change, SKIPPED, f"{type(error).__name__}: {error}"[:200])
-    moved = not np.allclose(wanted, unchanged, atol=ATOL, rtol=0)
-    try:
-        base = check(directory)
-    except (UnsupportedError, CheckpointError) as error:
-        return Verdict(change, REFUSED, str(error), moved)
-    try:
-        found = ours(base) if reads else unchanged
-    except KitharaRayError as error:
-        return Verdict(change, DIFFERENT, f"accepted, and refused when it was built: {error}", moved)
-    off = float(np.abs(found - wanted).max())
-    return Verdict(change, EQUAL if off <= ATOL else DIFFERENT, f"off by {off:.2g}", moved)
+    def judge(self, change: str, config: Mapping[str, Any]) -> Verdict:
+        """Compare both under another config.json."""
+        try:
+            self.ours.check(config)
+        except (UnsupportedError, CheckpointError) as error:
+            return Verdict(change, REFUSED, str(error))
+        try:
+            wanted = self.theirs.logits(config)
+        except Exception as error:
+            return Verdict(change, SKIPPED, f"{type(error).__name__}: {error}"[:200])
+        moved = not np.allclose(wanted, self.theirs.unchanged, atol=ATOL, rtol=0)
+        try:
+            found = self.ours.logits(config)
+        except KitharaRayError as error:
+            return Verdict(change, DIFFERENT, f"accepted, and refused when it was built: {error}", moved)
+        off = float(np.abs(found - wanted).max())
+        return Verdict(change, EQUAL if off <= ATOL else DIFFERENT, f"off by {off:.2g}", moved)
 
 
 # --- changed fields --------------------------------------------------------------------------------------------------
@@ -205,7 +173,7 @@ def changes(config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
         if name in whole:
             values += others(name, whole[name])
         elif name == "layer_types":
-            layers = config["num_hidden_layers"]
+            layers = config.get("num_hidden_layers", 2)
             values += [[_KINDS[0]] * layers, [_KINDS[1]] * layers, [_KINDS[i % 2] for i in range(layers)], None]
         elif name in examples() and not values:
             values = [examples()[name], *others(name, examples()[name])][:2]
@@ -218,81 +186,41 @@ def changes(config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
             yield name, f"{name} left out", {kept: config[kept] for kept in config if kept != name}
 
 
-# --- names that a side's code has; a field that it does not name cannot change what it computes ----------------------
+def shallow(family: str) -> dict[str, Any]:
+    """Fields that leave a family's text model a block of each kind, or two of one: enough for a field to show."""
+    size = text_size(family)
+    kinds = list(dict.fromkeys(size.get("layer_types", (None, None)))) * 2
+    blocks = max(2, len(kinds) if size.get("num_kv_shared_layers") else len(kinds) // 2)
+    fields: dict[str, Any] = {"num_hidden_layers": blocks}
+    if "layer_types" in size:
+        fields["layer_types"] = kinds[:blocks]
+    if size.get("num_kv_shared_layers"):
+        fields["num_kv_shared_layers"] = blocks // 2
+    return fields
 
 
-def _words(*places: Path | ModuleType) -> set[str]:
-    words: set[str] = set()
-    for place in places:
-        path = Path(str(place.__file__)) if isinstance(place, ModuleType) else place
-        for file in path.rglob("*.py") if path.is_dir() else [path]:
-            words.update(re.findall(r"\w+", file.read_text(encoding="utf-8")))
-    return words
+def changes_of_all(config: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """`changes`, and of a multimodal model's config those of its own fields, and one of each field of its text model's.
+
+    The text model's own family has the others.
+    """
+    text, done = config.get("text_config"), set()
+    for name, change, changed in changes(config):
+        if text is None or not name.endswith("_config"):
+            yield name, change, changed
+    for name, change, changed in changes(text) if text is not None else ():
+        if name not in done:
+            done.add(name)
+            yield name, f"text_config: {change}", {**config, "text_config": changed}
 
 
-@functools.cache
-def words_of_ours(family: str) -> set[str]:
-    """Words of the modules that define the family, of those that they import, and of KerasHub's converter."""
-    parts = [part for part in vars(FAMILIES[family]).values() if callable(part)]
-    waiting, modules = [part.__module__ for part in parts], {}
-    while waiting:
-        name = waiting.pop()
-        if name in modules or not name.startswith("kithara_ray.model."):
-            continue
-        modules[name] = importlib.import_module(name)
-        if name != "kithara_ray.model.families":  # which imports all families
-            source = Path(str(modules[name].__file__)).read_text(encoding="utf-8")
-            waiting += re.findall(r"^ *(?:from|import) (kithara_ray\.model\.[\w.]+)", source, re.MULTILINE)
-    if converter := FAMILIES[family].converter:
-        modules[converter] = keras_compat.converter_of(converter)
-    return _words(*modules.values())
-
-
-@functools.cache
-def words_of_theirs(family: str) -> set[str]:
-    config = AutoConfig.for_model(family)
-    package = Path(str(importlib.import_module(type(config).__module__).__file__)).parent
-    shared = ("masking_utils", "modeling_rope_utils", "configuration_utils", "modeling_utils", "modeling_layers")
-    shared = (*shared, "models.auto.configuration_auto", "models.auto.auto_factory", "integrations.sdpa_attention")
-    return _words(package, *(importlib.import_module(f"transformers.{name}") for name in shared))
-
-
-# --- the sweeps ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def variant(directory: Path, place: Path, config: Mapping[str, Any]) -> Iterator[Path]:
-    """A copy of a model's directory with another config.json; the weights are the same file."""
-    place.mkdir()
-    try:
-        os.link(directory / "model.safetensors", place / "model.safetensors")
-        (place / "config.json").write_text(json.dumps(config))
-        yield place
-    finally:
-        shutil.rmtree(place)
-
-
-def sweep_fields(
-    family: str, directory: Path, place: Path, only: str | None = None, each_once: bool = False
-) -> list[Verdict]:
-    """Judge every change of one field of a family's model.
+def sweep_fields(directory: Path, place: Path, only: str | None = None) -> list[Verdict]:
+    """Judge every change of one field of a model's config.json, or those of one field.
 
     Args:
-        only: the one field to change.
-        each_once: take the first change of each field.
+        place: a directory to be made, for changed configs.
     """
     config = json.loads((directory / "config.json").read_text())
-    unchanged = theirs(directory)
-    np.testing.assert_allclose(ours(check(directory)), unchanged, atol=ATOL, rtol=0)
-    verdicts, done = [], set()
-    for name, change, changed in changes(config):
-        if (only is not None and name != only) or (each_once and name in done):
-            continue
-        done.add(name)
-        reads = name in words_of_ours(family)
-        if not reads and name not in words_of_theirs(family):
-            verdicts.append(Verdict(change, EQUAL, "neither side names it"))
-            continue
-        with variant(directory, place, changed) as there:
-            verdicts.append(judge(change, there, unchanged, reads))
-    return verdicts
+    sides = Sides.of(directory, place)
+    found = [each for each in changes_of_all(config) if only in (None, each[0])]
+    return [sides.judge(change, changed) for _, change, changed in found]

@@ -8,25 +8,31 @@ import shutil
 
 import numpy as np
 import pytest
+import sides
 import sweep
+import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from sweep import DIFFERENT, EQUAL, REFUSED, SKIPPED
+from tiny import MULTIMODAL, SIZES, mostly_long, write_model
 
+from kithara_ray.errors import CheckpointError
+from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.tied_head import EMBEDDING, HEAD
-
-# Families whose sweep has been seen to pass. A family is added here with its sweep.
-SWEPT = ("gemma2", "llama")
+from kithara_ray.model.families.tensors import check_tensors
 
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    level = transformers.logging.get_verbosity()
+    level, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
+    # Of models this small, threads only wait for each other.
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     yield
     transformers.logging.set_verbosity(level)
     transformers.logging.enable_progress_bar()
+    torch.set_num_threads(threads)
 
 
 def assert_nothing_silent(verdicts):
@@ -39,14 +45,14 @@ def assert_nothing_silent(verdicts):
     assert any(each.moved for each in verdicts if each.outcome == EQUAL)
 
 
-def test_each_field_changed_once(tiny_models, tmp_path):
-    assert_nothing_silent(sweep.sweep_fields("llama", tiny_models["llama"], tmp_path / "changed", each_once=True))
+# Multimodal models but gemma3 are not swept yet; their text models are.
+SWEPT = SIZES.keys() - MULTIMODAL | {"gemma3"}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("family", SWEPT)
-def test_each_field_changed_in_every_way(family, tiny_models, tmp_path):
-    assert_nothing_silent(sweep.sweep_fields(family, tiny_models[family], tmp_path / "changed"))
+@pytest.mark.parametrize("family", mostly_long(["gemma2", "llama"], SWEPT))
+def test_each_field_changed_in_every_way(family, tmp_path):
+    directory = write_model(tmp_path / "model", family, **sweep.shallow(family))
+    assert_nothing_silent(sweep.sweep_fields(directory, tmp_path / "changed"))
 
 
 # A field, and the name of the check that refuses it.
@@ -60,7 +66,7 @@ FAULTS = {
 def test_the_sweep_sees_a_silent_fault(field, tiny_models, tmp_path, monkeypatch):
     family, check, opened = FAULTS[field]
     monkeypatch.setattr(check, opened)
-    verdicts = sweep.sweep_fields(family, tiny_models[family], tmp_path / "changed", only=field)
+    verdicts = sweep.sweep_fields(tiny_models[family], tmp_path / "changed", only=field)
     assert DIFFERENT in {each.outcome for each in verdicts}
 
 
@@ -73,11 +79,10 @@ def own_head(directory, place):
     return place
 
 
-@pytest.mark.parametrize("opened", [False, True])
-def test_a_head_of_its_own_beside_a_tied_config(opened, tiny_models, tmp_path, monkeypatch):
-    if opened:
-        monkeypatch.setattr("kithara_ray.model.families.tensors.check_tied_head", lambda base: None)
-    unchanged = sweep.theirs(tiny_models["llama"])
-    verdict = sweep.judge("own head", own_head(tiny_models["llama"], tmp_path / "own"), unchanged)
-    assert verdict.moved
-    assert verdict.outcome == (DIFFERENT if opened else REFUSED)
+def test_a_head_of_its_own_beside_a_tied_config_is_refused(tiny_models, tmp_path, monkeypatch):
+    place = own_head(tiny_models["llama"], tmp_path / "own")
+    with pytest.raises(CheckpointError, match=f"ties the head to the embedding .*{HEAD}"):
+        check_tensors(BaseCheckpoint.open(place))
+    # Without the refusal, other logits would be computed in silence.
+    monkeypatch.setattr("kithara_ray.model.families.tensors.check_tied_head", lambda base: None)
+    assert np.abs(sides.Ours(place).unchanged - sides.theirs(place)).max() > 1

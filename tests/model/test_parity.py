@@ -376,6 +376,13 @@ REFUSED = {
     "qwen2_moe dense": ("qwen2_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 .* computes it as 1 only"),
     "qwen2_moe bias": ("qwen2_moe", dict(qkv_bias=False), "qkv_bias=False .* computes it as True only"),
     "qwen2_moe window": ("qwen2_moe", dict(use_sliding_window=True), "no sliding window on a part of the blocks"),
+    "qwen2_moe layers": ("qwen2_moe", dict(layer_types=["sliding_attention"] * 3), "transformers' window is 0 tokens"),
+    "gpt_oss short rope": (
+        "gpt_oss",
+        dict(rope_parameters=dict(rope_type="yarn", rope_theta=500.0, factor=8.0, original_max_position_embeddings=3)),
+        "KerasHub's yarn differs for an original_max_position_embeddings this small",
+    ),
+    "gemma4 cap": ("gemma4_text", dict(attn_logit_softcapping=50.0), "KerasHub applies it and transformers does not"),
     "gemma4 rope": ("gemma4_text", dict(rope_parameters=LINEAR_YARN), "full layers 'proportional' and sliding ones"),
     "gemma4 both ways": ("gemma4_text", dict(use_bidirectional_attention="all"), "computes it as None only"),
     "gemma4 layers": (

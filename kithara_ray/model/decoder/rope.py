@@ -119,20 +119,25 @@ def _llama3(rope: Mapping[str, Any], plain: np.ndarray, original: int) -> np.nda
     return np.where((lengths >= original / high) & (lengths <= original / low), between, slowed)
 
 
-def _yarn(
-    rope: Mapping[str, Any], wavelengths: np.ndarray, width: int, original: int, max_positions: int | None
-) -> tuple[np.ndarray, float]:
-    """Peng et al. 2023, arXiv:2309.00071: frequencies between kept and divided ones, and the factor of cosines."""
-    theta, factor = rope["rope_theta"], _factor(rope, original, max_positions)
+def yarn_range(rope: Mapping[str, Any], width: int, original: int) -> tuple[float, float]:
+    """The dims of a head's width between which yarn goes over from kept to divided frequencies."""
 
     def place_of(rotations: float) -> float:
         """The dim that makes so many rotations within the original length."""
-        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
 
     low, high = place_of(rope.get("beta_fast") or 32), place_of(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
+    return max(low, 0), min(high, width - 1)
+
+
+def _yarn(
+    rope: Mapping[str, Any], wavelengths: np.ndarray, width: int, original: int, max_positions: int | None
+) -> tuple[np.ndarray, float]:
+    """Peng et al. 2023, arXiv:2309.00071: frequencies between kept and divided ones, and the factor of cosines."""
+    factor = _factor(rope, original, max_positions)
+    low, high = yarn_range(rope, width, original)
     if low == high:
         high += 0.001
     ramp = np.clip((np.arange(width // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)

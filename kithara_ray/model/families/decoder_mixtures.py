@@ -26,11 +26,15 @@ def _check_choice(config: Mapping, chosen: str, count: str) -> None:
 
 # --- ernie4_5_moe ----------------------------------------------------------------------------------------------------
 
+# Other names of two fields; transformers prefers them.
+_ERNIE_NAMES = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}
+
 
 def _complete_ernie(config: Mapping) -> dict:
     whole = {"rms_norm_eps": 1e-5, "use_bias": False, "tie_word_embeddings": True, "rope_theta": 500_000.0, "moe_k": 6}
     whole |= {"moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_layer_start_index": 1}
     whole |= {"moe_layer_end_index": -1, "moe_layer_interval": 1, "moe_norm_min": 1e-12} | dict(config)
+    whole |= {own: whole[other] for other, own in _ERNIE_NAMES.items() if other in whole}
     if whole["moe_layer_end_index"] == -1:
         whole["moe_layer_end_index"] = whole["num_hidden_layers"] - 1
     return whole

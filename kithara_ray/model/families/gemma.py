@@ -50,7 +50,8 @@ def _correct(config: Mapping, kwargs: dict) -> None:
 
 def _finish(config: Mapping, backbone) -> None:
     # The block hardcodes query_head_dim_normalize=True (gemma-2-27b scales by hidden/heads = 144, not by head_dim 128).
-    normalize = config.get("query_pre_attn_scalar", config["head_dim"]) == config["head_dim"]
+    # transformers does not read the field in gemma.
+    normalize = config["model_type"] == "gemma" or config["query_pre_attn_scalar"] == config["head_dim"]
     for block in backbone.transformer_layers:
         block.attention.query_head_dim_normalize = normalize
         # The block also keeps the norms' default epsilon.
@@ -110,7 +111,7 @@ def _finish_gemma3(config: Mapping, backbone) -> None:
     for block, kind in zip(backbone.transformer_layers, config["layer_types"], strict=True):
         attention, rope = block.attention, config["rope_parameters"][kind]
         # KerasHub hardcodes five sliding blocks to a full one, and both wavelengths.
-        sliding, factor = kind == "sliding_attention", rope.get("factor", 1.0)
+        sliding, factor = kind == "sliding_attention", rope["factor"] if rope["rope_type"] == "linear" else 1.0
         block.use_sliding_window_attention = attention.use_sliding_window_attention = sliding
         block.rope_wavelength = attention.rope_wavelength = attention.rope_layer.max_wavelength = rope["rope_theta"]
         block.rope_scaling_factor = attention.rope_scaling_factor = attention.rope_layer.scaling_factor = factor

@@ -63,6 +63,8 @@ def _complete(config: Mapping) -> dict:
 
 def _check(config: Mapping) -> None:
     expect(config, hidden_activation=("gelu_pytorch_tanh", None), tie_word_embeddings=(True, None))
+    if config.get("attn_logit_softcapping") is not None:
+        refuse(config, "attn_logit_softcapping", "KerasHub applies it and transformers does not")
     expect(config, attention_bias=_ABSENT)
     # "vision" lets the tokens of an image see each other; text has none.
     expect(config, use_bidirectional_attention=(None, "vision"))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kithara_ray.model.decoder.rope import yarn_range
 from kithara_ray.model.families.family import Family, expect, refuse
 from kithara_ray.model.families.moe import check_routing, route_in_float32
 
@@ -32,6 +33,11 @@ def _check(config: Mapping) -> None:
     for name in ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"):
         if rope.get(name) is not None:
             refuse(config, "rope_parameters", f"KerasHub has no {name}")
+    if rope["rope_type"] == "yarn":
+        low, high = yarn_range(rope, config["head_dim"], rope["original_max_position_embeddings"])
+        if high < low or rope["factor"] < 1:
+            why = "KerasHub's yarn differs for an original_max_position_embeddings this small, or a factor below 1"
+            refuse(config, "rope_parameters", why)
     if config["sliding_window"] is not None and config["sliding_window"] < 2:
         refuse(config, "sliding_window", "KerasHub takes a window of one token for none")
 

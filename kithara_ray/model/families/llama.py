@@ -85,6 +85,7 @@ def _complete_smollm3(config: Mapping) -> dict:
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "rope_theta": 2e6,
+        "max_position_embeddings": 32_768,
     } | dict(config)
     layers, interval = whole["num_hidden_layers"], whole.get("no_rope_layer_interval", 4)
     # Despite the field's name, 1 means that a block rotates.

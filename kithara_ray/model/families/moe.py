@@ -114,7 +114,9 @@ def _finish_qwen3_moe(config: Mapping, backbone) -> None:
 def _complete_qwen2_moe(config: Mapping) -> dict:
     defaults = dict(tie_word_embeddings=False, use_sliding_window=False, sliding_window=4096, norm_topk_prob=False)
     whole = defaults | dict(max_window_layers=28, decoder_sparse_step=1, num_experts=60, qkv_bias=True) | dict(config)
-    whole = dict(output_router_logits=False, router_aux_loss_coef=0.001) | whole
+    whole = dict(output_router_logits=False, router_aux_loss_coef=0.001, rms_norm_eps=1e-6) | whole
+    # No block has a dense MLP of this width, and KerasHub's converter asks for it.
+    whole.setdefault("intermediate_size", 5632)
     whole["mlp_only_layers"] = whole.get("mlp_only_layers") or []
     if not whole["use_sliding_window"]:
         whole["sliding_window"] = 0
@@ -129,6 +131,8 @@ def _check_qwen2_moe(config: Mapping) -> None:
     check_rope(config, "default")
     if config["use_sliding_window"]:
         refuse(config, "use_sliding_window", "KerasHub has no sliding window on a part of the blocks")
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        refuse(config, "layer_types", "without use_sliding_window, transformers' window is 0 tokens")
 
 
 def _correct_qwen2_moe(config: Mapping, kwargs: dict) -> None:

@@ -22,7 +22,8 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 def complete(config: Mapping) -> dict:
     """Fill in transformers' defaults; the rotated part of a head's width may stand beside the rope settings."""
-    defaults = dict(tie_word_embeddings=False, head_dim=256, attention_bias=False, attention_dropout=0.0)
+    defaults = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, head_dim=256)
+    defaults |= dict(attention_bias=False, attention_dropout=0.0)
     whole: dict[str, Any] = {**defaults, **config}
     given = dict(whole.pop("rope_scaling", None) or whole.get("rope_parameters") or {})
     factor = whole.pop("partial_rotary_factor", 0.25)
