@@ -9,8 +9,9 @@ from typing import Any
 import reasoning_gym
 
 _TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-# Shorter than the template's own, which is half of these rows.
-SYSTEM = "Answer with the number."
+# Shorter than the template's own, which is half of these rows. SmolLM2's have at most 40 tokens with it; of 41, batches
+# would be padded to 48.
+SYSTEM = "Give the number."
 # Of the 16,400 that exist, 200 have one digit, and those are half of the draws.
 MAX_QUESTIONS = 8_000
 

@@ -64,7 +64,7 @@ def test_what_a_row_holds(chatml):
     for row in train + held_out:
         left, operator, right = _question(row).split()
         assert row["prompt"].startswith(
-            "<|im_start|>system\nAnswer with the number.<|im_end|>\n<|im_start|>user\nState the final answer"
+            "<|im_start|>system\nGive the number.<|im_end|>\n<|im_start|>user\nState the final answer"
         )
         assert row["prompt"].endswith("=<|im_end|>\n<|im_start|>assistant\n")
         assert row["answer"] == str(int(left) + int(right) if operator == "+" else int(left) - int(right))
