@@ -67,12 +67,14 @@ class Request:
     ends: tuple[int, ...] = ()
 
 
-class Worker:
-    """The model of an actor: it loads weights and continues prompts with them."""
+class Generator:
+    """The model of an actor or of this process: it loads weights and continues prompts with them."""
 
-    def __init__(self):
+    def __init__(self, weights: Weights | None = None):
         runtime.prepare()
         self._decoding = None
+        if weights is not None:
+            self.load(weights)
 
     def load(self, weights: Weights) -> None:
         """Load weights. If they fit the model that is here, it stays, and so do its compiled programs."""
@@ -93,7 +95,7 @@ class Worker:
         return self._decoding.generate(request)
 
 
-class Generator:
+class GeneratorActor:
     """The actor as its user sees it. Its process starts with the first request, and ends with `end`."""
 
     def __init__(self):
@@ -145,5 +147,5 @@ def tell_generation(base: str) -> None:
 def _started() -> ActorHandle:
     """Start the actor on any node. It requests no CPU from the scheduler, so it also starts on a full cluster."""
     env = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "XLA_FLAGS": ""}
-    made: Any = ray.remote(Worker).options(num_cpus=0, runtime_env={"env_vars": env}).remote()
+    made: Any = ray.remote(Generator).options(num_cpus=0, runtime_env={"env_vars": env}).remote()
     return made

@@ -31,7 +31,7 @@ from kithara_ray.model.options import PRECISIONS, QUANTIZATIONS
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
-from kithara_ray.orchestration.generator import Generator, Request, Weights, tell_generation
+from kithara_ray.orchestration.generator import GeneratorActor, Request, Weights, tell_generation
 from kithara_ray.orchestration.generator_group import generate_on_group
 from kithara_ray.orchestration.head import adapters
 from kithara_ray.orchestration.head.adapters import AdapterExport, AdapterRef
@@ -74,7 +74,7 @@ class KerasHubModel:
         self.prompting = Prompting(preset_handle)
         self.tokenizer: str | None = None
         self._coordinator = None
-        self._generator = Generator()
+        self._generator = GeneratorActor()
 
     @classmethod
     def from_preset(
@@ -382,7 +382,7 @@ class KerasHubModel:
 
     def detach(self) -> None:
         """Forget this handle's actors without ending them, so that a copy of the handle can go on using them."""
-        self._coordinator, self._generator = None, Generator()
+        self._coordinator, self._generator = None, GeneratorActor()
 
     def set_adapter(self, tensors: dict[str, np.ndarray]) -> None:
         """Store the adapter that training ended with."""

@@ -34,7 +34,7 @@ def test_one_program_serves_the_base_and_what_is_trained_on_it(tiny_models):
 
     directory = str(tiny_models["llama"])
     request, plain = asked(directory), Weights(directory, None, "float32", None)
-    worker = generator.Worker()
+    worker = generator.Generator()
     worker.load(Weights(directory, LORA, "float32", None))
     decoding, before = worker._decoding, worker.generate(request)
     assert before == Decoding(plain).generate(request)
@@ -80,7 +80,7 @@ def test_an_actor_keeps_its_process_while_it_holds_no_weights(monkeypatch):
     monkeypatch.setattr(generator, "_started", lambda: next(started))
     monkeypatch.setattr(generator, "remote_get", lambda answer: answer)
     monkeypatch.setattr(generator.ray, "kill", lambda actor: actor.calls.append("killed"))
-    user = generator.Generator()
+    user = generator.GeneratorActor()
     user.unload()
     user.generate(None, None)
     user.generate(None, None)
