@@ -188,10 +188,10 @@ def refuse(config: Mapping, field: str, why: str) -> None:
 def check_causal(config: Mapping) -> None:
     """Refuse attention that looks ahead. transformers' masks read this field of a whole config.json; no class has it.
 
-    transformers drops a null at the top of config.json, and reads one in text_config as false.
+    transformers reads null as false, except in some models and attention implementations that do not look at it.
     """
     why = "each token would see all others; only causal models are trained here"
-    if config.get("is_causal") not in (True, None):
+    if config.get("is_causal", True) is not True:
         refuse(config, "is_causal", why)
     text = config.get("text_config")
     if isinstance(text, Mapping) and text.get("is_causal", True) is not True:
