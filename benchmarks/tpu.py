@@ -366,7 +366,7 @@ def _is_width(made: dict) -> bool:
         config.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads")
     ]
     widths = [config.get(name, 0) for name in ("head_dim", "global_head_dim")]
-    return made["settings"]["seq_len"] in {*config.values(), *(h * w for h in heads for w in widths)}
+    return made["settings"]["seq_len"] in [*config.values(), *(h * w for h in heads for w in widths)]
 
 
 def _terms(known: dict) -> list[str]:
