@@ -330,7 +330,7 @@ class KerasHubModel:
     ) -> list[str] | list[list[int]]:
         """Continue prompts greedily with the base and the training so far.
 
-        By default one actor decodes on the CPU of one node. It keeps the weights until training starts, and its
+        One actor, by default, decodes on the CPU of one node. It keeps the weights until training starts, and its
         compiled programs until `release()` is called. This suits small models. With `scaling_config`, a group of
         workers decodes, as in training. They end after the answer, so give them all prompts at once.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass
 class Space:
-    """What a case spoils: a model, an adapter, rows, and the configuration that names them."""
+    """The things that a case spoils: a model, an adapter, rows, and the configuration that names them."""
 
     root: Path
     config: dict = field(default_factory=dict)

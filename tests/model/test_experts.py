@@ -174,7 +174,7 @@ def test_families_compute_the_chosen_experts_of_packed_rows_as_transformers_does
 @pytest.mark.parametrize("family", ["gemma4 experts", "qwen3_5_moe_text"])
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_gradients_through_chosen_experts_are_those_through_all(family, remat, tiny_models):
-    """Of families that torch gives no gradients of to compare with; test_gradients.py has the others."""
+    """Torch gives no gradients to compare with for these families; test_gradients.py has the others."""
     base, mesh = BaseCheckpoint.open(tiny_models[family]), make_mesh()
     found = []
     for routed in (True, False):

@@ -25,7 +25,7 @@ from kithara_ray.model.families.tensors import check_tensors
 @pytest.fixture(autouse=True)
 def _quiet():
     level, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    # Of models this small, threads only wait for each other.
+    # In models this small, threads only wait for each other.
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -16,32 +16,28 @@ from kithara_ray.plan.hlo import cost_of
 T, LAYERS = 1024, 4
 # Positions of a block's chunk.
 CHUNK = 256
-CONFIG = dict(
-    model_type="gemma2",
+_SIZES = dict(
     hidden_size=384,
     intermediate_size=640,
     num_hidden_layers=LAYERS,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=128,
+    vocab_size=65536,
+    rms_norm_eps=1e-6,
+)
+CONFIG = dict(
+    **_SIZES,
+    model_type="gemma2",
     query_pre_attn_scalar=128,
     sliding_window=256,
     attn_logit_softcapping=50.0,
     final_logit_softcapping=30.0,
-    vocab_size=65536,
-    rms_norm_eps=1e-6,
 )
 # Every second block is dense.
 MIXTURE = dict(
+    **_SIZES,
     model_type="qwen3_moe",
-    hidden_size=384,
-    intermediate_size=640,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=128,
-    vocab_size=65536,
-    rms_norm_eps=1e-6,
     num_experts=16,
     num_experts_per_tok=2,
     moe_intermediate_size=320,
@@ -170,14 +166,14 @@ def test_attention_runs_once_where_its_residuals_are_kept():
 
 @pytest.mark.long
 def test_a_mixture_computes_the_chosen_experts_only():
-    """Of the experts, a program that computed all would take eight times the products; each device has half of their
+    """A program that computed all experts would take eight times their products; each device has half of their
     width."""
     program = program_of("block", "MIXTURE")
     counts = terms.Counts(**program["counts"])
     assert counts.share == MIXTURE["num_experts_per_tok"] / MIXTURE["num_experts"]
     cost = cost_of(program["text"])
     grouped = {name: runs for name, runs in cost.kernels.items() if name.startswith("ragged-dot")}
-    # Of each mixture, gate and up projection forward and once more, the last product forward, and three backward.
+    # Each mixture runs gate and up projection forward and once more, the last product forward, and three backward.
     assert grouped.pop("ragged-dot-metadata") > 0
     assert sum(grouped.values()) == LAYERS // 2 * (3 + 2 + 3)
     attention = sum(runs * terms.kernel_flops(name, counts, T, 1) / 2 for name, runs in cost.kernels.items())

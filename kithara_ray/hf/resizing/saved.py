@@ -164,7 +164,7 @@ def _without_tied(base: BaseCheckpoint, tables: Mapping[str, TensorInfo]) -> dic
 def _same_start(base: BaseCheckpoint, own: TensorInfo, given: TensorInfo) -> bool:
     """True if a file's table begins with the base's rows, up to the rounding of either dtype.
 
-    Of a base at a URL, this compares both ends and the middle.
+    For a base at a URL, this compares both ends and the middle.
     """
     if base.source is not None:
         return own.dtype != given.dtype or _same_pieces(base.source, own, given)

@@ -104,7 +104,7 @@ def resized(base: BaseCheckpoint, lora: LoraConfig | None) -> BaseCheckpoint:
 
 
 def table_arrays(base: BaseCheckpoint, lora: LoraConfig) -> dict[str, np.ndarray]:
-    """Return the larger tables as read-only arrays over a file. Of a base at a URL, this fetches only its tables."""
+    """Return the larger tables as read-only arrays over a file. For a base at a URL, this fetches only its tables."""
     original = base.original or base
     infos = _written(original, lora)
     files = tuple(sorted({info.file for info in infos.values()}))
