@@ -63,7 +63,15 @@ MODELS = {
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4
     ),
 }
-# Qwen/Qwen3-30B-A3B-Instruct-2507 and openai/gpt-oss-20b, mixtures of experts.
+_GPT_OSS = dict(
+    model_type="gpt_oss", hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8,
+    head_dim=64, vocab_size=201088, rms_norm_eps=1e-5, rope_theta=150000.0, sliding_window=128, num_experts_per_tok=4,
+    swiglu_limit=7.0, attention_bias=True, tie_word_embeddings=False, rope_scaling=dict(
+        rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=4096,
+    ),
+)  # fmt: skip
+# Qwen/Qwen3-30B-A3B-Instruct-2507, openai/gpt-oss-20b and -120b, mistralai/Mixtral-8x7B-Instruct-v0.1.
 _MIXTURES = {
     "Qwen3-30B-A3B": dict(
         model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
@@ -71,14 +79,12 @@ _MIXTURES = {
         num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, mlp_only_layers=[],
         tie_word_embeddings=False,
     ),
-    "gpt-oss-20b": dict(
-        model_type="gpt_oss", hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=64, vocab_size=201088, rms_norm_eps=1e-5, rope_theta=150000.0,
-        sliding_window=128, num_local_experts=32, num_experts_per_tok=4, swiglu_limit=7.0, attention_bias=True,
-        tie_word_embeddings=False, rope_scaling=dict(
-            rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
-            original_max_position_embeddings=4096,
-        ),
+    "gpt-oss-20b": _GPT_OSS | dict(num_hidden_layers=24, num_local_experts=32),
+    "gpt-oss-120b": _GPT_OSS | dict(num_hidden_layers=36, num_local_experts=128),
+    "Mixtral-8x7B": dict(
+        model_type="mixtral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32000, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8,
+        num_experts_per_tok=2, tie_word_embeddings=False,
     ),
 }  # fmt: skip
 MODELS |= _MIXTURES
@@ -127,9 +133,17 @@ RUNS = {
 }
 RUNS |= {
     f"{model.lower()}-4096-{where}": (model, where, 4096, {})
-    for model in (*_TEXTS, *_MIXTURES)
+    for model in (*_TEXTS, "Qwen3-30B-A3B", "gpt-oss-20b")
     for where in ("v5e-16", "v6e-8")
 }
+# The smallest slices that fit, and the program that computes every expert for every token.
+RUNS |= {
+    f"{model.lower()}-4096-{where}": (model, where, 4096, {})
+    for model, slices in (("Mixtral-8x7B", ("v6e-4", "v5e-16")), ("gpt-oss-120b", ("v5p-8", "v6e-16")))
+    for where in slices
+}
+DENSE = {f"{name}-dense": name for name in ("qwen3-30b-a3b-4096-v5e-16", "qwen3-30b-a3b-4096-v6e-8")}
+RUNS |= {dense: (*RUNS[name][:3], {"routed": False}) for dense, name in DENSE.items()}
 # What the compiler is told that a chip has, MiB. Where there is more than enough it reserves more than it must.
 HBM = {"gemma-2-2b-4096-tight": 1360}
 # What compiling takes by the clock, of so many blocks of one of them, in turns; the machine must do nothing else.
@@ -156,7 +170,8 @@ def compiled(name: str, layers: int | None = None) -> dict:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_tpu_max_hbm_size_mib={HBM[name]}"
     made = plan(config, where, seq_len, lora=LoraConfig(r=16), cache=False, **settings)
     known = {"model": model, "layers": layers, "remat": settings.get("remat", "block")}
-    return known | {"hbm_mib": HBM.get(name)} | dataclasses.asdict(made)
+    known |= {"routed": settings.get("routed"), "hbm_mib": HBM.get(name)}
+    return known | dataclasses.asdict(made)
 
 
 def depths() -> dict:
@@ -308,6 +323,7 @@ def table(known: dict) -> list[str]:
             f"| | | | | {made['compile_s']:.0f}, {made['compile_cpu_s']:.0f} |"
         )
     rows += _terms(known)
+    rows += _against_dense(known)
     if DEPTHS in known:
         model, where, seq_len, _ = RUNS[DEEP]
         times = (
@@ -333,6 +349,7 @@ def table(known: dict) -> list[str]:
 
 def _name(made: dict) -> str:
     told = f", told of {made['hbm_mib']:,} MiB" if made["hbm_mib"] else ""
+    told += ", every expert" if made.get("routed") is False else ""
     return f"{made['model']}, {made['remat']}{told}" + ("" if made["code"] == code() else " (earlier)")
 
 
@@ -386,6 +403,21 @@ def _terms(known: dict) -> list[str]:
         figures = " | ".join(f"{flops[name] / 1e9:.2f}" for name in names)
         lines.append(f"| {_name(made)}, {made['settings']['seq_len']} | {figures} | {moved} |")
     return lines
+
+
+def _against_dense(known: dict) -> list[str]:
+    """How much less time and compute a routed mixture takes than the program that computes every expert."""
+    lines = []
+    for dense, routed in ((known.get(dense), known.get(routed)) for dense, routed in DENSE.items()):
+        if dense and routed and dense["compiled"] and routed["compiled"]:
+            times = [made["step_time_s_bound"] for made in (dense, routed)]
+            flops = [made["flops_per_token"]["program"] for made in (dense, routed)]
+            lines.append(
+                f"{routed['model']} on {routed['slice']}: the chosen experts take {times[1] * 1e3:.0f} ms a step against "
+                f"{times[0] * 1e3:.0f} for every expert ({times[0] / times[1]:.1f} x less time, "
+                f"{flops[0] / flops[1]:.1f} x fewer FLOPs)."
+            )
+    return ["", *lines] if lines else []
 
 
 def write(known: dict) -> None:

@@ -49,6 +49,7 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
             make_mesh(shape, devices),
             request["precision"],
             remat=request["remat"],
+            routed=request["routed"],
             stack_factors=is_elementwise("keras", request["optimizer"]),
         )
         return model, step.abstract_state(model, optimizer), model.abstract_frozen(_dtypes(request["base_dtype"]))

@@ -54,6 +54,7 @@ def plan(
     precision: str = "mixed_bfloat16",
     gradient_accumulation_steps: int = 1,
     predictions: int | None = None,
+    routed: bool | None = None,
     price_per_chip_hour: float | None = None,
     tokens_per_epoch: int | None = None,
     compile: bool = True,
@@ -73,6 +74,8 @@ def plan(
             function. The plan assumes AdamW for it, whose state is as large as that of most optimizers.
         mesh: axes of the device mesh; None takes the default of a run on this slice, see `default_mesh`.
         predictions: K, trained tokens per row; all of them by default.
+        routed: False plans a mixture that computes every expert for every token, to compare with; None plans the step
+            that training runs.
         price_per_chip_hour: price in any currency, for the cost.
         tokens_per_epoch: tokens of the data set, for the cost of an epoch.
         compile: False only estimates.
@@ -84,7 +87,7 @@ def plan(
     """
     where = slice if isinstance(slice, Slice) else slice_of(slice)
     rows = _Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
-    computation = ModelOptions(precision=precision, remat=remat)
+    computation = ModelOptions(precision=precision, remat=remat, routed=routed)
     request = _request(base, where, rows, lora or LoraConfig(), optimizer, mesh, computation)
     why = _why_not_compiled(where, compile)
     request |= {"compile": why is None, "topology": where.topology if why is None and not where.is_cpu else None}
@@ -147,6 +150,7 @@ def _request(
         # The default mesh depends on it. A plan does not know the memory of CPU devices.
         "device_bytes": where.chip.hbm_bytes if mesh is None and where.chip else None,
         "remat": options.remat,
+        "routed": options.routed,
         "precision": options.precision,
         "base_dtype": "bfloat16" if options.precision == "bfloat16" else stored,
     }
