@@ -413,8 +413,8 @@ def _against_dense(known: dict) -> list[str]:
             times = [made["step_time_s_bound"] for made in (dense, routed)]
             flops = [made["flops_per_token"]["program"] for made in (dense, routed)]
             lines.append(
-                f"{routed['model']} on {routed['slice']}: the chosen experts take {times[1] * 1e3:.0f} ms a step against "
-                f"{times[0] * 1e3:.0f} for every expert ({times[0] / times[1]:.1f} x less time, "
+                f"{routed['model']} on {routed['slice']}: the chosen experts take {times[1] * 1e3:.0f} ms a step, "
+                f"every expert {times[0] * 1e3:.0f} ms ({times[0] / times[1]:.1f} x less time, "
                 f"{flops[0] / flops[1]:.1f} x fewer FLOPs)."
             )
     return ["", *lines] if lines else []

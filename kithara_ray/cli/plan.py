@@ -140,7 +140,8 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
         "optimizer": portable(given.optimizer.build(given.trainer.steps or 1)),
         "mesh": MeshShape(**mesh.given()) if mesh is not None else None,
     }
-    settings |= {name: trainer[name] for name in ("remat", "gradient_accumulation_steps") if name in trainer}
+    same = ("remat", "gradient_accumulation_steps", "router_aux_loss_coef")
+    settings |= {name: trainer[name] for name in same if name in trainer}
     settings |= {"precision": model["precision"]} if "precision" in model else {}
     return model["preset_handle"], given.train_dataloader.per_device_batch_size, settings
 

@@ -20,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.tower import text_of
 from kithara_ray.model import keras_compat
-from kithara_ray.model.blocks import attention, embedding, mixtures, stack
+from kithara_ray.model.blocks import attention, balance, embedding, mixtures, stack
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.families import family_of, ports
+from kithara_ray.model.families.moe import check_router_loss
 from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions, chunk_length
@@ -61,6 +62,11 @@ class CausalLM(ModelArrays):
         return self.num_parameters - round(sum(math.prod(v.shape) * (1 - share) for v, share in shares.items()))
 
     @property
+    def mixture_blocks(self) -> list[int]:
+        """Numbers of the decoder blocks with experts, from 0."""
+        return [number for number, block in enumerate(self.chain.blocks) if mixtures.layers_of((block,))]
+
+    @property
     def vocabulary_axes(self) -> tuple[str, ...] | None:
         """Mesh axes that split the logits' vocabulary; None if they do not divide it."""
         ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
@@ -72,13 +78,22 @@ class CausalLM(ModelArrays):
         A token sees only tokens of its own segment; `segment_ids` is 0 on padding. `dropout_key` drops a part of the
         side paths' input if the LoRA settings ask for dropout; None drops nothing.
         """
+        return self.measured(params, frozen, token_ids_BT, segment_ids_BT, dropout_key)[0]
+
+    def measured(
+        self, params: Params, frozen: Frozen, token_ids_BT, segment_ids_BT, dropout_key=None, measures=()
+    ) -> tuple[jax.Array, balance.Load]:
+        """Compute the last hidden states, and these measures of the mixtures' loads, (L, B, E); see `balance`.
+
+        Without the scan nothing is measured.
+        """
         positions_BT = jnp.broadcast_to(jnp.arange(token_ids_BT.shape[1]), token_ids_BT.shape)
         given = {"token_ids": token_ids_BT, "padding_mask": segment_ids_BT, "position_ids": positions_BT}
         inputs = {symbolic.name: jnp.asarray(given[symbolic.name]) for symbolic in self.model.backbone.inputs}
         with self.bind(params, frozen, unstack=not self.options.scan):
             if not self.options.scan:
                 with dropping(dropout_key):
-                    return self.model.backbone(inputs, training=False)
+                    return self.model.backbone(inputs, training=False), {}
             factors, frozen = self.roles(params, frozen)[0], self.weights_of(params, frozen)
             value_of = self._values(factors, frozen)
             how = stack.Pass(
@@ -89,8 +104,10 @@ class CausalLM(ModelArrays):
                 remat=self.options.remat,
                 chunk=self._chunk(token_ids_BT),
                 dropout_key=dropout_key,
+                measures=measures,
             )
-            return stack.run(self.model.backbone, self.chain, inputs, how)
+            hidden_BTD, parts = stack.run(self.model.backbone, self.chain, inputs, how)
+            return hidden_BTD, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if parts else {}
 
     def _chunk(self, token_ids_BT: jax.Array) -> int:
         rows, positions = token_ids_BT.shape
@@ -254,10 +271,11 @@ def build(
         lora_config: the layers to adapt; None adapts nothing, and trains either all weights or none.
         mesh: the devices that will hold the model's arrays.
         precision, options: the fields of `ModelOptions`: scan, remat, stack_factors, quantize, train_weights,
-            routed.
+            routed, router_aux_loss_coef.
 
     Raises:
-        UnsupportedError: KerasHub cannot honour the family, or a field that changes the mathematics.
+        UnsupportedError: KerasHub cannot honour the family, or a field that changes the mathematics; or an auxiliary
+            loss of routers that is not known.
         ConfigError: an option is unknown, or a target module matches nothing.
     """
     chosen = ModelOptions(precision=precision, **options)
@@ -272,6 +290,9 @@ def build(
     routes = chosen.scan and mesh.devices.flat[0].platform == "tpu" if chosen.routed is None else chosen.routed
     if routes:
         mixtures.install(chain.blocks, mesh)
+    balance.observe(chain.blocks)
+    if chosen.router_aux_loss_coef:
+        check_router_loss(text_of(config))
     for table in keras_compat.all_layers(backbone):
         if isinstance(table, keras.layers.Embedding):
             embedding.install(table, mesh)

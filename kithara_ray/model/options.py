@@ -1,5 +1,6 @@
 """Options of a model's computation, and their names; no jax, no keras."""
 
+import math
 from dataclasses import dataclass
 
 from kithara_ray.errors import ConfigError
@@ -47,9 +48,10 @@ class ModelOptions:
         train_weights: train all weights instead of an adapter.
         routed: compute the chosen experts of a mixture only. None does so on a TPU, in the scan; other devices compute
             all experts faster.
+        router_aux_loss_coef: factor of the routers' auxiliary loss in training; 0 leaves it out.
 
     Raises:
-        ConfigError: an unknown precision, remat or quantize.
+        ConfigError: an unknown precision, remat or quantize, or a negative factor.
     """
 
     precision: str = "mixed_bfloat16"
@@ -59,6 +61,7 @@ class ModelOptions:
     quantize: str | None = None
     train_weights: bool = False
     routed: bool | None = None
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -67,6 +70,8 @@ class ModelOptions:
             raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {self.remat!r}")
         if self.quantize not in QUANTIZATIONS:
             raise ConfigError(f"quantize must be one of {QUANTIZATIONS}, got {self.quantize!r}")
+        if not 0 <= self.router_aux_loss_coef < math.inf:
+            raise ConfigError(f"router_aux_loss_coef must be a number >= 0, got {self.router_aux_loss_coef!r}")
 
 
 def fuses_backward(remat: str, positions: int) -> bool:

@@ -17,6 +17,8 @@ class TrainResult:
         metrics: metrics of the last logged step and of the last evaluation.
         history: one dict per logged step: step, loss, learning_rate, grad_norm, tokens_per_s (real tokens, no padding),
             step_time_s, input_wait_s (per step), epoch; on a TPU also mfu, hbm_bytes and hbm_limit_bytes of rank 0.
+            For a mixture also expert_load, the tokens of the fullest expert as a multiple of the mean, in the block
+            where it is largest; expert_load/NN, that of block NN; and router_aux_loss if it is trained on.
         eval_history: one dict per evaluation: step, eval_loss, eval_perplexity, eval_tokens.
         phases: seconds of each phase of start-up on rank 0, from `train()` to the end of the first step.
         path: the run's directory, on the head node or a URL. `adapter/` in it is the trained PEFT adapter. If all
@@ -85,6 +87,7 @@ def about(spec: RunSpec, events: list[Event]) -> dict[str, Any]:
         "micro_batches": spec.step.micro_batches,
         "workers": spec.num_workers,
         "precision": spec.model.precision,
+        "router_aux_loss_coef": spec.step.router_aux_loss_coef or None,
         "seed": spec.step.seed,
         "data_fingerprint": spec.train.store.content,
         "rows": spec.train.store.num_rows,

@@ -16,6 +16,9 @@ from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 
 from kithara_ray.callbacks import Callback, Profiler
+from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.tower import text_of
+from kithara_ray.model.families.moe import check_router_loss
 from kithara_ray.model.options import REMAT
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
@@ -83,6 +86,8 @@ class Trainer:
         seed: seed of the initial factors and of dropout.
         on_nan: response to a step whose loss or gradient is not finite. "stop" names the step's rows and ends the run;
             "skip" leaves parameters and optimizer unchanged.
+        router_aux_loss_coef: factor of the auxiliary loss that evens the load of a mixture's experts, in place of
+            config.json's field of this name; None leaves it out. The history's loss never contains it.
         step_timeout_s: seconds without progress after which the run ends with an error that names the rank holding it
             up. None waits forever.
         startup_timeout_s: the same limit for each phase before the first step.
@@ -121,6 +126,7 @@ class Trainer:
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
         on_nan: str = "stop",
+        router_aux_loss_coef: float | None = None,
         step_timeout_s: float | None = 600.0,
         startup_timeout_s: float = 3600.0,
         export_every_steps: int | None = None,
@@ -149,7 +155,12 @@ class Trainer:
         arguments.check_one_of("on_nan", on_nan, ("stop", "skip"))
         self.model = model
         evaluated = arguments.evaluated_of(train_dataloader, eval_dataloader)
-        step = StepSettings(portable(optimizer), mesh, remat, gradient_accumulation_steps, seed, on_nan)
+        arguments.check_factor("router_aux_loss_coef", router_aux_loss_coef)
+        if router_aux_loss_coef:
+            check_router_loss(text_of(BaseCheckpoint.at(model.preset_handle).config))
+        step = StepSettings(
+            portable(optimizer), mesh, remat, gradient_accumulation_steps, seed, on_nan, router_aux_loss_coef or 0.0
+        )
         scaling_config, run_config = scaling_config or ScalingConfig(num_workers=1), run_config or RunConfig()
         self.request = RunRequest(
             model=_asked_of(model),

@@ -50,6 +50,7 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
             request["precision"],
             remat=request["remat"],
             routed=request["routed"],
+            router_aux_loss_coef=request["router_aux_loss_coef"],
             stack_factors=is_elementwise("keras", request["optimizer"]),
         )
         return model, step.abstract_state(model, optimizer), model.abstract_frozen(_dtypes(request["base_dtype"]))

@@ -55,6 +55,7 @@ def plan(
     gradient_accumulation_steps: int = 1,
     predictions: int | None = None,
     routed: bool | None = None,
+    router_aux_loss_coef: float | None = None,
     price_per_chip_hour: float | None = None,
     tokens_per_epoch: int | None = None,
     compile: bool = True,
@@ -76,6 +77,7 @@ def plan(
         predictions: K, trained tokens per row; all of them by default.
         routed: False plans a mixture that computes every expert for every token, to compare with; None plans the step
             that training runs.
+        router_aux_loss_coef: factor of the routers' auxiliary loss; None leaves it out.
         price_per_chip_hour: price in any currency, for the cost.
         tokens_per_epoch: tokens of the data set, for the cost of an epoch.
         compile: False only estimates.
@@ -87,7 +89,8 @@ def plan(
     """
     where = slice if isinstance(slice, Slice) else slice_of(slice)
     rows = _Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
-    computation = ModelOptions(precision=precision, remat=remat, routed=routed)
+    own = {"routed": routed, "router_aux_loss_coef": router_aux_loss_coef or 0.0}
+    computation = ModelOptions(precision=precision, remat=remat, **own)
     request = _request(base, where, rows, lora or LoraConfig(), optimizer, mesh, computation)
     why = _why_not_compiled(where, compile)
     request |= {"compile": why is None, "topology": where.topology if why is None and not where.is_cpu else None}
@@ -151,6 +154,7 @@ def _request(
         "device_bytes": where.chip.hbm_bytes if mesh is None and where.chip else None,
         "remat": options.remat,
         "routed": options.routed,
+        "router_aux_loss_coef": options.router_aux_loss_coef,
         "precision": options.precision,
         "base_dtype": "bfloat16" if options.precision == "bfloat16" else stored,
     }

@@ -132,12 +132,16 @@ def _charts(steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -> list[di
     loss = [Series("training", points(steps, "loss"))]
     loss.append(Series("evaluation", points(evaluations, "eval_loss"), colour=2, dots=True))
     times = [Series("step", points(steps, "step_time_s")), Series("of it, input", points(steps, "input_wait_s"), 2)]
+    load = [Series("fullest expert", points(steps, "expert_load"))]
+    note = "Tokens of the fullest expert in any block, as a multiple of the mean; 1 is even."
     return [
         chart("loss", "Loss", loss, note="Mean over the trained tokens of the global batch."),
         chart("rate", "Learning rate", [Series("learning rate", points(steps, "learning_rate"))], from_zero=True),
         chart("tokens", "Real tokens a second", [Series("tokens/s", points(steps, "tokens_per_s"))], from_zero=True),
         chart("time", "Seconds a step", times, from_zero=True),
         chart("norm", "Gradient norm", [Series("gradient norm", points(steps, "grad_norm"))], from_zero=True),
+        chart("experts", "Load of experts", load, note=note),
+        chart("router", "Routers' auxiliary loss", [Series("auxiliary loss", points(steps, "router_aux_loss"))]),
         chart("mfu", "Model FLOPs utilisation", [Series("MFU", points(steps, "mfu"))], from_zero=True),
     ]
 

@@ -24,17 +24,30 @@ POSITIONS = np.tile(np.arange(TOKENS.shape[1] - 1, dtype=np.int32), (len(TOKENS)
 TRAINED = (SEGMENTS[:, 1:] * (np.random.default_rng(5).random(POSITIONS.shape) < 0.7)).astype(np.float32)
 
 
-def torch_s(directory, adapter_directory):
-    """Loss and gradients in float64, by adapter tensor name."""
+def torch_s(directory, adapter_directory, aux_coef):
+    """Loss and gradients in float64, by adapter tensor name; with a factor, auxiliary loss and tokens of each expert.
+
+    transformers makes the auxiliary loss in float32.
+    """
     base = load(directory, experts_implementation="eager")
     model = PeftModel.from_pretrained(base, adapter_directory, is_trainable=True).double().eval()
     tokens = torch.tensor(TOKENS).long()
-    logits = model(tokens, attention_mask=torch.tensor(SEGMENTS).long()).logits[:, :-1]
+    routers = {"output_router_logits": True} if aux_coef else {}
+    out = model(tokens, attention_mask=torch.tensor(SEGMENTS).long(), **routers)
+    logits = out.logits[:, :-1]
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     loss = (each * torch.tensor(TRAINED).flatten()).sum() / TRAINED.sum()
-    loss.backward()
+    (loss + aux_coef * out.aux_loss if aux_coef else loss).backward()
     named = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in model.named_parameters()}
-    return loss.item(), {name: p.grad.numpy() for name, p in named.items() if "lora_" in name}
+    routed = (out.aux_loss.item(), counts_of(out.router_logits, base.config)) if aux_coef else None
+    return loss.item(), {name: p.grad.numpy() for name, p in named.items() if "lora_" in name}, routed
+
+
+def counts_of(router_logits, config):
+    """Real tokens that each router sends to each expert."""
+    real = SEGMENTS.reshape(-1) != 0
+    chosen = [logits.topk(config.num_experts_per_tok).indices.numpy()[real] for logits in router_logits]
+    return [np.bincount(each.reshape(-1), minlength=router_logits[0].shape[-1]) for each in chosen]
 
 
 SHORT = ["gemma3_text", "gpt_oss", "llama", "qwen3"]
@@ -53,17 +66,19 @@ def test_loss_and_gradients(family, tiny_models, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mesh", [MeshShape(fsdp=4), MeshShape(fsdp=2, tensor=2)])
 @pytest.mark.parametrize("family", mostly_long([], ROUTED))
 def test_gradients_through_the_chosen_experts(family, mesh, tiny_models, tmp_path, monkeypatch):
+    """With the routers' auxiliary loss, which takes part in them."""
     assert_gradients(family, tiny_models, tmp_path, monkeypatch, mesh, routed=True)
 
 
 def assert_gradients(family, tiny_models, tmp_path, monkeypatch, mesh=None, **options):
+    aux_coef = 0.5 if family in ROUTED else 0.0
     monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 1)
     # A device has one row; three chunks of it.
     monkeypatch.setattr("kithara_ray.model.options._CHUNK_TOKENS", 8)
     monkeypatch.setattr("kithara_ray.model.options._EXPERT_TOKENS", 1)
     directory, mesh = with_mild_attention(tiny_models[family], tmp_path / "model"), make_mesh(mesh)
     base = BaseCheckpoint.open(directory)
-    model = build(base.config, LORA[family], mesh, "float32", **options)
+    model = build(base.config, LORA[family], mesh, "float32", router_aux_loss_coef=aux_coef, **options)
     # Small enough that float32's own noise stays below what is asserted.
     adapter = {name: tensor / 4 for name, tensor in adapter_of(model).items()}
     Adapter(LORA[family], adapter).write(tmp_path / "adapter", str(directory))
@@ -75,8 +90,12 @@ def assert_gradients(family, tiny_models, tmp_path, monkeypatch, mesh=None, **op
         target_weights=TRAINED,
     )
     batch = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in batch.items()}
-    compute = jax.jit(partial(step.loss_and_gradients, model))
-    loss, gradients = compute(model.place_factors(adapter), model.load(base), batch)
-    reference, wanted = torch_s(directory, tmp_path / "adapter")
+    compute = jax.jit(partial(step.losses_and_gradients, model))
+    loss, told, gradients = compute(model.place_factors(adapter), model.load(base), batch)
+    reference, wanted, routed = torch_s(directory, tmp_path / "adapter", aux_coef)
     assert float(loss) == pytest.approx(reference, rel=1e-6)
     assert_close_as_one(by_name(model, gradients), wanted)
+    if routed is not None:
+        aux, counts = routed
+        assert float(told["aux"]) == pytest.approx(aux, rel=1e-6)
+        np.testing.assert_array_equal(told["counts"], counts)

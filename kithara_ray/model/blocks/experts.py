@@ -97,8 +97,7 @@ def routed(x_BTD: jax.Array, choice: Choice, kernels: Kernels, mesh: Mesh) -> ja
     if cut:
         # A device needs the same columns of the gate and of the up projection.
         wide, biases = (_halves(arrays) for arrays in (wide, biases))
-    segments = _SEGMENTS.get()
-    real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments is None else segments != 0
+    real_BT = real_tokens(x_BTD.shape[:2])
 
     def local(x_BTD, experts_BTK, factors_BTK, real_BT, wide, biases, down_EID):
         tokens = (-1, experts_BTK.shape[-1])
@@ -136,6 +135,12 @@ def padded(segments_BT: jax.Array | None) -> Iterator[None]:
         yield
     finally:
         _SEGMENTS.reset(token)
+
+
+def real_tokens(shape_BT: tuple[int, ...]) -> jax.Array:
+    """Return (B, T), False for padding; without `padded`, all tokens are real."""
+    segments = _SEGMENTS.get()
+    return jnp.ones(shape_BT, bool) if segments is None else segments != 0
 
 
 def _halves(arrays: Sequence[jax.Array]) -> list[jax.Array]:

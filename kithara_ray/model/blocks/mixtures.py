@@ -22,8 +22,8 @@ from kithara_ray.model.identity import IdentityMap
 def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
     """Make the mixtures in these blocks compute the chosen experts only."""
     compute = partial(routed, mesh=mesh)
-    for layer in _layers_of(blocks):
-        replaced = _REPLACED.get(type(layer).__name__)
+    for layer in layers_of(blocks):
+        replaced = REPLACED.get(type(layer).__name__)
         if replaced is None:
             layer.compute = compute
         else:
@@ -32,7 +32,7 @@ def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
 
 def shares(blocks: tuple[keras.layers.Layer, ...]) -> IdentityMap[keras.Variable, float]:
     """Map each kernel of experts to the share K / E of its experts that a token is sent to."""
-    found = ((_KINDS[type(layer).__name__], layer) for layer in _layers_of(blocks))
+    found = ((_KINDS[type(layer).__name__], layer) for layer in layers_of(blocks))
     return IdentityMap(
         (variable, kind.chosen(layer) / kind.count(layer))
         for kind, layer in found
@@ -41,7 +41,8 @@ def shares(blocks: tuple[keras.layers.Layer, ...]) -> IdentityMap[keras.Variable
     )
 
 
-def _layers_of(blocks: tuple[keras.layers.Layer, ...]) -> list[Any]:
+def layers_of(blocks: tuple[keras.layers.Layer, ...]) -> list[Any]:
+    """Find the mixtures in these blocks."""
     layers = (layer for block in blocks for layer in keras_compat.all_layers(block))
     return [layer for layer in layers if type(layer).__name__ in _KINDS and getattr(layer, "enable_moe_block", True)]
 
@@ -107,7 +108,7 @@ def _gpt_oss(layer: Any, compute: Compute) -> Callable[..., tuple[jax.Array, jax
 
 
 # Layers whose `call` is replaced. Layers of ours have an attribute `compute`.
-_REPLACED: dict[str, Callable[[Any, Compute], Callable]] = {
+REPLACED: dict[str, Callable[[Any, Compute], Callable]] = {
     "MixtralSparseMoeBlock": _softmax_routed,
     "Qwen3SparseMoeBlock": _softmax_routed,
     "QwenSparseMoeBlock": _softmax_routed,
@@ -125,7 +126,7 @@ class _Kind:
     bank: Callable[[Any], Any] = lambda layer: layer.expert_bank
 
 
-_KINDS = dict.fromkeys(_REPLACED, _Kind()) | {
+_KINDS = dict.fromkeys(REPLACED, _Kind()) | {
     "GptOssSparseMoeBlock": _Kind(bank=lambda layer: layer.experts),
     "DecoderExperts": _Kind(lambda layer: layer.experts.count, lambda layer: layer.experts.chosen, lambda layer: layer),
     "Gemma4Block": _Kind(

@@ -26,7 +26,7 @@ import keras
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
-from kithara_ray.model.blocks import attention, experts
+from kithara_ray.model.blocks import attention, balance, experts
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.options import groups_of
@@ -157,6 +157,7 @@ class Pass:
         remat: one of `options.REMAT`.
         chunk: C, the result of `options.chunk_length`.
         dropout_key: the key of this pass; None drops nothing. Every block has its own.
+        measures: names of the measures of mixtures' loads, see `balance`; none by default.
     """
 
     values_of: Callable[[keras.layers.Layer], Sequence[Any]]
@@ -166,6 +167,7 @@ class Pass:
     remat: str
     chunk: int
     dropout_key: jax.Array | None = None
+    measures: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,16 @@ class _KeysOf:
 _LATER = object()
 
 
-def run(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], how: Pass) -> jax.Array:
-    """Compute the backbone's output for `inputs`, with its chain scanned.
+def run(
+    backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], how: Pass
+) -> tuple[jax.Array, list[balance.Load]]:
+    """Compute the backbone's output for `inputs`, with its chain scanned, and the loads of its mixtures.
 
     Args:
         inputs: arrays by the names of the backbone's inputs. Variables outside the chain must be bound already.
+
+    Returns:
+        the output, and for the mixtures in their order the measures (mixtures, B, E), in one or more parts.
     """
     known = IdentityMap((symbolic, inputs[symbolic.name]) for symbolic in backbone.inputs)
     nodes = [node for node in keras_compat.nodes_of(backbone) if not node.is_input]
@@ -196,10 +203,11 @@ def run(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array], ho
     behind = [node for node in others if not _compute(node, known)]
     arguments = [keras_compat.arguments_of(calls[number], known) for number in range(len(calls))]
     first = arguments[0][0][0]
-    known[calls[len(calls) - 1].outputs[0]] = _run_chain(chain, first, [kwargs for _, kwargs in arguments], how)
+    last, loads = _run_chain(chain, first, [kwargs for _, kwargs in arguments], how)
+    known[calls[len(calls) - 1].outputs[0]] = last
     for node in behind:
         _compute(node, known)
-    return known[backbone.outputs[0]]
+    return known[backbone.outputs[0]], loads
 
 
 def _compute(node, known: IdentityMap) -> bool:
@@ -213,20 +221,24 @@ def _compute(node, known: IdentityMap) -> bool:
     return True
 
 
-def _run_chain(chain: Chain, x: jax.Array, kwargs: Sequence[Mapping], how: Pass) -> jax.Array:
-    """Compute the last block's output; `kwargs` are those of each block's call."""
+def _run_chain(
+    chain: Chain, x: jax.Array, kwargs: Sequence[Mapping], how: Pass
+) -> tuple[jax.Array, list[balance.Load]]:
+    """Compute the last block's output, and all loads; `kwargs` are those of each block's call."""
     read = {value.block for each in kwargs for value in each.values() if isinstance(value, _KeysOf)}
     kept: dict[int, jax.Array] = {}
+    loads: list[balance.Load] = []
     start = 0
     for place, section in enumerate(chain.sections):
         stop = start + len(section.blocks)
         key = how.dropout_key
         key = key if key is None or not place else jax.random.fold_in(key, place)
         own = dataclasses.replace(how, scanned=how.scanned[place : place + 1], dropout_key=key)
-        x, new = _run_section(section, start, x, kwargs[start:stop], read, kept, own)
+        x, new, more = _run_section(section, start, x, kwargs[start:stop], read, kept, own)
         kept |= new
+        loads += more
         start = stop
-    return x
+    return x, loads
 
 
 def _run_section(
@@ -237,8 +249,8 @@ def _run_section(
     read: Collection[int],
     kept: Mapping[int, jax.Array],
     how: Pass,
-) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """Compute the section's output, and the keys and values of those of its blocks that later blocks read.
+) -> tuple[jax.Array, dict[int, jax.Array], list[balance.Load]]:
+    """Compute the section's output, the keys and values of those of its blocks that later blocks read, and the loads.
 
     Args:
         start: the number of the section's first block.
@@ -254,10 +266,10 @@ def _run_section(
         pairs = [(variable, how.gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):
             if how.chunk == x.shape[1]:
-                output, *keys = _outputs(block, x, given)
+                (output, *keys), loads = _outputs(block, x, given, how.measures)
             else:
-                output, *keys = _in_chunks(block, x, given, how.chunk, place, key)
-        return place(output), [place(array) for array in keys[:with_keys]]
+                (output, *keys), loads = _in_chunks(block, x, given, how, key)
+        return place(output), [place(array) for array in keys[:with_keys]], jax.tree.map(place, loads)
 
     def rematerialised(block, with_keys, x, values, key, given, kept):
         given = {name: kept[v.block] if isinstance(v, _KeysOf) else v for name, v in given.items()}
@@ -275,11 +287,13 @@ def _run_section(
     def body(carry, step):
         x, own = carry
         values, key, given, number = step
+        loads: list[balance.Load] = []
         for at, block in enumerate(section.blocks[:period]):
-            x, keys = rematerialised(block, at in wanted, x, values[at], key, {**same[at], **given[at]}, kept)
+            x, keys, new = rematerialised(block, at in wanted, x, values[at], key, {**same[at], **given[at]}, kept)
+            loads += new
             if at in wanted:
                 own = own | {at: jnp.where(number == wanted[at], keys[0], own[at])}
-        return (x, own), None
+        return (x, own), balance.stacked(loads)
 
     xs = scanned, keys, different, jnp.arange(steps)
     x, own = place(x), {}
@@ -289,15 +303,18 @@ def _run_section(
         shapes = _shapes_of_keys(body, x, empty, one)
         own = {at: place(jnp.zeros(shape.shape, shape.dtype)) for at, shape in shapes.items()}
     groups = groups_of(steps) if how.remat == "nested" else 1
-    x, own = _scan_in_groups(body, (x, own), xs, groups)
+    (x, own), loads = _scan_in_groups(body, (x, own), xs, groups)
+    # The steps of the scan, and the mixtures of one step.
+    parts = [jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), loads)] if loads else []
     made = {start + wanted[at] * period + at: array for at, array in own.items()}
     for number, block in enumerate(section.left, start=steps * period):
         with_keys = start + number in read
         values, given = how.values_of(block), kwargs[number]
-        x, keys = rematerialised(block, with_keys, x, values, last_key, given, {**kept, **made})
+        x, keys, new = rematerialised(block, with_keys, x, values, last_key, given, {**kept, **made})
+        parts += [balance.stacked(new)] if new else []
         if with_keys:
             made[start + number] = keys[0]
-    return x, made
+    return x, made, parts
 
 
 def _shapes_of_keys(body, x, empty: Mapping[int, jax.Array], one) -> Mapping[int, jax.ShapeDtypeStruct]:
@@ -318,17 +335,22 @@ def _common(kwargs: Sequence[Mapping]) -> tuple[dict[str, Any], dict[str, jax.Ar
     return same, different
 
 
-def _outputs(block: keras.layers.Layer, x: jax.Array, kwargs: Mapping) -> list[jax.Array]:
-    """The block's output, and its keys and values if it returns them."""
-    with experts.padded(attention.segments_in(kwargs)):
-        return keras.tree.flatten(block(x, **kwargs))
+def _outputs(
+    block: keras.layers.Layer, x: jax.Array, kwargs: Mapping, measures: Collection[str]
+) -> tuple[list[jax.Array], list[balance.Load]]:
+    """The block's output, and its keys and values if it returns them; and the loads of its mixtures."""
+    with experts.padded(attention.segments_in(kwargs)), balance.recorded(measures) as loads:
+        return keras.tree.flatten(block(x, **kwargs)), loads
 
 
-def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array | None) -> list[jax.Array]:
-    """Compute the block's outputs; after attention, one chunk of positions at a time, each rematerialised."""
+def _in_chunks(
+    block, x_BTD, kwargs: Mapping, how: Pass, key: jax.Array | None
+) -> tuple[list[jax.Array], list[balance.Load]]:
+    """Compute the same; after attention, one chunk of positions at a time, each rematerialised."""
+    chunk, place = how.chunk, how.place
     with attention.recorded() as outputs:
         # Only the output of attention, and keys and values, are used from this trace.
-        _, *keys = _outputs(block, x_BTD, kwargs)
+        (_, *keys), _ = _outputs(block, x_BTD, kwargs, ())
     (attended_BTNH,) = outputs
     rows, positions = x_BTD.shape[:2]
 
@@ -342,22 +364,25 @@ def _in_chunks(block, x_BTD, kwargs: Mapping, chunk: int, place, key: jax.Array 
     def rest(number, x_BCD, attended_BCNH, sliced):
         own_key = None if key is None else jax.random.fold_in(key, number)
         with attention.given(attended_BCNH), dropping(own_key):
-            return place(_outputs(block, place(x_BCD), {**kwargs, **sliced})[0])
+            (out, *_), loads = _outputs(block, place(x_BCD), {**kwargs, **sliced}, how.measures)
+        return place(out), jax.tree.map(place, loads)
 
     of_positions = {name: split(value) for name, value in kwargs.items() if is_of_positions(value)}
     parts = jnp.arange(positions // chunk), split(x_BTD), split(attended_BTNH), of_positions
-    out = jax.lax.map(lambda part: rest(*part), parts)
-    return [jnp.moveaxis(out, 0, 1).reshape(x_BTD.shape), *keys]
+    out, loads = jax.lax.map(lambda part: rest(*part), parts)
+    loads = jax.tree.map(lambda array: jnp.sum(array, axis=0), loads)
+    return [jnp.moveaxis(out, 0, 1).reshape(x_BTD.shape), *keys], loads
 
 
-def _scan_in_groups(body, x, steps, groups: int) -> jax.Array:
+def _scan_in_groups(body, x, steps, groups: int) -> tuple[Any, Any]:
     """Run `lax.scan` over the steps; with several groups, keep only each group's inputs."""
     if groups == 1:
-        return jax.lax.scan(body, x, steps)[0]
+        return jax.lax.scan(body, x, steps)
 
     @jax.checkpoint
     def group(x, part):
-        return jax.lax.scan(body, x, part)[0]
+        return jax.lax.scan(body, x, part)
 
     grouped = jax.tree.map(lambda array: array.reshape(groups, array.shape[0] // groups, *array.shape[1:]), steps)
-    return jax.lax.scan(lambda x, part: (group(x, part), None), x, grouped)[0]
+    x, found = jax.lax.scan(group, x, grouped)
+    return x, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)

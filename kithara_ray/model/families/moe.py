@@ -7,6 +7,7 @@ padding changes nothing.
 
 from collections.abc import Mapping
 
+from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
 from kithara_ray.model.families.family import (
     Family,
@@ -24,6 +25,25 @@ def check_routing(config: Mapping) -> None:
     experts = config["num_local_experts"] if "num_local_experts" in config else config["num_experts"]
     if not 1 <= config["num_experts_per_tok"] <= experts:
         refuse(config, "num_experts_per_tok", f"there are {experts} experts")
+
+
+# Families whose routers' auxiliary loss, transformers' `load_balancing_loss_func`, is computed here.
+_WITH_ROUTER_LOSS = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "gpt_oss",
+)  # fmt: skip
+
+
+def check_router_loss(config: Mapping) -> None:
+    """Check that the auxiliary loss of a model's routers is known here.
+
+    Raises:
+        UnsupportedError: it is not; the message lists the families.
+    """
+    if config.get("model_type") not in _WITH_ROUTER_LOSS:
+        raise UnsupportedError(
+            f"router_aux_loss_coef: {config.get('model_type')} has no routers whose auxiliary loss is known here, "
+            f"{', '.join(_WITH_ROUTER_LOSS)} have; leave the argument out"
+        )
 
 
 def route_in_float32(router) -> None:

@@ -208,6 +208,7 @@ def settings(request: RunRequest) -> dict[str, Any]:
             "gradient_accumulation_steps": step.micro_batches,
             "seed": step.seed,
             "on_nan": step.on_nan,
+            "router_aux_loss_coef": step.router_aux_loss_coef,
             "export_every_steps": request.snapshots and request.snapshots.every,
             "export_dir": request.snapshots and request.snapshots.directory,
             "cpu_devices_per_worker": group.cpu_devices_per_worker,

@@ -138,6 +138,7 @@ def settings_of(request: RunRequest, shape_TK: tuple[int, int], slices: int = 1)
         "remat": step.remat,
         "precision": request.model.precision,
         "gradient_accumulation_steps": step.micro_batches,
+        "router_aux_loss_coef": step.router_aux_loss_coef,
         "predictions": int(shape_TK[1]),
     }
 

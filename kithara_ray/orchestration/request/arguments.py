@@ -1,5 +1,6 @@
 """Check the Trainer's arguments, and turn them into parts of a `RunRequest`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"Trainer: {name} must be an integer >= 1, got {value!r}")
+
+
+def check_factor(name: str, value: float | None) -> None:
+    """Raise ConfigError for a value that is given and is not a number >= 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 <= value < math.inf):
+        raise ConfigError(f"Trainer: {name} must be a number >= 0, got {value!r}")
 
 
 def check_one_of(name: str, value: str, choices: Sequence[str]) -> None:

@@ -50,6 +50,7 @@ class StepSettings:
         micro_batches: parts of a step's rows that go through the model one after the other.
         seed: seed of the initial factors and of dropout.
         on_nan: "stop" or "skip", for a step whose loss or gradient is not finite.
+        router_aux_loss_coef: factor of the routers' auxiliary loss; 0 leaves it out.
     """
 
     optimizer: tuple[str, Any]
@@ -58,6 +59,7 @@ class StepSettings:
     micro_batches: int
     seed: int
     on_nan: str
+    router_aux_loss_coef: float = 0.0
 
 
 @dataclass(frozen=True)

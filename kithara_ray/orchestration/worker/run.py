@@ -25,7 +25,7 @@ from kithara_ray.orchestration.worker.evaluation import Evaluation
 from kithara_ray.orchestration.worker.event_log import EventLog
 from kithara_ray.orchestration.worker.snapshots import SnapshotSender
 from kithara_ray.orchestration.worker.spec import RunSpec
-from kithara_ray.orchestration.worker.throughput import Figures, Window
+from kithara_ray.orchestration.worker.throughput import Figures, Window, numbers_of
 from kithara_ray.orchestration.worker.votes import GO_ON, LOOK_BEHIND, PREEMPTED, SAVE, STOP, Outcomes
 from kithara_ray.sharding.agree import Ballot, agree
 
@@ -217,7 +217,7 @@ class Run:
 
     def _log(self, metrics: dict[str, jax.Array]) -> None:
         """Add a row to the history; this waits for the step."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = numbers_of(metrics, self.model.mixture_blocks)
         self.outcomes.look(self.number, take_votes=False)
         speed = self.window.close(self.number)
         epoch, index = self.data.order.locate(self.number)

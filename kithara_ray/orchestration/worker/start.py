@@ -66,6 +66,7 @@ def open_parts(spec: RunSpec, log: EventLog) -> Parts:
             stack_factors=is_elementwise(*step.optimizer),
             quantize=model.quantize,
             train_weights=model.lora is None,
+            router_aux_loss_coef=step.router_aux_loss_coef,
         )
         kind, value = step.optimizer
         optimizer = KerasOptimizer(value) if kind == "keras" else OptaxOptimizer(value)

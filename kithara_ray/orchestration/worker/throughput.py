@@ -1,8 +1,8 @@
-"""The speed of steps, their share of the chips' peak, and their use of the chips' memory."""
+"""The numbers of steps: metrics, speed, share of the chips' peak, and use of the chips' memory."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
@@ -39,6 +39,23 @@ class Figures:
             figures["hbm_bytes"] = fullest.get("peak_bytes_in_use", 0)
             figures["hbm_limit_bytes"] = fullest.get("bytes_limit", 0)
         return figures
+
+
+def numbers_of(metrics: Mapping[str, jax.Array], mixture_blocks: Sequence[int]) -> dict[str, float]:
+    """Return a step's metrics as numbers; this waits for the step.
+
+    Args:
+        mixture_blocks: numbers of the decoder blocks with experts. "expert_load" becomes "expert_load/<number>" of
+            each, and "expert_load", the largest of them.
+    """
+    arrays = jax.device_get(dict(metrics))
+    loads = arrays.pop("expert_load", None)
+    numbers = {name: float(value) for name, value in arrays.items()}
+    if loads is not None:
+        numbers["expert_load"] = float(max(loads))
+        names = (f"expert_load/{number:02d}" for number in mixture_blocks)
+        numbers |= {name: round(float(load), 3) for name, load in zip(names, loads, strict=True)}
+    return numbers
 
 
 class Window:

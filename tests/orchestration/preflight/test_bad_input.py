@@ -109,6 +109,16 @@ def test_an_unknown_family_is_refused(tmp_path, directory):
 TRAINER = {
     "steps and epochs": (dict(epochs=1), ConfigError, "one of steps and epochs, got steps=1 and epochs=1"),
     "no steps": (dict(steps=0), ConfigError, "steps must be an integer >= 1, got 0"),
+    "router's factor": (
+        dict(router_aux_loss_coef=-1),
+        ConfigError,
+        "router_aux_loss_coef must be a number >= 0, got -1",
+    ),
+    "no routers": (
+        dict(router_aux_loss_coef=0.1),
+        UnsupportedError,
+        "llama has no routers whose auxiliary loss is kno",
+    ),
     "log interval": (dict(log_steps_interval=0), ConfigError, "log_steps_interval must be an integer >= 1, got 0"),
     "devices": (dict(cpu_devices_per_worker=0), ConfigError, "cpu_devices_per_worker must be an integer >= 1, got 0"),
     "two eval intervals": (dict(eval_steps_interval=1, eval_epochs_interval=1), ConfigError, "one of eval_steps"),

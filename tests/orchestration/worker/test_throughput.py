@@ -2,7 +2,16 @@
 
 from types import SimpleNamespace
 
+import numpy as np
+
 from kithara_ray.orchestration.worker import throughput
+
+
+def test_the_load_of_experts_is_a_number_for_each_block():
+    metrics = {"loss": np.float32(1.5), "expert_load": np.array([1.25, 4.0], np.float32)}
+    numbers = throughput.numbers_of(metrics, [0, 12])
+    assert numbers == {"loss": 1.5, "expert_load": 4.0, "expert_load/00": 1.25, "expert_load/12": 4.0}
+    assert throughput.numbers_of({"loss": np.float32(2)}, []) == {"loss": 2.0}
 
 
 def test_what_is_done_between_steps_is_not_their_time(monkeypatch):
