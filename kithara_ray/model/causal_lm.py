@@ -9,7 +9,7 @@ all weights. `frozen` holds the weights, or nothing if `params` does.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
-from kithara_ray.model.weights.quantized import Int8, in_floats
+from kithara_ray.model.weights.quantized import Quantized, in_floats
 from kithara_ray.sharding.mesh import BATCH_AXES, replicated, split_on
 
 
@@ -172,13 +172,13 @@ class CausalLM(ModelArrays):
             elif unstack:
                 yield from zip(slot.variables, factors[slot.key], strict=True)
 
-    def _values(self, factors: Factors, frozen: Frozen) -> IdentityMap[keras.Variable, jax.Array | Int8]:
+    def _values(self, factors: Factors, frozen: Frozen) -> IdentityMap[keras.Variable, jax.Array | Quantized]:
         """The value of every variable that is not stacked."""
         plain = ((slot, array) for slot, array in zip(self.slots, frozen, strict=True) if not slot.stacked)
         values = IdentityMap((slot.ports[0].variable, array) for slot, array in plain)
         return values | IdentityMap(self._each_factor(factors, unstack=False))
 
-    def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[list[jax.Array | Int8]]]:
+    def _scanned(self, factors: Factors, frozen: Frozen) -> list[list[list[jax.Array | Quantized]]]:
         """The values of all steps, for each section, each place of its period and each variable of its block."""
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
@@ -188,7 +188,7 @@ class CausalLM(ModelArrays):
         peers, layouts = self.chain.peers(), self._layouts()
         single = self._values(factors, frozen)
 
-        def all_steps(variable: keras.Variable, steps: int) -> jax.Array | Int8:
+        def all_steps(variable: keras.Variable, steps: int) -> jax.Array | Quantized:
             if variable in arrays:
                 return arrays[variable]
             if ports.is_seed(variable):
@@ -224,23 +224,24 @@ class CausalLM(ModelArrays):
         """A function that gathers a block's weight for its computation: whole over `fsdp`, split over `tensor`."""
         layouts = self._layouts()
 
-        def gather(variable: keras.Variable, value: jax.Array | Int8) -> jax.Array:
+        def gather(variable: keras.Variable, value: jax.Array | Quantized) -> jax.Array:
             layout = layouts.get(variable, replicated(self.mesh))
             gathered = ["tensor" if "tensor" in axes else None for axes in split_on(self.mesh, layout)]
-            if isinstance(value, Int8):
-                return self._gather_of_int8(value, gathered).floats(variable.dtype)
+            if isinstance(value, Quantized):
+                return self._gather_of_integers(value, gathered).floats(variable.dtype)
             if not self.trains_weights:
                 return self._constrain(value, *gathered)
             return self._gather_of_trained(value, gathered, layout)
 
         return gather
 
-    def _gather_of_int8(self, value: Int8, gathered: Sequence) -> Int8:
-        """Gather int8 values and their scales. The devices move bytes, and the receiver makes floats."""
+    def _gather_of_integers(self, value: Quantized, gathered: Sequence) -> Quantized:
+        """Gather integers and their scales. The devices move bytes, and the receiver makes floats."""
         # Scales have the dims of the values; those of size 1 cannot be split.
         sizes = value.scales.shape[: len(gathered)]
         channels = [None if size == 1 else axes for axes, size in zip(gathered, sizes, strict=True)]
-        return Int8(self._constrain(value.values, *gathered), self._constrain(value.scales, *channels))
+        values, scales = self._constrain(value.values, *gathered), self._constrain(value.scales, *channels)
+        return replace(value, values=values, scales=scales)
 
     def _gather_of_trained(self, value: jax.Array, gathered: Sequence, layout: NamedSharding) -> jax.Array:
         """Gather a trained weight; in every step of the scan, its gradient takes the weight's own layout.
@@ -298,7 +299,7 @@ def build(
             embedding.install(table, mesh)
     scanned = chain if chosen.scan else None
     stacked = scanned if chosen.stack_factors or not chosen.train_weights else None
-    weights = slots.slots(backbone, recorded, stacked, kernels)
+    weights = slots.slots(backbone, recorded, stacked, chosen.quantize, kernels)
     return CausalLM(
         model=model,
         slots=weights,

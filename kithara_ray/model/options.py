@@ -8,8 +8,8 @@ from kithara_ray.errors import ConfigError
 # Keras dtype policies, which set the dtype of activations and of the matrix products.
 PRECISIONS = ("float32", "bfloat16", "mixed_bfloat16")
 
-# Storage of linear layers' kernels; None keeps the checkpoint's dtype.
-QUANTIZATIONS = (None, "int8")
+# Storage of linear layers' kernels; without one they keep the checkpoint's dtype.
+QUANTIZATIONS = ("int8", "int4", "nf4")
 
 # Policies for the arrays that a decoder block keeps for its backward pass. Gathered weights are never kept: they would
 # be the whole model on each device.
@@ -44,7 +44,8 @@ class ModelOptions:
         remat: the arrays that scanned blocks keep for the backward pass, one of REMAT.
         stack_factors: train the scanned blocks' factors, or their weights, as stacked arrays. This is for optimizers
             that update each element separately.
-        quantize: "int8" holds the kernels of linear layers as int8, see `quantized`; embedding, head and norms stay.
+        quantize: "int8", "int4" or "nf4" holds the kernels of linear layers as integers, see `quantized`; embedding,
+            head and norms stay.
         train_weights: train all weights instead of an adapter.
         routed: compute the chosen experts of a mixture only. None does so on a TPU, in the scan; other devices compute
             all experts faster.
@@ -68,8 +69,8 @@ class ModelOptions:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.remat not in REMAT:
             raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {self.remat!r}")
-        if self.quantize not in QUANTIZATIONS:
-            raise ConfigError(f"quantize must be one of {QUANTIZATIONS}, got {self.quantize!r}")
+        if self.quantize not in (None, *QUANTIZATIONS):
+            raise ConfigError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, got {self.quantize!r}")
         if not 0 <= self.router_aux_loss_coef < math.inf:
             raise ConfigError(f"router_aux_loss_coef must be a number >= 0, got {self.router_aux_loss_coef!r}")
 

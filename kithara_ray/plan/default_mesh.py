@@ -101,15 +101,16 @@ def state_bytes(base: BaseCheckpoint, lora: LoraConfig | None, precision: str, q
     Args:
         lora: LoRA settings; None trains all weights.
         precision: Keras dtype policy.
-        quantize: "int8" holds the kernels of linear layers as int8.
+        quantize: "int8", "int4" or "nf4" holds the kernels of linear layers so. Four-bit weights are counted in groups
+            of 64, and take a little more if their groups are smaller.
     """
     held = {info.name: info for info in _held(base)}
     if lora is None:
         itemsize = 2 if precision == "bfloat16" else 4
         return StateBytes(0, NUMBERS_OF_TRAINED * itemsize * sum(_size(info) for info in held.values()))
-    as_int8 = {f"{module}{_WEIGHT}" for module in linear_modules_of(base)} if quantize == "int8" else set()
+    linear = {f"{module}{_WEIGHT}" for module in linear_modules_of(base)} if quantize else set()
     frozen = sum(
-        _size(info) + 4 * info.shape[0] if name in as_int8 else _nbytes(info, precision) for name, info in held.items()
+        _quantised_bytes(info, quantize) if name in linear else _nbytes(info, precision) for name, info in held.items()
     )
     return StateBytes(frozen, NUMBERS_OF_TRAINED * 4 * trained_by(lora, base))
 
@@ -153,6 +154,11 @@ def _held(base: BaseCheckpoint) -> Iterator[TensorInfo]:
 def _size(info: TensorInfo) -> int:
     """Elements of a tensor; those of a packed one count as they are held."""
     return info.nbytes * _BYTES_OF_PACKED // 2 if info.dtype == "U8" else info.nbytes // info.numpy_dtype.itemsize
+
+
+def _quantised_bytes(info: TensorInfo, quantize: str | None) -> int:
+    """Bytes of a matrix (rows, columns) as integers: of int8 one and a float32 for each row; else 34 for each 64."""
+    return _size(info) + 4 * info.shape[0] if quantize == "int8" else _size(info) * 34 // 64
 
 
 def _nbytes(info: TensorInfo, precision: str) -> int:

@@ -59,7 +59,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefer: Sequence[int] = ()) -> NamedSharding:
+def weight_sharding(
+    mesh: Mesh,
+    shape: Sequence[int],
+    whole_dims: int = 0,
+    prefer: Sequence[int] = (),
+    parts: Sequence[int] | None = None,
+) -> NamedSharding:
     """Return the layout of one weight: `fsdp` and `tensor` together split one dim.
 
     A vector (a norm's scale, a bias) is replicated, and so is any weight under 2048 elements. A weight without a dim
@@ -69,16 +75,18 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0, prefe
         shape: the weight's shape.
         whole_dims: the number of leading dims that stay whole (the dim of stacked blocks).
         prefer: dims to try first; the first that divides evenly is split, else the largest dim that does.
+        parts: for each dim, the number of equal parts that it may be cut into; one for each element by default.
 
     Returns:
         A layout on this mesh; on a mesh of the same devices with the axis `copies` if the weight is copied.
     """
-    return _even_sharding(mesh, shape, whole_dims, prefer) or _uneven_sharding(mesh, shape, whole_dims)
+    parts = shape if parts is None else parts
+    return _even_sharding(mesh, shape, parts, whole_dims, prefer) or _uneven_sharding(mesh, parts, whole_dims)
 
 
 def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
     """Split a LoRA factor or an optimizer array like a weight if a dim divides evenly; else replicate it."""
-    return _even_sharding(mesh, shape, whole_dims, ()) or replicated(mesh)
+    return _even_sharding(mesh, shape, shape, whole_dims, ()) or replicated(mesh)
 
 
 def split_on(mesh: Mesh, sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
@@ -93,14 +101,16 @@ def split_on(mesh: Mesh, sharding: NamedSharding) -> tuple[tuple[str, ...], ...]
     return tuple(tuple(axis for axis in axes if axis == "tensor") for axes in names)
 
 
-def _even_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int, prefer: Sequence[int]) -> NamedSharding | None:
+def _even_sharding(
+    mesh: Mesh, shape: Sequence[int], parts: Sequence[int], whole_dims: int, prefer: Sequence[int]
+) -> NamedSharding | None:
     """The layout of a small weight, or one that all devices split evenly; None for any other."""
     axes = tuple(axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
     ways = math.prod(mesh.shape[axis] for axis in axes)
     dims = range(whole_dims, len(shape))
     if not axes or len(dims) < 2 or math.prod(shape[dim] for dim in dims) < _REPLICATE_BELOW:
         return replicated(mesh)
-    candidates = [dim for dim in dims if shape[dim] % ways == 0]
+    candidates = [dim for dim in dims if parts[dim] % ways == 0]
     if not candidates:
         return None
     largest = max(candidates, key=lambda dim: shape[dim])
@@ -108,22 +118,22 @@ def _even_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int, prefer: Se
     return NamedSharding(mesh, PartitionSpec(*(axes if each == dim else None for each in range(len(shape)))))
 
 
-def _uneven_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int) -> NamedSharding:
+def _uneven_sharding(mesh: Mesh, parts: Sequence[int], whole_dims: int) -> NamedSharding:
     """Split the dim that most devices divide evenly, over `tensor` if it can be, and a part of `fsdp`."""
     data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
 
     def ways(dim: int) -> tuple[int, int]:
-        by_tensor = tensor if shape[dim] % tensor == 0 else 1
-        return math.gcd(fsdp, shape[dim] // by_tensor), by_tensor
+        by_tensor = tensor if parts[dim] % tensor == 0 else 1
+        return math.gcd(fsdp, parts[dim] // by_tensor), by_tensor
 
-    dim = max(range(whole_dims, len(shape)), key=lambda dim: (math.prod(ways(dim)), shape[dim]))
+    dim = max(range(whole_dims, len(parts)), key=lambda dim: (math.prod(ways(dim)), parts[dim]))
     by_fsdp, by_tensor = ways(dim)
     if by_fsdp * by_tensor == 1:
         return replicated(mesh)
     # The devices stand in the same order as on the mesh.
     grid = mesh.devices.reshape(data, by_fsdp, fsdp // by_fsdp, tensor)
-    axes = tuple(axis for axis, parts in (("fsdp", by_fsdp), ("tensor", by_tensor)) if parts > 1)
-    spec = PartitionSpec(*(axes if each == dim else None for each in range(len(shape))))
+    axes = tuple(axis for axis, count in (("fsdp", by_fsdp), ("tensor", by_tensor)) if count > 1)
+    spec = PartitionSpec(*(axes if each == dim else None for each in range(len(parts))))
     return NamedSharding(Mesh(grid, ("data", "fsdp", "copies", "tensor")), spec)
 
 

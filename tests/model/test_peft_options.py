@@ -36,7 +36,7 @@ PATTERNS = {
     "rank_pattern": {"layers.0.self_attn.q_proj": 2, r"layers\.[12]\..*down_proj": 8},
     "alpha_pattern": {"down_proj": 3},
 }
-# With "quantize", ours is of the base as int8, and PEFT's of a base in floats that says the same.
+# With "quantize", ours is of the base as integers, and PEFT's of a base in floats that says the same.
 # qwen2 has biases; kernels of llama, qwen2 and gemma2 have their dims in different orders.
 OPTIONS = {
     "LoRA": ("qwen2", dict(target_modules=LINEAR)),
@@ -64,6 +64,7 @@ OPTIONS = {
         "mistral",
         dict(trainable_token_indices={"embed_tokens": SEEN, "lm_head": SEEN[::-1]}, quantize="int8"),
     ),
+    "int4": ("qwen2", dict(quantize="int4", target_modules=LINEAR)),
     "embedding, tied": ("llama", dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
     "embedding and head": ("mistral", dict(modules_to_save=["embed_tokens", "lm_head"], bias="lora_only")),
     "a head, tokens": ("mistral", dict(modules_to_save=["lm_head"], trainable_token_indices=SEEN)),
@@ -78,6 +79,7 @@ OPTIONS = {
     ),
     "added tokens, factors": ("llama", dict(resize_token_embeddings=ROWS)),
     "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
+    "DoRA on int4": ("gemma2", dict(quantize="int4", use_dora=True, lora_alpha=5)),
 }
 BEGUN = [
     ("qwen2", dict(bias="all")),
@@ -147,12 +149,25 @@ def step_of_torch(model, tokens):
     return logits.detach().numpy(), {n: p.grad.numpy() for n, p in named(model.named_parameters()).items()}
 
 
-def round_to_int8(model):
-    """Every linear layer's rows to 255 multiples of the largest magnitude / 127, by plain torch."""
+def rounded(weight, kind, width):
+    """Round a weight (rows, columns) by plain torch, int4 in groups that divide each `width` columns."""
+    if kind == "int8":
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        return (weight / scale).round() * scale
+    group = max(size for size in range(2, 65, 2) if width % size == 0)
+    groups = weight.reshape(-1, group)
+    largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
+    scale = (largest / -8).bfloat16().float()
+    return ((groups / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
+
+
+def quantise(model, kind):
+    """Round every linear layer's weight; an attention's output contracts heads one by one."""
+    heads = model.config.num_attention_heads
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            scale = module.weight.data.abs().amax(dim=1, keepdim=True) / 127
-            module.weight.data = (module.weight.data / scale).round() * scale
+            width = module.in_features // (heads if name.endswith("o_proj") else 1)
+            module.weight.data = rounded(module.weight.data, kind, width)
 
 
 def in_float64(compute):
@@ -168,7 +183,7 @@ def loaded_by_peft(base, directory, quantize=None, rows=None, **options):
     if rows:
         plain.resize_token_embeddings(rows)  # at random: the adapter's file has the values
     if quantize:
-        round_to_int8(plain)
+        quantise(plain, quantize)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # missing or unexpected keys are warnings in peft
         warnings.filterwarnings("ignore", message="`lora_bias=True` was passed but the targeted layer")
@@ -203,7 +218,7 @@ def assert_as_peft_s(ours, gradients, reference, tokens=TOKENS):
 
 
 # One of each kind: patterns, magnitudes, biases, tokens, whole modules; the others are among the long tests.
-SHORT = ["DoRA, rsLoRA, patterns", "biases of some", "tokens of both, int8", "embedding, tied", "some layers"]
+SHORT = ["DoRA, rsLoRA, patterns", "biases of some", "tokens of both, int8", "int4", "embedding, tied", "some layers"]
 
 
 @pytest.mark.parametrize("option", mostly_long(SHORT, OPTIONS))

@@ -157,6 +157,14 @@ def test_the_count_is_that_of_the_arrays(tiny_models, family, given):
     assert (found.frozen, found.trained) == (nbytes(frozen), 4 * nbytes(model.abstract_params()))
 
 
+def test_the_count_of_an_int4_base(tiny_models):
+    """Groups of the tiny model are smaller than 64 where its heads are, and so are a few of its scales."""
+    base, lora = BaseCheckpoint.open(tiny_models["llama"]), LoraConfig(r=4)
+    model = build(base.config, lora, make_mesh(devices=jax.devices()[:1]), "float32", quantize="int4")
+    frozen = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.abstract_frozen(np.dtype("f4"))))
+    assert state_bytes(base, lora, "float32", "int4").frozen == pytest.approx(frozen, rel=0.03)
+
+
 def test_what_a_base_holds_and_a_model_does_not():
     """A copy of a tied head, layers beyond config.json's; and experts in MXFP4, held as two bfloat16 for each byte."""
     base, lora = headers("SmolLM2-135M"), LoraConfig(r=1)

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions
 from kithara_ray.model.weights import slots
-from kithara_ray.model.weights.quantized import Int8, floats, in_floats
+from kithara_ray.model.weights.quantized import Quantized, floats, in_floats
 from kithara_ray.model.weights.slots import Slot
 from kithara_ray.sharding.agree import check_copies
 from kithara_ray.sharding.gather import Shard, local_shards
@@ -37,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 AdapterSlot = layers.FactorSlot | base_weights.BaseSlot
 Factors = dict[str, jax.Array]
-Frozen = list[jax.Array | Int8]
-Abstract = jax.ShapeDtypeStruct | Int8  # an array without values
+Frozen = list[jax.Array | Quantized]
+Abstract = jax.ShapeDtypeStruct | Quantized  # an array without values
 # The factors; for a model that trains its weights, the weights by their slots' `key`.
 Params = dict[str, jax.Array]
 
@@ -111,7 +110,7 @@ class ModelArrays:
         return made
 
     def weight_sharding(self, slot: Slot) -> NamedSharding:
-        return weight_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked), prefer=slot.split_first)
+        return weight_sharding(self.mesh, slot.shape, int(slot.stacked), slot.split_first, slot.parts)
 
     def factor_sharding(self, slot: layers.FactorSlot) -> NamedSharding:
         return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))
@@ -147,11 +146,15 @@ class ModelArrays:
 
     def _abstract(self, slot: Slot, dtype: np.dtype) -> Abstract:
         split = self.weight_sharding(slot)
-        if slot.contracted is None:
+        if slot.storage is None:
             return jax.ShapeDtypeStruct(slot.shape, dtype, sharding=split)
-        values: Any = jax.ShapeDtypeStruct(slot.shape, jnp.int8, sharding=split)
-        scales: Any = jax.ShapeDtypeStruct(slot.scales_shape, jnp.float32, sharding=slot.scales_sharding(split))
-        return Int8(values, scales)
+        parts = zip(
+            (slot.storage.values(slot.shape), slot.storage.scales(slot.shape)),
+            (split, slot.scales_sharding(split)),
+            strict=True,
+        )
+        values, scales = (jax.ShapeDtypeStruct(*part, sharding=sharding) for part, sharding in parts)
+        return slot.quantized(values, scales)
 
     def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The trained arrays without values."""
@@ -160,7 +163,7 @@ class ModelArrays:
             assert dtype is not None  # trained weights have a dtype of their own
             params = {}
             for slot, array in zip(self.slots, self.abstract_frozen(dtype), strict=True):
-                assert isinstance(array, jax.ShapeDtypeStruct)  # trained weights are never int8
+                assert isinstance(array, jax.ShapeDtypeStruct)  # trained weights are never quantised
                 params[slot.key] = array
             return params
         return {
@@ -181,10 +184,10 @@ class ModelArrays:
     def _stored_as(self, slot: Slot, dtype: np.dtype) -> None:
         """Set the variables of a slot to the dtype of its array, because Keras casts a bound value to that dtype.
 
-        Arrays stored as int8 become floats in the precision of the products.
+        Arrays stored as integers become floats in the precision of the products.
         """
         floats = "float32" if self.precision == "float32" else "bfloat16"
-        stored = keras.backend.standardize_dtype(dtype if slot.contracted is None else floats)
+        stored = keras.backend.standardize_dtype(dtype if slot.storage is None else floats)
         for port in slot.ports:
             keras_compat.set_dtype(port.variable, stored)
 
@@ -203,11 +206,11 @@ class ModelArrays:
         started = time.monotonic()
         frozen = []
         for slot in self.slots:
-            if slot.contracted is None:
+            if slot.storage is None:
                 array = slots.load_sharded(base, slot, self.weight_sharding(slot), dtype)
                 self._stored_as(slot, array.dtype)
             else:
-                array = slots.load_int8(base, slot, self.weight_sharding(slot))
+                array = slots.load_quantized(base, slot, self.weight_sharding(slot))
                 self._stored_as(slot, np.dtype(np.int8))
             frozen.append(array)
         self._store_trained()
@@ -225,7 +228,7 @@ class ModelArrays:
         named = {}
         for slot, array in zip(self.slots, frozen, strict=True):
             name = slot.ports[0].hf_name
-            if isinstance(array, Int8):
+            if isinstance(array, Quantized):
                 named |= {name: array.values, f"{name} (scales)": array.scales}
             else:
                 named[name] = array

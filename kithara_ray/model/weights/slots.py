@@ -22,7 +22,7 @@ from kithara_ray.model.blocks.stack import Chain
 from kithara_ray.model.families.ports import Port, holding
 from kithara_ray.model.families.tensors import check_tensors
 from kithara_ray.model.identity import IdentityMap, IdentitySet
-from kithara_ray.model.weights.quantized import Int8, floats, int8_of
+from kithara_ray.model.weights.quantized import Quantized, Storage, floats
 from kithara_ray.sharding.mesh import from_parts
 
 
@@ -36,13 +36,13 @@ class Slot:
         split_first: dims that the mesh splits before the largest one; the first that divides is split. They are an
             embedding's vocabulary, the experts, or a kernel's dims that are the file's rows, so that a host reads
             contiguous stretches of the file.
-        contracted: the dims that a linear layer contracts, if its kernel is held as int8; None holds floats.
+        storage: how a linear layer's kernel is held as integers; None holds floats.
     """
 
     ports: tuple[Port, ...]
     stacked: bool
     split_first: tuple[int, ...] = ()
-    contracted: tuple[int, ...] | None = None
+    storage: Storage | None = None
 
     @property
     def key(self) -> str:
@@ -58,58 +58,68 @@ class Slot:
         names = [piece.hf_name for port in self.ports for piece in port.pieces]
         return holding([dtypes.get(name, np.dtype(jnp.bfloat16)) for name in names])
 
-    def split(self, array: jax.Array | Int8) -> list[tuple[Port, jax.Array]]:
+    def split(self, array: jax.Array | Quantized) -> list[tuple[Port, jax.Array]]:
         """Pair each port with its own value, in floats."""
         steps = [array[step] for step in range(len(self.ports))] if self.stacked else [array]
         return [(port, floats(step, port.variable.dtype)) for port, step in zip(self.ports, steps, strict=True)]
 
-    @property
-    def int8_dims(self) -> tuple[int, ...]:
-        """`contracted` of a kernel that is held as int8."""
-        assert self.contracted is not None
-        return self.contracted
+    def quantized(self, values: Any, scales: Any) -> Quantized:
+        """The array made of these values and scales, which may be abstract."""
+        assert self.storage is not None
+        grouped = self.storage.grouped
+        dim = None if grouped is None else grouped - len(self.shape)
+        return Quantized(values, scales, self.storage.kind, dim)
 
     @property
-    def scales_shape(self) -> tuple[int, ...]:
-        """Shape of an int8 array's scales: one scale for each output channel."""
-        return tuple(1 if dim in self.int8_dims else size for dim, size in enumerate(self.shape))
+    def parts(self) -> tuple[int, ...]:
+        """For each dim, the number of parts that it may be cut into: four-bit weights of a group stay on one device."""
+        in_groups = self.storage is not None and self.storage.grouped is not None
+        return self.storage.scales(self.shape)[0] if in_groups else self.shape
 
     def scales_sharding(self, sharding: NamedSharding) -> NamedSharding:
-        """Split the scales as their channels are split."""
+        """Split the scales as their channels or groups are split."""
+        assert self.storage is not None
+        shape = self.storage.scales(self.shape)[0]
         spec = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
-        split = [None if dim in self.int8_dims else axes for dim, axes in enumerate(spec)]
+        split = [None if size == 1 else axes for size, axes in zip(shape, spec, strict=True)]
         return NamedSharding(sharding.mesh, PartitionSpec(*split))
 
 
 def slots(
-    backbone: keras.Model, ports: Sequence[Port], chain: Chain | None, int8_kernels: Collection[keras.Variable] = ()
+    backbone: keras.Model,
+    ports: Sequence[Port],
+    chain: Chain | None,
+    quantize: str | None = None,
+    kernels: Collection[keras.Variable] = (),
 ) -> list[Slot]:
     """List the arrays of a model's weights: its ports, with those of the chain's scanned blocks stacked by step.
 
     Args:
-        int8_kernels: the kernels to hold as int8.
+        quantize: "int8", "int4" or "nf4" holds the `kernels` so.
+        kernels: kernels of linear layers.
     """
     port_of = IdentityMap((port.variable, port) for port in ports)
     linear = [layer for layer in keras_compat.all_layers(backbone) if _is_linear(layer)]
     rows = IdentityMap((layer.kernel, _produced_dims(layer)) for layer in linear)
     peers = chain.peers() if chain is not None else IdentityMap()
-    as_int8 = IdentitySet(int8_kernels)
+    as_integers = IdentitySet(kernels if quantize else ())
 
     def split_first(port: Port) -> tuple[int, ...]:
         return _vocabulary_dim(port) or port.tiled_dims or rows.get(port.variable, ())
 
-    def contracted(port: Port, before: int) -> tuple[int, ...] | None:
-        if port.variable not in as_int8:
+    def storage(port: Port, before: int) -> Storage | None:
+        if quantize is None or port.variable not in as_integers:
             return None
-        return tuple(dim + before for dim in range(len(port.shape)) if dim not in rows[port.variable])
+        dims = tuple(dim + before for dim in range(len(port.shape)) if dim not in rows[port.variable])
+        return Storage(quantize, dims)
 
     made = []
     for port in ports:
         group = tuple(port_of[peer] for peer in peers.get(port.variable, ()))
         if not group:
-            made.append(Slot((port,), False, split_first(port), contracted(port, 0)))
+            made.append(Slot((port,), False, split_first(port), storage(port, 0)))
         elif group[0] is port:
-            made.append(Slot(group, True, tuple(dim + 1 for dim in split_first(port)), contracted(port, 1)))
+            made.append(Slot(group, True, tuple(dim + 1 for dim in split_first(port)), storage(port, 1)))
     return made
 
 
@@ -153,39 +163,59 @@ def load_sharded(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding, dtyp
     return array
 
 
-def load_int8(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Int8:
-    """Load one kernel, or the same kernel of every step, as int8.
+def load_quantized(base: BaseCheckpoint, slot: Slot, sharding: NamedSharding) -> Quantized:
+    """Load one kernel, or the same kernel of every step, as integers.
 
-    This process reads the channels that its devices own a part of. It quantises one matrix at a time, so no float32
-    copy exceeds one matrix's part.
+    This process reads the channels or the groups that its devices own a part of. It quantises one matrix at a time, so
+    no float32 copy exceeds one matrix's part.
     """
+    storage = slot.storage
+    assert storage is not None
     views: list[Any] = [port.view(base) for port in slot.ports]
     before = int(slot.stacked)
-    dims = tuple(dim - before for dim in slot.int8_dims)
+    group = None if storage.grouped is None else storage.group_in(slot.shape)
+    of_one = storage.after(-before)
     scales_of: dict[tuple, np.ndarray] = {}
 
-    def quantised(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Quantise some channels, whole in the contracted dims."""
-        whole = tuple(slice(None) if dim in dims else part for dim, part in enumerate(index[before:]))
-        made = [int8_of(view[whole], dims) for view in (views[index[0]] if slot.stacked else views)]
+    def read_from(index: tuple[slice, ...], of_index: int) -> tuple[tuple[int, int], ...]:
+        """The elements of the kernel that a part of the values or scales needs, as bounds.
+
+        Args:
+            of_index: number of the kernel's elements for one of the index, along the grouped dim.
+        """
+        bounds = []
+        for dim, (part, size) in enumerate(zip(index, slot.shape, strict=True)):
+            if group is None and dim in storage.contracted:
+                bounds.append((0, size))
+            elif dim == storage.grouped:
+                first, last, _ = part.indices(size // of_index)
+                bounds.append((first * of_index, last * of_index))
+            else:
+                bounds.append(part.indices(size)[:2])
+        return tuple(bounds)
+
+    def quantised(bounds: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
+        index = tuple(slice(*ends) for ends in bounds)
+        chosen = views[index[0]] if slot.stacked else views
+        made = [of_one.quantise(view[index[before:]], group) for view in chosen]
         values, scales = (np.stack(arrays) if slot.stacked else arrays[0] for arrays in zip(*made, strict=True))
         return values, scales
 
     def read_values(index: tuple[slice, ...]) -> np.ndarray:
-        values, scales_of[_channels(index)] = quantised(index)
-        return values[tuple(part if dim in slot.int8_dims else slice(None) for dim, part in enumerate(index))]
+        bounds = read_from(index, 2)
+        values, scales_of[bounds] = quantised(bounds)
+        if group is not None:
+            return values
+        return values[tuple(part if dim in storage.contracted else slice(None) for dim, part in enumerate(index))]
 
     def read_scales(index: tuple[slice, ...]) -> np.ndarray:
-        return scales_of[_channels(index)] if _channels(index) in scales_of else quantised(index)[1]
+        bounds = read_from(index, group or 1)
+        return scales_of[bounds] if bounds in scales_of else quantised(bounds)[1]
 
-    def _channels(index: tuple[slice, ...]) -> tuple:
-        sizes = enumerate(zip(index, slot.shape, strict=True))
-        return tuple(part.indices(size)[:2] for dim, (part, size) in sizes if dim not in slot.int8_dims)
-
-    values = from_parts(slot.shape, sharding, read_values)
-    scales = from_parts(slot.scales_shape, slot.scales_sharding(sharding), read_scales)
+    values = from_parts(storage.values(slot.shape)[0], sharding, read_values)
+    scales = from_parts(storage.scales(slot.shape)[0], slot.scales_sharding(sharding), read_scales)
     base.forget_pages()
-    return Int8(values, scales)
+    return slot.quantized(values, scales)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -27,7 +27,7 @@ class ModelRequest:
         weights_handle: location that training reads weights from: the base, or weights that an earlier run trained.
         lora: LoRA settings; None trains all weights.
         precision: Keras dtype policy.
-        quantize: storage of the frozen kernels: "int8", or None for the base's dtype.
+        quantize: storage of the frozen kernels: "int8", "int4", "nf4", or None for the base's dtype.
         starts_from_adapter: True if training continues an adapter; otherwise it starts from PEFT's initial factors.
     """
 

@@ -24,7 +24,7 @@ class ModelSpec:
         base: handle or directory of the base checkpoint, or of weights from an earlier training.
         lora: LoRA settings; None trains all weights.
         precision: Keras dtype policy.
-        quantize: storage of the frozen kernels: "int8", or None for the base's dtype.
+        quantize: storage of the frozen kernels: "int8", "int4", "nf4", or None for the base's dtype.
         adapter: tensors by name to continue from; None starts from PEFT's initial factors.
     """
 
