@@ -20,6 +20,7 @@ from kithara_ray.hf.exports.export import Layout, export
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.resizing.tables import resized
 from kithara_ray.model.causal_lm import build
+from kithara_ray.model.weights.quantized import NF4
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train.step import loss_and_gradients
@@ -79,7 +80,7 @@ OPTIONS = {
     ),
     "added tokens, factors": ("llama", dict(resize_token_embeddings=ROWS)),
     "DoRA on int8": ("gemma2", dict(quantize="int8", use_dora=True, lora_alpha=5)),
-    "DoRA on int4": ("gemma2", dict(quantize="int4", use_dora=True, lora_alpha=5)),
+    "DoRA on nf4": ("gemma2", dict(quantize="nf4", use_dora=True, lora_alpha=5)),
 }
 BEGUN = [
     ("qwen2", dict(bias="all")),
@@ -150,15 +151,18 @@ def step_of_torch(model, tokens):
 
 
 def rounded(weight, kind, width):
-    """Round a weight (rows, columns) by plain torch, int4 in groups that divide each `width` columns."""
+    """Round a weight (rows, columns) by plain torch, to four bits in groups that divide each `width` columns."""
     if kind == "int8":
         scale = weight.abs().amax(dim=1, keepdim=True) / 127
         return (weight / scale).round() * scale
     group = max(size for size in range(2, 65, 2) if width % size == 0)
     groups = weight.reshape(-1, group)
     largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
-    scale = (largest / -8).bfloat16().float()
-    return ((groups / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
+    if kind == "int4":
+        scale = (largest / -8).bfloat16().float()
+        return ((groups / scale).round().clamp(-8, 7) * scale).reshape(weight.shape)
+    scale, levels = largest.abs().bfloat16().float(), torch.tensor(NF4)
+    return (levels[((groups / scale)[..., None] - levels).abs().argmin(-1)] * scale).reshape(weight.shape)
 
 
 def quantise(model, kind):

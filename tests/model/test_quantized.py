@@ -3,6 +3,7 @@ computes and trains as PEFT does on the same weights in floats.
 """
 
 import re
+from statistics import NormalDist
 
 import jax
 import ml_dtypes
@@ -54,6 +55,13 @@ def test_four_bits_are_off_by_what_is_known_of_normal_weights(kind, error):
     assert not made[1, 64:, 2].any()
     assert scales[1, 1, 2] == 1
     assert np.unique(np.concatenate([values & 15, values >> 4])).size == 16
+
+
+def test_the_levels_of_nf4_are_quantiles_of_the_normal_distribution():
+    """Eight above zero and seven below, from equal steps of probability; QLoRA chose where the steps end."""
+    quantiles = lambda count: [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, count)[:-1]]  # noqa: E731
+    levels = np.sort([*quantiles(9), 0.0, *(-level for level in quantiles(8))])
+    np.testing.assert_allclose(NF4, levels / levels.max(), atol=1e-6)
 
 
 def test_a_row_of_odd_width_has_no_pairs():
