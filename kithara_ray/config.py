@@ -60,6 +60,7 @@ ModelSection = section_of(
     # `Sequence` would accept a text as its letters.
     given_types={
         "target_modules": str | list[str],
+        "target_parameters": list[str] | None,
         "init_lora_weights": bool | str,
         "exclude_modules": str | list[str] | None,
         "layers_to_transform": int | list[int] | None,

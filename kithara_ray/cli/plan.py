@@ -11,9 +11,11 @@ from kithara_ray import config as configuration
 from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import LoraConfig
+from kithara_ray.model.families.tensors import expected_tensors
+from kithara_ray.model.lora.targets import all_linear, linear
 from kithara_ray.plan import Plan, plan, slice_of
 from kithara_ray.plan.chips import slice_of_topology
-from kithara_ray.plan.planner import LINEAR_MODULES
+from kithara_ray.plan.planner import config_of
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.shape import MeshShape
 
@@ -21,7 +23,7 @@ _LORA = (
     *("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
     *("bias", "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
-    "resize_token_embeddings",
+    *("resize_token_embeddings", "target_parameters"),
 )
 
 
@@ -128,9 +130,10 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
         raise ConfigError("plan: model.adapter has its own LoRA settings; give lora_rank and target_modules instead")
     if model.get("lora_rank") is None:
         raise UnsupportedError("plan: a run that trains all weights is not planned; give model.lora_rank")
+    base_config, _ = config_of(model["preset_handle"])
     lora = LoraConfig(
         r=model["lora_rank"],
-        target_modules=_targets(model.get("target_modules", LoraConfig.target_modules)),
+        target_modules=_targets(model.get("target_modules", LoraConfig.target_modules), base_config),
         **{name: model[name] for name in _LORA if model.get(name) is not None},
     )
     trainer = given.trainer.given()
@@ -146,12 +149,14 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     return model["preset_handle"], given.train_dataloader.per_device_batch_size, settings
 
 
-def _targets(given: str | Sequence[str]) -> str | tuple[str, ...]:
-    """As `model.targets.targets_of`, for a base without its tensors."""
+def _targets(given: str | Sequence[str], config: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """As `model.lora.targets.targets_of`, for a base without its tensors."""
     if not isinstance(given, str):
         return tuple(given)
     if given.lower() == ALL_LINEAR:
-        return LINEAR_MODULES
+        tensors = expected_tensors(config) or {}
+        matrices = [name for name, dims in tensors.items() if name.endswith(".weight") and len(dims) == 2]
+        return all_linear(linear((name.removesuffix(".weight") for name in matrices), config), config)
     return (given,) if re.fullmatch(r"[\w.]+", given) else given
 
 

@@ -16,7 +16,16 @@ import numpy as np
 from kithara_ray.errors import AdapterError, CheckpointError, ConfigError, UnsupportedError
 from kithara_ray.hf import beside
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
-from kithara_ray.hf.facts.stored import is_of_experts
+from kithara_ray.hf.facts.experts import (
+    from_file,
+    in_file,
+    is_of_no_layer,
+    is_parameter,
+    module_of,
+    parameters_in,
+    parameters_of,
+    targets_of,
+)
 from kithara_ray.hf.identity import FINGERPRINT, UNKNOWN, BaseIdentity, read_identity
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.names import (
@@ -47,33 +56,17 @@ DTYPES = ("F32", "BF16", "F16")
 
 
 def target_modules_of(config: LoraConfig, base: BaseCheckpoint) -> tuple[str, ...]:
-    """Return the modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets.
+    """Return the modules `<m>` of the base, sorted, whose tensor `<m>.weight` the config targets, and its parameters.
 
     Skip tensors that transformers does not compute with, and experts that it holds in one parameter: PEFT finds no
     module there.
     """
     config_json, weights = base.config, (name for name in base.names if name.endswith(WEIGHT_SUFFIX))
     used = (n for n in weights if why_unused(config_json, n) is None and not is_beyond(config_json, n))
-    modules = (n.removesuffix(WEIGHT_SUFFIX) for n in used if not is_of_experts(config_json, n))
-    return tuple(module for module in modules if config.matches(module))
-
-
-@dataclass(frozen=True)
-class Change:
-    """The change that a merge makes to one tensor of the base.
-
-    Attributes:
-        module: the module whose factors the merge adds, if any.
-        value: the values that replace the tensor, or only its `rows`.
-        rows: the rows that `value` replaces; None means all.
-        added: the array that the merge adds to a bias, multiplied by `scale`.
-    """
-
-    module: str | None = None
-    value: np.ndarray | None = None
-    rows: tuple[int, ...] | None = None
-    added: np.ndarray | None = None
-    scale: float = 1.0
+    modules = {module_of(n) for n in used if not is_of_no_layer(config_json, n)}
+    if config.target_parameters:
+        modules |= {name.removesuffix(WEIGHT_SUFFIX) for name in parameters_of(base)}
+    return tuple(sorted(module for module in modules if config.matches(module)))
 
 
 @dataclass
@@ -179,30 +172,14 @@ class Adapter:
 
     def of_tensors(self, tensors: Collection[str]) -> "Adapter | None":
         """Return the part of the adapter that changes these tensors of the base; None if no part does."""
-        part = self.only(m for m in self.modules if m + WEIGHT_SUFFIX in tensors)
+        adapted = {target for name in tensors for target in targets_of(name)}
+        part = self.only(m for m in self.modules if m in adapted)
         # A module's bias and weight may lie in different files.
         part.tensors = {name: array for name, array in part.tensors.items() if not name.endswith(BIAS_SUFFIX)}
         biased = [m for m in self.modules if self.config.lora_bias and m + beside.BIAS in tensors]
         part.tensors |= {m + BIAS_SUFFIX: self.b_bias(m) for m in biased}
         part.tensors |= {name: array for name, array in self.beside.items() if beside.tensor_of(name) in tensors}
         return part if part.tensors else None
-
-    @property
-    def changes(self) -> dict[str, "Change"]:
-        """Map each tensor of the base that a merge changes to its change.
-
-        A part of an adapter maps only the tensors that the part changes.
-        """
-        made = {m + WEIGHT_SUFFIX: Change(module=m) for m in self.modules if m + A_SUFFIX in self.tensors}
-        for name, array in self.beside.items():
-            made[beside.tensor_of(name)] = Change(value=array, rows=beside.rows_of(self.config, name))
-        for module in self.modules if self.config.lora_bias else ():
-            if (added := self.tensors.get(module + BIAS_SUFFIX)) is not None:
-                name = module + beside.BIAS
-                made[name] = dataclasses.replace(
-                    made.get(name, Change()), added=added, scale=self.config.scale_of(module)
-                )
-        return made
 
     def cast(self, dtype: np.dtype) -> "Adapter":
         return dataclasses.replace(self, tensors={name: array.astype(dtype) for name, array in self.tensors.items()})
@@ -212,8 +189,16 @@ class Adapter:
         if not base.has_weights:
             raise CheckpointError(f"{base.directory}: opened without weights; an adapter is checked against tensors")
         self.validate_alone()
+        parameters = parameters_of(base) if self.config.target_parameters else {}
         for module in self.modules:
             weight = module + WEIGHT_SUFFIX
+            if (name := self.config.parameter_of(module)) in parameters:
+                found = parameters[name]
+                a_shape, b_shape = found.factors(self.config.rank_of(module))
+                whole = (found.experts, found.out_dim, found.in_dim)
+                self._expect_shape(module + A_SUFFIX, a_shape, name, whole)
+                self._expect_shape(module + B_SUFFIX, b_shape, name, whole)
+                continue
             if weight not in base.tensors:
                 why = why_absent(module, base.names, base.config)
                 raise AdapterError(f"{module}: the base at {base.directory} has no tensor {weight!r}; {why}")
@@ -274,8 +259,13 @@ class Adapter:
                 if suffix not in there:
                     raise AdapterError(f"{module}{suffix} is missing, but {module}{there[0]} is present")
             if not self.config.matches(module):
-                raise AdapterError(f"{module}: not a target of target_modules={self.config.target_modules!r}")
+                told = f"target_modules={self.config.target_modules!r}"
+                if self.config.target_parameters:
+                    told += f" and target_parameters={self.config.target_parameters!r}"
+                raise AdapterError(f"{module}: not a target of {told}")
             rank, rank_a, rank_b = self.config.rank_of(module), self.a(module).shape[0], self.b(module).shape[1]
+            if is_parameter(module) and rank_a % rank == 0:
+                rank = max(rank, rank_a)  # of all experts
             if (rank_a, rank_b) != (rank, rank):
                 raise AdapterError(f"{module}: expected rank {rank}, found {rank_a} in lora_A and {rank_b} in lora_B")
 
@@ -300,7 +290,7 @@ class Adapter:
         self.validate_alone()
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        written = beside.with_copies(self.config, self.tensors)
+        written = beside.with_copies(self.config, self._in_file())
         arrays = {PEFT_PREFIX + name: array for name, array in {**written, **tables}.items()}
         metadata = {"format": "pt"} | ({FINGERPRINT: fingerprint} if fingerprint else {})
         write_arrays(directory / ADAPTER_WEIGHTS, arrays, metadata)
@@ -308,6 +298,12 @@ class Adapter:
         peft_config = self.config.to_peft(base_model_name_or_path, self.modules, revision)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(peft_config, indent=2, sort_keys=True) + "\n")
         log.info("wrote adapter: modules=%d parameters=%d directory=%s", len(self.modules), self.parameters, directory)
+
+    def _in_file(self) -> dict[str, np.ndarray]:
+        """Return the tensors by the names that PEFT gives them in a file."""
+        modules = {module: in_file(module, self.modules) for module in self.modules if is_parameter(module)}
+        renamed = {m + suffix: to + suffix for m, to in modules.items() for suffix in self.suffixes}
+        return {renamed.get(name, name): array for name, array in self.tensors.items()}
 
     @classmethod
     def read(cls, directory: str | Path) -> "Adapter":
@@ -322,7 +318,8 @@ class Adapter:
             infos, metadata = read_header(weights_path)
         except CheckpointError as error:
             raise AdapterError(str(error)) from error
-        named = {short: infos[name] for name, short in adapter_names(infos, str(weights_path)).items()}
+        shorts = _with_parameters(config, adapter_names(infos, str(weights_path)))
+        named = {short: infos[name] for name, short in shorts.items()}
         trained, tables = separate(config, named)
         tensors = {name: read_array(info) for name, info in trained.items()}
         trained_on = read_identity(directory, peft_config, metadata)
@@ -353,6 +350,16 @@ def _what_is_there(directory: Path) -> str:
         return f"{ADAPTER_CONFIG} is missing. It is a whole model, not an adapter; give a PEFT adapter directory"
     missing = ADAPTER_CONFIG if not (directory / ADAPTER_CONFIG).is_file() else ADAPTER_WEIGHTS
     return f"{missing} is missing; give a PEFT adapter directory"
+
+
+def _with_parameters(config: LoraConfig, shorts: Mapping[str, str]) -> dict[str, str]:
+    """Map names in a file to names here, where a parameter of experts has its own name and not that of its module."""
+    made = {}
+    for name, short in shorts.items():
+        module = _module_of(short)
+        targets = [parameter for parameter in parameters_in(module) if config.parameter_of(parameter) is not None]
+        made[name] = from_file(module, targets) + short.removeprefix(module)
+    return made
 
 
 def _module_of(name: str) -> str:

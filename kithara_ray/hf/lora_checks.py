@@ -15,7 +15,10 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def checked_targets(targets: object) -> tuple[str, ...] | str:
+def checked_targets(targets: object, optional: bool = False) -> tuple[str, ...] | str:
+    """Check the modules to adapt; with `optional` there may be none."""
+    if optional and targets is not None and not isinstance(targets, str) and not targets:
+        return ()
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         raise ConfigError(f'target_modules: spell out the modules that "{ALL_LINEAR}" stands for')
     return checked_names("target_modules", targets)
@@ -30,6 +33,18 @@ def checked_names(field: str, given: object) -> tuple[str, ...] | str:
     if not entries or not all(isinstance(entry, str) and entry for entry in entries):
         raise ConfigError(f"{field} must name at least one module, got {given!r}")
     return entries
+
+
+def checked_parameters(given: object) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    entries: tuple[Any, ...] = tuple(given) if isinstance(given, list | tuple | set | frozenset) else (None,)
+    if not all(isinstance(entry, str) and entry for entry in entries):
+        raise ConfigError(
+            f'target_parameters must be a list of names such as "mlp.experts.gate_up_proj", got {given!r}; PEFT takes '
+            "no regular expression here"
+        )
+    return tuple(sorted(entries)) if isinstance(given, set | frozenset) else entries
 
 
 def checked_exclusions(given: object) -> tuple[str, ...] | str | None:

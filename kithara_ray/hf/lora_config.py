@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.hf.facts.experts import is_parameter
 from kithara_ray.hf.lora_checks import (
     EMBEDDING,
     check_alpha,
@@ -16,6 +17,7 @@ from kithara_ray.hf.lora_checks import (
     checked_layer_patterns,
     checked_layers,
     checked_modules,
+    checked_parameters,
     checked_patterns,
     checked_rows,
     checked_targets,
@@ -68,7 +70,7 @@ _NEUTRAL = frozenset(
 )
 _HONOURED = frozenset(
     {"alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern"}
-    | {"target_modules", "task_type", "use_dora", "use_rslora"}
+    | {"target_modules", "target_parameters", "task_type", "use_dora", "use_rslora"}
     | {"exclude_modules", "layers_pattern", "layers_to_transform"}
     | {"bias", "ensure_weight_tying", "lora_bias", "modules_to_save", "trainable_token_indices"}
 )
@@ -80,9 +82,12 @@ class LoraConfig:
 
     r: rank of every module that rank_pattern does not name.
     target_modules: a module is a target when its name equals an entry or ends with "." + entry; or one string, a
-        regular expression that matches the whole name.
+        regular expression that matches the whole name. It may be empty if there are target_parameters.
+    target_parameters: parameters of a mixture of experts, by their names' ends ("mlp.experts.down_proj"). Neither
+        exclude_modules nor layers_to_transform applies to them, as in PEFT.
     use_dora: the update turns each row of the weight, and a trained vector gives the rows' lengths (arXiv:2402.09353).
-    rank_pattern, alpha_pattern: regular expression -> value, matched as PEFT does against the end of the module name.
+    rank_pattern, alpha_pattern: regular expression -> value, matched as PEFT does against the end of the name of the
+        module or parameter.
     exclude_modules: modules that are not targets, in the form of target_modules; None excludes nothing.
     layers_to_transform: numbers of the blocks to adapt; None adapts all. A target given by its full name is adapted
         whatever its number, as in PEFT.
@@ -118,6 +123,7 @@ class LoraConfig:
     ensure_weight_tying: bool = False
     resize_token_embeddings: int | None = None
     added_rows: AddedRows | None = None
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_rank("lora_rank", self.r)
@@ -134,7 +140,10 @@ class LoraConfig:
                 f"init_lora_weights={self.init_lora_weights!r} is not supported; use one of {INITIALISATIONS}, "
                 "or let PEFT make the adapter and give adapter="
             )
-        object.__setattr__(self, "target_modules", checked_targets(self.target_modules))
+        object.__setattr__(self, "target_parameters", checked_parameters(self.target_parameters))
+        self._check_parameters()
+        optional = bool(self.target_parameters)
+        object.__setattr__(self, "target_modules", checked_targets(self.target_modules, optional))
         object.__setattr__(self, "exclude_modules", checked_exclusions(self.exclude_modules))
         # PEFT treats an empty list of layers as none, and ignores its pattern.
         pattern = None if self.layers_to_transform in ([], ()) else self.layers_pattern
@@ -147,6 +156,17 @@ class LoraConfig:
         object.__setattr__(self, "resize_token_embeddings", checked_rows(self.resize_token_embeddings))
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+
+    def _check_parameters(self) -> None:
+        """Refuse options that PEFT's wrapper of a parameter does not have."""
+        off = {"lora_dropout": 0, "use_dora": False, "lora_bias": False, "bias": "none"}
+        wrong = next((name for name, value in off.items() if getattr(self, name) != value), None)
+        if self.target_parameters and wrong is not None:
+            raise ConfigError(
+                f"{wrong}={getattr(self, wrong)!r} cannot be combined with the parameters "
+                f"{', '.join(self.target_parameters)}: PEFT adapts these without dropout, DoRA and biases. Leave out "
+                f"{wrong}, or list target_modules other than experts and router"
+            )
 
     def _check_layers(self) -> None:
         """Apply the rules of peft.LoraConfig between these fields."""
@@ -174,10 +194,13 @@ class LoraConfig:
     def recorded(self) -> dict[str, Any]:
         """Return the fields as plain data; `added_rows` is a digest of the values.
 
-        Without rows for added tokens the two fields about them are left out: earlier runs have not recorded them.
+        Without rows for added tokens the two fields about them are left out, and without target_parameters that field:
+        earlier runs have not recorded them.
         """
         made = dataclasses.asdict(dataclasses.replace(self, added_rows=None))
         added = {"resize_token_embeddings": made.pop("resize_token_embeddings"), "added_rows": made.pop("added_rows")}
+        if not self.target_parameters:
+            made.pop("target_parameters")
         if self.added_rows:
             added["added_rows"] = self.added_rows.digest
         return made | added if self.is_resized else made
@@ -203,10 +226,17 @@ class LoraConfig:
         return self.r if self.lora_alpha is None else self.lora_alpha
 
     def rank_of(self, module: str) -> int:
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+        name = self.parameter_of(module) or module
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, name), self.r)
 
     def alpha_of(self, module: str) -> float:
-        return self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        name = self.parameter_of(module) or module
+        return self.alpha_pattern.get(_pattern_key(self.alpha_pattern, name), self.alpha)
+
+    def parameter_of(self, module: str) -> str | None:
+        """Return the parameter that target_parameters selects: a module's weight, or a given parameter of experts."""
+        name = module if is_parameter(module) else f"{module}.weight"
+        return name if is_named(self.target_parameters, name) else None
 
     def scale_of(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA: the factor before B @ A."""
@@ -214,7 +244,9 @@ class LoraConfig:
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def matches(self, module: str) -> bool:
-        """Decide as peft.tuners.tuners_utils.check_target_module_exists does."""
+        """Decide as peft.tuners.tuners_utils.check_target_module_exists does, and for parameters as its injection."""
+        if self.parameter_of(module) is not None or is_parameter(module):
+            return self.parameter_of(module) is not None
         if self.exclude_modules is not None and is_named(self.exclude_modules, module):
             return False
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
@@ -241,7 +273,8 @@ class LoraConfig:
         """
         targets = self.target_modules
         if not isinstance(targets, str):
-            used = [t for t in targets if found is None or any(m == t or m.endswith(f".{t}") for m in found)]
+            modules = None if found is None else [m for m in found if self.parameter_of(m) is None]
+            used = [t for t in targets if modules is None or any(is_named((t,), m) for m in modules)]
             targets = sorted(set(used))
         return {
             "alpha_pattern": {key: _plain(alpha) for key, alpha in self.alpha_pattern.items()},
@@ -264,7 +297,7 @@ class LoraConfig:
             "rank_pattern": dict(self.rank_pattern),
             "revision": revision,
             "target_modules": targets,
-            "target_parameters": None,
+            "target_parameters": sorted(set(self.target_parameters)) or None,
             "task_type": "CAUSAL_LM",
             "trainable_token_indices": self._tokens_as_json(),
             "use_dora": self.use_dora,
@@ -290,6 +323,8 @@ class LoraConfig:
                     "merge such an adapter with PEFT, or train without it"
                 )
         targets = peft_config.get("target_modules")
+        if targets is None and peft_config.get("target_parameters"):
+            targets = ()
         if not isinstance(targets, list | tuple | set | frozenset | str):
             raise UnsupportedError(
                 f"adapter_config.json: target_modules={targets!r} is not supported; write the module names as a list"
@@ -310,6 +345,7 @@ class LoraConfig:
             modules_to_save=peft_config.get("modules_to_save") or (),
             trainable_token_indices=_or_none(peft_config.get("trainable_token_indices")),
             ensure_weight_tying=bool(peft_config.get("ensure_weight_tying", False)),
+            target_parameters=peft_config.get("target_parameters") or (),
         )
 
 

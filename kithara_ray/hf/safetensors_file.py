@@ -9,7 +9,7 @@ cover the data section without holes or overlaps, names MUST be unique, `__metad
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -54,6 +54,13 @@ class TensorInfo:
     @property
     def numpy_dtype(self) -> np.dtype:
         return NUMPY_DTYPES[self.dtype]
+
+    def matrix(self, number: int) -> "TensorInfo":
+        """Return the place of one matrix of a tensor of three dims; a tensor of fewer dims is one matrix."""
+        if len(self.shape) < 3:
+            return self
+        nbytes = self.nbytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], offset=self.offset + number * nbytes, nbytes=nbytes)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -10,6 +10,7 @@ all weights. `frozen` holds the weights, or nothing if `params` does.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,12 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.tower import text_of
 from kithara_ray.model import keras_compat
-from kithara_ray.model.blocks import attention, balance, embedding, mixtures, stack
+from kithara_ray.model.blocks import attention, balance, embedding, experts, mixtures, stack
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.families import family_of, ports
 from kithara_ray.model.families.moe import check_router_loss
 from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.lora import base_weights, layers
+from kithara_ray.model.lora.inject import inject
 from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
@@ -58,8 +60,9 @@ class CausalLM(ModelArrays):
     @property
     def num_active(self) -> int:
         """Number of parameters that compute a token: of the experts of a mixture, only those that it is sent to."""
-        shares = mixtures.shares(self.chain.blocks)
-        return self.num_parameters - round(sum(math.prod(v.shape) * (1 - share) for v, share in shares.items()))
+        unused = IdentitySet(self.zeros)
+        shares = ((v, share) for v, share in mixtures.shares(self.chain.blocks).items() if v not in unused)
+        return self.num_parameters - round(sum(math.prod(v.shape) * (1 - share) for v, share in shares))
 
     @property
     def mixture_blocks(self) -> list[int]:
@@ -182,9 +185,10 @@ class CausalLM(ModelArrays):
         """The values of all steps, for each section, each place of its period and each variable of its block."""
         pairs = zip(self.slots, frozen, strict=True)
         arrays = IdentityMap((slot.ports[0].variable, array) for slot, array in pairs if slot.stacked)
-        # Factors are small: one gather for all steps costs less than one per step.
+        # Most factors are small: one gather for all steps costs less than one per step.
+        whole = lambda slot: factors[slot.key] if slot.by_step else self._whole(factors[slot.key])  # noqa: E731
         stacked = [slot for slot in self.factor_slots if slot.stacked]
-        arrays |= IdentityMap((slot.peers[0], slot.of_all_steps(self._whole(factors[slot.key]))) for slot in stacked)
+        arrays |= IdentityMap((slot.peers[0], slot.of_all_steps(whole(slot))) for slot in stacked)
         peers, layouts = self.chain.peers(), self._layouts()
         single = self._values(factors, frozen)
 
@@ -212,23 +216,33 @@ class CausalLM(ModelArrays):
         return self._constrain(array)
 
     def _layouts(self) -> IdentityMap[keras.Variable, NamedSharding]:
-        """The layout of one step's value of each weight."""
-        made = []
-        for slot in self.slots:
-            layout = self.weight_sharding(slot)
-            of_step = PartitionSpec(*tuple(layout.spec)[int(slot.stacked) :])
-            made.append((slot.ports[0].variable, NamedSharding(layout.mesh, of_step)))
-        return IdentityMap(made)
+        """The layout of one step's value of each weight, and of each factor that is gathered by step."""
+        weights = [(slot.ports[0].variable, slot.stacked, self.weight_sharding(slot)) for slot in self.slots]
+        return IdentityMap(
+            (variable, NamedSharding(layout.mesh, PartitionSpec(*tuple(layout.spec)[int(stacked) :])))
+            for variable, stacked, layout in (*weights, *self._by_step())
+        )
+
+    def _by_step(self) -> list[tuple[keras.Variable, bool, NamedSharding]]:
+        """The factors that are gathered by step: the first step's variable, whether they are stacked, their layout."""
+        slots = [slot for slot in self.factor_slots if slot.by_step]
+        return [
+            (slot.peers[0] if slot.stacked else slot.variables[0], slot.stacked, self.factor_sharding(slot))
+            for slot in slots
+        ]
 
     def _gathered(self) -> stack.Gather:
         """A function that gathers a block's weight for its computation: whole over `fsdp`, split over `tensor`."""
         layouts = self._layouts()
+        factors = IdentitySet(variable for variable, *_ in self._by_step())
 
         def gather(variable: keras.Variable, value: jax.Array | Quantized) -> jax.Array:
             layout = layouts.get(variable, replicated(self.mesh))
             gathered = ["tensor" if "tensor" in axes else None for axes in split_on(self.mesh, layout)]
             if isinstance(value, Quantized):
                 return self._gather_of_integers(value, gathered).floats(variable.dtype)
+            if variable in factors:
+                return self._gather_of_trained(value, [None] * len(gathered), layout)
             if not self.trains_weights:
                 return self._constrain(value, *gathered)
             return self._gather_of_trained(value, gathered, layout)
@@ -285,12 +299,15 @@ def build(
     linear = layers.linear_modules(backbone, recorded, config).values() if chosen.quantize else ()
     kernels = [layer.kernel for layer in linear]
     with keras_compat.without_values():
-        targets = layers.inject(backbone, recorded, lora_config, config, alike=chosen.scan) if lora_config else []
+        targets = inject(backbone, recorded, lora_config, config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh, chosen.remat)
     routes = chosen.scan and mesh.devices.flat[0].platform == "tpu" if chosen.routed is None else chosen.routed
     if routes:
-        mixtures.install(chain.blocks, mesh)
+        mixtures.install(chain.blocks, partial(experts.routed, mesh=mesh))
+    elif any(target.by_step for target in targets):
+        # KerasHub's own computation knows no factors.
+        mixtures.install(chain.blocks, experts.dense)
     balance.observe(chain.blocks)
     if chosen.router_aux_loss_coef:
         check_router_loss(text_of(config))

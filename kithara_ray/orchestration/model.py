@@ -87,6 +87,7 @@ class KerasHubModel:
         lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
         target_modules: str | Sequence[str] = ("q_proj", "v_proj"),
+        target_parameters: Sequence[str] | None = None,
         use_rslora: bool = False,
         use_dora: bool = False,
         rank_pattern: Mapping[str, int] | None = None,
@@ -119,8 +120,9 @@ class KerasHubModel:
             lora_dropout: fraction of the side paths' inputs that is dropped in training.
             target_modules: the layers to adapt, as PEFT names them. Give a list of names or of dotted endings
                 ("layers.3.mlp.up_proj"), or one string with a regular expression that matches whole names
-                (r".*\.(q|v)_proj"). "all-linear" adapts all layers but embeddings and head; of a mixture of experts it
-                adapts the attention only. One plain name may be a string.
+                (r".*\.(q|v)_proj"). "all-linear" adapts all layers but embeddings and head, as in PEFT: in some
+                mixtures the experts and router too. One name may be a string. An empty list adapts none.
+            target_parameters: ends of the names of a mixture's parameters to adapt, such as "experts.gate_up_proj".
             use_rslora: scale by alpha / sqrt(rank).
             use_dora: train the length of each weight row separately from its direction (arXiv:2402.09353).
             rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in a regular expression.
@@ -159,6 +161,7 @@ class KerasHubModel:
             "lora_alpha": lora_alpha,
             "lora_dropout": lora_dropout,
             "target_modules": target_modules,
+            "target_parameters": target_parameters,
             "use_rslora": use_rslora,
             "use_dora": use_dora,
             "rank_pattern": rank_pattern,
@@ -229,6 +232,7 @@ class KerasHubModel:
         check_finite: bool = False,
         check_logits: bool = False,
         resume: bool = False,
+        experts: str | None = None,
     ) -> str:
         """Write the trained model for transformers, PEFT and vLLM. The coordinator does this on the head node.
 
@@ -236,8 +240,7 @@ class KerasHubModel:
             save_adapters_separately=True    the base, and the adapter in `<output_dir>/adapter`
             neither                          base and adapter merged into one model
 
-        If all weights were trained there is no adapter. The coordinator then writes them in the layout of the base's
-        files.
+        If all weights were trained, the coordinator writes them in the layout of the base's files.
 
         Args:
             output_dir: a new or empty directory, local to the head node, or `gs://...`, `s3://...`.
@@ -247,10 +250,10 @@ class KerasHubModel:
             max_shard_size: maximum size of a weight file, in bytes or as text like "5GB". By default as in the base.
             check_finite: refuse a NaN or an infinity in a written weight, including the base's own.
             check_logits: refuse a merged model unless its logits match those of the base with the adapter. For small
-                models in a local directory: the head node computes both in float32, one after the other. This takes
-                some seconds, and memory for the model.
+                models in a local directory: the head node computes both in float32, one after the other.
             resume: continue a killed or failed export of the same model in `output_dir`. Weight files that are verified
                 are kept. If this export fails too, it leaves its files there.
+            experts: "per_expert" writes factors of each expert apart, for servers that do not read PEFT's packed ones.
 
         Returns: the location of the written model.
 
@@ -260,7 +263,7 @@ class KerasHubModel:
             ExportError: the written files failed verification; nothing is left behind.
         """
         layout = (only_save_adapters, save_adapters_separately)
-        how = (parallel_threads, max_shard_size, check_finite, check_logits, resume)
+        how = (parallel_threads, max_shard_size, check_finite, check_logits, resume, experts)
         request = ExportRequest(str(output_dir), dtype, *layout, *how)
         request.check(self.lora)
         if (self.adapter if self.lora is not None else self.trained) is None:

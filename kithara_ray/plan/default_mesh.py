@@ -9,12 +9,14 @@ moments of AdamW, which is assumed for every optimizer. Activations are left out
 rows on either mesh.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from kithara_ray.hf import beside, tower, unused
 from kithara_ray.hf.checkpoint import BaseCheckpoint, TensorInfo
+from kithara_ray.hf.facts.experts import is_parameter, parameters_of
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.lora.targets import linear_modules_of
 from kithara_ray.sharding.shape import MeshShape
@@ -130,6 +132,10 @@ def trained_by(lora: LoraConfig, base: BaseCheckpoint) -> int:
     for module in filter(lora.matches, linear_modules_of(base)):
         rows, columns = base.info(f"{module}{_WEIGHT}").shape
         count += lora.rank_of(module) * (rows + columns) + rows * (lora.use_dora + lora.lora_bias)
+    for name, parameter in (parameters_of(base) if lora.target_parameters else {}).items():
+        module = name if is_parameter(name) else name.removesuffix(_WEIGHT)
+        if lora.parameter_of(module) is not None:
+            count += sum(math.prod(shape) for shape in parameter.factors(lora.rank_of(module)))
     for part in beside.of_base(lora, base):
         shape = base.info(part.tensor).shape
         rows = shape[0] if part.rows is None else len(part.rows)

@@ -146,11 +146,13 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
     size = lambda variable: math.prod(variable.shape)  # noqa: E731
     # The stored variables are those that a tensor feeds, in the blocks too.
     ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
+    trained = IdentitySet(variable for slot in model.factor_slots for variable in slot.variables)
     nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
     shares = mixtures.shares(model.chain.blocks)
     multiplied = lambda v: size(v) * shares.get(v, 1) if len(v.shape) > 1 else 0  # noqa: E731
     # A token's widest activation is inside its experts: all of them, unless only the chosen ones are computed.
-    of_experts = (v.shape[0] * v.shape[2] * (share if model.share < 1 else 1) for v, share in shares.items())
+    kernels = ((v, share) for v, share in shares.items() if v in ports)
+    of_experts = (v.shape[0] * v.shape[2] * (share if model.share < 1 else 1) for v, share in kernels)
     blocks = [v for v in ports if v in in_blocks]
     tables = [v for v in ports if v.path.rpartition("/")[2] in ("embeddings", "reverse_embeddings")]
     heads = [v for v in tables if v.path.endswith("reverse_embeddings")] or tables
@@ -171,6 +173,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         intermediate=int(max([config.get("intermediate_size") or 4 * config["hidden_size"], *of_experts])),
         parameters=sum(size(v) for v in ports),
         share=model.share,
+        idle=round(sum(size(v) * (1 - share) for v, share in shares.items() if v in trained)),
     )
 
 

@@ -24,6 +24,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.resizing.tables import with_vocabulary
 from kithara_ray.model.families.tensors import check_tensors
+from kithara_ray.model.lora.conversion import converted
 from kithara_ray.model.options import ModelOptions
 from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.report import Plan, assemble
@@ -37,8 +38,6 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
 _ADAMW = {"module": "keras.optimizers", "class_name": "AdamW", "config": {"learning_rate": 1e-4}}
 # A TPU program needs sequence lengths that are multiples of this.
 _LENGTH_MULTIPLE = 128
-# Meaning of "all-linear" in every supported family; a directory without tensors cannot supply it.
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def plan(
@@ -147,7 +146,7 @@ def _request(
         "hosts": where.hosts,
         **dataclasses.asdict(rows.on(where)),
         # A plan needs no values.
-        "lora": dataclasses.replace(lora, added_rows=None).recorded(),
+        "lora": dataclasses.replace(converted(lora, config), added_rows=None).recorded(),
         "optimizer": optimizer_config if kind == "keras" else _ADAMW,
         "mesh": None if mesh is None else dataclasses.asdict(mesh),
         # The default mesh depends on it. A plan does not know the memory of CPU devices.

@@ -31,6 +31,7 @@ class Counts:
         intermediate: elements per token of the widest activation inside a block.
         parameters: elements of all frozen arrays.
         share: the least share of its experts that a routed mixture sends a token to; 1.0 if nothing is routed.
+        idle: elements of the factors of experts that a token is not sent to, of `lora`.
     """
 
     blocks: int
@@ -46,6 +47,7 @@ class Counts:
     intermediate: int
     parameters: int
     share: float = 1.0
+    idle: int = 0
 
 
 def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) -> dict[str, float]:
@@ -62,7 +64,7 @@ def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) 
         "backward": 2.0 * counts.blocks,
         "recompute": 2.0 * counts.blocks * again,
         "attention": 2.0 * attended * _attention_products(remat, seq_len),
-        "lora": 2.0 * counts.lora * (3 + again),
+        "lora": 2.0 * (counts.lora - counts.idle) * (3 + again),
         "head": 4.0 * counts.head * share,
     }
     return terms | {"total": sum(terms.values())}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tiny import SIZES, TARGETS, text_size
+from tiny import IN_ALL_LINEAR, SIZES, TARGETS, text_size
 
 PAGE = Path(__file__).parents[2] / "docs" / "features.md"
 BEGIN, END = "<!-- families: written by tests/helpers/families_table.py -->\n", "<!-- end of families -->\n"
@@ -21,7 +21,8 @@ def table() -> str:
     lines = ['| `model_type` | `"all-linear"` adapts | tested with |', "|---|---|---|"]
     for family in sorted(SIZES):
         fields = ", ".join(f"`{name}`" for name in sorted(text_size(family).keys() - _PLAIN))
-        targets = ", ".join(TARGETS[family])
+        parameters = ("experts", "router") if family in IN_ALL_LINEAR else ()
+        targets = ", ".join((*TARGETS[family], *parameters))
         kind, _, word = family.partition(" ")
         lines.append(f"| `{kind}`{word and f', {word}'} | {targets} | {fields} |")
     return "\n".join(lines) + "\n"

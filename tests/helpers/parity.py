@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import torch
-from tiny import TARGETS, VOCABULARY, model_type
+from tiny import PARAMETERS, TARGETS, VOCABULARY, model_type
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -12,7 +12,10 @@ from kithara_ray.model.lora.targets import of_text_model
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 
 LORA = {
-    family: of_text_model(LoraConfig(r=4, lora_alpha=12, target_modules=targets), {"model_type": model_type(family)})
+    family: of_text_model(
+        LoraConfig(r=4, lora_alpha=12, target_modules=targets, target_parameters=PARAMETERS.get(family, ())),
+        {"model_type": model_type(family)},
+    )
     for family, targets in TARGETS.items()
 }
 TOKENS = np.random.default_rng(0).integers(3, VOCABULARY, (4, 24)).astype(np.int32)
@@ -45,6 +48,17 @@ def assert_equal(ours, theirs, atol):
     """On real tokens; what padding computes is nobody's."""
     real = SEGMENTS.astype(bool)
     np.testing.assert_allclose(ours[real], theirs[real], atol=atol, rtol=0)
+
+
+def factors_of(peft_model):
+    """PEFT's factors by their names here: PEFT wraps experts first for their gate_up_proj, then for their down_proj."""
+    named = {}
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            name = name.removeprefix("base_model.model.").replace(".default", "")
+            name = name.replace("experts.base_layer.", "experts.gate_up_proj.")
+            named[name.replace("experts.lora_", "experts.down_proj.lora_")] = parameter
+    return named
 
 
 def by_name(model, arrays):

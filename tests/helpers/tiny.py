@@ -358,12 +358,22 @@ TARGETS = {family: _ATTENTION if family in MIXTURES else _LINEAR for family in S
     "gemma4": (*_LINEAR, "per_layer_input_gate", "per_layer_model_projection", "per_layer_projection"),
     **dict.fromkeys(("nemotron", "arcee", "apertus"), _NO_GATE),
     "qwen3_5_text": (*_LINEAR, *_RECURRENT),
-    # PEFT takes "up_proj" for the shared expert's layer here, and for all experts' parameter in qwen2_moe.
+    # PEFT takes "up_proj" for the shared expert's layer here, and for all experts' parameter in qwen3_next.
     "qwen3_5_moe_text": (*_LINEAR, *_RECURRENT, "shared_expert_gate"),
+    "qwen2_moe": (*_LINEAR, "shared_expert_gate"),
     "qwen3_next": (*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"),
-    "qwen2_moe": (*_ATTENTION, "shared_expert_gate"),
+    # The last one is the router's.
+    "gemma4 experts": (*_LINEAR, "proj"),
 }
 TARGETS |= {family: TARGETS[f"{family}_text"] for family in ("qwen3_5", "qwen3_5_moe")}
+# The parameters of a mixture, which LoRA can adapt too.
+_BOTH = ("experts.gate_up_proj", "experts.down_proj")
+PARAMETERS = {family: (*_BOTH, "gate.weight") for family in MIXTURES} | {
+    "gpt_oss": (*_BOTH, "router.weight"),
+    "gemma4 experts": _BOTH,
+}
+# Mixtures whose parameters "all-linear" adapts in PEFT; gate and up projection with twice the rank.
+IN_ALL_LINEAR = {"ernie4_5_moe", "glm4_moe", "minimax_m2", "mixtral", "qwen3_moe", "qwen3_next"}
 
 
 # Families of the short tests. Between them they have periods, windows, soft caps, sinks, experts, and a tied head.

@@ -104,7 +104,7 @@ def test_every_peft_default_is_accepted_and_every_foreign_field_refused():
     default = json.loads(json.dumps(peft.LoraConfig(r=4, target_modules=["q_proj"]).to_dict(), default=list))
     assert LoraConfig.from_peft(default) == LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",))
     foreign = {
-        "fan_in_fan_out": True, "target_parameters": ["experts"],
+        "fan_in_fan_out": True,
         "layer_replication": [[0, 1]],
         "alora_invocation_tokens": [1], "use_qalora": True, "qalora_group_size": 32, "kasa_config": {"beta": 1},
         "use_bdlora": {"nblocks": 1}, "arrow_config": {"top_k": 1},

@@ -8,10 +8,21 @@ import keras
 import numpy as np
 import pytest
 import torch
-from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, assert_equal, by_name, logits, reference
+from parity import (
+    LORA,
+    SEGMENTS,
+    TOKENS,
+    adapter_of,
+    assert_close_as_one,
+    assert_equal,
+    by_name,
+    factors_of,
+    logits,
+    reference,
+)
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel
-from tiny import COMPARED, RECURRENT, SIZES, TARGETS, load, model_type, mostly_long, write_model
+from tiny import COMPARED, PARAMETERS, RECURRENT, SIZES, TARGETS, load, model_type, mostly_long, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kithara_ray.errors import ConfigError, UnsupportedError
@@ -95,8 +106,7 @@ def assert_adapted_logits(ours, family, adapter, tiny_models, tmp_path):
     base = load(directory)
     plain = reference(base)
     adapted = PeftModel.from_pretrained(base, tmp_path)
-    named = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in adapted.named_parameters()}
-    theirs = {name: tensor.detach().numpy() for name, tensor in named.items() if "lora_" in name}
+    theirs = {name: tensor.detach().numpy() for name, tensor in factors_of(adapted).items()}
     assert theirs.keys() == adapter.keys()
     assert all((theirs[name] == tensor).all() for name, tensor in adapter.items())
     assert_equal(ours, reference(adapted), 2e-4)
@@ -124,7 +134,8 @@ def test_every_target_is_alive(every_family, logits_of, random_adapter):
     """A side path that is not computed would be trained, exported and do nothing here."""
     compute, adapter = logits_of[every_family], random_adapter[every_family]
     nothing = compute(only(adapter))
-    for module in TARGETS[every_family]:
+    parameters = [name.removesuffix(".weight") for name in PARAMETERS.get(every_family, ())]
+    for module in (*TARGETS[every_family], *parameters):
         assert np.abs(compute(only(adapter, module)) - nothing).max() > 0.01, module
 
 
@@ -271,7 +282,10 @@ def test_layers_compute_in_the_precision_that_was_asked_for(every_family, tiny_m
     model = build(config, LORA[every_family], make_mesh(), "mixed_bfloat16")
     assert model.chain.periods == PERIODS[every_family]
     backbone = model.model.backbone
-    linear = [layer for layer in backbone._flatten_layers() if hasattr(layer, "lora_A")]
+    adapted = [layer for layer in backbone._flatten_layers() if hasattr(layer, "lora_A")]
+    routers = [layer for layer in adapted if layer.compute_dtype == "float32"]
+    assert not routers or every_family in PARAMETERS
+    linear = [layer for layer in adapted if layer not in routers]
     modules = linear_modules_of(BaseCheckpoint.open(tiny_models[every_family]))
     assert len(linear) == len(modules)
     assert {layer.compute_dtype for layer in [*linear, *backbone.transformer_layers]} == {"bfloat16"}

@@ -1,5 +1,6 @@
 """Variables made of several tensors, and quantised tensors: read in slices, dequantised as transformers does."""
 
+import dataclasses
 import json
 import shutil
 
@@ -141,11 +142,14 @@ def test_mxfp4_experts_are_dequantised_as_transformers_does(tiny_models, tmp_pat
 
 
 def test_merging_into_a_base_with_mxfp4_experts_copies_them(tiny_models, tmp_path):
-    """Attention is merged as into the base with float experts; a cast is refused."""
+    """Attention and router are merged as into the base with float experts. A cast and experts' factors are refused."""
     packed, floats = pack(tmp_path, BaseCheckpoint.open(tiny_models["gpt_oss"]), np.random.default_rng(0))
     bases = [BaseCheckpoint.open(directory) for directory in (packed, floats)]
-    factors = adapter_of(build(bases[0].config, LORA["gpt_oss"], make_mesh(), "float32"))
-    adapter = Adapter(LORA["gpt_oss"], factors)
+    lora = dataclasses.replace(LORA["gpt_oss"], target_parameters=("router.weight",))
+    adapter, of_experts = (
+        Adapter(config, adapter_of(build(bases[0].config, config, make_mesh(), "float32")))
+        for config in (lora, LORA["gpt_oss"])
+    )
     merged = []
     for base in bases:
         out = tmp_path / f"merged {base.directory.name}"
@@ -160,3 +164,5 @@ def test_merging_into_a_base_with_mxfp4_experts_copies_them(tiny_models, tmp_pat
     assert (merged[0].view(changed) != bases[0].view(changed)).any()
     with pytest.raises(UnsupportedError, match=r"quantization_config \(mxfp4\) .* cannot be merged or cast"):
         merge(bases[0], adapter, tmp_path, dtype="bfloat16")
+    with pytest.raises(UnsupportedError, match=r"quantization_config \(mxfp4\) .* cannot be merged or cast"):
+        merge(bases[0], of_experts, tmp_path)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, by_name
+from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, by_name, factors_of
 from peft import PeftModel
 from tiny import COMPARED, RECURRENT, load, mostly_long, with_mild_attention
 
@@ -38,9 +38,8 @@ def torch_s(directory, adapter_directory, aux_coef):
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     loss = (each * torch.tensor(TRAINED).flatten()).sum() / TRAINED.sum()
     (loss + aux_coef * out.aux_loss if aux_coef else loss).backward()
-    named = {n.removeprefix("base_model.model.").replace(".default", ""): p for n, p in model.named_parameters()}
     routed = (out.aux_loss.item(), counts_of(out.router_logits, base.config)) if aux_coef else None
-    return loss.item(), {name: p.grad.numpy() for name, p in named.items() if "lora_" in name}, routed
+    return loss.item(), {name: factor.grad.numpy() for name, factor in factors_of(model).items()}, routed
 
 
 def counts_of(router_logits, config):

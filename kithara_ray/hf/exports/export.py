@@ -35,6 +35,7 @@ from kithara_ray.hf.fetch import fetch, tokenizer_at
 from kithara_ray.hf.identity import identity_of
 from kithara_ray.hf.merging.merge import CAST_TAGS, check_dtype, check_mergeable, refuse_quantized, write_json
 from kithara_ray.hf.merging.merge import write_config as write_base_config
+from kithara_ray.hf.merging.per_expert import per_expert
 from kithara_ray.hf.publish import publish
 from kithara_ray.hf.resizing.saved import saved_tables
 from kithara_ray.hf.resizing.tables import described, resized
@@ -137,6 +138,7 @@ def _plan(base: BaseCheckpoint, adapter: Adapter, settings: Settings) -> str:
     """Digest everything that decides the weight files' bytes except the base's own bytes, which parts compare."""
     config, options = repr(adapter.config), settings.options
     what = [VERSION, settings.layout, options.dtype, settings.files, config, base.source, options.check_finite]
+    what.append(options.experts)
     what.append(base.directory.name if base.source else str(base.directory))  # a cache's name identifies the version
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for name in sorted(adapter.tensors):
@@ -162,12 +164,14 @@ def _write(
             checks.append("every written weight is finite")
     if layout is not Layout.MERGED:
         target = stage.directory / ADAPTER_DIRECTORY if layout is Layout.SEPARATE else stage.directory
-        final = adapter.cast(NUMPY_DTYPES[CAST_TAGS[dtype]]) if check_dtype(dtype) else adapter
+        final = per_expert(adapter, base) if settings.options.experts else adapter
+        final = final.cast(NUMPY_DTYPES[CAST_TAGS[dtype]]) if check_dtype(dtype) else final
         name, revision = split_reference(base_name)[0], identity_of(base, base_name).revision
         tables = saved_tables(final.config, base)
         final.write(target, name, revision, _fingerprint(base, written), tables)
         prove_adapter(target, final, tables)
         checks.append("adapter reopened; tensors equal those given bit by bit, scales equal")
+        adapter = final
     notes = adapter_notes(adapter, counts) + (serving_notes(base, adapter) if layout is not Layout.MERGED else [])
     notes += tower_notes(base, dtype) if layout is not Layout.ADAPTER else []
     report = {

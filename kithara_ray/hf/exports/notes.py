@@ -1,11 +1,13 @@
 """Notes of an export for users who will serve it."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import CONFIG, BaseCheckpoint, read_json
+from kithara_ray.hf.facts.experts import is_parameter, part_of
 from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.model_files import GENERATION, end_of_sequence, read_tokenizer, token_texts
 from kithara_ray.hf.tower import ALONE, is_beside
@@ -59,12 +61,35 @@ def serving_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
             "modules have different scales (rank_pattern, alpha_pattern), and vLLM reads one r and one lora_alpha: "
             "it would compute something else; serve the merged layout"
         )
-    elif {config.rank_of(module) for module in adapter.modules} != {config.r}:
+    elif scales != {config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)}:
         notes.append("vLLM scales by r of adapter_config.json, which no rank_pattern changes; serve the merged layout")
+    notes += _expert_notes(base, adapter)
     known = {module.rpartition(".")[2] for module in adapter.modules}
     for leaf in sorted(known & {"embed_tokens", "lm_head"}):
         notes.append(f"{leaf} is a target: vLLM does not apply adapters to embeddings; serve the merged layout")
     return notes
+
+
+# Model types whose class in vLLM reads packed factors of experts (`is_3d_moe_weight`), and those that read no form.
+_PACKED_IN_VLLM = frozenset({"gpt_oss", "qwen3_5_moe"})
+_UNREAD_IN_VLLM = frozenset({"gemma4", "gemma4_text", "qwen3_5_moe_text"})
+
+
+def _expert_notes(base: BaseCheckpoint, adapter: Adapter) -> list[str]:
+    """Note factors of experts that vLLM would not apply: it drops names that it does not know without an error."""
+    kind = base.config.get("model_type")
+    packed = any(map(is_parameter, adapter.modules))
+    apart = [part for module in adapter.modules if (part := part_of(f"{module}.weight"))]
+    if packed and kind in _UNREAD_IN_VLLM:
+        return [f"vLLM applies no factors of {kind}'s experts, and serves without them; serve the merged layout"]
+    if packed and kind not in _PACKED_IN_VLLM:
+        return [
+            f"vLLM reads factors of {kind}'s experts by expert, and drops PEFT's packed ones without an error: export "
+            'the adapter with experts="per_expert", or serve the merged layout'
+        ]
+    if apart and {part.half for part in apart} != {0, 1, None}:
+        return ["vLLM reads factors of experts only for all of their matrices; serve the merged layout"]
+    return []
 
 
 def unserved_ends(

@@ -8,6 +8,8 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports import part
 from kithara_ray.hf.exports.part import Part, Written, parse_size, write_here
 
+EXPERTS = (None, "per_expert")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
@@ -24,6 +26,7 @@ class ExportOptions:
             this one fails, keep the files.
         run: the known facts about the training; written as run.json, without local paths and facts about the host.
         tokenizer: the directory or URL of the tokenizer that the adapter was trained with; None takes the base's.
+        experts: "per_expert" writes an adapter's factors of experts as `per_expert` splits them; None as PEFT does.
         write: the function that runs the parts, one per weight file.
         prove: a further proof of a merged model. It receives the local directory before publication, and returns its
             result for the report.
@@ -36,6 +39,7 @@ class ExportOptions:
     resume: bool = False
     run: Mapping[str, object] | None = None
     tokenizer: str | None = None
+    experts: str | None = None
     write: Callable[[list[Part]], Iterable[Written]] = write_here
     prove: Callable[[Path], str] | None = None
 

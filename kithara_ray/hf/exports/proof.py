@@ -16,8 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from kithara_ray.errors import AdapterError, CheckpointError, ExportError, UnsupportedError
-from kithara_ray.hf.adapter import Adapter, Change
+from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.hf.facts.experts import is_transposed
+from kithara_ray.hf.merging.changes import Change, Factors, changes_of, factors_of
 from kithara_ray.hf.merging.merge import FLOAT_TAGS, Tag, cast, out_tag, row_blocks
 from kithara_ray.hf.resizing.saved import tensor_of
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TensorInfo, map_array, read_header
@@ -91,7 +93,7 @@ def prove_file(
     except CheckpointError as error:
         raise ExportError(f"the written file does not read back: {error}") from error
     _prove_headers(tensors, base, tag)
-    changes = adapter.changes if adapter else {}
+    changes = changes_of(adapter, base.tensors)
     counts = {"untouched": 0, "merged": 0, "merged_and_changed": 0}
     with _Hasher() as hasher:
         hasher.add_header(written)
@@ -104,7 +106,8 @@ def prove_file(
                 if change.module is None:
                     _prove_replaced(info, found, change)
                 else:
-                    _prove_merged(info, found, adapter, change.module)
+                    for number, own in enumerate(factors_of(adapter, change, is_transposed(base.config))):
+                        _prove_merged(info.matrix(number), found.matrix(number), own)
                 counts["merged"] += 1
                 counts["merged_and_changed"] += not is_equal
             elif not is_equal:
@@ -239,23 +242,23 @@ def _prove_replaced(info: TensorInfo, found: TensorInfo, change: Change) -> None
             )
 
 
-def _prove_merged(info: TensorInfo, found: TensorInfo, adapter: Adapter, module: str) -> None:
+def _prove_merged(info: TensorInfo, found: TensorInfo, own: Factors) -> None:
     """Prove a sample of rows, including those with the largest |B|, against float64 within the dtypes' rounding."""
-    b_OR, a_RI = adapter.b(module).astype(np.float64), adapter.a(module).astype(np.float64)
+    b_OR, a_RI = own.left_OR.astype(np.float64), own.right_RI.astype(np.float64)
     n_out, r = b_OR.shape
     strongest = np.argsort(np.abs(b_OR).sum(axis=1))[-SAMPLE_ROWS // 2 :]
     rows = np.unique(np.concatenate([np.linspace(0, n_out - 1, SAMPLE_ROWS // 2, dtype=np.int64), strongest]))
-    scale = adapter.config.scale_of(module)
-    expected_OI = _rows(info, rows) + scale * (b_OR[rows] @ a_RI)
+    added_OI = own.scale * (b_OR[rows] @ a_RI)
+    expected_OI = _rows(info, rows) + added_OI
     found_OI = _rows(found, rows)
     eps = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).eps)
     tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[found.dtype]).smallest_subnormal)
-    in_float32_OI = np.abs(b_OR[rows]) @ np.abs(a_RI) * scale * (r + 4) * UNIT_ROUNDOFF_32
+    in_float32_OI = np.abs(b_OR[rows]) @ np.abs(a_RI) * own.scale * (r + 4) * UNIT_ROUNDOFF_32
     formula = "W + scale * B @ A"
-    if adapter.config.use_dora:
+    if own.magnitude_O is not None:
         # A float32 norm has half the error of its sum of squares in 8 lanes; a quotient and a product add theirs.
         norm_O1 = np.linalg.norm(expected_OI, axis=1, keepdims=True)
-        factor_O1 = adapter.magnitude(module)[rows, None].astype(np.float64) / norm_O1
+        factor_O1 = own.magnitude_O[rows, None].astype(np.float64) / norm_O1
         off_O1 = np.linalg.norm(in_float32_OI, axis=1, keepdims=True) / norm_O1
         off_O1 += (expected_OI.shape[1] / 16 + 8) * UNIT_ROUNDOFF_32
         expected_OI = factor_O1 * expected_OI
@@ -263,6 +266,8 @@ def _prove_merged(info: TensorInfo, found: TensorInfo, adapter: Adapter, module:
         formula = "magnitude * (W + scale * B @ A) / its norm"
     allowed_OI = 0.5 * eps * np.abs(expected_OI) * 1.01 + 2 * UNIT_ROUNDOFF_32 * np.abs(expected_OI)
     allowed_OI += in_float32_OI * (1 + eps) + tiny
+    if own.rounds:
+        allowed_OI += 0.51 * eps * np.abs(added_OI) + tiny
     wrong = ~(np.abs(found_OI - expected_OI) <= allowed_OI)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.exports.export import Layout
-from kithara_ray.hf.exports.options import ExportOptions
+from kithara_ray.hf.exports.options import EXPERTS, ExportOptions
 from kithara_ray.hf.exports.part import parse_size
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.merging.merge import check_dtype
@@ -27,6 +27,7 @@ class ExportRequest:
     check_finite: bool = False
     check_logits: bool = False
     resume: bool = False
+    experts: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "output_dir", absolute(str(self.output_dir)))
@@ -48,6 +49,7 @@ class ExportRequest:
             resume=self.resume,
             run=run,
             tokenizer=tokenizer,
+            experts=self.experts,
         )
 
     def check(self, lora: LoraConfig | None) -> None:
@@ -67,6 +69,10 @@ class ExportRequest:
                 "only_save_adapters and save_adapters_separately are for lora_rank=: all weights of this model are "
                 "trained, so there is no adapter; leave both out"
             )
+        if self.experts not in EXPERTS:
+            raise ConfigError(f'experts must be "per_expert" or None, got {self.experts!r}')
+        if self.experts is not None and (lora is None or self.layout is Layout.MERGED):
+            raise ConfigError("experts= is about an adapter's files, and this export writes none; leave it out")
         if not self.check_logits:
             return
         why = None

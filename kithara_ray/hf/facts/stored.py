@@ -7,28 +7,13 @@ The published files of qwen3_5_moe hold `<mlp>.experts.gate_up_proj` (E, 2 * I, 
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from kithara_ray.hf import mxfp4
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.tower import text_of
 
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-# Mixtures whose experts PEFT does not adapt by an expert's name: "up_proj" is only the shared expert's layer.
-_BY_LAYER = frozenset({"qwen3_5_moe_text"})
-
-
-def adapts_by_layer(config: Mapping[str, Any]) -> bool:
-    """True if PEFT takes an expert's name for the layers that have it, and not for all experts' parameter."""
-    return text_of(config).get("model_type") in _BY_LAYER
-
-
-def is_of_experts(config: Mapping[str, Any], name: str) -> bool:
-    """True if a tensor is one expert's, and no target's name reaches it: see `adapts_by_layer`."""
-    return _EXPERT.match(name) is not None and adapts_by_layer(config)
 
 
 def names_of(base: BaseCheckpoint, name: str) -> tuple[str, ...]:

@@ -55,6 +55,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
                 "DoRA adapters cannot be combined, because their update is not a sum of products; merge each one "
                 "separately"
             )
+        if adapter.config.target_parameters:
+            raise UnsupportedError(
+                "adapters with target_parameters cannot be combined, in PEFT neither; merge each one separately"
+            )
         if adapter.config.has_beside or adapter.config.lora_bias or adapter.tables:
             raise UnsupportedError(
                 "adapters with biases, trained tokens, saved modules or added tokens cannot be combined, because those "

@@ -106,14 +106,22 @@ def _chain_elements(b_OR: np.ndarray, a_RI: np.ndarray, o_N: np.ndarray, i_N: np
 
 
 def merged_rows(
-    w_OI: np.ndarray, b_OR: np.ndarray, a_RI: np.ndarray, scale: float, out_dtype: np.dtype | None = None
+    w_OI: np.ndarray,
+    b_OR: np.ndarray,
+    a_RI: np.ndarray,
+    scale: float,
+    out_dtype: np.dtype | None = None,
+    rounds: bool = False,
 ) -> np.ndarray:
     """W + scale * (B @ A) for a block of rows, in `out_dtype` (None: W's), rounded once from float32.
+
+    With `rounds`, scale * (B @ A) is first rounded to W's dtype, if that is `out_dtype`: PEFT does so for parameters.
 
     w_OI (O, I) float32, bfloat16 or float16; b_OR (O, R) and a_RI (R, I) any float of 32 bits or fewer; scale > 0.
     The result does not depend on how the rows are split into blocks. Rounding to float16 may overflow to infinity.
     """
     out_dtype = w_OI.dtype if out_dtype is None else np.dtype(out_dtype)
+    rounds = rounds and w_OI.dtype == out_dtype
     w_OI, b_OR, a_RI = (np.ascontiguousarray(x, np.float32) for x in (w_OI, b_OR, a_RI))
     scale_32 = np.float32(scale)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -123,7 +131,7 @@ def merged_rows(
         rows = max(1, CACHED_ELEMENTS // max(1, w_OI.shape[1]))
         for begin in range(0, len(w_OI), rows):
             part = slice(begin, begin + rows)
-            merged_OI[part] = _merged_16(w_OI[part], b_OR[part], a_RI, scale_32, out_dtype)
+            merged_OI[part] = _merged_16(w_OI[part], b_OR[part], a_RI, scale_32, out_dtype, rounds)
         return merged_OI
 
 
@@ -183,10 +191,12 @@ def _blas_product(b_OR: np.ndarray, a_RI: np.ndarray) -> np.ndarray:
 
 
 def _merged_16(
-    w_OI: np.ndarray, b_OR: np.ndarray, a_RI: np.ndarray, scale: np.float32, out_dtype: np.dtype
+    w_OI: np.ndarray, b_OR: np.ndarray, a_RI: np.ndarray, scale: np.float32, out_dtype: np.dtype, rounds: bool
 ) -> np.ndarray:
     def rounded(product: np.ndarray, w: np.ndarray) -> np.ndarray:
         product *= scale
+        if rounds:
+            product = product.astype(out_dtype).astype(np.float32)
         product += w
         return product.astype(out_dtype)
 

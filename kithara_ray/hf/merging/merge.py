@@ -18,8 +18,10 @@ import numpy as np
 
 from kithara_ray.errors import ConfigError, ExportError, UnsupportedError
 from kithara_ray.hf import beside
-from kithara_ray.hf.adapter import WEIGHT_SUFFIX, Adapter, Change
+from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import CONFIG, INDEX, SINGLE, BaseCheckpoint, TensorInfo, read_json
+from kithara_ray.hf.facts.experts import is_parameter, is_transposed
+from kithara_ray.hf.merging.changes import Change, changes_of, factors_of
 from kithara_ray.hf.merging.delta import dora_rows, merged_rows
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, raw_bytes, read_header, write_blocks
 from kithara_ray.hf.tied_head import HEAD, is_tied
@@ -51,18 +53,22 @@ def check_dtype(dtype: Dtype) -> Tag:
 
 def check_mergeable(base: BaseCheckpoint, adapter: Adapter, dtype: str = "auto") -> None:
     """Refuse a merge that is impossible or wrong, without reading weights. Raises AdapterError or UnsupportedError."""
-    # Only experts are in MXFP4, and no adapter here reaches them: they are copied as they are, but not cast.
-    refuse_quantized(base, but=("mxfp4",) if check_dtype(dtype) is None else ())
+    # Only experts are in MXFP4. Without factors of theirs they are copied as they are, but not cast.
+    copied = check_dtype(dtype) is None and not any(map(is_parameter, adapter.modules))
+    refuse_quantized(base, but=("mxfp4",) if copied else ())
     adapter.validate(base)
-    for module in adapter.modules:
-        info = base.tensors[module + WEIGHT_SUFFIX]
+    changes = changes_of(adapter, base.tensors)
+    for name, change in changes.items():
+        if change.module is None:
+            continue
+        info = base.tensors[name]
         if info.dtype not in MERGE_TAGS:
             raise UnsupportedError(
                 f"{info.name}: a {info.dtype} weight cannot be merged into; export the adapter alone, "
                 "or start from the float32, bfloat16 or float16 checkpoint"
             )
-        _refuse_embedding(base, module)
-    for name in adapter.changes:
+        _refuse_embedding(base, change.module)
+    for name in changes:
         if name not in base.tensors:
             raise UnsupportedError(
                 f"{name}: the base has no such bias that lora_bias could be merged into, as PEFT has it; export the "
@@ -70,11 +76,7 @@ def check_mergeable(base: BaseCheckpoint, adapter: Adapter, dtype: str = "auto")
             )
         if base.tensors[name].dtype not in MERGE_TAGS:
             raise UnsupportedError(f"{name}: a {base.tensors[name].dtype} tensor cannot be merged into")
-    if (
-        beside.is_tied(base)
-        and HEAD_WEIGHT in base.tensors
-        and any(c.value is not None for c in adapter.changes.values())
-    ):
+    if beside.is_tied(base) and HEAD_WEIGHT in base.tensors and any(c.value is not None for c in changes.values()):
         _refuse_second_head(adapter)
 
 
@@ -161,7 +163,7 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
     """
     tag = check_dtype(dtype)
     infos = base.in_file_order()
-    changes = adapter.changes if adapter else {}
+    changes = changes_of(adapter, base.tensors)
     merged = [info for info in infos if info.name in changes]
     headers = [read_header(file) for file in base.files]
     is_whole = len(headers) == 1 and headers[0][0].keys() == {info.stored for info in infos}
@@ -170,11 +172,11 @@ def write_tensors(base: BaseCheckpoint, adapter: Adapter | None, target: Path, d
         with target.open("r+b") as stream:
             for info in merged:
                 stream.seek(info.offset)
-                for block in _tensor_blocks(info, adapter, changes[info.name], info.dtype):
+                for block in _tensor_blocks(base, info, adapter, changes[info.name], info.dtype):
                     stream.write(raw_bytes(block))
     else:
         entries = [(info.stored, out_tag(info, tag), info.shape) for info in infos]
-        blocks = (b for i in infos for b in _tensor_blocks(i, adapter, changes.get(i.name), out_tag(i, tag)))
+        blocks = (b for i in infos for b in _tensor_blocks(base, i, adapter, changes.get(i.name), out_tag(i, tag)))
         write_blocks(target, entries, blocks, written_metadata(found for _, found in headers))
     log.info("wrote %s: tensors=%d merged=%d dtype=%s", target.name, len(infos), len(merged), dtype)
     return target
@@ -217,25 +219,35 @@ def row_blocks(info: TensorInfo, elements: int = MERGE_ELEMENTS) -> Iterator[tup
             yield begin, np.frombuffer(raw, info.numpy_dtype).reshape(n, columns)
 
 
-def _tensor_blocks(info: TensorInfo, adapter: Adapter | None, change: Change | None, tag: str) -> Iterator[np.ndarray]:
+def _tensor_blocks(
+    base: BaseCheckpoint, info: TensorInfo, adapter: Adapter | None, change: Change | None, tag: str
+) -> Iterator[np.ndarray]:
     """Yield the tensor's rows in the dtype of `tag`, merged if there is a change."""
-    out_dtype, module = NUMPY_DTYPES[tag], change.module if change else None
-    for begin, w_OI in row_blocks(info):
-        if change is None:
-            out_OI = cast(w_OI, out_dtype)
-        elif module is None:
-            out_OI = _replaced(w_OI, begin, change, out_dtype)
-        else:
-            assert adapter is not None  # the change is its own
-            scale, b_OR = adapter.config.scale_of(module), adapter.b(module)[begin : begin + len(w_OI)]
-            if adapter.config.use_dora:
-                magnitude_O = adapter.magnitude(module)[begin : begin + len(w_OI)]
-                out_OI = dora_rows(w_OI, b_OR, adapter.a(module), scale, magnitude_O, out_dtype)
-            else:
-                out_OI = merged_rows(w_OI, b_OR, adapter.a(module), scale, out_dtype)
+    out_dtype = NUMPY_DTYPES[tag]
+    if change is not None and change.module is not None:
+        assert adapter is not None  # the change is its own
+        blocks = _merged_blocks(info, adapter, change, is_transposed(base.config), out_dtype)
+    else:
+        rows = row_blocks(info)
+        blocks = ((w, _replaced(w, at, change, out_dtype) if change else cast(w, out_dtype)) for at, w in rows)
+    for w_OI, out_OI in blocks:
         if (change is not None or out_dtype != w_OI.dtype) and info.dtype in FLOAT_TAGS:
             _check_finite(info, w_OI, out_OI, tag)
         yield out_OI
+
+
+def _merged_blocks(
+    info: TensorInfo, adapter: Adapter, change: Change, transposed: bool, out_dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (rows, merged rows) of a tensor that holds one matrix, or one for each expert."""
+    for number, own in enumerate(factors_of(adapter, change, transposed)):
+        for begin, w_OI in row_blocks(info.matrix(number)):
+            left_OR = own.left_OR[begin : begin + len(w_OI)]
+            if own.magnitude_O is not None:
+                magnitude_O = own.magnitude_O[begin : begin + len(w_OI)]
+                yield w_OI, dora_rows(w_OI, left_OR, own.right_RI, own.scale, magnitude_O, out_dtype)
+            else:
+                yield w_OI, merged_rows(w_OI, left_OR, own.right_RI, own.scale, out_dtype, own.rounds)
 
 
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

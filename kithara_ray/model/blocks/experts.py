@@ -1,7 +1,7 @@
 """The experts of a mixture, computed for every token, or only for the tokens that chose them.
 
     B  rows    T  positions    D  hidden width    E  experts    K  experts of a token    I  width inside an expert
-    C  tokens of one device    R = C * K  rows: a token has one for each of its experts
+    C  tokens of one device    R = C * K  rows: a token has one for each of its experts    L  rank of LoRA's factors
 
 `dense` computes every expert for every token and weighs the results, most of them by 0. It is the reference, and the
 faster way on a CPU. `routed` sorts a device's rows by expert and multiplies each group with its own expert's matrices:
@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,42 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """LoRA's factors of all experts' matrices (X, Y): each expert's result gets `scale` * (x @ A) @ B.
+
+    Attributes:
+        a_EXL, b_ELY: A and B of each expert.
+    """
+
+    a_EXL: jax.Array
+    b_ELY: jax.Array
+    scale: float
+
+    @classmethod
+    def of(cls, lora_A: jax.Array, lora_B: jax.Array, experts: int, scale: float) -> "Factors":
+        """Take PEFT's arrays, A (E * L, X) and B (Y, L * E), apart; see `hf.facts.experts`."""
+        a_ELX = lora_A.reshape(experts, -1, lora_A.shape[-1])
+        b_YLE = lora_B.reshape(lora_B.shape[0], -1, experts)
+        return cls(jnp.swapaxes(a_ELX, 1, 2), jnp.transpose(b_YLE, (2, 1, 0)), scale)
+
+
+class SidePaths(NamedTuple):
+    """The factors of a block's experts; None where there are none.
+
+    Attributes:
+        wide: factors of the gate and the up projection together, with the columns of B in the order of the one matrix
+            of both; if there are two matrices, the gate's columns come first.
+        down: factors of the last product's matrices.
+    """
+
+    wide: Factors | None = None
+    down: Factors | None = None
+
+
+NO_FACTORS = SidePaths()
+
+
+@dataclass(frozen=True)
 class Kernels:
     """The weights of a block's experts.
 
@@ -57,6 +94,7 @@ class Kernels:
         down_bias_ED: a bias of the last product's result, or None.
         in_halves: True if a matrix of both holds the gate's columns before the up projection's. Otherwise a column of
             the one follows a column of the other.
+        factors: LoRA's factors.
     """
 
     wide: tuple[jax.Array, ...]
@@ -65,6 +103,7 @@ class Kernels:
     wide_biases: tuple[jax.Array, ...] = ()
     down_bias_ED: jax.Array | None = None
     in_halves: bool = False
+    factors: SidePaths = NO_FACTORS
 
     @property
     def experts(self) -> int:
@@ -77,11 +116,19 @@ Compute = Callable[[jax.Array, Choice, Kernels], jax.Array]
 def dense(x_BTD: jax.Array, choice: Choice, kernels: Kernels) -> jax.Array:
     """Compute the weighted sum of the experts' results, (B, T, D) in the dtype of `x_BTD`, by computing all experts."""
     wide = [jnp.einsum("btd,edw->btew", x_BTD, kernel) for kernel in kernels.wide]
+    if (own := kernels.factors.wide) is not None:
+        low_BTEL = jnp.einsum("btd,edl->btel", x_BTD, own.a_EXL) * own.scale
+        added = jnp.split(jnp.einsum("btel,elw->btew", low_BTEL, own.b_ELY), len(wide), axis=-1)
+        wide = [product + more for product, more in zip(wide, added, strict=True)]
     if kernels.wide_biases:
         wide = [product + bias for product, bias in zip(wide, kernels.wide_biases, strict=True)]
     # Weigh before the last product: no expert's own result then exists.
     inner_BTEI = kernels.inner(*wide) * _factors_BTE(choice, kernels.experts)[..., None]
-    out = jnp.einsum("btei,eid->btd", inner_BTEI.astype(x_BTD.dtype), kernels.down_EID)
+    inner_BTEI = inner_BTEI.astype(x_BTD.dtype)
+    out = jnp.einsum("btei,eid->btd", inner_BTEI, kernels.down_EID)
+    if (own := kernels.factors.down) is not None:
+        low_BTEL = jnp.einsum("btei,eil->btel", inner_BTEI, own.a_EXL) * own.scale
+        out = out + jnp.einsum("btel,eld->btd", low_BTEL, own.b_ELY)
     return _with_bias(out, choice, kernels)
 
 
@@ -98,32 +145,46 @@ def routed(x_BTD: jax.Array, choice: Choice, kernels: Kernels, mesh: Mesh) -> ja
         # A device needs the same columns of the gate and of the up projection.
         wide, biases = (_halves(arrays) for arrays in (wide, biases))
     real_BT = real_tokens(x_BTD.shape[:2])
+    wide_factors, down_factors = kernels.factors
+    # The columns of B that belong to each of the first products.
+    wide_b = () if wide_factors is None else jnp.split(wide_factors.b_ELY, len(wide), axis=-1)
 
-    def local(x_BTD, experts_BTK, factors_BTK, real_BT, wide, biases, down_EID):
+    def local(x_BTD, experts_BTK, factors_BTK, real_BT, wide, biases, down_EID, side_paths):
+        wide_a, wide_b, down_a, down_b = side_paths
         tokens = (-1, experts_BTK.shape[-1])
         real_C = real_BT.reshape(-1)
         order = _sorted(experts_BTK.reshape(tokens), real_C, kernels.experts)
         x_RD, factors_R = _sent(x_BTD.reshape(-1, x_BTD.shape[-1]), factors_BTK.reshape(tokens), order)
         products = [_grouped(x_RD, kernel, order) for kernel in wide]
+        if wide_factors is not None:
+            low_RL = _grouped(x_RD, wide_a, order) * wide_factors.scale
+            products = [y + _grouped(low_RL, b_ELW, order) for y, b_ELW in zip(products, wide_b, strict=True)]
         if biases:
             expert_R = experts_BTK.reshape(-1)[order.rows_R]
             products = [product + bias[expert_R] for product, bias in zip(products, biases, strict=True)]
         products = [checkpoint_name(product, PRODUCTS) for product in products]
         inner_RI = kernels.inner(jnp.concatenate(products, axis=-1)) if cut else kernels.inner(*products)
         inner_RI = (inner_RI * factors_R[:, None]).astype(x_BTD.dtype)
-        out_CD = _returned(_grouped(inner_RI, down_EID, order), order)
+        out_RD = _grouped(inner_RI, down_EID, order)
+        if down_factors is not None:
+            out_RD = out_RD + _grouped(_grouped(inner_RI, down_a, order) * down_factors.scale, down_b, order)
+        out_CD = _returned(out_RD, order)
         out_CD = jax.lax.psum(out_CD, "tensor") if splits else out_CD
         return out_CD.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
     rows, inside = PartitionSpec(BATCH_AXES), "tensor" if splits else None
-    of_wide, of_biases = PartitionSpec(None, None, inside), PartitionSpec(None, inside)
+    of_wide, of_second = PartitionSpec(None, None, inside), PartitionSpec(None, inside)
+    of_factors = PartitionSpec(), of_wide, of_second, PartitionSpec()
     split = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, rows, rows, rows, of_wide, of_biases, PartitionSpec(None, inside)),
+        in_specs=(rows, rows, rows, rows, of_wide, of_second, of_second, of_factors),
         out_specs=rows,
     )
-    out = split(x_BTD, choice.experts_BTK, choice.factors_BTK, real_BT, tuple(wide), tuple(biases), down_EID)
+    wide_a = None if wide_factors is None else wide_factors.a_EXL
+    down_a, down_b = (None, None) if down_factors is None else (down_factors.a_EXL, down_factors.b_ELY)
+    given = choice.experts_BTK, choice.factors_BTK, real_BT, tuple(wide), tuple(biases), down_EID
+    out = split(x_BTD, *given, (wide_a, tuple(wide_b), down_a, down_b))
     return _with_bias(out, choice, kernels)
 
 

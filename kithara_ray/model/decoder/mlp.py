@@ -1,8 +1,10 @@
 """A decoder block's second half: an MLP, or a mixture of experts.
 
 B  rows    T  positions    D  hidden width    I  width inside an MLP    E  experts    K  experts of a token
+L  rank of LoRA's factors
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import keras
 
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.experts import Choice, Compute, Kernels, dense
+from kithara_ray.model.blocks.mixtures import factors_of
 from kithara_ray.model.decoder.description import Experts, Mlp
 from kithara_ray.model.decoder.layers import DecoderActivation
 
@@ -62,6 +65,8 @@ class DecoderExperts(keras.layers.Layer):
         self.experts, self.hidden = experts, hidden
         self.compute: Compute = dense
         self.shared = None
+        self.lora_router_A = self.lora_router_B = None
+        self.lora_router_scale = 1.0
 
     def build(self, input_shape):
         given = self.experts
@@ -84,8 +89,18 @@ class DecoderExperts(keras.layers.Layer):
 
     def call(self, x):
         gate, up, down = (jnp.asarray(kernel) for kernel in (self.gate, self.up, self.down))
-        out = self.compute(x, self._choice(x), Kernels((gate, up), down, self._inner))
+        kernels = Kernels((gate, up), down, self._inner, factors=factors_of(self, self.experts.count))
+        out = self.compute(x, self._choice(x), kernels)
         return out if self.shared is None else out + self.shared(x)
+
+    def add_router_factors(self, rank: int, scale: float) -> list[keras.Variable]:
+        """Add LoRA's factors A (rank, D) and B (E, rank) of the router, and return them."""
+        shapes = {"lora_router_A": (rank, self.hidden), "lora_router_B": (self.experts.count, rank)}
+        with keras_compat.adding_weights(self):
+            for name, shape in shapes.items():
+                setattr(self, name, self.add_weight(name=name, shape=shape, dtype="float32", initializer="zeros"))
+        self.lora_router_scale = scale
+        return [getattr(self, name) for name in shapes]
 
     def _inner(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         return self.activation(gate).astype(jnp.float32) * up.astype(jnp.float32)
@@ -94,7 +109,12 @@ class DecoderExperts(keras.layers.Layer):
         given = self.experts
         with keras_compat.without_autocast():
             router, correction = (jnp.asarray(v.value, jnp.float32) for v in (self.router, self.correction))
-        logits = jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+            factors = [jnp.asarray(v.value) for v in (self.lora_router_A, self.lora_router_B) if v is not None]
+        product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        logits = product(x.astype(jnp.float32), router)
+        if factors:
+            a_LD, b_EL = factors
+            logits = logits + product(product(x.astype(jnp.float32), a_LD.T), b_EL.T) * self.lora_router_scale
         scores = jax.nn.softmax(logits, axis=-1) if given.scores == "softmax" else jax.nn.sigmoid(logits)
         _, chosen = jax.lax.top_k(scores + correction.reshape(-1), given.chosen)
         factors = jnp.take_along_axis(scores, chosen, axis=-1)

@@ -185,7 +185,7 @@ def _mixture(block: Any, x_BTD) -> "tuple[Choice, Kernels]":
     import jax.numpy as jnp
 
     from kithara_ray.model.blocks.experts import Choice, Kernels
-    from kithara_ray.model.blocks.mixtures import chosen, gated
+    from kithara_ray.model.blocks.mixtures import chosen, factors_of, gated
 
     router, bank = block.moe_router, block.moe_expert_bank
     normed = router.rms_norm(x_BTD)
@@ -197,7 +197,8 @@ def _mixture(block: Any, x_BTD) -> "tuple[Choice, Kernels]":
         for variable in (bank.gate_proj, bank.up_proj, bank.down_proj, bank.per_expert_scale)
     )
     factors_BTK = choice.factors_BTK * scale_E.astype(jnp.float32)[choice.experts_BTK]
-    return Choice(choice.experts_BTK, factors_BTK), Kernels((gate, up), down, gated(jax.nn.gelu))
+    kernels = Kernels((gate, up), down, gated(jax.nn.gelu), factors=factors_of(bank, router.num_experts))
+    return Choice(choice.experts_BTK, factors_BTK), kernels
 
 
 _TEXT = Family(

@@ -14,7 +14,7 @@ graph and in its block, stays valid.
 
 import math
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,10 @@ from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, BIAS_SUFFIX, MAGNITUDE_SUFFIX, LoraConfig
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.dropout import dropped
-from kithara_ray.model.blocks.stack import Chain, find_chain
+from kithara_ray.model.blocks.stack import Chain
 from kithara_ray.model.families.ports import Port
 from kithara_ray.model.identity import IdentityMap, IdentitySet
-from kithara_ray.model.lora.targets import check_targets, linear
+from kithara_ray.model.lora.targets import linear
 
 _WEIGHT = ".weight"
 ops: Any = keras.ops  # Keras' annotations admit None and every backend's tensors
@@ -48,6 +48,9 @@ class Target:
             bias of lora_B, is None without lora_bias.
         is_target: False for a layer that has the side path only so that its block stays like the others. Its factors
             are zero, and nothing of it is trained or saved.
+        rank: rank of the factors; experts have as many rows of A each.
+        by_step: True if the factors are as large as weights, as those of experts. They are then gathered for one step
+            of the scan at a time.
     """
 
     module: str
@@ -58,6 +61,8 @@ class Target:
     magnitude: keras.Variable | None
     bias: keras.Variable | None
     is_target: bool = True
+    rank: int = 1
+    by_step: bool = False
 
     @property
     def variables(self) -> dict[str, tuple[keras.Variable, str]]:
@@ -69,6 +74,19 @@ class Target:
             BIAS_SUFFIX: (self.bias, "zeros"),
         }
         return {self.module + suffix: pair for suffix, pair in made.items() if pair[0] is not None}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place for factors in the built model.
+
+    Attributes:
+        kernel: the variable of the weight that they adapt, or the first of several.
+        adapt: adds them, given the module or parameter, the one whose rank and scale they get, and the config.
+    """
+
+    kernel: keras.Variable
+    adapt: Callable[[str, str, LoraConfig], Target]
 
 
 @dataclass(frozen=True)
@@ -205,16 +223,22 @@ _ADAPTED = {keras.layers.Dense: _LoraDense, keras.layers.EinsumDense: _LoraEinsu
 def linear_modules(backbone, ports: Sequence[Port], hf_config: Mapping) -> dict[str, keras.layers.Layer]:
     """Map HF module name to Keras layer, for every linear layer of the backbone.
 
-    The kernel's identity matches a layer to its name: variable paths are not unique in every family.
-
     Args:
         hf_config: the base's config.json.
+    """
+    modules = {name.removesuffix(_WEIGHT): layer for name, layer in matrices_of(backbone, ports).items()}
+    return {module: modules[module] for module in linear(_modules(ports), hf_config) if module in modules}
+
+
+def matrices_of(backbone, ports: Sequence[Port]) -> dict[str, keras.layers.Layer]:
+    """Map a matrix' tensor to the Keras layer that multiplies with it, in the order of `ports`.
+
+    The kernel's identity matches a layer to its name: variable paths are not unique in every family.
     """
     name_of = IdentityMap((port.variable, port.hf_name) for port in ports)
     layers = [layer for layer in keras_compat.all_layers(backbone) if type(layer) in _ADAPTED]
     named = {name_of[layer.kernel]: layer for layer in layers if layer.kernel in name_of}
-    modules = {name.removesuffix(_WEIGHT): named[name] for name in name_of.values() if name in named}
-    return {module: modules[module] for module in linear(_modules(ports), hf_config) if module in modules}
+    return {name: named[name] for name in name_of.values() if name in named}
 
 
 def _modules(ports: Sequence[Port]) -> list[str]:
@@ -223,45 +247,14 @@ def _modules(ports: Sequence[Port]) -> list[str]:
     return [piece.hf_name.removesuffix(_WEIGHT) for piece in pieces if piece.hf_name.endswith(_WEIGHT)]
 
 
-def inject(
-    backbone, ports: Sequence[Port], config: LoraConfig, hf_config: Mapping, alike: bool = False
-) -> list[Target]:
-    """Adapt every linear layer that `config` targets.
-
-    Args:
-        hf_config: the base's config.json.
-        alike: give blocks without a target the same side paths, with zero factors, so that one scan still covers all
-            blocks.
-
-    Raises:
-        ConfigError: a target module matches nothing.
-        UnsupportedError: a matched layer has an activation or is not a linear map.
-    """
-    layers = linear_modules(backbone, ports, hf_config)
-    check_targets(config, list(layers))
-    like = {module: module for module in layers if config.matches(module)}
-    if alike and not config.use_dora:  # with DoRA, a zero magnitude would change the layer
-        like |= _counterparts(backbone, layers, like.keys(), config)
-    return [_adapt(module, layer, like[module], config) for module, layer in layers.items() if module in like]
+def initialiser_of(config: LoraConfig) -> str:
+    """The kind of A's initial values."""
+    return "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
 
 
-def _counterparts(
-    backbone, layers: Mapping[str, keras.layers.Layer], targets: Collection[str], config: LoraConfig
-) -> dict[str, str]:
-    """Map modules that are not targets to a target at the same place in another block of the same kind.
-
-    Places whose targets differ in rank or scale are left out: their blocks differ anyway.
-    """
-    module_of = IdentityMap((layer.kernel, module) for module, layer in layers.items())
-    found: dict[str, str] = {}
-    places = ((section, place) for section in find_chain(backbone).sections for place in range(section.period))
-    for section, place in places:
-        for group in zip(*(block.variables for block in section.blocks[place :: section.period]), strict=True):
-            modules = [module_of[variable] for variable in group if variable in module_of]
-            adapted = [module for module in modules if module in targets]
-            if len({(config.rank_of(module), config.scale_of(module)) for module in adapted}) == 1:
-                found |= {module: adapted[0] for module in modules if module not in targets}
-    return found
+def place_of(layer) -> Place:
+    """The place for factors of a linear layer."""
+    return Place(layer.kernel, lambda module, like, config: _adapt(module, layer, like, config))
 
 
 def _adapt(module: str, layer, like: str, config: LoraConfig) -> Target:
@@ -283,9 +276,8 @@ def _adapt(module: str, layer, like: str, config: LoraConfig) -> Target:
     layer.lora_scale, layer.lora_dropout = config.scale_of(like), config.lora_dropout
     layer.lora_number = zlib.crc32(module.encode())
     layer.kernel.trainable = False
-    initialiser = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
     variables = layer.lora_A, layer.lora_B, layer.lora_magnitude, layer.lora_bias
-    return Target(module, layer, initialiser, *variables, module == like)
+    return Target(module, layer, initialiser_of(config), *variables, module == like, rank)
 
 
 @dataclass(frozen=True)
@@ -299,6 +291,7 @@ class FactorSlot:
         initialiser: the kind of initial values: "zeros", "kaiming", "gaussian" or, for a magnitude, "norms".
         stacked: True if the array's first dim counts these steps.
         peers: for a stacked array, the variables of all steps, in order.
+        rank, by_step: as in `Target`.
     """
 
     names: tuple[str, ...]
@@ -307,6 +300,8 @@ class FactorSlot:
     initialiser: str
     stacked: bool
     peers: tuple[keras.Variable, ...] = ()
+    rank: int = 1
+    by_step: bool = False
 
     @property
     def key(self) -> str:
@@ -339,7 +334,7 @@ class FactorSlot:
         if self.initialiser in ("zeros", "norms"):
             return np.zeros(shape, np.float32)
         if self.initialiser == "gaussian":
-            return draws.standard_normal(shape, np.float32) / np.float32(shape[0])
+            return draws.standard_normal(shape, np.float32) / np.float32(self.rank)
         unit = draws.random(shape, np.float32)
         return (2 * unit - 1) / np.float32(math.sqrt(shape[1]))
 
@@ -351,7 +346,7 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
         chain: None stacks nothing.
     """
     factors = IdentityMap(
-        (variable, (name, variable, target.layer, initialiser))
+        (variable, (name, variable, target.layer, initialiser, target))
         for target in targets
         if target.is_target
         for name, (variable, initialiser) in target.variables.items()
@@ -361,10 +356,11 @@ def factor_slots(targets: Sequence[Target], chain: Chain | None) -> list[FactorS
     for factor in factors:
         steps = peers.get(factor, ())
         group = [factors[peer] for peer in steps if peer in factors] or [factors[factor]]
-        names, variables, layers, initialisers = zip(*group, strict=True)
+        names, variables, layers, initialisers, of = zip(*group, strict=True)
         if variables[0] is factor:
             # A single factor gets no dim of steps: a checkpoint could not tell it from a dim of the factor's own.
-            made.append(FactorSlot(names, variables, layers, initialisers[0], len(group) > 1, steps))
+            own = of[0].rank, of[0].by_step
+            made.append(FactorSlot(names, variables, layers, initialisers[0], len(group) > 1, steps, *own))
     return made
 
 

@@ -9,16 +9,16 @@ from kithara_ray.errors import ConfigError, UnsupportedError
 from kithara_ray.hf import beside
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.facts.stored import adapts_by_layer
+from kithara_ray.hf.facts.experts import former_names, is_router
 from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import is_named
 from kithara_ray.hf.resizing.tables import described, rows_of
 from kithara_ray.hf.tower import TOWER, in_tower, is_in_tower, prefix_of, wrapper_of
 from kithara_ray.hf.unused import why_unused
+from kithara_ray.model.lora.conversion import check_parameters, converted
 
 _WEIGHT = ".weight"
 _EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "lm_head")
-_ROUTERS = ("gate", "router")
 _EXPERTS = ".experts."
 
 
@@ -32,23 +32,15 @@ def linear_modules_of(base: BaseCheckpoint) -> list[str]:
 def linear(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """Select, from a checkpoint's modules with a matrix, the linear layers in transformers, except the head.
 
-    The experts and the router of a mixture are not selected. Transformers holds all experts in one parameter, and PEFT
-    takes an expert's name ("up_proj") for that parameter, even if a layer has the same name. Where
-    `stored.adapts_by_layer`, it takes the name for the layer.
+    The experts and the router of a mixture are not selected: they are parameters; see `conversion`. Where PEFT takes an
+    expert's name ("up_proj") for its parameter, a layer of that name is not selected either.
 
     Args:
         config: config.json.
     """
     modules = list(modules)
-    apart = {*_EMBEDDINGS, *_ROUTERS}
-    if not adapts_by_layer(config):
-        apart |= {_leaf(module) for module in modules if _EXPERTS in module}
-    return [module for module in modules if not (_leaf(module) in apart or _EXPERTS in module or _is_router(module))]
-
-
-def _is_router(module: str) -> bool:
-    """True for a mixture's router, or for the layer that it holds."""
-    return any(part in _ROUTERS for part in module.split(".")[-2:])
+    apart = {*_EMBEDDINGS, *former_names(config)}
+    return [module for module in modules if not (_leaf(module) in apart or _EXPERTS in module or is_router(module))]
 
 
 def other_modules_of(base: BaseCheckpoint) -> list[str]:
@@ -60,7 +52,7 @@ def other_modules_of(base: BaseCheckpoint) -> list[str]:
     """
     linear = set(linear_modules_of(base))
     names = base.tensors
-    if adapts_by_layer(base.config):
+    if not former_names(base.config):
         # An expert is no module, but a part of a parameter.
         names = [name for name in names if _EXPERTS not in name]
     modules = {name.rpartition(".")[0] for name in names}
@@ -76,8 +68,13 @@ def targets_of(given: str | Iterable[str], base: BaseCheckpoint) -> tuple[str, .
     if not isinstance(given, str):
         return tuple(given)
     if given.lower() == ALL_LINEAR:
-        return tuple(sorted({_leaf(module) for module in linear_modules_of(base)}))
+        return all_linear(linear_modules_of(base), base.config)
     return (given,) if re.fullmatch(r"[\w.]+", given) else given
+
+
+def all_linear(modules: Iterable[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Spell "all-linear" out: the names of these linear modules, and former names of parameters as in PEFT."""
+    return tuple(sorted({_leaf(module) for module in modules} | former_names(config).keys()))
 
 
 def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConfig:
@@ -91,7 +88,9 @@ def lora_config_of(rank: int, base: BaseCheckpoint, **settings: Any) -> LoraConf
     if settings["init_lora_weights"] is False:
         raise UnsupportedError("init_lora_weights=False (a random B) is for testing PEFT; use True or 'gaussian'")
     patterns = {name: settings.pop(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    lora = of_text_model(LoraConfig(r=rank, target_modules=targets, **patterns, **settings), base.config)
+    lora = converted(LoraConfig(r=rank, target_modules=targets, **patterns, **settings), base.config)
+    check_parameters(lora, base)
+    lora = of_text_model(lora, base.config)
     if lora.is_resized and rows_of(base) == lora.resize_token_embeddings:
         lora = dataclasses.replace(lora, resize_token_embeddings=None)
     base = described(base, lora)
@@ -116,6 +115,8 @@ def of_text_model(config: LoraConfig, model_config: Mapping[str, Any]) -> LoraCo
         return config
     within = re.escape(tower.removesuffix("."))
     targets = config.target_modules
+    if not targets:
+        return config
     if isinstance(targets, str):
         already = targets.startswith((tower, within, f"(?={within}"))
         return config if already else dataclasses.replace(config, target_modules=rf"(?={within}\.)(?:{targets})")
@@ -145,16 +146,18 @@ def check_targets(config: LoraConfig, modules: Sequence[str], others: Sequence[s
         ConfigError: names the entry and the available modules.
     """
     targets = config.target_modules
+    if not targets:
+        return
     for target in [targets] if isinstance(targets, str) else targets:
         entry = targets if isinstance(targets, str) else (target,)
-        one = dataclasses.replace(config, target_modules=entry)
+        one = dataclasses.replace(config, target_modules=entry, target_parameters=())
         wrong = next((module for module in others if one.matches(module)), None)
         if wrong is not None:
             what = "an embedding" if _leaf(wrong) in _EMBEDDINGS else "no linear layer"
             if modules and modules[0].startswith(TOWER) and not wrong.startswith(TOWER):
                 what = "beside the text model, which alone is trained"
-            elif _EXPERTS in wrong or _is_router(wrong):
-                what = "of a mixture of experts, which transformers holds as parameters"
+            elif _EXPERTS in f"{wrong}." or is_router(wrong):
+                what = "of a mixture of experts, which transformers holds as parameters: give target_parameters"
             raise ConfigError(f"target_modules: {target!r} matches {wrong}, {what}; LoRA adapts only linear layers")
         if not any(is_named(entry, module) for module in modules):
             leaves = sorted({_leaf(module) for module in modules})
