@@ -1,7 +1,9 @@
 """The test process computes on four CPU devices, so that sharding is tested anywhere; set before jax is imported."""
 
 import os
+import shutil
 import sys
+import tempfile
 
 from compiled import kept_programs
 
@@ -23,6 +25,10 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept_programs())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # All temporary files of the run, also of processes that tests kill: removed at its end. Ray's sockets are below it,
+    # and their paths are bounded, so it is short. pytest's own directories stay where they are, to be looked at.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="kr_", dir="/tmp")
 
 import pytest
 from tiny import COMPARED, LIKE_OTHERS, SIZES, mostly_long, write_model
@@ -59,6 +65,11 @@ def every_family(request):
 def any_family(request):
     """Every family, most of them among the long tests: what `every_family` proves of each is behind what is asked."""
     return request.param
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 def _needs_ray(item) -> int:

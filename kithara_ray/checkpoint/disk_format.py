@@ -17,11 +17,9 @@ import json
 import logging
 import math
 import re
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from kithara_ray.hf.fetch import fetch_header
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES, TAGS, TensorInfo, read_header, write_arrays
 from kithara_ray.sharding.gather import Bounds, Shard
 from kithara_ray.storage.places import Place
+from kithara_ray.storage.scratch import scratch
 from kithara_ray.storage.urls import cause_of
 
 logger = logging.getLogger(__name__)
@@ -259,11 +258,11 @@ class Checkpoint:
         """Map each array to its slices, (bounds, location), from the parts' headers, which are read once."""
         if self._slices is None:
             self._slices = {}
-            with tempfile.TemporaryDirectory(prefix="kithara_ray_checkpoint_") as scratch:
+            with scratch() as directory:
                 for name in self.files:
                     if not _PART.fullmatch(name):
                         continue
-                    local = Path(scratch, name)
+                    local = directory / name
                     remote = self.place.path(self.directory, name)
                     fetch_header(self.place.fs, remote, local, self.manifest["files"][name]["bytes"])
                     for key, info in read_header(local)[0].items():

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from kithara_ray.errors import DestinationError
 from kithara_ray.storage.atomic import rename_durably
 from kithara_ray.storage.objects import put_file
+from kithara_ray.storage.scratch import scratch
 from kithara_ray.storage.urls import cause_of, filesystem, is_url, join
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class Place:
     def scratch(self) -> Iterator[Path]:
         """Yield a temporary directory for files to put. A local one is next to its destination: a rename is enough."""
         if not self.is_local:
-            with tempfile.TemporaryDirectory(prefix="kithara_ray_checkpoint_") as directory:
-                yield Path(directory)
+            with scratch() as directory:
+                yield directory
             return
         directory = Path(self.path(f".writing-{uuid.uuid4().hex[:8]}"))
         try:

@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 KILLED = 77
@@ -165,9 +166,12 @@ def call(job: dict) -> dict:
 def in_a_child(job: dict) -> dict:
     """Run one job in a fork; what it returns, or how it ended."""
     reading, writing = os.pipe()
+    # The next job would remove what is left of a killed one, which would count among its operations.
+    temporary = tempfile.mkdtemp()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
+        tempfile.tempdir = temporary
         try:
             result = {"export": export, "snapshot": lambda j: snapshot(j["url"]), "check": check, "call": call}[
                 job["action"]

@@ -58,7 +58,7 @@ def end(process: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def home():
     """Where the newcomer's cluster keeps its files: short, since its sockets' paths are bounded."""
-    with tempfile.TemporaryDirectory(prefix="kr_", dir="/tmp", ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(prefix="kr_", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 

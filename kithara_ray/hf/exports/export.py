@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from kithara_ray.hf.resizing.tables import described, resized
 from kithara_ray.hf.safetensors_file import NUMPY_DTYPES
 from kithara_ray.hf.tower import wrapper_of
 from kithara_ray.storage import urls
+from kithara_ray.storage.scratch import scratch
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def write_weights(
     with contextlib.ExitStack() as stack:
         directory = stage.directory
         if stage.is_remote:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kithara_ray_proof_")))
+            directory = stack.enter_context(scratch())
             stage.read_headers(directory)
             for path in configs:
                 shutil.copyfile(path, directory / path.name)

@@ -24,6 +24,7 @@ from kithara_ray.hf.fetch import fetch_tensors
 from kithara_ray.hf.merging.merge import Dtype, check_dtype, out_bytes, write_tensors
 from kithara_ray.hf.publish import publish
 from kithara_ray.storage import urls
+from kithara_ray.storage.scratch import scratch
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SPARE_BYTES = 64 << 20
@@ -139,13 +140,13 @@ def write_part(part: Part) -> Written:
     DestinationError.
     """
     base, is_remote = part.base, urls.is_url(part.target)
-    with tempfile.TemporaryDirectory(prefix="kithara_ray_part_") as scratch:
-        _check_room(part, scratch)
+    with scratch() as temporary:
+        _check_room(part, temporary)
         if base.source:
-            directory = Path(scratch, "base")
+            directory = temporary / "base"
             directory.mkdir()
             base = fetch_part(base, directory)
-        directory = Path(scratch if is_remote else part.target)
+        directory = temporary if is_remote else Path(part.target)
         file = directory / (part.name if is_remote else f".{part.name}.{uuid.uuid4().hex[:8]}")
         try:
             write_tensors(base, part.adapter, file, part.dtype)
@@ -177,12 +178,12 @@ def remove_leftovers(directory: Path) -> None:
         path.unlink()
 
 
-def _check_room(part: Part, scratch: str) -> None:
+def _check_room(part: Part, temporary: Path) -> None:
     """Check the disk space: a part needs room for its whole file if one end is a URL, and twice that if both are."""
     infos = part.base.tensors.values()
     needed = sum(info.nbytes for info in infos) if part.base.source else 0
     needed += part.out_bytes if urls.is_url(part.target) else 0
-    free = shutil.disk_usage(scratch).free
+    free = shutil.disk_usage(temporary).free
     if needed and needed + SPARE_BYTES > free:
         raise ExportError(
             f"{part.name}: {needed:,} bytes of temporary files are needed in {tempfile.gettempdir()} of this host, "

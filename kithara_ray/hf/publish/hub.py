@@ -7,7 +7,6 @@ upload existing objects again. The Hub refuses the commit if another one has bee
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from kithara_ray.errors import DestinationError, ExportError
 from kithara_ray.hf.publish.stage import Journal, Stage
+from kithara_ray.storage.scratch import scratch
 from kithara_ray.storage.urls import cause_of
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def staged(url: str, plan: str, resume: bool) -> Generator[HubStage]:
     if head is None:
         raise DestinationError(f"{url}: the repository that was made there has no commit; delete it and try again")
     try:
-        with tempfile.TemporaryDirectory(prefix="kithara_ray_export_") as directory:
-            stage = HubStage(Path(directory), url, Journal(plan))
+        with scratch() as directory:
+            stage = HubStage(directory, url, Journal(plan))
             yield stage
             _commit(url, repo, head, stage)
     except BaseException:

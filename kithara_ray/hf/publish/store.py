@@ -11,7 +11,6 @@ inside it would publish the truncated object.
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from kithara_ray.errors import CheckpointError, DestinationError, ExportError
 from kithara_ray.hf.fetch import fetch_header
 from kithara_ray.hf.publish.stage import MARKER, Journal, Stage, publishing_order
 from kithara_ray.storage.objects import put_file, receipt_of
+from kithara_ray.storage.scratch import scratch
 from kithara_ray.storage.urls import cause_of, filesystem
 
 log = logging.getLogger(__name__)
@@ -88,15 +88,15 @@ def check(url: str) -> None:
 @contextlib.contextmanager
 def staged(url: str, plan: str, resume: bool) -> Generator[StoreStage]:
     """See `publish.staged`."""
-    with tempfile.TemporaryDirectory(prefix="kithara_ray_export_") as directory:
-        stage = _claim(url, Path(directory), plan, resume)
+    with scratch() as directory:
+        stage = _claim(url, directory, plan, resume)
         try:
             yield stage
-            files = [path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()]
+            files = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
             stage.check_owner()
             for name in sorted(files, key=publishing_order):
                 stage.placed.append(name)
-                put_file(Path(directory, name), url, name)
+                put_file(directory / name, url, name)
         except _TakenOverError:
             raise
         except BaseException:
