@@ -201,20 +201,19 @@ def test_dora_on_an_int8_base_over_two_hosts(cluster, tiny_models, tmp_path, mon
 
 
 @pytest.mark.long
-def test_losses_do_not_depend_on_the_number_of_workers_and_devices(cluster, tiny_models, tmp_path):
-    """Same data, seed and global batch of 8: one worker of four devices, two of two, one of one. Some rows are so long
-    that batches have two lengths."""
+def test_losses_do_not_depend_on_the_number_of_workers(cluster, tiny_models, tmp_path):
+    """Same data, seed and global batch of 8: one worker of four devices, and two of two. Some rows are so long that
+    batches have two lengths."""
     long = [{"prompt": "one", "answer": f"{i} " * 60} for i in range(300)]
     losses = {}
-    for workers, devices in ((1, 4), (2, 2), (1, 1)):
+    for workers, devices in ((1, 4), (2, 2)):
         rows_per_device = 8 // (workers * devices)
         _, result = run(tiny_models["llama"], tmp_path, workers, devices, rows_per_device, rows=tiny.rows(450) + long)
         losses[workers, devices] = [row["loss"] for row in result.history]
         tokens = [row["tokens_per_s"] * row["step_time_s"] for row in result.history]
         assert max(tokens) > 400 > min(tokens), tokens
-    np.testing.assert_allclose(losses[1, 4], losses[1, 1], rtol=1e-4)
-    np.testing.assert_allclose(losses[2, 2], losses[1, 1], rtol=1e-4)
-    assert len(set(losses[1, 1])) == 7
+    np.testing.assert_allclose(losses[2, 2], losses[1, 4], rtol=1e-4)
+    assert len(set(losses[1, 4])) == 7
 
 
 @pytest.mark.long

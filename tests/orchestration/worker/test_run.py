@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from local_runs import LocalChannel, held_out, spec_of, train
-from loops import Recorder, noted
+from loops import Recorder, logits_of, noted
 
 from kithara_ray import Checkpointer
 from kithara_ray.checkpoint import disk_format
@@ -375,3 +375,22 @@ def test_trained_weights_are_handed_over_slice_by_slice(tiny_models, tmp_path):
         assert (trained.view(name) != base.view(name)).any(), name
     assert all(np.asarray(array).dtype == np.float32 for array in jax.tree.leaves(ended.run.state["params"]))
     assert json.loads((tmp_path / "runs" / "run" / "model" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.long
+def test_weights_of_blocks_in_periods_compute_in_transformers_what_was_trained(tiny_models, tmp_path):
+    """tests/orchestration/test_full_parameters.py has the same of two workers, and of blocks that are alike."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    channel, tokens = LocalChannel(), np.random.default_rng(0).integers(3, tiny.VOCABULARY, (4, 24)).astype(np.int32)
+    optimizer = portable(keras.optimizers.AdamW(3e-3))
+    ended = train(spec_of(tiny_models["gemma2"], tmp_path, channel, lora=None, steps=3, optimizer=optimizer))
+    plain, trained = (
+        AutoModelForCausalLM.from_pretrained(directory).eval()
+        for directory in (tiny_models["gemma2"], channel.coordinator.publish_weights(1))
+    )
+    with torch.no_grad():
+        before, theirs = (model(torch.tensor(tokens).long()).logits.numpy() for model in (plain, trained))
+    np.testing.assert_allclose(logits_of(ended.run, tokens), theirs, atol=1e-4, rtol=0)
+    assert np.abs(theirs - before).max() > 0.1
