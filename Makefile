@@ -7,7 +7,7 @@ LOCK := tests/requirements.lock
 PIP = @$(PYTHON) .ci/one_line.py "installing $(1)" $(BIN)/pip install --progress-bar off --disable-pip-version-check -c $(LOCK)
 
 .PHONY: quickstart test test-long check docs lint format lock clean families models faults
-.PHONY: bench-step bench-load bench-export bench-tpu bench-data bench-sft
+.PHONY: bench-step bench-load bench-export bench-tpu bench-data bench-sft bench-generate bench-start
 
 $(VENV)/.base: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, found " + sys.version)'
@@ -93,6 +93,12 @@ bench-data: $(VENV)/.bench  ## rows to packed tokens beside datasets.map + TRL, 
 
 bench-sft: $(VENV)/.bench  ## fine-tuning on short rows beside TRL padded, padding-free and packed; 8 minutes
 	@$(BIN)/python benchmarks/sft.py
+
+bench-generate: $(VENV)/.bench  ## greedy decoding beside transformers' batched generate; 5 minutes
+	@$(BIN)/python benchmarks/generate.py
+
+bench-start: $(VENV)/.test  ## from train() to the end of the first step of a tiny model, phase by phase; 2 minutes
+	@$(BIN)/python benchmarks/start.py
 
 bench-export: $(VENV)/.bench  ## a merge of 1.1 GB beside peft's and beside cp, and the head's memory against size; 5 minutes, 4 GB of disk
 	@$(BIN)/python benchmarks/export.py

@@ -156,6 +156,10 @@ class CausalLM(ModelArrays):
 
     def bind(self, params: Params, frozen: Frozen, unstack: bool) -> keras.StatelessScope:
         """Bind the model's variables to these values in a scope; without `unstack`, only those outside the scan."""
+        return keras.StatelessScope(state_mapping=self.values(params, frozen, unstack))
+
+    def values(self, params: Params, frozen: Frozen, unstack: bool) -> list[tuple[keras.Variable, jax.Array]]:
+        """Pair the model's variables with their values; without `unstack`, only those outside the scan."""
         factors, frozen = self.roles(params, frozen)[0], self.weights_of(params, frozen)
         pairs = [
             (port.variable, value)
@@ -165,7 +169,7 @@ class CausalLM(ModelArrays):
         ]
         pairs += self._each_factor(factors, unstack)
         seeds = (variable for variable in self.model.variables if ports.is_seed(variable))
-        return keras.StatelessScope(state_mapping=pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds])
+        return pairs + [(v, jnp.zeros(v.shape, v.dtype)) for v in seeds]
 
     def _each_factor(self, factors: Factors, unstack: bool) -> Iterator[tuple[keras.Variable, jax.Array]]:
         yield from ((variable, jnp.zeros(variable.shape, variable.dtype)) for variable in self.zeros)

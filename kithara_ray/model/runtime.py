@@ -4,9 +4,11 @@ Only entry points and worker start-up call `prepare`: it changes the environment
 """
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from kithara_ray.errors import ConfigError
@@ -37,20 +39,37 @@ def prepare() -> None:
 
 
 def keep_compiled(platform: str) -> None:
-    """Keep compiled programs on disk, so that a restarted run does not compile again.
+    """Keep compiled programs on disk, so that the next run of the same step does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR names the directory. Without it, a TPU uses this library's cache directory. JAX writes
-    only the programs that the run's first process compiled. A shared or `gs://` directory therefore serves all hosts; a
-    directory on each host's disk serves only the first. A CPU's programs are kept only if that variable is set: they
-    hold that CPU's instructions, and different machines may share a home directory.
+    JAX_COMPILATION_CACHE_DIR names the directory. Without it, programs are kept in this library's cache directory. JAX
+    writes only the programs that the run's first process compiled. A shared or `gs://` directory therefore serves all
+    hosts; a directory on each host's disk serves only the first. A CPU's programs hold that CPU's instructions, and
+    different machines may share a home directory, so each kind of CPU has a directory of its own.
     """
     import jax
 
     config: Any = jax.config  # its settings are attributes made at run time
-    if config.jax_compilation_cache_dir is None and platform == "tpu":
+    if config.jax_compilation_cache_dir is None:
         from kithara_ray.storage.urls import cache_dir
 
-        config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        kept = cache_dir() / "compiled"
+        if platform == "cpu":
+            kind = _kind_of_cpu()
+            if kind is None:
+                return
+            kept /= f"cpu-{kind}"
+        config.update("jax_compilation_cache_dir", str(kept))
+
+
+def _kind_of_cpu() -> str | None:
+    """Name this machine's CPU by its instructions and model; None where the system does not list them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    named = ("flags", "features", "model name", "cpu part")
+    told = sorted({line for line in lines if line.partition(":")[0].strip().lower() in named})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16] if told else None
 
 
 def _hide(names: Iterable[str]) -> None:

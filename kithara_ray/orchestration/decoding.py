@@ -5,7 +5,7 @@ from kithara_ray.hf.facts.generation import read_generation, stops_of
 from kithara_ray.hf.fetch import fetch
 from kithara_ray.hf.resizing.tables import resized
 from kithara_ray.model.causal_lm import build
-from kithara_ray.model.generate import Decoder
+from kithara_ray.model.generate import decoder_of
 from kithara_ray.orchestration.generator import Request, Weights
 from kithara_ray.sft.tokens.prompts import prompt_ids, stop_ids
 from kithara_ray.sft.tokens.tokenizer import load_tokenizer
@@ -20,7 +20,7 @@ class Decoding:
         self._checkpoint = resized(BaseCheckpoint.open(fetch(weights.base)), weights.lora)
         config = self._checkpoint.config
         self.model = build(config, weights.adapted, make_mesh(mesh), weights.precision, scan=False)
-        self.decoder = Decoder(self.model, {}, [])
+        self.decoder = decoder_of(self.model, {}, [])
         self._stop = stops_of(config, read_generation(self._checkpoint.directory))
         self._built = _kind(weights)
         self.load(weights)

@@ -72,6 +72,7 @@ class Generator:
 
     def __init__(self, weights: Weights | None = None):
         runtime.prepare()
+        runtime.keep_compiled("cpu")
         self._decoding = None
         if weights is not None:
             self.load(weights)

@@ -33,7 +33,7 @@ from kithara_ray.model import keras_compat
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.families import FAMILIES, family_of
 from kithara_ray.model.families.family import completed, training_note
-from kithara_ray.model.generate import Decoder
+from kithara_ray.model.generate import decoder_of
 from kithara_ray.model.lora.targets import linear_modules_of
 from kithara_ray.model.options import groups_of
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
@@ -119,7 +119,7 @@ def test_greedy_decoding(any_family, tiny_models, random_adapter, tmp_path):
     directory, adapter = tiny_models[any_family], random_adapter[any_family]
     base = BaseCheckpoint.open(directory)
     model = build(base.config, LORA[any_family], make_mesh(), "float32", scan=False)
-    decoder = Decoder(model, model.place_factors(adapter), model.load(base))
+    decoder = decoder_of(model, model.place_factors(adapter), model.load(base))
     prompts = [TOKENS[0, :13].tolist(), TOKENS[1, :9].tolist()]
     ours = decoder.greedy(prompts, 24, (2,))
 

@@ -1,4 +1,4 @@
-"""Compiled programs are kept where the user says, on a TPU host in any case, and never unasked on a CPU."""
+"""Compiled programs are kept where the user says, else in the library's cache; each kind of CPU has its own place."""
 
 import json
 import os
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+from kithara_ray.model import runtime
 
 SCRIPT = """
 import json, sys
@@ -19,8 +21,12 @@ print(json.dumps(jax.config.jax_compilation_cache_dir))
 """
 
 
+KIND = runtime._kind_of_cpu()
+
+
 @pytest.mark.parametrize(
-    ("platform", "variable", "kept"), [("cpu", None, None), ("cpu", "own", "own"), ("tpu", None, "compiled")]
+    ("platform", "variable", "kept"),
+    [("cpu", None, f"compiled/cpu-{KIND}"), ("cpu", "own", "own"), ("tpu", None, "compiled")],
 )
 def test_where_programs_are_kept(platform, variable, kept, tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
@@ -29,9 +35,6 @@ def test_where_programs_are_kept(platform, variable, kept, tmp_path):
         env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / variable)
     done = subprocess.run([sys.executable, "-c", SCRIPT, platform], env=env, capture_output=True, text=True, check=True)
     directory = json.loads(done.stdout.splitlines()[-1])
-    if kept is None:
-        assert directory is None
-        return
     assert directory.endswith(kept)
     assert directory.startswith(str(tmp_path))
     assert os.listdir(directory)
@@ -47,3 +50,13 @@ print([name for name in ("tensorflow", "matplotlib") if sys.modules.get(name)], 
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[] False"
+
+
+def test_a_cpu_of_other_instructions_has_a_place_of_its_own(monkeypatch):
+    told = "processor : 0\nmodel name : A\ncpu MHz : {}\nflags : sse2 {}\n"
+    kinds = []
+    for text in (told.format(1000, "avx2"), told.format(2000, "avx2"), told.format(1000, "avx512f"), "vendor : none\n"):
+        monkeypatch.setattr(runtime.Path, "read_text", lambda self, text=text: text)
+        kinds.append(runtime._kind_of_cpu())
+    assert kinds[0] == kinds[1] != kinds[2]
+    assert kinds[3] is None

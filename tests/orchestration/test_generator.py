@@ -46,7 +46,8 @@ def test_one_program_serves_the_base_and_what_is_trained_on_it(tiny_models):
     after = worker.generate(request)
     assert after == Decoding(trained).generate(request) != before
     assert worker._decoding is decoding
-    assert decoding.decoder.step._cache_size() == 1
+    # A program for prompts, and one for steps.
+    assert [block._cache_size() for block in decoding.decoder.programs.blocks] == [2]
     assert not decoding.fits(plain)
 
 

@@ -8,7 +8,7 @@ Positions need no new numbering, since rotary attention depends only on distance
 computes this without any T x T array. Elsewhere XLA computes the same from masks.
 
 KerasHub's decoder blocks build a T x T mask and hand it to their attention layer. `install` makes them hand over the
-segment ids instead, as a (B, T, 1) column. Decoding with a KV cache still uses KerasHub's own attention.
+segment ids instead, as a (B, T, 1) column. Decoding puts attention over a cache in this one's place, see `cached`.
 """
 
 import contextlib
@@ -45,6 +45,8 @@ _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 # State while a block is traced in parts: the list that records its attention's output, or the output to return.
 _RECORD: ContextVar[list[jax.Array] | None] = ContextVar("what attention gave", default=None)
 _GIVEN: ContextVar[jax.Array | None] = ContextVar("what attention gives", default=None)
+# The function that computes attention in place of the installed one.
+_INSTEAD: ContextVar[Callable | None] = ContextVar("what attends instead", default=None)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, settings: Settings, sinks
         seen = distance >= 0 if settings.window is None else (distance >= 0) & (distance < settings.window)
         seen_BQS = seen & (segments_BT[:, queries, None] == segments_BT[:, None, keys])
         logits = jnp.einsum("bkgqh,bksh->bkgqs", q_BKGQH, k_BKTH[:, :, keys], preferred_element_type=jnp.float32)
-        weights = _softmax(logits * settings.scale, seen_BQS, settings.soft_cap, sinks_N)
+        weights = softmax(logits * settings.scale, seen_BQS, settings.soft_cap, sinks_N)
         outs.append(jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(v_BKTH.dtype), v_BKTH[:, :, keys]))
     return jnp.transpose(jnp.concatenate(outs, axis=3), (0, 3, 1, 2, 4)).reshape(b, t, n, h)
 
@@ -98,7 +100,7 @@ def _query_blocks(t: int, window: int | None) -> list[tuple[int, int, int]]:
     return [(start, min(start + size, t), 0 if window is None else max(0, start - window + 1)) for start in starts]
 
 
-def _softmax(logits_BKGQS, seen_BQS, soft_cap: float | None, sinks_N) -> jax.Array:
+def softmax(logits_BKGQS, seen_BQS, soft_cap: float | None, sinks_N) -> jax.Array:
     """Softmax over the visible keys, with logits soft-capped and the sinks' share taken off."""
     if soft_cap:
         logits_BKGQS = soft_cap * jnp.tanh(logits_BKGQS / soft_cap)
@@ -200,27 +202,33 @@ def _block_sizes(t: int, tile: int, fused: bool):
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[jax.Array]]:
-    """Record the output of segment attention, (B, T, N, H), in the yielded list while this context is active."""
-    outputs: list[jax.Array] = []
-    token = _RECORD.set(outputs)
-    try:
-        yield outputs
-    finally:
-        _RECORD.reset(token)
-
-
-@contextlib.contextmanager
-def given(output: jax.Array) -> Iterator[None]:
-    """Make segment attention return this output for any input while this context is active.
-
-    Nothing then uses the queries, keys and values, so the compiler leaves them out.
-    """
-    token = _GIVEN.set(output)
+def _set(variable: ContextVar, value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _GIVEN.reset(token)
+        variable.reset(token)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[jax.Array]]:
+    """Record the output of segment attention, (B, T, N, H), in the yielded list while this context is active."""
+    outputs: list[jax.Array] = []
+    with _set(_RECORD, outputs):
+        yield outputs
+
+
+def given(output: jax.Array) -> contextlib.AbstractContextManager[None]:
+    """Make segment attention return this output for any input inside this context.
+
+    Nothing then uses the queries, keys and values, so the compiler leaves them out.
+    """
+    return _set(_GIVEN, output)
+
+
+def computed_by(attend: Callable) -> contextlib.AbstractContextManager[None]:
+    """Make segment attention call this function, with the arguments of `xla_attention`, inside this context."""
+    return _set(_INSTEAD, attend)
 
 
 def mixed(compute: Callable[[], jax.Array]) -> jax.Array:
@@ -376,7 +384,8 @@ def _attend_by_segments(layer: keras.layers.Layer, settings: Settings, attend: C
 
 
 def _attended(attend: Callable, query, key, value, segments_BT, settings: Settings, sinks_N=None) -> jax.Array:
-    """Compute attention with `attend`, unless `mixed` knows the output."""
+    """Compute attention with `attend`, unless `mixed` knows the output or `computed_by` has another function."""
+    attend = _INSTEAD.get() or attend
 
     def compute() -> jax.Array:
         named = (checkpoint_name(array, INPUTS) for array in (query, key, value))

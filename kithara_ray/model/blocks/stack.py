@@ -171,7 +171,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class _KeysOf:
+class KeysOf:
     """A stand-in for the keys and values of a block, which it returns besides its output, for later blocks."""
 
     block: int
@@ -192,22 +192,33 @@ def run(
     Returns:
         the output, and for the mixtures in their order the measures (mixtures, B, E), in one or more parts.
     """
+    first, arguments, finish = around(backbone, chain, inputs)
+    last, loads = _run_chain(chain, first, arguments, how)
+    return finish(last), loads
+
+
+Around = tuple[jax.Array, list[dict[str, Any]], Callable[[jax.Array], jax.Array]]
+
+
+def around(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array]) -> Around:
+    """Return the first block's input, each call's keyword arguments, and a function from the last block to the end."""
     known = IdentityMap((symbolic, inputs[symbolic.name]) for symbolic in backbone.inputs)
     nodes = [node for node in keras_compat.nodes_of(backbone) if not node.is_input]
     number_of = IdentityMap((block, number) for number, block in enumerate(chain.blocks))
     calls = {number_of[node.operation]: node for node in nodes if node.operation in number_of}
     for number, node in calls.items():
-        given = [_LATER, _KeysOf(number)]
-        known |= IdentityMap(zip(node.outputs, given, strict=False))
+        known |= IdentityMap(zip(node.outputs, [_LATER, KeysOf(number)], strict=False))
     others = [node for node in nodes if node.operation not in number_of]
     behind = [node for node in others if not _compute(node, known)]
     arguments = [keras_compat.arguments_of(calls[number], known) for number in range(len(calls))]
-    first = arguments[0][0][0]
-    last, loads = _run_chain(chain, first, [kwargs for _, kwargs in arguments], how)
-    known[calls[len(calls) - 1].outputs[0]] = last
-    for node in behind:
-        _compute(node, known)
-    return known[backbone.outputs[0]], loads
+
+    def finish(last: jax.Array) -> jax.Array:
+        known[calls[len(calls) - 1].outputs[0]] = last
+        for node in behind:
+            _compute(node, known)
+        return known[backbone.outputs[0]]
+
+    return arguments[0][0][0], [kwargs for _, kwargs in arguments], finish
 
 
 def _compute(node, known: IdentityMap) -> bool:
@@ -225,7 +236,7 @@ def _run_chain(
     chain: Chain, x: jax.Array, kwargs: Sequence[Mapping], how: Pass
 ) -> tuple[jax.Array, list[balance.Load]]:
     """Compute the last block's output, and all loads; `kwargs` are those of each block's call."""
-    read = {value.block for each in kwargs for value in each.values() if isinstance(value, _KeysOf)}
+    read = {value.block for each in kwargs for value in each.values() if isinstance(value, KeysOf)}
     kept: dict[int, jax.Array] = {}
     loads: list[balance.Load] = []
     start = 0
@@ -266,13 +277,13 @@ def _run_section(
         pairs = [(variable, how.gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):
             if how.chunk == x.shape[1]:
-                (output, *keys), loads = _outputs(block, x, given, how.measures)
+                (output, *keys), loads = block_outputs(block, x, given, how.measures)
             else:
                 (output, *keys), loads = _in_chunks(block, x, given, how, key)
         return place(output), [place(array) for array in keys[:with_keys]], jax.tree.map(place, loads)
 
     def rematerialised(block, with_keys, x, values, key, given, kept):
-        given = {name: kept[v.block] if isinstance(v, _KeysOf) else v for name, v in given.items()}
+        given = {name: kept[v.block] if isinstance(v, KeysOf) else v for name, v in given.items()}
         run = functools.partial(call, block, with_keys, given)
         return jax.checkpoint(run, policy=_POLICIES[how.remat])(x, values, key)
 
@@ -328,14 +339,14 @@ def _common(kwargs: Sequence[Mapping]) -> tuple[dict[str, Any], dict[str, jax.Ar
     same, different = {}, {}
     for name, first in kwargs[0].items():
         values = [each[name] for each in kwargs]
-        if all(value is first or (isinstance(first, _KeysOf) and value == first) for value in values):
+        if all(value is first or (isinstance(first, KeysOf) and value == first) for value in values):
             same[name] = first
         else:
             different[name] = jnp.stack(values)
     return same, different
 
 
-def _outputs(
+def block_outputs(
     block: keras.layers.Layer, x: jax.Array, kwargs: Mapping, measures: Collection[str]
 ) -> tuple[list[jax.Array], list[balance.Load]]:
     """The block's output, and its keys and values if it returns them; and the loads of its mixtures."""
@@ -350,7 +361,7 @@ def _in_chunks(
     chunk, place = how.chunk, how.place
     with attention.recorded() as outputs:
         # Only the output of attention, and keys and values, are used from this trace.
-        (_, *keys), _ = _outputs(block, x_BTD, kwargs, ())
+        (_, *keys), _ = block_outputs(block, x_BTD, kwargs, ())
     (attended_BTNH,) = outputs
     rows, positions = x_BTD.shape[:2]
 
@@ -364,7 +375,7 @@ def _in_chunks(
     def rest(number, x_BCD, attended_BCNH, sliced):
         own_key = None if key is None else jax.random.fold_in(key, number)
         with attention.given(attended_BCNH), dropping(own_key):
-            (out, *_), loads = _outputs(block, place(x_BCD), {**kwargs, **sliced}, how.measures)
+            (out, *_), loads = block_outputs(block, place(x_BCD), {**kwargs, **sliced}, how.measures)
         return place(out), jax.tree.map(place, loads)
 
     of_positions = {name: split(value) for name, value in kwargs.items() if is_of_positions(value)}

@@ -73,11 +73,7 @@ class DecoderBackbone(keras_hub.models.Backbone):
         super().__init__(inputs=inputs, outputs=self.layer_norm(x), dtype=dtype, **kwargs)
 
         self.description = description
-        attention = description.blocks[0].attention
         self.vocabulary_size = description.vocabulary
-        # KerasHub makes the cache for decoding from these.
-        self.num_layers, self.num_key_value_heads = len(description.blocks), attention.key_heads
-        self.head_dim, self.hidden_dim = attention.head_dim, description.hidden
 
 
 def _scaled(x, factor: float):
@@ -85,19 +81,10 @@ def _scaled(x, factor: float):
 
 
 class DecoderCausalLM(keras_hub.models.Qwen3CausalLM):
-    """Decoding as in KerasHub's causal LMs, which make the cache (B, L, 2, S, K, H) and the loop over tokens."""
+    """The task that KerasHub's causal LMs are; `model.generate` decodes."""
 
     backbone_cls = DecoderBackbone
     preprocessor_cls = None
-
-    def call_with_cache(self, token_ids, cache, cache_update_index):
-        backbone: Any = self.backbone
-        x, new = _scaled(backbone.token_embedding(token_ids), backbone.description.embedding_scale), []
-        for number, layer in enumerate(backbone.transformer_layers):
-            x, own = layer(x, cache=cache[:, number], cache_update_index=cache_update_index)
-            new.append(own)
-        hidden = backbone.layer_norm(x)
-        return backbone.token_embedding(hidden, reverse=True), hidden, jnp.stack(new, axis=1)
 
 
 # --- the tensors that feed the variables -----------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """One decoder block for every family of ours, described by values.
 
-    B  rows    T  positions    D  hidden width    N  query heads    K  key and value heads    G = N // K
-    H  head width    Q  positions of this call    S  positions of the cache
+    B  rows    T  positions    D  hidden width    N  query heads    K  key and value heads    H  head width
 
 Linear layers are Keras' Dense and EinsumDense, so LoRA, int8 and sharding treat them as KerasHub's. A module that
 projects to queries, keys and values at once stays one layer: PEFT adapts the whole, with one A and one B.
@@ -14,15 +13,14 @@ import jax.numpy as jnp
 import keras
 
 from kithara_ray.model.blocks.attention import Settings, attend_locally
+from kithara_ray.model.blocks.cached import positions_of
 from kithara_ray.model.decoder.description import Attention, Block
 from kithara_ray.model.decoder.layers import DecoderNorm, grown, rotated, sample_lengths, sample_positions
 from kithara_ray.model.decoder.mlp import mlp_layer
 
-_HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-
 
 class DecoderAttention(keras.layers.Layer):
-    """Attention of (B, T, D), within segments, or over a cache (B, 2, S, K, H) of keys and values.
+    """Attention of (B, T, D), within segments.
 
     Attributes:
         settings: scale and window.
@@ -62,23 +60,20 @@ class DecoderAttention(keras.layers.Layer):
                 setattr(self, name, norm)
         self.built = True
 
-    def call(self, x, segments: Any = None, cache=None, index=0):
+    def call(self, x, segments: Any = None):
         query, key, value = self._projected(x)
-        positions_T = index + jnp.arange(query.shape[1])
-        if cache is None:
-            positions = sample_positions(segments) if self.attention.is_placed else positions_T
-            query, key = self._turned(query, key, positions, segments)
-            return self.out(self.attend(query, key, value, segments, self.settings))
-        query, key = self._turned(query, key, positions_T, jnp.ones((1, cache.shape[2]), jnp.int32))
-        start = (0, index, 0, 0)
-        keys, values = (
-            jax.lax.dynamic_update_slice(cache[:, at], new.astype(cache.dtype), start)
-            for at, new in enumerate((key, value))
-        )
-        attended = _over_cache(query, keys, values, index, self.settings)
-        return self.out(attended), jnp.stack([keys, values], axis=1)
+        positions, lengths = positions_of(query.shape[1]) or self._places(segments)
+        query, key = self._turned(query, key, positions, lengths)
+        return self.out(self.attend(query, key, value, segments, self.settings))
 
-    def compute_output_spec(self, x, segments=None, cache=None, index=0):
+    def _places(self, segments_BT) -> tuple[jax.Array, jax.Array | None]:
+        """Positions, (T,) or (B, T), and lengths of the tokens' samples, (B, T), if the rotation depends on them."""
+        given = self.attention
+        by_length = given.rotation is not None and given.rotation.limit is not None
+        positions = sample_positions(segments_BT) if given.is_placed else jnp.arange(segments_BT.shape[1])
+        return positions, sample_lengths(segments_BT) if by_length else None
+
+    def compute_output_spec(self, x, segments=None):
         return keras.KerasTensor(x.shape, self.compute_dtype)
 
     def _projected(self, x) -> list[jax.Array]:
@@ -89,14 +84,13 @@ class DecoderAttention(keras.layers.Layer):
         ends = (given.heads * given.head_dim, (given.heads + given.key_heads) * given.head_dim)
         return [part.reshape(*part.shape[:-1], -1, given.head_dim) for part in jnp.split(joint, ends, axis=-1)]
 
-    def _turned(self, query, key, positions, segments) -> list[jax.Array]:
-        """Normalise, rotate and scale queries and keys at these positions, (T,) or (B, T)."""
+    def _turned(self, query, key, positions, lengths) -> list[jax.Array]:
+        """Normalise, rotate and scale queries and keys at these positions, (T,) or (B, T); see `layers.rotated`."""
         given = self.attention
         both = [query, key]
         if given.norm is not None and not given.norm_after_rotation:
             both = self._normed(both)
         if given.rotation is not None:
-            lengths = sample_lengths(segments)[:, : query.shape[1]] if given.rotation.limit is not None else segments
             both = [rotated(array, positions, given.rotation, lengths) for array in both]
         if given.growth is not None:
             both = [grown(both[0], positions, *given.growth), both[1]]
@@ -115,26 +109,8 @@ def _to_heads(heads: int, width: int, bias: bool, **kwargs) -> keras.layers.Eins
     return keras.layers.EinsumDense("btd,dnh->btnh", (None, heads, width), bias_axes=axes, **kwargs)
 
 
-def _over_cache(q_BQNH, k_BSKH, v_BSKH, index, settings: Settings) -> jax.Array:
-    """Attend to the cache's positions up to each query's own; logits and softmax are float32."""
-    b, q, n, h = q_BQNH.shape
-    kv = k_BSKH.shape[2]
-    distance = (index + jnp.arange(q))[:, None] - jnp.arange(k_BSKH.shape[1])[None, :]
-    seen_QS = distance >= 0 if settings.window is None else (distance >= 0) & (distance < settings.window)
-    grouped = q_BQNH.reshape(b, q, kv, n // kv, h)
-    logits = jnp.einsum("bqkgh,bskh->bkgqs", grouped, k_BSKH, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(seen_QS, logits * settings.scale, _HIDDEN), axis=-1)
-    return jnp.einsum("bkgqs,bskh->bqkgh", weights.astype(v_BSKH.dtype), v_BSKH).reshape(b, q, n, h)
-
-
 class DecoderBlock(keras.layers.Layer):
-    """One block of (B, T, D). With a cache it also returns the new cache.
-
-    Call arguments:
-        padding_mask: int (B, T), the segment ids; read only without a cache.
-        cache: this block's keys and values, (B, 2, S, K, H).
-        cache_update_index: position of the first token of this call.
-    """
+    """One block of (B, T, D); `padding_mask` is int (B, T), the segment ids."""
 
     def __init__(self, block: Block, hidden: int, **kwargs):
         super().__init__(**kwargs)
@@ -151,20 +127,14 @@ class DecoderBlock(keras.layers.Layer):
             layer.build(input_shape)
         self.built = True
 
-    def call(self, x, padding_mask=None, cache=None, cache_update_index=0):
-        given, new_cache = self.block, None
+    def call(self, x, padding_mask=None):
+        given = self.block
         normed = self._norm(given.before_attention, x)
-        if cache is None:
-            attended = self.self_attn(normed, segments=padding_mask)
-        else:
-            attended, new_cache = self.self_attn(normed, cache=cache, index=cache_update_index)
-        attended = self._norm(given.after_attention, attended)
+        attended = self._norm(given.after_attention, self.self_attn(normed, segments=padding_mask))
         if given.parallel:
-            x = x + (attended + self._after(normed)) * given.residual
-        else:
-            x = x + attended * given.residual
-            x = x + self._after(self._norm(given.before_mlp, x)) * given.residual
-        return x if cache is None else (x, new_cache)
+            return x + (attended + self._after(normed)) * given.residual
+        x = x + attended * given.residual
+        return x + self._after(self._norm(given.before_mlp, x)) * given.residual
 
     def _after(self, normed) -> Any:
         return self._norm(self.block.after_mlp, self.mlp(normed))
@@ -172,5 +142,5 @@ class DecoderBlock(keras.layers.Layer):
     def _norm(self, name: str | None, x) -> Any:
         return x if name is None else self.norms[name](x)
 
-    def compute_output_spec(self, x, padding_mask=None, cache=None, cache_update_index=0):
+    def compute_output_spec(self, x, padding_mask=None):
         return keras.KerasTensor(x.shape, self.compute_dtype)

@@ -18,6 +18,17 @@ HEAD_NODE_RESOURCE = "node:__internal_head__"
 # --- the cluster -----------------------------------------------------------------------------------------------------
 
 
+def has_started_cluster() -> bool:
+    """Return True if this process has started the cluster that it is connected to.
+
+    Needed because `ray.init` without an address either joins a cluster of this machine or starts one, and does not
+    return which.
+    """
+    from ray._private import worker
+
+    return worker._global_node is not None and worker._global_node.head
+
+
 def free_by_node() -> dict[str, dict[str, float]]:
     """Return node id -> the free resources of the node.
 

@@ -33,6 +33,8 @@ class Name:
 
 
 NAMES = {
+    "worker": Name("ray._private.worker", "has_started_cluster"),
+    "_global_node": Name("ray._private.worker:_global_node", "has_started_cluster"),
     "state": Name("ray._private.state:available_resources_per_node", "free_by_node"),
     "infer_tpu_pod_type_from_topology": Name(
         "ray._private.accelerators.tpu:infer_tpu_pod_type_from_topology", "tpu_pod_type"
