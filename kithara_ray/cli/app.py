@@ -235,6 +235,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16 of all th
 ShardSize = Annotated[str | None, typer.Option(help='Of a weight file, like "5GB"; the base\'s own files by default.')]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed or failed export to DEST.")]
 Finite = Annotated[bool, typer.Option("--check-finite", help="Refuse a NaN or an infinity in a written weight.")]
+Experts = Annotated[str | None, typer.Option(help="per_expert: an adapter's factors of each expert apart.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept a base that the adapter was not trained on.")]
 OnCluster = Annotated[bool, typer.Option("--cluster", help="A Ray task a weight file, on the cluster of RAY_ADDRESS.")]
 
@@ -250,6 +251,7 @@ def export(
     max_shard_size: ShardSize = None,
     resume: Resume = False,
     check_finite: Finite = False,
+    experts: Experts = None,
     force: Force = False,
     cluster: OnCluster = False,
 ) -> None:
@@ -270,6 +272,7 @@ def export(
         dtype=dtype,
         max_shard_size=max_shard_size,
         check_finite=check_finite,
+        experts=experts,
         resume=resume,
         run=trained.run,
         tokenizer=trained.tokenizer,
@@ -293,6 +296,7 @@ def merge(
     max_shard_size: ShardSize = None,
     resume: Resume = False,
     check_finite: Finite = False,
+    experts: Experts = None,
     force: Force = False,
     cluster: OnCluster = False,
 ) -> None:
@@ -313,6 +317,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         check_finite=check_finite,
+        experts=experts,
         resume=resume,
         run={"adapters": list(adapter)},
         tokenizer=tokenizer_beside([split_weight(text)[0] for text in adapter]),

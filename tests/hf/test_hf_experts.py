@@ -224,6 +224,7 @@ def test_factors_of_each_expert_apart_are_the_same_update(family, tiny_models, t
         write_tensors(base, adapter, tmp_path / f"merged {name}" / "model.safetensors")
         merged[name] = (tmp_path / f"merged {name}" / "model.safetensors").read_bytes()
     assert merged["packed"] == merged["apart"] != base.files[0].read_bytes()
+    assert packed.config.target_parameters
     assert not any("vLLM" in note for note in json.loads((tmp_path / "apart" / REPORT).read_text())["notes"])
     if family == "qwen3_moe":
         logits = []

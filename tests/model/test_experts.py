@@ -1,5 +1,6 @@
 """The chosen experts' results: routed, dense and one token at a time give the same, however uneven the choice."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -12,17 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.blocks import experts
-from kithara_ray.model.blocks.experts import Choice, Kernels
+from kithara_ray.model.blocks.experts import Choice, Factors, Kernels, SidePaths
 from kithara_ray.model.blocks.mixtures import gated
 from kithara_ray.model.causal_lm import build
 from kithara_ray.model.options import chunk_length
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
-B, T, D, E, K, WIDTH = 4, 6, 8, 5, 2, 12
+B, T, D, E, K, WIDTH, L, SCALE = 4, 6, 8, 5, 2, 12, 3, 0.5
 # With the layouts that are computed on each.
 MESHES = {
-    "1x4": (MeshShape(fsdp=4), ["halves"]),
+    "1x4": (MeshShape(fsdp=4), ["halves", "plain"]),
     "2x2": (MeshShape(data=2, fsdp=2), ["apart"]),
     "split inside": (MeshShape(fsdp=2, tensor=2), ["apart", "halves", "turns"]),
 }
@@ -42,15 +43,35 @@ def choices(rng) -> dict[str, np.ndarray]:
     return {"random": some, "one pair": np.broadcast_to([4, 1], some.shape), "three of five": few}
 
 
+def lora(rng) -> dict[str, np.ndarray]:
+    """PEFT's A and B of gate and up projection, and of the last product's matrices."""
+    shapes = {"wide_A": (E * L, D), "wide_B": (2 * WIDTH, L * E), "down_A": (E * L, WIDTH), "down_B": (D, L * E)}
+    return {name: random(rng, *shape) for name, shape in shapes.items()}
+
+
+# The same for all layouts; each takes the rows of `wide_B` in its own order.
+LORA_ARRAYS = lora(np.random.default_rng(7))
+SIDE_PATHS = SidePaths(
+    *(Factors.of(LORA_ARRAYS[f"{name}_A"], LORA_ARRAYS[f"{name}_B"], E, SCALE) for name in ("wide", "down"))
+)
+
+
+def added(name: str, expert: int, x: np.ndarray) -> np.ndarray:
+    """An expert's update of a product, float64: rows expert * L.. of A, every E-th column of B."""
+    a, b = LORA_ARRAYS[f"{name}_A"], LORA_ARRAYS[f"{name}_B"]
+    return SCALE * b[:, expert::E].astype(float) @ (a[expert * L : (expert + 1) * L].astype(float) @ x)
+
+
 def layouts(rng) -> dict[str, Kernels]:
-    """Gate and up projection apart, in halves of one matrix, and column by column with biases."""
+    """Gate and up projection apart, in halves of one matrix, and column by column with biases; with LoRA's factors."""
     gate, up, down = random(rng, E, D, WIDTH), random(rng, E, D, WIDTH), random(rng, E, WIDTH, D)
     inner = gated(jax.nn.silu)
     turns = np.stack([gate, up], axis=-1).reshape(E, D, 2 * WIDTH)
-    biases = dict(wide_biases=(random(rng, E, 2 * WIDTH),), down_bias_ED=random(rng, E, D))
+    biases = dict(wide_biases=(random(rng, E, 2 * WIDTH),), down_bias_ED=random(rng, E, D), factors=SIDE_PATHS)
     return {
-        "apart": Kernels((gate, up), down, inner),
-        "halves": Kernels((np.concatenate([gate, up], -1),), down, inner, in_halves=True),
+        "apart": Kernels((gate, up), down, inner, factors=SIDE_PATHS),
+        "halves": Kernels((np.concatenate([gate, up], -1),), down, inner, in_halves=True, factors=SIDE_PATHS),
+        "plain": Kernels((gate, up), down, inner),
         "turns": Kernels((turns,), down, lambda both: inner(both[..., ::2], both[..., 1::2]), **biases),
     }
 
@@ -61,12 +82,18 @@ def one_by_one(x, choice, factors, kernels):
     for place in np.ndindex(B, T):
         for expert, factor in zip(choice[place], factors[place], strict=True):
             wide = [x[place].astype(float) @ kernel[expert] for kernel in kernels.wide]
+            if kernels.factors.wide is not None:
+                more = np.split(added("wide", expert, x[place]), len(wide))
+                wide = [product + own for product, own in zip(wide, more, strict=True)]
             if kernels.wide_biases:
                 wide = [wide[0] + kernels.wide_biases[0][expert]]
             if len(wide) == 1:
                 wide = [wide[0][:WIDTH], wide[0][WIDTH:]] if kernels.in_halves else [wide[0][::2], wide[0][1::2]]
             gate, up = wide
-            result = (gate / (1 + np.exp(-gate)) * up) @ kernels.down_EID[expert].astype(float)
+            inner = gate / (1 + np.exp(-gate)) * up
+            result = inner @ kernels.down_EID[expert].astype(float)
+            if kernels.factors.down is not None:
+                result = result + added("down", expert, inner)
             out[place] += factor * (result + (0 if kernels.down_bias_ED is None else kernels.down_bias_ED[expert]))
     return out
 
@@ -104,7 +131,7 @@ def test_routed_and_dense_are_the_sum_over_each_token_s_experts(mesh, monkeypatc
 
         def both(x, factors, chosen, wide, down, kernels=kernels):
             """Outputs, and gradients of what real tokens get."""
-            given = Kernels(wide, down, kernels.inner, kernels.wide_biases, kernels.down_bias_ED, kernels.in_halves)
+            given = dataclasses.replace(kernels, wide=wide, down_EID=down)
 
             def loss(compute, *args):
                 out = compute(args[0], Choice(chosen, args[1]), given)

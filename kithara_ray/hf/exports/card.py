@@ -196,8 +196,11 @@ class Card:
             if isinstance(config.target_modules, str):
                 told["Target modules"] = f"names that match `{config.target_modules}`".replace("|", "\\|")
             else:
-                leaves = list(dict.fromkeys(module.rpartition(".")[2] for module in self.adapter.modules))
-                told["Target modules"] = ", ".join(f"`{leaf}`" for leaf in sorted(leaves))
+                modules = (module for module in self.adapter.modules if config.parameter_of(module) is None)
+                leaves = {module.rpartition(".")[2] for module in modules}
+                told["Target modules"] = ", ".join(f"`{leaf}`" for leaf in sorted(leaves)) or "none"
+            if config.target_parameters:
+                told["Target parameters"] = ", ".join(f"`{name}`" for name in sorted(config.target_parameters))
             told["Trained parameters"] = f"{self.adapter.parameters:,}"
             if beside := _beside(self.adapter):
                 told["Trained besides"] = ", ".join(f"`{name}`" for name in beside)

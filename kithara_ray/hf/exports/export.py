@@ -25,7 +25,7 @@ from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports.card import Card, licence_of
 from kithara_ray.hf.exports.carried import carry, check_code
 from kithara_ray.hf.exports.notes import adapter_notes, max_lora_rank, serving_notes, tower_notes, unserved_ends
-from kithara_ray.hf.exports.options import ExportOptions
+from kithara_ray.hf.exports.options import ExportOptions, check_experts
 from kithara_ray.hf.exports.part import Part, Written, parts_of, remove_leftovers
 from kithara_ray.hf.exports.proof import prove_adapter, prove_checkpoint
 from kithara_ray.hf.exports.reference import shown_name, split_reference
@@ -80,6 +80,7 @@ def export_with_report(
     """
     started_s = time.perf_counter()
     layout, destination, tag = _layout(layout), str(destination), check_dtype(options.dtype)
+    check_experts(options.experts, layout is not Layout.MERGED)
     adapter = adapter.named_for(base).fitted(base)
     base = _with_rows(base, adapter, layout)
     adapter.validate(base)

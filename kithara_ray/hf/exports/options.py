@@ -4,11 +4,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kithara_ray.errors import ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.exports import part
 from kithara_ray.hf.exports.part import Part, Written, parse_size, write_here
 
-EXPERTS = (None, "per_expert")
+
+def check_experts(experts: str | None, writes_adapter: bool) -> None:
+    """Check the option of that name. Raises ConfigError."""
+    if experts not in (None, "per_expert"):
+        raise ConfigError(f'experts must be "per_expert" or None, got {experts!r}')
+    if experts is not None and not writes_adapter:
+        raise ConfigError("experts is about an adapter's files, and this export writes none; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

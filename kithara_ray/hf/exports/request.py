@@ -7,7 +7,7 @@ from typing import Any
 
 from kithara_ray.errors import ConfigError
 from kithara_ray.hf.exports.export import Layout
-from kithara_ray.hf.exports.options import EXPERTS, ExportOptions
+from kithara_ray.hf.exports.options import ExportOptions, check_experts
 from kithara_ray.hf.exports.part import parse_size
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.merging.merge import check_dtype
@@ -69,10 +69,7 @@ class ExportRequest:
                 "only_save_adapters and save_adapters_separately are for lora_rank=: all weights of this model are "
                 "trained, so there is no adapter; leave both out"
             )
-        if self.experts not in EXPERTS:
-            raise ConfigError(f'experts must be "per_expert" or None, got {self.experts!r}')
-        if self.experts is not None and (lora is None or self.layout is Layout.MERGED):
-            raise ConfigError("experts= is about an adapter's files, and this export writes none; leave it out")
+        check_experts(self.experts, lora is not None and self.layout is not Layout.MERGED)
         if not self.check_logits:
             return
         why = None

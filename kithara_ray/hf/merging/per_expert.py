@@ -15,7 +15,7 @@ import numpy as np
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.adapter import A_SUFFIX, B_SUFFIX, Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.hf.facts.experts import is_parameter, part_of, targets_of
+from kithara_ray.hf.facts.experts import is_parameter, is_router, part_of, targets_of
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.hf.merging.changes import Change, factors_of
 
@@ -71,7 +71,9 @@ def _config(config: LoraConfig, tensors: Mapping[str, np.ndarray], scale: float)
     for module, found in ranks.items():
         leaf = module.rpartition(".")[2]
         if found != rank:
-            others[leaf if len(leaves[leaf]) == 1 else re.escape(module)] = found
+            # PEFT matches a router's parameter, and others its module.
+            behind = r"(\.weight)?" if is_router(module) else ""
+            others[(leaf if len(leaves[leaf]) == 1 else re.escape(module)) + behind] = found
     power = 0.5 if config.use_rslora else 1
     return dataclasses.replace(
         config,
