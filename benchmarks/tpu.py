@@ -25,6 +25,7 @@ from common import HERE, machine, run
 
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.plan import plan, planner, slice_of
+from kithara_ray.sharding.shape import MeshShape
 
 _GEMMA2 = dict(
     model_type="gemma2", head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0,
@@ -142,6 +143,14 @@ RUNS |= {
     for model, slices in (("Mixtral-8x7B", ("v6e-4", "v5e-16")), ("gpt-oss-120b", ("v5p-8", "v6e-16")))
     for where in slices
 }
+# Experts on an axis of their own.
+RUNS |= {
+    f"qwen3-30b-a3b-4096-v5e-16-expert-{expert}": (
+        "Qwen3-30B-A3B", "v5e-16", 4096, {"mesh": MeshShape(fsdp=16 // expert, expert=expert)}
+    )
+    for expert in (4, 16)
+}  # fmt: skip
+RUNS["gpt-oss-120b-4096-v5e-32-expert"] = ("gpt-oss-120b", "v5e-32", 4096, {"mesh": MeshShape(fsdp=1, expert=32)})
 DENSE = {f"{name}-dense": name for name in ("qwen3-30b-a3b-4096-v5e-16", "qwen3-30b-a3b-4096-v6e-8")}
 RUNS |= {dense: (*RUNS[name][:3], {"routed": False}) for dense, name in DENSE.items()}
 # What the compiler is told that a chip has, MiB. Where there is more than enough it reserves more than it must.
@@ -349,6 +358,7 @@ def table(known: dict) -> list[str]:
 
 def _name(made: dict) -> str:
     told = f", told of {made['hbm_mib']:,} MiB" if made["hbm_mib"] else ""
+    told += f", expert={made['mesh']['expert']}" if made["mesh"].get("expert", 1) > 1 else ""
     told += ", every expert" if made.get("routed") is False else ""
     return f"{made['model']}, {made['remat']}{told}" + ("" if made["code"] == code() else " (earlier)")
 

@@ -32,7 +32,7 @@ from kithara_ray.model.options import ModelOptions, chunk_length
 from kithara_ray.model.weights import slots
 from kithara_ray.model.weights.arrays import Factors, Frozen, ModelArrays, Params
 from kithara_ray.model.weights.quantized import Quantized, in_floats
-from kithara_ray.sharding.mesh import BATCH_AXES, replicated, split_on
+from kithara_ray.sharding.mesh import BATCH_AXES, WEIGHT_AXES, replicated, split_on
 
 
 @dataclass(kw_only=True)
@@ -72,8 +72,8 @@ class CausalLM(ModelArrays):
     @property
     def vocabulary_axes(self) -> tuple[str, ...] | None:
         """Mesh axes that split the logits' vocabulary; None if they do not divide it."""
-        ways = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
-        return ("fsdp", "tensor") if self.vocabulary % ways == 0 else None
+        ways = math.prod(self.mesh.shape[axis] for axis in WEIGHT_AXES)
+        return WEIGHT_AXES if self.vocabulary % ways == 0 else None
 
     def hidden_BTD(self, params: Params, frozen: Frozen, token_ids_BT, segment_ids_BT, dropout_key=None) -> jax.Array:
         """Compute the backbone's last hidden states.
@@ -115,7 +115,9 @@ class CausalLM(ModelArrays):
     def _chunk(self, token_ids_BT: jax.Array) -> int:
         rows, positions = token_ids_BT.shape
         ways = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        return chunk_length(-(-rows // ways), positions, self.options.remat, self.share)
+        # An expert of this device gets tokens from all devices on the axis `expert`.
+        share = min(1.0, self.share * self.mesh.shape["expert"])
+        return chunk_length(-(-rows // ways), positions, self.options.remat, share)
 
     def head_V(self, head: Sequence[jax.Array], hidden) -> jax.Array:
         """Compute logits (..., V) from hidden states (..., D), soft-capped if the family does so.
@@ -236,13 +238,14 @@ class CausalLM(ModelArrays):
         ]
 
     def _gathered(self) -> stack.Gather:
-        """A function that gathers a block's weight for its computation: whole over `fsdp`, split over `tensor`."""
+        """A function that gathers a block's weight for its computation; `tensor` stays, and `expert` of experts."""
         layouts = self._layouts()
         factors = IdentitySet(variable for variable, *_ in self._by_step())
 
         def gather(variable: keras.Variable, value: jax.Array | Quantized) -> jax.Array:
             layout = layouts.get(variable, replicated(self.mesh))
-            gathered = ["tensor" if "tensor" in axes else None for axes in split_on(self.mesh, layout)]
+            kept = ("expert", "tensor") if variable in self.experts else ("tensor",)
+            gathered = [next((axis for axis in kept if axis in axes), None) for axes in split_on(self.mesh, layout)]
             if isinstance(value, Quantized):
                 return self._gather_of_integers(value, gathered).floats(variable.dtype)
             if variable in factors:
@@ -306,12 +309,15 @@ def build(
         targets = inject(backbone, recorded, lora_config, config, alike=chosen.scan) if lora_config else []
     chain = stack.find_chain(backbone)
     attention.install(chain.blocks, mesh, chosen.remat)
-    routes = chosen.scan and mesh.devices.flat[0].platform == "tpu" if chosen.routed is None else chosen.routed
+    routes = _routes(chosen, mesh)
+    mixtures.check_axis(chain.blocks, mesh)
     if routes:
-        mixtures.install(chain.blocks, partial(experts.routed, mesh=mesh))
+        mixtures.install(chain.blocks, partial(experts.routed, mesh=mesh, trains=chosen.train_weights))
     elif any(target.by_step for target in targets):
         # KerasHub's own computation knows no factors.
         mixtures.install(chain.blocks, experts.dense)
+    splits = routes and mesh.shape["expert"] > 1
+    apart = [kernel for bank in mixtures.banks_of(chain.blocks) for kernel in bank.kernels] if splits else ()
     balance.observe(chain.blocks)
     if chosen.router_aux_loss_coef:
         check_router_loss(text_of(config))
@@ -331,8 +337,16 @@ def build(
         dropout=lora_config.lora_dropout if lora_config else 0.0,
         zeros=layers.zero_factors(targets),
         base_slots=base_weights.base_slots(backbone, weights, lora_config, chosen.stack_factors),
+        experts=IdentitySet(apart),
         share=min(mixtures.shares(chain.blocks).values(), default=1.0) if routes else 1.0,
     )
+
+
+def _routes(options: ModelOptions, mesh: Mesh) -> bool:
+    """True if a mixture computes the chosen experts only."""
+    if options.routed is None:
+        return options.scan and (mesh.devices.flat[0].platform == "tpu" or mesh.shape["expert"] > 1)
+    return options.routed
 
 
 def _with_ports(config: Mapping, options: ModelOptions) -> tuple[keras.Model, list[ports.Port]]:

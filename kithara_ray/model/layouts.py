@@ -6,6 +6,7 @@ the part of the output that its part of the weight gives. The output is then spl
 device ever holds a whole weight.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,7 @@ class Layouts:
     @property
     def ways(self) -> int:
         """The number of parts that rows are split into."""
-        return self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        return math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
 
     def rows_of(self, array: np.ndarray) -> jax.Array | np.ndarray:
         """An array (B, ...) of which every process has all rows, as the global array split by rows."""

@@ -47,8 +47,8 @@ class ModelOptions:
         quantize: "int8", "int4" or "nf4" holds the kernels of linear layers as integers, see `quantized`; embedding,
             head and norms stay.
         train_weights: train all weights instead of an adapter.
-        routed: compute the chosen experts of a mixture only. None does so on a TPU, in the scan; other devices compute
-            all experts faster.
+        routed: compute the chosen experts of a mixture only. None does so in the scan, on a TPU or on a mesh with the
+            axis `expert`; other devices compute all experts faster.
         router_aux_loss_coef: factor of the routers' auxiliary loss in training; 0 leaves it out.
 
     Raises:

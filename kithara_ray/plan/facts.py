@@ -26,8 +26,8 @@ from kithara_ray.plan.default_mesh import NUMBERS_OF_TRAINED, default_mesh
 from kithara_ray.plan.hlo import cost_of, refused_bytes
 from kithara_ray.plan.hlo_text import arrays_of
 from kithara_ray.plan.terms import Counts
-from kithara_ray.sharding.mesh import make_mesh
-from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.sharding.mesh import WEIGHT_AXES, make_mesh
+from kithara_ray.sharding.shape import MeshShape, axes_told
 from kithara_ray.train import step
 from kithara_ray.train.optimizer import KerasOptimizer, is_elementwise
 
@@ -65,7 +65,7 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     batch = step.abstract_batch(model, rows, request["seq_len"], request["predictions"])
     found = {
         "devices": mesh.size,
-        "mesh": dict(mesh.shape),
+        "mesh": axes_told(mesh.shape),
         "default_mesh": chosen and chosen.told(),
         "counts": dataclasses.asdict(counts_of(model, request["config"])),
         "bytes": {
@@ -134,7 +134,7 @@ def _on_one_device(tree: Any) -> int:
 
 def _uneven_bytes(frozen: Any, mesh: Mesh) -> int:
     """Count the bytes on one device that weights take because the mesh does not divide them evenly."""
-    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    ways = math.prod(mesh.shape[axis] for axis in WEIGHT_AXES)
     uneven = [leaf for leaf in jax.tree.leaves(frozen) if leaf.sharding.mesh != mesh]
     return _on_one_device(uneven) - sum(leaf.size * leaf.dtype.itemsize for leaf in uneven) // ways
 
@@ -148,7 +148,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
     ports = IdentitySet(port.variable for slot in model.slots for port in slot.ports)
     trained = IdentitySet(variable for slot in model.factor_slots for variable in slot.variables)
     nbytes = lambda variable: size(variable) * _itemsize(variable)  # noqa: E731
-    shares = mixtures.shares(model.chain.blocks)
+    shares, routing = mixtures.shares(model.chain.blocks), mixtures.routing(model.chain.blocks)
     multiplied = lambda v: size(v) * shares.get(v, 1) if len(v.shape) > 1 else 0  # noqa: E731
     # A token's widest activation is inside its experts: all of them, unless only the chosen ones are computed.
     kernels = ((v, share) for v, share in shares.items() if v in ports)
@@ -174,6 +174,9 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         parameters=sum(size(v) for v in ports),
         share=model.share,
         idle=round(sum(size(v) * (1 - share) for v, share in shares.items() if v in trained)),
+        experts_bytes=sum(nbytes(v) for v in shares if v in ports),
+        experts=math.gcd(*(count for count, _ in routing)),
+        sent=config["hidden_size"] * sum(chosen for _, chosen in routing),
     )
 
 

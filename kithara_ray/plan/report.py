@@ -39,6 +39,8 @@ class Plan:
     Attributes:
         slice, chips, hosts, mesh: the hardware, and the mesh over it.
         uneven_bytes: bytes on one chip of copies of weights that this number of chips does not divide evenly.
+        bytes_by_expert_axis: for a mixture of experts, `fsdp_minimum` for each size of the mesh's axis `expert`; the
+            other devices of a slice are on `fsdp`.
         default_mesh: figures by which the mesh was chosen, see `DefaultMesh.told`; None for a mesh that was given.
         compiled: whether the TPU's compiler compiled this exact step; if not, memory is an estimate.
         estimated_because: reason for the estimate; None where the step was compiled or refused.
@@ -50,7 +52,8 @@ class Plan:
         flops_per_token: FLOPs of the ideal program by term, their `total`, and `program`: the compiled program's.
         flops_per_step, hbm_traffic_bytes_per_step: figures for one chip.
         collective_bytes_per_step: bytes that one chip receives, by kind, their `total`, and `fsdp_minimum`: every
-            weight that the mesh splits once forward and once backward, and the adapter's gradients once.
+            weight that the mesh splits once forward and once backward, and the adapter's gradients once. With an axis
+            `expert`, experts stay where they are and tokens move.
         step_time_s: lower bounds by part: compute, hbm, interconnect.
         step_time_s_bound: the largest of them; `bound_by` names it.
         tokens_per_step: tokens of one step, padding included.
@@ -89,6 +92,7 @@ class Plan:
     adapter_bytes: int
     checkpoint_bytes: int
     uneven_bytes: int = 0
+    bytes_by_expert_axis: dict[str, float] = field(default_factory=dict)
     cost: dict[str, float | None] | None = None
     default_mesh: dict[str, Any] | None = None
     advice: list[str] = field(default_factory=list)
@@ -130,7 +134,7 @@ def assemble(
     hbm = _hbm(request, where, found, counts)
     program = _program_flops(request, found, counts)
     flops["program"] = flops["total"] if program is None else program * found["devices"] / tokens
-    collectives = _collectives(found, counts)
+    collectives = _collectives(request, found, counts)
     per_chip = flops["program"] * tokens / found["devices"]
     traffic = found["cost"]["hbm_bytes"] if "cost" in found else None
     times = _times(where, per_chip, traffic, collectives)
@@ -173,6 +177,7 @@ def assemble(
         adapter_bytes=found["adapter_bytes"],
         checkpoint_bytes=found["state_bytes"],
         uneven_bytes=found.get("uneven_bytes", 0),
+        bytes_by_expert_axis=terms.bytes_by_expert_axis(counts, found["mesh"], *_step_of(request, found)),
         cost=_cost(price_per_chip_hour, tokens_per_epoch, where.chips, tokens, bound),
         advice=[] if fits in (None, True) else _advice(request, where, found, hbm, counts),
     )
@@ -222,9 +227,14 @@ def _program_flops(request, found, counts: Counts) -> float | None:
     return found["cost"]["matmul_flops"] + kernels
 
 
-def _collectives(found, counts: Counts) -> dict[str, float]:
-    ways = found["mesh"]["fsdp"] * found["mesh"]["tensor"]
-    least = terms.least_collective_bytes(counts, ways, found["devices"], found["adapter_bytes"])
+def _step_of(request, found) -> tuple[int, float, int, str]:
+    """The arguments of `terms.least_collective_bytes` after the mesh."""
+    tokens = found["rows"] * request["seq_len"] * found["mesh"]["tensor"] / found["devices"]
+    return found["adapter_bytes"], tokens, _width(request), request["remat"]
+
+
+def _collectives(request, found, counts: Counts) -> dict[str, float]:
+    least = terms.least_collective_bytes(counts, found["mesh"], *_step_of(request, found))
     if "cost" not in found:
         return {"total": least, "fsdp_minimum": least}
     kinds = found["cost"]["collectives"]
@@ -270,7 +280,7 @@ def _advice(request, where: Slice, found, hbm: Hbm, counts: Counts) -> list[str]
     split = hbm["frozen"] + hbm["adapter"] + hbm["optimizer"]
     rest = hbm["total"] - split
 
-    are_split = found["mesh"]["fsdp"] * found["mesh"]["tensor"] > 1
+    are_split = found["devices"] > found["mesh"]["data"]
 
     def fits(rest: float, slice: Slice = where) -> bool:
         assert slice.chip is not None  # a run that does not fit has a known chip, and so have larger slices
@@ -365,6 +375,9 @@ def _rows(plan: Plan):
             or "estimated"
         ),
     )
+    if plan.bytes_by_expert_axis:
+        least = (f"expert={size} {nbytes / 1e9:.2f}" for size, nbytes in plan.bytes_by_expert_axis.items())
+        yield "    at least, GB, with", ", ".join(least)
     if plan.step_time_s_bound:
         times = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in plan.step_time_s.items())
         yield "step time", f">= {plan.step_time_s_bound * 1e3:.0f} ms, bound by {plan.bound_by} ({times})"

@@ -6,6 +6,7 @@ All FLOPs are per token; a multiply-add counts as two. With frozen weights the b
 each product's input but not of its weight: 2N, the same as forward.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ class Counts:
         parameters: elements of all frozen arrays.
         share: the least share of its experts that a routed mixture sends a token to; 1.0 if nothing is routed.
         idle: elements of the factors of experts that a token is not sent to, of `lora`.
+        experts_bytes: bytes of the experts' kernels.
+        experts: number of experts of a mixture, of several their greatest common divisor; 0 without experts.
+        sent: elements of a token that are sent to its experts, over all mixtures.
     """
 
     blocks: int
@@ -48,6 +52,9 @@ class Counts:
     parameters: int
     share: float = 1.0
     idle: int = 0
+    experts_bytes: int = 0
+    experts: int = 0
+    sent: int = 0
 
 
 def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) -> dict[str, float]:
@@ -108,11 +115,37 @@ def seen_pairs(seq_len: int, window: int | None) -> float:
     return window * (window + 1) / 2 + (seq_len - window) * window
 
 
-def least_collective_bytes(counts: Counts, ways: int, devices: int, adapter_bytes: int) -> float:
-    """Least bytes that a step moves to each device: every weight that is split `ways` ways once forward and once
-    backward, and the adapter's gradients once over all devices."""
-    weights, gradients = (2 * (parts - 1) / parts for parts in (ways, devices))
-    return weights * counts.weights_bytes + gradients * adapter_bytes
+def least_collective_bytes(
+    counts: Counts, mesh: Mapping[str, int], adapter_bytes: int, tokens: float, activation_bytes: int, remat: str
+) -> float:
+    """Least bytes that a step moves to each device: every weight that is split and gathered, once forward and once
+    backward; the adapter's gradients once over all devices; and with an axis `expert` the tokens, to their experts and
+    back, in each pass over a block.
+
+    Args:
+        mesh: the sizes of the mesh's axes.
+        tokens: tokens of one device in a step.
+        activation_bytes: bytes of one element of a token.
+    """
+    devices, expert = math.prod(mesh.values()), mesh.get("expert", 1)
+    split = devices // mesh["data"]
+    weights, of_experts, gradients = (2 * (parts - 1) / parts for parts in (split, split // expert, devices))
+    gathered = weights * (counts.weights_bytes - counts.experts_bytes) + of_experts * counts.experts_bytes / expert
+    passes = 2 + _FORWARD_AGAIN[remat]
+    sent = 2 * passes * tokens * counts.sent * activation_bytes * (expert - 1) / expert
+    return gathered + sent + gradients * adapter_bytes
+
+
+def bytes_by_expert_axis(counts: Counts, mesh: Mapping[str, int], *step) -> dict[str, float]:
+    """The same for each size of the axis `expert` that divides the experts, with `fsdp` for the other devices.
+
+    A model without experts has none.
+    """
+    shared = mesh["fsdp"] * mesh.get("expert", 1)
+    ways = math.gcd(counts.experts, shared) if counts.experts else 1
+    sizes = [size for size in range(1, ways + 1) if ways % size == 0] if ways > 1 else []
+    of = lambda size: least_collective_bytes(counts, {**mesh, "fsdp": shared // size, "expert": size}, *step)  # noqa: E731
+    return {str(size): of(size) for size in sizes}
 
 
 def estimated_temporaries(

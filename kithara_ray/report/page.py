@@ -262,7 +262,7 @@ def _plan_rows(run: Mapping, steps: Sequence[Mapping]) -> list[dict]:
 def _made_of(run: Mapping, trainer: Mapping) -> list[tuple[str, str]]:
     """Return the facts that distinguish this run from others."""
     base, mesh, git = run.get("base") or {}, run.get("mesh") or {}, run.get("git") or {}
-    axes = " ".join(f"{name}={mesh[name]}" for name in ("data", "fsdp", "tensor") if name in mesh)
+    axes = " ".join(f"{name}={mesh[name]}" for name in ("data", "fsdp", "expert", "tensor") if name in mesh)
     optimizer = (run.get("settings") or {}).get("optimizer")
     lora = ((run.get("settings") or {}).get("model") or {}).get("lora") or {}
     facts = {

@@ -4,6 +4,7 @@ Axes (`axis` is a mesh axis, `dim` a tensor dimension):
 
     data    across slices: weights replicated, batch split
     fsdp    within a slice: weights, factors, optimizer state and batch split
+    expert  within a slice: as fsdp; of a mixture's experts each device has some, and tokens are sent to them
     tensor  within a slice: weights split, batch not
 """
 
@@ -16,10 +17,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kithara_ray.errors import ConfigError
-from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.sharding.shape import AXES, MeshShape
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
+# Axes that split weights, and those of them over which a block gathers its weights before it computes.
+WEIGHT_AXES = ("fsdp", "expert", "tensor")
+GATHERED_AXES = ("fsdp", "expert")
 # Below this many elements the latency of a gather costs more than the memory of a copy.
 _REPLICATE_BELOW = 2048
 
@@ -46,7 +49,7 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence | None = None) -
     elif slices == 1:
         grid = mesh_utils.create_device_mesh((data, *inner), devices)
     else:
-        grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inner), (slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inner), (slices, 1, 1, 1), devices)
     return Mesh(grid, AXES)
 
 
@@ -55,7 +58,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return a sharding that splits rows over `data` and `fsdp`, and keeps positions whole."""
+    """Return a sharding that splits rows over `data`, `fsdp` and `expert`, and keeps positions whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -65,8 +68,9 @@ def weight_sharding(
     whole_dims: int = 0,
     prefer: Sequence[int] = (),
     parts: Sequence[int] | None = None,
+    experts: int | None = None,
 ) -> NamedSharding:
-    """Return the layout of one weight: `fsdp` and `tensor` together split one dim.
+    """Return the layout of one weight: `fsdp`, `expert` and `tensor` together split one dim.
 
     A vector (a norm's scale, a bias) is replicated, and so is any weight under 2048 elements. A weight without a dim
     that divides evenly is split over as many devices as divide one of its dims, and copied over the rest.
@@ -76,17 +80,22 @@ def weight_sharding(
         whole_dims: the number of leading dims that stay whole (the dim of stacked blocks).
         prefer: dims to try first; the first that divides evenly is split, else the largest dim that does.
         parts: for each dim, the number of equal parts that it may be cut into; one for each element by default.
+        experts: the dim of a mixture's experts, which `expert` splits; `fsdp` and `tensor` split another. None if the
+            weight has no such dim.
 
     Returns:
         A layout on this mesh; on a mesh of the same devices with the axis `copies` if the weight is copied.
     """
     parts = shape if parts is None else parts
-    return _even_sharding(mesh, shape, parts, whole_dims, prefer) or _uneven_sharding(mesh, parts, whole_dims)
+    if experts is not None and mesh.shape["expert"] > 1:
+        return _experts_sharding(mesh, shape, parts, prefer, experts)
+    dims = range(whole_dims, len(shape))
+    return _even_sharding(mesh, shape, parts, dims, prefer) or _uneven_sharding(mesh, parts, whole_dims)
 
 
 def factor_sharding(mesh: Mesh, shape: Sequence[int], whole_dims: int = 0) -> NamedSharding:
     """Split a LoRA factor or an optimizer array like a weight if a dim divides evenly; else replicate it."""
-    return _even_sharding(mesh, shape, shape, whole_dims, ()) or replicated(mesh)
+    return _even_sharding(mesh, shape, shape, range(whole_dims, len(shape)), ()) or replicated(mesh)
 
 
 def split_on(mesh: Mesh, sharding: NamedSharding) -> tuple[tuple[str, ...], ...]:
@@ -102,12 +111,16 @@ def split_on(mesh: Mesh, sharding: NamedSharding) -> tuple[tuple[str, ...], ...]
 
 
 def _even_sharding(
-    mesh: Mesh, shape: Sequence[int], parts: Sequence[int], whole_dims: int, prefer: Sequence[int]
+    mesh: Mesh,
+    shape: Sequence[int],
+    parts: Sequence[int],
+    dims: Sequence[int],
+    prefer: Sequence[int],
+    among: Sequence[str] = WEIGHT_AXES,
 ) -> NamedSharding | None:
-    """The layout of a small weight, or one that all devices split evenly; None for any other."""
-    axes = tuple(axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1)
+    """The layout of a small weight, or one that these axes split evenly in one of these dims; None for any other."""
+    axes = tuple(axis for axis in among if mesh.shape[axis] > 1)
     ways = math.prod(mesh.shape[axis] for axis in axes)
-    dims = range(whole_dims, len(shape))
     if not axes or len(dims) < 2 or math.prod(shape[dim] for dim in dims) < _REPLICATE_BELOW:
         return replicated(mesh)
     candidates = [dim for dim in dims if parts[dim] % ways == 0]
@@ -118,20 +131,31 @@ def _even_sharding(
     return NamedSharding(mesh, PartitionSpec(*(axes if each == dim else None for each in range(len(shape)))))
 
 
+def _experts_sharding(
+    mesh: Mesh, shape: Sequence[int], parts: Sequence[int], prefer: Sequence[int], experts: int
+) -> NamedSharding:
+    """Split the experts over `expert`, and each of them over `fsdp` and `tensor`, or not at all."""
+    dims = range(experts + 1, len(shape))
+    inner = _even_sharding(mesh, shape, parts, dims, prefer, ("fsdp", "tensor")) or replicated(mesh)
+    spec = [*inner.spec, *[None] * (len(shape) - len(inner.spec))]
+    spec[experts] = "expert"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def _uneven_sharding(mesh: Mesh, parts: Sequence[int], whole_dims: int) -> NamedSharding:
-    """Split the dim that most devices divide evenly, over `tensor` if it can be, and a part of `fsdp`."""
-    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    """Split the dim that most devices divide evenly, over `tensor` if it can be, and a part of `fsdp` and `expert`."""
+    data, fsdp, expert, tensor = (mesh.shape[axis] for axis in AXES)
 
     def ways(dim: int) -> tuple[int, int]:
         by_tensor = tensor if parts[dim] % tensor == 0 else 1
-        return math.gcd(fsdp, parts[dim] // by_tensor), by_tensor
+        return math.gcd(fsdp * expert, parts[dim] // by_tensor), by_tensor
 
     dim = max(range(whole_dims, len(parts)), key=lambda dim: (math.prod(ways(dim)), parts[dim]))
     by_fsdp, by_tensor = ways(dim)
     if by_fsdp * by_tensor == 1:
         return replicated(mesh)
     # The devices stand in the same order as on the mesh.
-    grid = mesh.devices.reshape(data, by_fsdp, fsdp // by_fsdp, tensor)
+    grid = mesh.devices.reshape(data, by_fsdp, fsdp * expert // by_fsdp, tensor)
     axes = tuple(axis for axis, count in (("fsdp", by_fsdp), ("tensor", by_tensor)) if count > 1)
     spec = PartitionSpec(*(axes if each == dim else None for each in range(len(parts))))
     return NamedSharding(Mesh(grid, ("data", "fsdp", "copies", "tensor")), spec)

@@ -1,5 +1,7 @@
 """What is looked up in a split table are its vectors, either way, and no device holds those of all rows at once."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -10,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kithara_ray.model.blocks import embedding
 from kithara_ray.plan.hlo import cost_of
 from kithara_ray.plan.hlo_text import arrays_of
-from kithara_ray.sharding.mesh import BATCH_AXES, make_mesh
+from kithara_ray.sharding.mesh import BATCH_AXES, WEIGHT_AXES, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
 D, B, T = 32, 4, 128
@@ -26,7 +28,9 @@ def layer_of(vocabulary, mesh):
 
 
 @pytest.mark.parametrize("vocabulary", [FEW, MANY])
-@pytest.mark.parametrize("shape", [MeshShape(), MeshShape(fsdp=2, tensor=2), MeshShape(data=2, tensor=2, fsdp=1)])
+@pytest.mark.parametrize(
+    "shape", [MeshShape(fsdp=2, expert=2), MeshShape(fsdp=2, tensor=2), MeshShape(data=2, tensor=2, fsdp=1)]
+)
 def test_lookups_are_those_of_the_table_and_so_is_its_gradient(shape, vocabulary, monkeypatch):
     """In four chunks where it is done in parts."""
     monkeypatch.setattr(embedding, "_CHUNK_ELEMENTS", B * 32 * D)
@@ -42,14 +46,15 @@ def test_lookups_are_those_of_the_table_and_so_is_its_gradient(shape, vocabulary
         with keras.StatelessScope(state_mapping=[(layer._embeddings, table)]):
             return jax.lax.with_sharding_constraint(layer(ids), on(BATCH_AXES))
 
-    arrays = jax.device_put(table, on(("fsdp", "tensor"))), jax.device_put(ids, on(BATCH_AXES))
+    arrays = jax.device_put(table, on(WEIGHT_AXES)), jax.device_put(ids, on(BATCH_AXES))
     compiled = jax.jit(look_up).lower(*arrays).compile()
     np.testing.assert_array_equal(compiled(*arrays), table[ids])
     gradient = jax.jit(jax.grad(lambda table, ids: jnp.sum(look_up(table, ids) * weights_BTD)))(*arrays)
     wanted = np.zeros((vocabulary, D))
     np.add.at(wanted, ids, weights_BTD)
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
-    data, fsdp, tensor = shape.resolve(4)
+    data, *gathered, tensor = shape.resolve(4)
+    fsdp = math.prod(gathered)
     whole = [dims for _, dims in arrays_of(compiled.as_text()) if dims[-3:] == (B // data, T, D)]
     assert not whole or fsdp == 1
     moved = sum(bytes_ for kind, bytes_ in cost_of(compiled.as_text()).collectives.items() if kind != "all-gather")

@@ -11,8 +11,9 @@ from parity import LORA, SEGMENTS, TOKENS, adapter_of, assert_close_as_one, asse
 from tiny import MIXTURES, mostly_long
 from transformers import AutoModelForCausalLM
 
+from kithara_ray.errors import ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
-from kithara_ray.model.blocks import experts
+from kithara_ray.model.blocks import exchange, experts
 from kithara_ray.model.blocks.experts import Choice, Factors, Kernels, SidePaths
 from kithara_ray.model.blocks.mixtures import gated
 from kithara_ray.model.causal_lm import build
@@ -20,13 +21,18 @@ from kithara_ray.model.options import chunk_length
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 
-B, T, D, E, K, WIDTH, L, SCALE = 4, 6, 8, 5, 2, 12, 3, 0.5
+B, T, D, E, K, WIDTH, L, SCALE = 4, 6, 8, 8, 2, 12, 3, 0.5
 # With the layouts that are computed on each.
 MESHES = {
     "1x4": (MeshShape(fsdp=4), ["halves", "plain"]),
     "2x2": (MeshShape(data=2, fsdp=2), ["apart"]),
     "split inside": (MeshShape(fsdp=2, tensor=2), ["apart", "halves", "turns"]),
+    "experts apart": (MeshShape(fsdp=1, expert=4), ["halves"]),
+    "two by two experts": (MeshShape(fsdp=2, expert=2), ["apart"]),
+    "experts split inside": (MeshShape(fsdp=1, expert=2, tensor=2), ["halves", "turns"]),
 }
+# Those on which the kernels' gradients are compared too, and the kernels' own gradients in `grouped` are not needed.
+WITH_KERNELS = {"two by two experts", "experts split inside"}
 # One row is padded at its end, and one is nothing else.
 REAL = np.ones((B, T), np.int32)
 REAL[1, 4:], REAL[2] = 0, 0
@@ -40,7 +46,7 @@ def choices(rng) -> dict[str, np.ndarray]:
     """Experts of each token: at random, all of one pair, and with experts that nobody chooses."""
     some = np.stack([rng.permutation(E)[:K] for _ in range(B * T)]).reshape(B, T, K)
     few = np.where(rng.random((B, T, 1)) < 0.8, [3, 0], [0, 4])
-    return {"random": some, "one pair": np.broadcast_to([4, 1], some.shape), "three of five": few}
+    return {"random": some, "one pair": np.broadcast_to([4, 1], some.shape), "three of eight": few}
 
 
 def lora(rng) -> dict[str, np.ndarray]:
@@ -119,9 +125,12 @@ grouped.defvjp(lambda *args: (grouped(*args), args[1:]), grouped_backward)
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_routed_and_dense_are_the_sum_over_each_token_s_experts(mesh, monkeypatch):
-    """Whatever the products leave in rows of padding, nothing of it is seen."""
-    if mesh != "split inside":  # where the gradient of the tokens is a sum over devices
+    """Whatever the products leave in rows of padding, nothing of it is seen. Devices exchange rows in 1 to 3 rounds."""
+    monkeypatch.setattr(exchange, "_ROWS_MULTIPLE", 1)
+    # The gradient of the tokens is a sum over devices where the mesh splits experts inside.
+    if "split inside" not in mesh and mesh not in WITH_KERNELS:
         monkeypatch.setattr(experts, "_grouped", grouped)
+    wanted_of = (0, 1, 3, 4) if mesh in WITH_KERNELS else (0, 1)
     rng = np.random.default_rng(2)
     x, factors, weight = random(rng, B, T, D), rng.random((B, T, K)).astype(np.float32), random(rng, B, T, D)
     shape, names = MESHES[mesh]
@@ -131,15 +140,15 @@ def test_routed_and_dense_are_the_sum_over_each_token_s_experts(mesh, monkeypatc
 
         def both(x, factors, chosen, wide, down, kernels=kernels):
             """Outputs, and gradients of what real tokens get."""
-            given = dataclasses.replace(kernels, wide=wide, down_EID=down)
 
-            def loss(compute, *args):
-                out = compute(args[0], Choice(chosen, args[1]), given)
+            def loss(compute, x, factors, chosen, wide, down):
+                given = dataclasses.replace(kernels, wide=wide, down_EID=down)
+                out = compute(x, Choice(chosen, factors), given)
                 return jnp.sum(jnp.where(REAL[..., None] != 0, out * weight, 0)), out
 
             with experts.padded(jnp.asarray(REAL)):
                 return [
-                    jax.value_and_grad(partial(loss, compute), argnums=(0, 1), has_aux=True)(x, factors)
+                    jax.value_and_grad(partial(loss, compute), wanted_of, has_aux=True)(x, factors, chosen, wide, down)
                     for compute in (routed, experts.dense)
                 ]
 
@@ -151,10 +160,19 @@ def test_routed_and_dense_are_the_sum_over_each_token_s_experts(mesh, monkeypatc
             expected = one_by_one(x, chosen, factors, kernels)
             np.testing.assert_allclose(np.asarray(ours)[real], expected[real], atol=1e-5, err_msg=told)
             np.testing.assert_allclose(plain, expected, atol=1e-5, err_msg=told)
-            for grad, want in zip(grads, wanted, strict=True):
+            for grad, want in zip(grads[:2], wanted[:2], strict=True):
                 np.testing.assert_allclose(grad, want, atol=1e-5, err_msg=told)
                 assert np.abs(np.asarray(want)[real]).max() > 0.01
                 assert not np.asarray(grad)[~real].any()
+            for grad, want in zip(jax.tree.leaves(grads[2:]), jax.tree.leaves(wanted[2:]), strict=True):
+                np.testing.assert_allclose(grad, want, atol=1e-5, err_msg=told)
+
+
+@pytest.mark.parametrize(("family", "found"), [("llama", "no experts"), ("mixtral", "5 experts a block")])
+def test_an_axis_that_does_not_divide_the_experts_is_refused(family, found, tiny_models):
+    base = BaseCheckpoint.open(tiny_models[family])
+    with pytest.raises(ConfigError, match=f"mesh expert=2: the model has {found}; take a divisor"):
+        build(base.config, LORA[family], make_mesh(MeshShape(fsdp=2, expert=2)), "float32")
 
 
 def test_rows_are_in_the_order_of_experts_and_padding_is_in_no_group():

@@ -189,6 +189,22 @@ def _refused(gib: float, where: str = "v5e-4", **request):
     return assemble(_REQUEST | request, slice_of(where), refused, None)
 
 
+def test_the_least_bytes_moved_with_an_axis_for_experts():
+    """By hand, on four devices: 8 experts of 10 bytes, 40 other bytes, 100 tokens of 3 elements in 4 bytes."""
+    counts = terms.Counts(1, 1, 1, (), 3, 1, 1, 120, 120, 120, 1, 120, experts_bytes=80, experts=8, sent=3)
+    found = terms.bytes_by_expert_axis(counts, {"data": 1, "fsdp": 4, "tensor": 1}, 8, 100, 4, "block")
+    sent = 2 * 3 * 100 * 3 * 4
+    of_adapter = 2 * 8 * 3 / 4
+    assert found == {
+        "1": 2 * 120 * 3 / 4 + of_adapter,
+        "2": 2 * 40 * 3 / 4 + 2 * 40 / 2 + sent / 2 + of_adapter,
+        "4": 2 * 40 * 3 / 4 + sent * 3 / 4 + of_adapter,
+    }
+    assert not terms.bytes_by_expert_axis(
+        terms.Counts(1, 1, 1, (), 3, 1, 1, 1, 1, 1, 1, 1), {"data": 1, "fsdp": 4, "tensor": 1}, 8, 100, 4, "block"
+    )
+
+
 def test_a_refusal_is_a_plan_that_does_not_fit():
     made = _refused(22.5)
     assert made.fits is False

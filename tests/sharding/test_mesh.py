@@ -48,9 +48,9 @@ def test_slices_are_on_the_data_axis():
     done = subprocess.run([sys.executable, "-c", ASK], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["automatic"] == [[2, 4, 1], [0] * 4 + [1] * 4]
-    assert told["half"] == [[4, 2, 1], [0] * 4 + [1] * 4]
-    assert told["whole"] == [[8, 1, 1], [0] * 4 + [1] * 4]
+    assert told["automatic"] == [[2, 4, 1, 1], [0] * 4 + [1] * 4]
+    assert told["half"] == [[4, 2, 1, 1], [0] * 4 + [1] * 4]
+    assert told["whole"] == [[8, 1, 1, 1], [0] * 4 + [1] * 4]
     assert "mesh data=1 over 2 TPU slices" in told["across"]
 
 
@@ -77,10 +77,22 @@ def test_a_weight_is_split_over_as_many_devices_as_divide_it(mesh, shape):
 def test_of_two_axes_both_split_what_they_can():
     """12 over fsdp=4 and tensor=2: two ways by tensor, of each half 6 two ways by fsdp, in the mesh's order."""
     made = Mesh(np.array(jax.devices() * 2)[:8].reshape(1, 4, 2), ("data", "fsdp", "tensor"))
-    layout = weight_sharding(SimpleNamespace(shape=dict(data=1, fsdp=4, tensor=2), devices=made.devices), (12, 513))
+    layout = weight_sharding(
+        SimpleNamespace(shape=dict(data=1, fsdp=4, expert=1, tensor=2), devices=made.devices), (12, 513)
+    )
     assert dict(layout.mesh.shape) == {"data": 1, "fsdp": 2, "copies": 2, "tensor": 2}
     assert layout.spec == PartitionSpec(("fsdp", "tensor"), None)
     assert layout.mesh.devices.ravel().tolist() == made.devices.ravel().tolist()
+
+
+def test_experts_are_on_their_axis_and_other_weights_on_all():
+    """Two of eight experts on each of four devices; of two by two devices each has four experts, split inside."""
+    made = make_mesh(MeshShape(expert=4))
+    assert weight_sharding(made, (3, 8, 64, 32), whole_dims=1, experts=1).shard_shape((3, 8, 64, 32)) == (3, 2, 64, 32)
+    assert weight_sharding(made, (64, 128), prefer=(0,)).shard_shape((64, 128)) == (16, 128)
+    both = make_mesh(MeshShape(fsdp=2, expert=2))
+    assert weight_sharding(both, (3, 8, 64, 32), whole_dims=1, experts=1).shard_shape((3, 8, 64, 32)) == (3, 4, 32, 32)
+    assert weight_sharding(both, (64, 128)).shard_shape((64, 128)) == (64, 32)
 
 
 def test_stacked_blocks_stay_whole():

@@ -13,6 +13,7 @@ from tiny import COMPARED, RECURRENT, load, mostly_long, with_mild_attention
 
 from kithara_ray.hf.adapter import Adapter
 from kithara_ray.hf.checkpoint import BaseCheckpoint
+from kithara_ray.model.blocks import exchange
 from kithara_ray.model.causal_lm import build
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
@@ -67,6 +68,21 @@ def test_loss_and_gradients(family, tiny_models, tmp_path, monkeypatch):
 def test_gradients_through_the_chosen_experts(family, mesh, tiny_models, tmp_path, monkeypatch):
     """With the routers' auxiliary loss, which takes part in them."""
     assert_gradients(family, tiny_models, tmp_path, monkeypatch, mesh, routed=True)
+
+
+EXPERTS_APART = {
+    "qwen3_moe": MeshShape(fsdp=1, expert=4),
+    "qwen2_moe": MeshShape(fsdp=2, expert=2),
+    "gpt_oss": MeshShape(fsdp=1, expert=2, tensor=2),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", EXPERTS_APART)
+def test_gradients_where_tokens_are_sent_to_their_experts(family, tiny_models, tmp_path, monkeypatch):
+    """In as many rounds as the fullest device needs; a round has room for few more rows than an even choice."""
+    monkeypatch.setattr(exchange, "_ROWS_MULTIPLE", 1)
+    assert_gradients(family, tiny_models, tmp_path, monkeypatch, EXPERTS_APART[family])
 
 
 def assert_gradients(family, tiny_models, tmp_path, monkeypatch, mesh=None, **options):

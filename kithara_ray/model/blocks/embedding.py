@@ -12,6 +12,7 @@ applies. It looks tokens up as XLA does, but one chunk of positions at a time. E
 hold the row.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kithara_ray.sharding.mesh import BATCH_AXES
+from kithara_ray.sharding.mesh import BATCH_AXES, GATHERED_AXES, WEIGHT_AXES
 
 LookUp = Callable[[jax.Array], jax.Array]
 
@@ -29,7 +30,7 @@ _CHUNK_ELEMENTS = 2**25
 
 def install(layer: keras.layers.Layer, mesh: Mesh) -> None:
     """Make this embedding look up its tokens in these ways; a head that shares the table stays as it is."""
-    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    ways = math.prod(mesh.shape[axis] for axis in WEIGHT_AXES)
     if ways == 1 or layer.input_dim % ways:
         return
     original = layer.call
@@ -44,7 +45,7 @@ def install(layer: keras.layers.Layer, mesh: Mesh) -> None:
         tokens = rows * positions // mesh.shape["data"]
         if layer.output_dim % ways == 0 and layer.input_dim + tokens < tokens * ways:
             return turned(inputs)
-        return original(inputs) if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else in_parts(inputs)
+        return original(inputs) if rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else in_parts(inputs)
 
     layer.call = call
 
@@ -57,26 +58,26 @@ def _turned(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
 
     def look_up(ids_BT):
         # Move one axis at a time, the last one of a dim first: XLA then uses all-to-alls instead of gathering all.
-        table_VD = split(split(layer.embeddings.value, "fsdp", "tensor"), None, ("tensor", "fsdp"))
+        table_VD = split(split(layer.embeddings.value, GATHERED_AXES, "tensor"), None, ("tensor", *GATHERED_AXES))
         with keras.StatelessScope(state_mapping=[(layer.embeddings, table_VD)]):
             found_BTD = original(split(ids_BT, "data"))
-        return split(split(found_BTD, "data", None, ("tensor", "fsdp")), BATCH_AXES, None, "tensor")
+        return split(split(found_BTD, "data", None, ("tensor", *GATHERED_AXES)), BATCH_AXES, None, "tensor")
 
     return look_up
 
 
 def _in_parts(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
-    part = layer.input_dim // (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    part = layer.input_dim // math.prod(mesh.shape[axis] for axis in WEIGHT_AXES)
 
     def on_one_device(table_VD, ids_BT):
-        first = jax.lax.axis_index(("fsdp", "tensor")) * part
+        first = jax.lax.axis_index(WEIGHT_AXES) * part
 
         def look_up(ids_BC):
             own = ids_BC - first
             # Use the precision of the products, as the layer does.
             found_BCD = jnp.take(table_VD, own, axis=0, mode="clip").astype(layer.compute_dtype)
             found_BCD = jnp.where(((own >= 0) & (own < part))[..., None], found_BCD, 0)
-            return jax.lax.psum(jax.lax.psum_scatter(found_BCD, "fsdp", tiled=True), "tensor")
+            return jax.lax.psum(jax.lax.psum_scatter(found_BCD, GATHERED_AXES, tiled=True), "tensor")
 
         rows, positions = ids_BT.shape
         chunk = _chunk_length(positions, _CHUNK_ELEMENTS // (rows * layer.output_dim))
@@ -88,7 +89,7 @@ def _in_parts(layer: keras.layers.Layer, mesh: Mesh) -> LookUp:
     split = jax.shard_map(
         on_one_device,
         mesh=mesh,
-        in_specs=(PartitionSpec(("fsdp", "tensor")), PartitionSpec("data")),
+        in_specs=(PartitionSpec(WEIGHT_AXES), PartitionSpec("data")),
         out_specs=PartitionSpec(BATCH_AXES),
     )
     return lambda ids_BT: split(layer.embeddings.value, ids_BT)

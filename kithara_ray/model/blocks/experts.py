@@ -9,6 +9,7 @@ faster way on a CPU. `routed` sorts a device's rows by expert and multiplies eac
 capacity. Padding takes part in no product.
 
 Each device routes its own tokens. The weights are whole on it; an axis `tensor` splits the width inside the experts.
+With an axis `expert`, each device has some of the experts, and `exchange` sends the tokens to them.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from kithara_ray.model.blocks import exchange
 from kithara_ray.sharding.mesh import BATCH_AXES
 
 # Name of the first products' results, which `remat` may keep. The last product's result is never needed again: rows are
@@ -132,10 +134,13 @@ def dense(x_BTD: jax.Array, choice: Choice, kernels: Kernels) -> jax.Array:
     return _with_bias(out, choice, kernels)
 
 
-def routed(x_BTD: jax.Array, choice: Choice, kernels: Kernels, mesh: Mesh) -> jax.Array:
+def routed(x_BTD: jax.Array, choice: Choice, kernels: Kernels, mesh: Mesh, trains: bool = True) -> jax.Array:
     """Compute the same from the chosen experts only; padding gets zeros, besides a bias.
 
     Rows are split over the batch axes. Results are summed in float32, over each token's experts and over `tensor`.
+
+    Args:
+        trains: False if the kernels are frozen; a mesh with the axis `expert` then computes no gradient of them.
     """
     wide, biases, down_EID = kernels.wide, kernels.wide_biases, kernels.down_EID
     ways = mesh.shape["tensor"]
@@ -149,42 +154,59 @@ def routed(x_BTD: jax.Array, choice: Choice, kernels: Kernels, mesh: Mesh) -> ja
     # The columns of B that belong to each of the first products.
     wide_b = () if wide_factors is None else jnp.split(wide_factors.b_ELY, len(wide), axis=-1)
 
-    def local(x_BTD, experts_BTK, factors_BTK, real_BT, wide, biases, down_EID, side_paths):
-        wide_a, wide_b, down_a, down_b = side_paths
-        tokens = (-1, experts_BTK.shape[-1])
-        real_C = real_BT.reshape(-1)
-        order = _sorted(experts_BTK.reshape(tokens), real_C, kernels.experts)
-        x_RD, factors_R = _sent(x_BTD.reshape(-1, x_BTD.shape[-1]), factors_BTK.reshape(tokens), order)
-        products = [_grouped(x_RD, kernel, order) for kernel in wide]
+    def products(x_RD, factors_R, order, experts_R, arrays, side_paths):
+        """Compute the results of rows in the order of their experts."""
+        (wide, biases, down_EID), (wide_a, wide_b, down_a, down_b) = arrays, side_paths
+        wide_RW = [_grouped(x_RD, kernel, order) for kernel in wide]
         if wide_factors is not None:
             low_RL = _grouped(x_RD, wide_a, order) * wide_factors.scale
-            products = [y + _grouped(low_RL, b_ELW, order) for y, b_ELW in zip(products, wide_b, strict=True)]
+            wide_RW = [y + _grouped(low_RL, b_ELW, order) for y, b_ELW in zip(wide_RW, wide_b, strict=True)]
         if biases:
-            expert_R = experts_BTK.reshape(-1)[order.rows_R]
-            products = [product + bias[expert_R] for product, bias in zip(products, biases, strict=True)]
-        products = [checkpoint_name(product, PRODUCTS) for product in products]
-        inner_RI = kernels.inner(jnp.concatenate(products, axis=-1)) if cut else kernels.inner(*products)
-        inner_RI = (inner_RI * factors_R[:, None]).astype(x_BTD.dtype)
+            wide_RW = [product + bias[experts_R] for product, bias in zip(wide_RW, biases, strict=True)]
+        wide_RW = [checkpoint_name(product, PRODUCTS) for product in wide_RW]
+        inner_RI = kernels.inner(jnp.concatenate(wide_RW, axis=-1)) if cut else kernels.inner(*wide_RW)
+        inner_RI = (inner_RI * factors_R[:, None]).astype(x_RD.dtype)
         out_RD = _grouped(inner_RI, down_EID, order)
         if down_factors is not None:
             out_RD = out_RD + _grouped(_grouped(inner_RI, down_a, order) * down_factors.scale, down_b, order)
-        out_CD = _returned(out_RD, order)
+        return out_RD
+
+    def received(x_RD, factors_R, order, arrays):
+        (own, side_paths), frozen = arrays
+        return products(x_RD, factors_R, order, order.experts_R, frozen if own is None else own, side_paths)
+
+    def local(x_BTD, experts_BTK, factors_BTK, real_BT, arrays, side_paths):
+        x_CD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        experts_CK, factors_CK = (array.reshape(-1, experts_BTK.shape[-1]) for array in (experts_BTK, factors_BTK))
+        real_C = real_BT.reshape(-1)
+        order = _sorted(experts_CK, real_C, kernels.experts)
+        if exchanges:
+            rows = exchange.Rows(order.rows_R, order.places_CK, order.counts_E, experts_CK, real_C)
+            own, frozen = (arrays, None) if trains else (None, arrays)
+            out_CD = exchange.exchanged(received, axes, x_CD, factors_CK, rows, (own, side_paths), frozen)
+        else:
+            x_RD, factors_R = _sent(x_CD, factors_CK, order)
+            experts_R = experts_CK.reshape(-1)[order.rows_R]
+            out_CD = _returned(products(x_RD, factors_R, order, experts_R, arrays, side_paths), order)
         out_CD = jax.lax.psum(out_CD, "tensor") if splits else out_CD
         return out_CD.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
+    exchanges = mesh.shape["expert"] > 1
+    axes = (*BATCH_AXES, "tensor") if splits else BATCH_AXES
     rows, inside = PartitionSpec(BATCH_AXES), "tensor" if splits else None
-    of_wide, of_second = PartitionSpec(None, None, inside), PartitionSpec(None, inside)
-    of_factors = PartitionSpec(), of_wide, of_second, PartitionSpec()
+    among = "expert" if exchanges else None
+    of_wide, of_second, of_whole = (PartitionSpec(among, *dims) for dims in ((None, inside), (inside,), ()))
+    of_arrays, of_factors = (of_wide, of_second, of_second), (of_whole, of_wide, of_second, of_whole)
     split = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, rows, rows, rows, of_wide, of_second, of_second, of_factors),
+        in_specs=(rows, rows, rows, rows, of_arrays, of_factors),
         out_specs=rows,
     )
     wide_a = None if wide_factors is None else wide_factors.a_EXL
     down_a, down_b = (None, None) if down_factors is None else (down_factors.a_EXL, down_factors.b_ELY)
-    given = choice.experts_BTK, choice.factors_BTK, real_BT, tuple(wide), tuple(biases), down_EID
-    out = split(x_BTD, *given, (wide_a, tuple(wide_b), down_a, down_b))
+    arrays, side_paths = (tuple(wide), tuple(biases), down_EID), (wide_a, tuple(wide_b), down_a, down_b)
+    out = split(x_BTD, choice.experts_BTK, choice.factors_BTK, real_BT, arrays, side_paths)
     return _with_bias(out, choice, kernels)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+from jax.sharding import Mesh
 
+from kithara_ray.errors import ConfigError
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks.experts import Choice, Compute, Factors, Kernels, SidePaths
 from kithara_ray.model.identity import IdentityMap
@@ -25,6 +27,22 @@ def install(blocks: tuple[keras.layers.Layer, ...], compute: Compute) -> None:
             layer.compute = compute
         else:
             layer.call = replaced(layer, compute)
+
+
+def check_axis(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh) -> None:
+    """Check that the mesh's axis `expert` divides the experts of every mixture. Raises ConfigError."""
+    ways = mesh.shape["expert"]
+    counts = {count for count, _ in routing(blocks)}
+    if ways > 1 and (not counts or any(count % ways for count in counts)):
+        found = f"{', '.join(map(str, sorted(counts)))} experts a block" if counts else "no experts"
+        raise ConfigError(
+            f"mesh expert={ways}: the model has {found}; take a divisor of them for expert, or leave the axis out"
+        )
+
+
+def routing(blocks: tuple[keras.layers.Layer, ...]) -> list[tuple[int, int]]:
+    """List E and K of every mixture in these blocks."""
+    return [(bank.count, bank.chosen) for bank in banks_of(blocks)]
 
 
 def shares(blocks: tuple[keras.layers.Layer, ...]) -> IdentityMap[keras.Variable, float]:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kithara_ray.errors import AdapterError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model import keras_compat
-from kithara_ray.model.identity import IdentityMap
+from kithara_ray.model.identity import IdentityMap, IdentitySet
 from kithara_ray.model.lora import base_weights, layers
 from kithara_ray.model.options import ModelOptions
 from kithara_ray.model.weights import slots
@@ -50,6 +50,7 @@ class ModelArrays:
         slots: the weights in the order of `Frozen`, each with its ports.
         factor_slots: the adapter's arrays, by `key` in `Factors`, each with its factors.
         base_slots: the other arrays that an adapter trains: weights of the base.
+        experts: the experts' kernels that the mesh's axis `expert` splits, and that stay where they are.
         mesh: the device mesh that holds the arrays.
         options: the options that the model was built with.
     """
@@ -59,6 +60,7 @@ class ModelArrays:
     mesh: Mesh
     options: ModelOptions
     base_slots: Sequence[base_weights.BaseSlot] = ()
+    experts: IdentitySet[keras.Variable] = field(default_factory=IdentitySet)
 
     @property
     def precision(self) -> str:
@@ -110,7 +112,9 @@ class ModelArrays:
         return made
 
     def weight_sharding(self, slot: Slot) -> NamedSharding:
-        return weight_sharding(self.mesh, slot.shape, int(slot.stacked), slot.split_first, slot.parts)
+        whole, is_of_experts = int(slot.stacked), slot.ports[0].variable in self.experts
+        experts = whole if is_of_experts else None
+        return weight_sharding(self.mesh, slot.shape, whole, slot.split_first, slot.parts, experts)
 
     def factor_sharding(self, slot: layers.FactorSlot) -> NamedSharding:
         return factor_sharding(self.mesh, slot.shape, whole_dims=int(slot.stacked))

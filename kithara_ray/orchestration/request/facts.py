@@ -9,7 +9,7 @@ from kithara_ray.hf.resizing.tables import described
 from kithara_ray.orchestration.cluster import capacity, ray_compat
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.request.run_request import RunRequest
-from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.sharding.shape import AXES, MeshShape, axes_told
 
 # Accelerators on which one chip is one JAX device.
 _ONE_DEVICE_A_CHIP = ("TPU-V4", "TPU-V5P", "TPU-V5LITEPOD", "TPU-V6E")
@@ -42,7 +42,7 @@ def mesh_axes(request: RunRequest) -> dict[str, int] | None:
         return None
     slices = sum(capacity.slice_heads(group.scaling_config).values()) if group.platform == "tpu" else 0
     shape = request.step.mesh or MeshShape(data=int(slices) or 1)
-    return dict(zip(("data", "fsdp", "tensor"), shape.resolve(devices), strict=True))
+    return axes_told(dict(zip(AXES, shape.resolve(devices), strict=True)))
 
 
 def weight_bytes(request: RunRequest) -> int:
