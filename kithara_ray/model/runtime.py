@@ -18,6 +18,8 @@ from kithara_ray.model import keras_compat
 _UNUSED = ("tensorflow", "tensorflow_text")
 # Keras imports it for galleries of images: 0.6 s of processor time per process. A user's callback may import it later.
 _UNUSED_BY_KERAS = ("matplotlib",)
+# Programs that took longer than this to compile are kept: decoding's are many and small.
+_KEPT_FROM_S = 0.1
 
 
 def prepare() -> None:
@@ -59,6 +61,8 @@ def keep_compiled(platform: str) -> None:
                 return
             kept /= f"cpu-{kind}"
         config.update("jax_compilation_cache_dir", str(kept))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            config.update("jax_persistent_cache_min_compile_time_secs", _KEPT_FROM_S)
 
 
 def _kind_of_cpu() -> str | None:
