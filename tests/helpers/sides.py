@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import keras
 import numpy as np
 import torch
 from tiny import VOCABULARY, auto_class, load
 from transformers import AutoConfig, PreTrainedConfig
 
-from kithara_ray.hf.checkpoint import NOT_MATHEMATICS, BaseCheckpoint
+from kithara_ray.hf.checkpoint import NOT_MATHEMATICS, SINGLE, BaseCheckpoint
 from kithara_ray.hf.tower import text_of
 from kithara_ray.model import causal_lm
 from kithara_ray.model.families import family_of
@@ -61,6 +62,7 @@ class Theirs:
     def __init__(self, directory: Path, place: Path):
         """`place`: an empty directory for changed configs."""
         self.place = place
+        (place / SINGLE).symlink_to(directory / SINGLE)
         loaded = load(directory, dtype=torch.float32)
         # Without the second name of a tied weight.
         first = {tensor.data_ptr(): name for name, tensor in reversed(loaded.state_dict().items())}
@@ -82,8 +84,12 @@ class Theirs:
 
     def _run(self, config: PreTrainedConfig) -> np.ndarray:
         model = auto_class(config.model_type).from_config(config, dtype=torch.float32)
+        held = [tensor.data_ptr() for name, tensor in model.state_dict().items() if name in self.weights]
+        loaded = set(held)
+        if len(loaded) < len(held):
+            # A head and an embedding are tied that have values of their own: transformers says which of them it takes.
+            return theirs(self.place)
         missing = model.load_state_dict(self.weights, strict=False).missing_keys
-        loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in self.weights}
         unfed = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]
         if unfed:
             raise ValueError(f"missing {unfed[:1]}")
@@ -136,6 +142,7 @@ class Ours:
         self.base = BaseCheckpoint.open(directory)
         self.reads: set[str] = set()
         self._known: dict[str, np.ndarray] = {}
+        self._block: type[keras.Layer] | None = None
         with self._noting():
             self.unchanged = self.logits(self.base.config)
         self._known = {self._key(self.base.config): self.unchanged}
@@ -148,7 +155,11 @@ class Ours:
     def logits(self, config: Mapping[str, Any]) -> np.ndarray:
         key = self._key(config)
         if key not in self._known:
-            model = causal_lm.build(config, None, make_mesh(devices=jax.devices()[:1]), "float32", scan=False)
+            with self._shapes_known():
+                model = causal_lm.build(config, None, make_mesh(devices=jax.devices()[:1]), "float32", scan=False)
+            if config["model_type"] == "gpt_oss":
+                kinds = type(model.model.backbone.transformer_layers[0]).__mro__
+                self._block = next(kind for kind in kinds if kind.__module__.startswith("keras_hub."))
             frozen = model.load(self._with(config))
             self._known[key] = np.asarray(model.logits_BTV({}, frozen, TOKENS, np.ones_like(TOKENS)))
         return self._known[key]
@@ -165,6 +176,18 @@ class Ours:
         if description is not None:
             return repr(description)
         return repr([text["model_type"], *((name, whole.get(name, _ABSENT)) for name in sorted(self.reads))])
+
+    @contextlib.contextmanager
+    def _shapes_known(self) -> Iterator[None]:
+        """Tell Keras the shape of a block's output. It traces gpt_oss' block for it, most of the time of a build."""
+        if self._block is None:
+            yield
+            return
+        self._block.compute_output_spec = lambda block, x, *args, **kwargs: keras.KerasTensor(x.shape, x.dtype)
+        try:
+            yield
+        finally:
+            del self._block.compute_output_spec
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:

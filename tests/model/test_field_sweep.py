@@ -13,13 +13,16 @@ import sweep
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from sizes import SIZES
 from sweep import DIFFERENT, EQUAL, REFUSED, SKIPPED
-from tiny import MULTIMODAL, SIZES, mostly_long, write_model
+from tiny import mostly_long, write_model
 
 from kithara_ray.errors import CheckpointError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.tied_head import EMBEDDING, HEAD
 from kithara_ray.model.families.tensors import check_tensors
+
+pytestmark = pytest.mark.usefixtures("hastily")
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +48,11 @@ def assert_nothing_silent(verdicts):
     assert any(each.moved for each in verdicts if each.outcome == EQUAL)
 
 
-# Multimodal models but gemma3 are not swept yet; their text models are.
-SWEPT = SIZES.keys() - MULTIMODAL | {"gemma3"}
+# Not swept yet; their text models are.
+LEFT_OUT = {"gemma4", "gemma4 experts", "mistral3 ministral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 
 
-@pytest.mark.parametrize("family", mostly_long(["gemma2", "llama"], SWEPT))
+@pytest.mark.parametrize("family", mostly_long(["gemma2", "llama"], SIZES.keys() - LEFT_OUT))
 def test_each_field_changed_in_every_way(family, tmp_path):
     directory = write_model(tmp_path / "model", family, **sweep.shallow(family))
     assert_nothing_silent(sweep.sweep_fields(directory, tmp_path / "changed"))

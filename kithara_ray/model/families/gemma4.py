@@ -82,6 +82,8 @@ def _check(config: Mapping) -> None:
 def _check_sharing(config: Mapping) -> None:
     own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
     kinds = config["layer_types"]
+    if len(kinds) != config["num_hidden_layers"]:
+        refuse(config, "layer_types", f"{len(kinds)} entries for {config['num_hidden_layers']} layers")
     if not 0 < own <= len(kinds) or set(kinds[:own]) != set(kinds):
         refuse(config, "num_kv_shared_layers", "each kind of block needs one with keys and values of its own")
 
