@@ -31,7 +31,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="kr_", dir="/tmp")
 
 import pytest
-from tiny import COMPARED, LIKE_OTHERS, SIZES, mostly_long, write_model
+from sizes import SIZES
+from tiny import LIKE_OTHERS, mostly_long, write_model
 
 from kithara_ray.model import runtime
 
@@ -61,10 +62,15 @@ def every_family(request):
     return request.param
 
 
-@pytest.fixture(params=mostly_long(["gemma2", "gpt_oss", "llama"], COMPARED))
-def any_family(request):
-    """Every family, most of them among the long tests: what `every_family` proves of each is behind what is asked."""
-    return request.param
+@pytest.fixture
+def hastily():
+    """Compile without LLVM's optimisations. Programs that run once or twice take less time in all; their last bits
+    differ."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_unconfigure():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import LIKE_OTHERS, SIZES, VOCABULARY, load, mostly_long
+from sizes import VOCABULARY
+from tiny import SHORT_FAMILIES, load
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
@@ -15,6 +16,8 @@ from kithara_ray.model.causal_lm import build
 from kithara_ray.model.options import fuses_backward
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
+
+pytestmark = pytest.mark.usefixtures("hastily")
 
 # Lengths of the samples of each row; longer than gemma2's window, one row with padding behind.
 PACKS = [(13, 4, 10), (1, 26), (9, 9, 9), (12, 11)]
@@ -36,17 +39,19 @@ def packed():
     return tokens, segments, samples
 
 
-# Positions in a sample matter: norms come after the rotation, or queries grow.
-PLACED = {"hunyuan_v1_dense", "ministral3"}
+# Families of the short tests, one with a recurrent state, and others whose positions in a sample matter: the sample's
+# length chooses the rotation, norms come after it, or queries grow. tests/train/test_gradients.py packs every family.
+PACKED = (*SHORT_FAMILIES, "qwen3_5_text", "phi3", "hunyuan_v1_dense", "ministral3")
 
 
-@pytest.mark.parametrize("name", mostly_long(sorted((SIZES.keys() - LIKE_OTHERS) | PLACED)))
+@pytest.mark.parametrize("name", PACKED)
 def test_a_packed_row_computes_what_its_samples_do_alone(name, tiny_models):
     assert_as_alone(name, tiny_models, scan=True)
 
 
-def test_so_it_does_without_the_scan(family, tiny_models):
-    assert_as_alone(family, tiny_models, scan=False)
+@pytest.mark.parametrize("name", SHORT_FAMILIES)
+def test_so_it_does_without_the_scan(name, tiny_models):
+    assert_as_alone(name, tiny_models, scan=False)
 
 
 def assert_as_alone(name, tiny_models, scan):

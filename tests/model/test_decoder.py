@@ -37,6 +37,7 @@ BEYOND = {
 
 
 @pytest.mark.parametrize("name", [*BEYOND][:1] + [pytest.param(n, marks=pytest.mark.long) for n in [*BEYOND][1:]])
+@pytest.mark.usefixtures("hastily")
 def test_logits_beyond_kerashub_s_blocks(name, tmp_path):
     family, fields = BEYOND[name]
     directory = write_model(tmp_path / "model", family, **fields)

@@ -10,13 +10,11 @@ import optax
 import pytest
 import torch
 from parity import assert_close_as_one
-from tiny import COMPARED, RECURRENT, SHORT_FAMILIES, TARGETS, mostly_long, with_mild_attention
+from tiny import with_mild_attention
 
 from kithara_ray.hf.adapter import LoraConfig
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.model.causal_lm import build
-from kithara_ray.sft.batches.blocks import TokenizedRow
-from kithara_ray.sft.batches.collate import collate
 from kithara_ray.sharding.mesh import batch_sharding, make_mesh
 from kithara_ray.sharding.shape import MeshShape
 from kithara_ray.train import loss as loss_module
@@ -83,32 +81,6 @@ def test_micro_batches_add_up_to_the_batch(family, mesh, tiny_models, tmp_path):
     part_loss, part_grads = compute(params, frozen, data, micro_batches=parts)
     assert float(part_loss) == pytest.approx(float(loss), rel=1e-6)
     assert_close_as_one(part_grads, grads)
-
-
-@pytest.mark.parametrize("family", mostly_long(SHORT_FAMILIES, COMPARED - RECURRENT))
-def test_packed_rows_give_the_loss_and_gradients_of_the_rows_alone(family, tiny_models, tmp_path):
-    """Nine rows of different lengths in four packs, and one to a row; test_delta_rule.py has recurrent states."""
-    base = BaseCheckpoint.open(with_mild_attention(tiny_models[family], tmp_path / "model"))
-    mesh = make_mesh()
-    targets = tuple(name for name in TARGETS[family] if name in ("q_proj", "v_proj", "qkv_proj"))
-    model = build(base.config, LoraConfig(r=4, lora_alpha=12, target_modules=targets), mesh, "float32")
-    rng = np.random.default_rng(1)
-    factors = {name: rng.normal(0, 0.05, shape).astype(np.float32) for name, shape in model.adapter_shapes.items()}
-    params, frozen = model.place_factors(factors), model.load(base)
-    rows = []
-    for length in (5, 12, 3, 9, 20, 7, 2, 11, 6):
-        mask = (np.arange(length) >= max(1, length // 2)).astype(np.uint8)
-        rows.append(TokenizedRow(rng.integers(3, V, length).astype(np.int32), mask))
-
-    def compute(packs):
-        data = collate(packs, 24, 16, 2)
-        data = {name: jax.device_put(array, batch_sharding(mesh)) for name, array in data.items()}
-        return jax.jit(partial(step.loss_and_gradients, model))(params, frozen, data)
-
-    loss, grads = compute([[row] for row in rows] + [[]] * 3)
-    packed_loss, packed_grads = compute([rows[0:3], rows[3:4] + rows[5:7], rows[4:5], rows[7:9]])
-    assert float(packed_loss) == pytest.approx(float(loss), rel=1e-5)
-    assert_close_as_one(packed_grads, grads)
 
 
 def run(directory, optimizer, steps=3, stack_factors=True):
