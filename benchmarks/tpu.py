@@ -24,7 +24,8 @@ from pathlib import Path
 from common import HERE, machine, run
 
 from kithara_ray.hf.lora_config import LoraConfig
-from kithara_ray.plan import plan, planner, slice_of
+from kithara_ray.model.options import AUTO
+from kithara_ray.plan import choose, plan, planner, slice_of
 from kithara_ray.sharding.shape import MeshShape
 
 _GEMMA2 = dict(
@@ -131,6 +132,10 @@ RUNS = {
     "qwen3.5-9b-4096": ("Qwen3.5-9B", "v5e-16", 4096, {}),
     "qwen3.5-9b-4096-v6e-8": ("Qwen3.5-9B", "v6e-8", 4096, {}),
     "llama-3.1-70b-4096-nested": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": "nested"}),
+    "gemma-2-2b-4096-auto": ("Gemma-2-2B", "v5e-16", 4096, {"remat": AUTO}),
+    "llama-3.1-8b-8192-auto": ("Llama-3.1-8B", "v5e-8", 8192, {"remat": AUTO}),
+    "llama-3.1-70b-4096-auto": ("Llama-3.1-70B", "v5e-32", 4096, {"remat": AUTO}),
+    "llama-3.1-70b-4096-v5e-16-auto": ("Llama-3.1-70B", "v5e-16", 4096, {"remat": AUTO}),
 }
 RUNS |= {
     f"{model.lower()}-4096-{where}": (model, where, 4096, {})
@@ -177,8 +182,9 @@ def compiled(name: str, layers: int | None = None) -> dict:
     config = MODELS[model] | ({"text_config": fewer} if text is not MODELS[model] else fewer)
     if name in HBM:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_tpu_max_hbm_size_mib={HBM[name]}"
-    made = plan(config, where, seq_len, lora=LoraConfig(r=16), cache=False, **settings)
-    known = {"model": model, "layers": layers, "remat": settings.get("remat", "block")}
+    make = choose if settings.get("remat") == AUTO else plan
+    made = make(config, where, seq_len, lora=LoraConfig(r=16), cache=False, **settings)
+    known = {"model": model, "layers": layers, "remat": made.settings["remat"]}
     known |= {"routed": settings.get("routed"), "hbm_mib": HBM.get(name)}
     return known | dataclasses.asdict(made)
 
@@ -211,7 +217,7 @@ def native() -> dict:
     from kithara_ray.plan import facts
     from kithara_ray.sharding.mesh import batch_sharding, factor_sharding, make_mesh
 
-    asked = {"topology": where.topology, "devices": where.chips, "hosts": where.hosts}
+    asked = {"topology": where.topology, "devices": where.devices, "hosts": where.hosts, "chip_config": None}
     mesh = make_mesh(devices=facts._devices(asked))
     config = MODELS[model] | {"num_hidden_layers": NATIVE_LAYERS}
     with keras_compat.without_values():
@@ -360,7 +366,10 @@ def _name(made: dict) -> str:
     told = f", told of {made['hbm_mib']:,} MiB" if made["hbm_mib"] else ""
     told += f", expert={made['mesh']['expert']}" if made["mesh"].get("expert", 1) > 1 else ""
     told += ", every expert" if made.get("routed") is False else ""
-    return f"{made['model']}, {made['remat']}{told}" + ("" if made["code"] == code() else " (earlier)")
+    chosen = "auto: " if made.get("chosen") else ""
+    whole = ", weights on every chip" if made["mesh"]["fsdp"] == made["mesh"]["tensor"] == 1 else ""
+    earlier = "" if made["code"] == code() else " (earlier)"
+    return f"{made['model']}, {chosen}{made['remat']}{whole}{told}{earlier}"
 
 
 def _row(made: dict) -> str:

@@ -13,9 +13,10 @@ from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.families.tensors import expected_tensors
 from kithara_ray.model.lora.targets import all_linear, linear
-from kithara_ray.plan import Plan, plan, slice_of
+from kithara_ray.model.options import AUTO, REMAT_DEFAULT
+from kithara_ray.plan import Plan, Slice, choose, plan, slice_of
 from kithara_ray.plan.chips import slice_of_topology
-from kithara_ray.plan.planner import config_of
+from kithara_ray.plan.planner import config_of, why_not_compiled
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.shape import MeshShape
 
@@ -89,7 +90,7 @@ class Options:
     slices: str | None = None
     seq: str | None = None
     rank: str | None = None
-    price: float | None = None
+    price: str | None = None
     epoch_tokens: int | None = None
     compile: bool = True
 
@@ -102,7 +103,7 @@ def run(path: str | Path, overrides: Sequence[str], options: Options) -> Plan | 
     """
     given = configuration.load(path, overrides)
     base, rows, settings = arguments_of(given)
-    settings |= {"price_per_chip_hour": options.price, "tokens_per_epoch": options.epoch_tokens}
+    settings |= {"price_per_chip_hour": _price(options.price), "tokens_per_epoch": options.epoch_tokens}
     settings |= {"compile": options.compile}
     seq_lens = _numbers("--seq", options.seq) or [given.train_dataloader.dataset.max_seq_len]
     ranks = _numbers("--rank", options.rank) or [settings["lora"].r]
@@ -110,15 +111,26 @@ def run(path: str | Path, overrides: Sequence[str], options: Options) -> Plan | 
     if options.slices is None and len(seq_lens) == len(ranks) == 1:
         lora = LoraConfig(**{**vars(settings["lora"]), "r": ranks[0]})
         settings["lora"] = lora
-        if rows != "auto":
-            return plan(base, names[0], seq_lens[0], rows, **settings)
-        return largest_batch(base, names[0], seq_lens[0], **settings)
+        return _one(base, slice_of(names[0]), seq_lens[0], rows, settings)
     points = grid(names, seq_lens, ranks)
     from kithara_ray.orchestration.cluster.connection import start_ray
     from kithara_ray.orchestration.preflight.memory_fit import sweep
 
     start_ray()
+    settings |= {"remat": REMAT_DEFAULT} if settings["remat"] == AUTO else {}
     return Sweep(points, sweep(base, points, settings))
+
+
+def _one(base: Any, where: Slice, seq_len: int, rows: int | str, settings: dict[str, Any]) -> Plan:
+    """Plan one slice as a run on it does: settings that are left open are chosen, if programs can be compiled."""
+    remat, compile = settings["remat"], settings["compile"]
+    is_open = remat == AUTO or settings["mesh"] is None
+    if is_open and where.chip is not None and why_not_compiled(where, compile) is None:
+        return choose(base, where, seq_len, rows, **{name: settings[name] for name in settings if name != "compile"})
+    settings = settings | {"remat": REMAT_DEFAULT if remat == AUTO else remat}
+    if rows != AUTO:
+        return plan(base, where, seq_len, int(rows), **settings)
+    return largest_batch(base, where, seq_len, **settings)
 
 
 def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]:
@@ -145,6 +157,7 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     }
     same = ("remat", "gradient_accumulation_steps", "router_aux_loss_coef")
     settings |= {name: trainer[name] for name in same if name in trainer}
+    settings.setdefault("remat", AUTO)
     settings |= {"precision": model["precision"]} if "precision" in model else {}
     return model["preset_handle"], given.train_dataloader.per_device_batch_size, settings
 
@@ -174,6 +187,13 @@ def _names(slice: str | None, slices: str | None, given: configuration.Config) -
     if where is None:
         raise ConfigError("plan: give --slice, e.g. --slice v5e-16; the configuration names no known TPU slice")
     return [where.name]
+
+
+def _price(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise ConfigError(f"--price {text!r}: expected a number; prices by generation go with --best") from None
 
 
 def _numbers(option: str, text: str | None) -> list[int]:

@@ -15,13 +15,23 @@ QUANTIZATIONS = ("int8", "int4", "nf4")
 # be the whole model on each device.
 # "block": only the block's input; the rest is computed again.
 # "attention": also attention's output, so that attention is not computed again.
-# "dots": also the results of products with weights, so that only norms, rope and activations are computed again.
+# "projections": also queries, keys, values and the result of attention's last product. Of the products with weights,
+# only the MLP's are computed again.
+# "offload": the same arrays as "projections" and the block's input, in the host's memory.
+# "dots": the results of all products with weights, so that only norms, rope and activations are computed again.
 # "nested": only the inputs of groups of blocks, about as many groups as the square root of the number of blocks. A
 # group runs once more to restore the inputs within it. This costs one more forward pass and its gathers. It is meant
 # for models whose kept inputs are too large under "block".
-REMAT = ("block", "attention", "dots", "nested")
+OFFLOAD = "offload"
+REMAT = ("block", "attention", "projections", OFFLOAD, "dots", "nested")
+# The planner chooses, see `plan.choose`; where it cannot, it is the default.
+AUTO = "auto"
+REMAT_DEFAULT = "block"
 # Policies under which attention runs once per step.
-KEEPS_ATTENTION = ("attention", "dots")
+KEEPS_ATTENTION = ("attention", "projections", OFFLOAD, "dots")
+# Policies that keep queries, keys and values, and those that keep the result of attention's last product.
+KEEPS_INPUTS = ("projections", OFFLOAD, "dots")
+KEEPS_PROJECTIONS = ("projections", OFFLOAD)
 # Keys of a block of attention's fused backward kernel, and the longest row that takes it; see `fuses_backward`. Longer
 # blocks do not fit the memory of a v5e's core.
 FUSED_KEYS, FUSED_LIMIT = 1024, 8192

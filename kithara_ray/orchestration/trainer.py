@@ -19,7 +19,7 @@ from kithara_ray.callbacks import Callback, Profiler
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.tower import text_of
 from kithara_ray.model.families.moe import check_router_loss
-from kithara_ray.model.options import REMAT
+from kithara_ray.model.options import AUTO, REMAT
 from kithara_ray.orchestration.cluster.connection import start_ray
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
@@ -31,7 +31,7 @@ from kithara_ray.orchestration.driver.run_spec import loading_tokenizers, run_sp
 from kithara_ray.orchestration.driver.samples import Samples
 from kithara_ray.orchestration.head.ray_channel import RayChannel
 from kithara_ray.orchestration.model import KerasHubModel
-from kithara_ray.orchestration.preflight import memory_fit
+from kithara_ray.orchestration.preflight import choice
 from kithara_ray.orchestration.preflight.checks import check_run
 from kithara_ray.orchestration.preflight.findings import raise_for
 from kithara_ray.orchestration.prompting import keep_tokenizer
@@ -74,13 +74,16 @@ class Trainer:
         scaling_config: Ray's ScalingConfig, with one worker per host. None means one local worker.
         run_config: Ray's RunConfig: name, storage_path, failure_config, worker_runtime_env.
         cpu_devices_per_worker: number of CPU devices in each worker when there is no accelerator.
-        mesh: axes of the device mesh. By default a model whose whole state is small beside a device's memory is on
-            every device, and all devices are on `data`. The weights of others are split: the devices of a TPU slice
-            are on `fsdp`, the slices on `data`. The losses do not depend on it.
-        remat: values that the blocks keep for the backward pass. "block" keeps each block's input only and recomputes
-            the rest. "attention" also keeps attention's output, which is slow for long rows. "dots" also keeps
-            the results of products with weights: fastest, if memory allows. "nested" keeps the inputs of a few blocks
-            only: one forward pass slower, for the largest models.
+        mesh: axes of the device mesh. By default the planner chooses between weights on every device, all devices on
+            `data`, and split weights, the devices of a TPU slice on `fsdp` and the slices on `data`. On CPU devices,
+            and where no program can be compiled, a model whose whole state is small beside a device's memory is on
+            every device. The losses do not depend on it.
+        remat: values that the blocks keep for the backward pass. "auto" takes the fastest policy that fits, see
+            docs/plan.md. "block" keeps each block's input only and recomputes the rest. "attention" also keeps
+            attention's output, which is slow for long rows. "projections" also keeps queries, keys, values and the
+            result of attention's last product. "dots" keeps the results of all products with weights: fastest, if
+            memory allows. "offload" keeps what "projections" keeps, and the blocks' inputs, in the host's memory.
+            "nested" keeps the inputs of a few blocks only: one forward pass slower, for the largest models.
         gradient_accumulation_steps: forward and backward passes per step. The loss is the mean over the tokens of all
             of them together, so 1 x 8 rows and 8 x 1 row train alike.
         seed: seed of the initial factors and of dropout.
@@ -122,7 +125,7 @@ class Trainer:
         run_config: RunConfig | None = None,
         cpu_devices_per_worker: int = 1,
         mesh: MeshShape | None = None,
-        remat: str = "block",
+        remat: str = AUTO,
         gradient_accumulation_steps: int = 1,
         seed: int = 0,
         on_nan: str = "stop",
@@ -151,7 +154,7 @@ class Trainer:
             report_max_length=report_max_length,
         )
         arguments.check_endless(train_dataloader, eval_dataloader, steps, max_eval_samples)
-        arguments.check_one_of("remat", remat, REMAT)
+        arguments.check_one_of("remat", remat, (AUTO, *REMAT))
         arguments.check_one_of("on_nan", on_nan, ("stop", "skip"))
         self.model = model
         evaluated = arguments.evaluated_of(train_dataloader, eval_dataloader)
@@ -261,7 +264,9 @@ class Trainer:
         data = tokenized(request)
         if request.group.scaling_config.use_tpu:
             progress.phase("plan")
-        fit = memory_fit.fit(request, data.largest_shape(request))
+        request, fit = choice.fit(request, data.largest_shape(request))
+        progress.chosen(fit)
+        manifest.settle(request)
         progress.phase("schedule")
         settings, start = manifest.told()["settings"], progress.phases.start()
         spec = run_spec(request, data, fit, self.model.adapter, settings, RayChannel(coordinator), start)

@@ -2,9 +2,13 @@
 
 | generation | peak bf16, HBM, HBM bandwidth, interconnect                         |
 |------------|---------------------------------------------------------------------|
+| v4         | https://docs.cloud.google.com/tpu/docs/v4    (read 2026-11)         |
 | v5e        | https://docs.cloud.google.com/tpu/docs/v5e   (read 2026-11)         |
 | v5p        | https://docs.cloud.google.com/tpu/docs/v5p-training (read 2026-11)  |
 | v6e        | https://docs.cloud.google.com/tpu/docs/v6e   (read 2026-11)         |
+| v7x        | https://docs.cloud.google.com/tpu/docs/tpu7x (read 2026-11)         |
+
+The interconnect of v4 is six links of 50 GB/s in each direction, from https://arxiv.org/abs/2304.01433.
 
 `hbm_bytes` is a little less than the published size: libtpu states it as "available HBM" when it refuses a program.
 """
@@ -16,11 +20,14 @@ from dataclasses import dataclass
 from kithara_ray.errors import ConfigError
 
 _GIB = 2**30
+# Rate at which a chip reads its host's memory, or writes it, over PCIe. https://jax-ml.github.io/scaling-book/tpus
+# gives 15 GB/s for v6e and 16 for v4 (read 2026-11); other generations are assumed to be no slower.
+HOST_BYTES_PER_S = 15e9
 
 
 @dataclass(frozen=True)
 class Chip:
-    """The chip of one TPU generation.
+    """The chip of one TPU generation. All rates and sizes are those of one JAX device, which is a chip but for v7x.
 
     Attributes:
         name: the generation's name, as in `v5e-16` and in JAX's topology names.
@@ -32,6 +39,11 @@ class Chip:
         dims: number of dims of the slice's torus.
         per_name: units that a slice's name counts per chip (v5p's name counts cores).
         kinds: the `device_kind` strings that JAX reports for this chip.
+        devices: JAX devices of a chip.
+        ray: the chip's name in Ray's `accelerator_type`, behind "TPU-".
+        libtpu: the generation's name in libtpu's topologies.
+        config: libtpu's name of the chip's configuration; None is its default. A v4's default has two devices a chip,
+            and hosts on Google Cloud run the one that makes both cores one device.
     """
 
     name: str
@@ -43,6 +55,14 @@ class Chip:
     dims: int
     per_name: int = 1
     kinds: tuple[str, ...] = ()
+    devices: int = 1
+    ray: str = ""
+    libtpu: str = ""
+    config: str | None = None
+
+    def __post_init__(self):
+        for name, default in (("ray", self.accelerator.upper()), ("libtpu", self.name)):
+            object.__setattr__(self, name, getattr(self, name) or default)
 
 
 CHIPS = {
@@ -51,9 +71,35 @@ CHIPS = {
         Chip("v5e", "v5litepod", int(15.75 * _GIB), 197e12, 819e9, 200e9, dims=2, kinds=("TPU v5 lite", "TPU v5e")),
         Chip("v6e", "v6e", int(31.25 * _GIB), 918e12, 1638e9, 400e9, dims=2, kinds=("TPU v6 lite", "TPU v6e")),
         Chip("v5p", "v5p", int(95.74 * _GIB), 459e12, 2765e9, 600e9, dims=3, per_name=2, kinds=("TPU v5", "TPU v5p")),
+        Chip(
+            "v4",
+            "v4",
+            int(30.75 * _GIB),
+            275e12,
+            1200e9,
+            300e9,
+            dims=3,
+            per_name=2,
+            kinds=("TPU v4",),
+            config="megacore",
+        ),
+        Chip(
+            "v7x",
+            "tpu7x",
+            int(94.75 * _GIB),
+            2307e12 / 2,
+            7380e9 / 2,
+            600e9 / 2,
+            dims=3,
+            per_name=2,
+            kinds=("TPU7x",),
+            devices=2,
+            ray="V7X",
+            libtpu="tpu7x",
+        ),
     )
 }
-_MAX_CHIPS = {"v5e": 256, "v6e": 256, "v5p": 6144}
+_MAX_CHIPS = {"v5e": 256, "v6e": 256, "v5p": 6144, "v4": 2048, "v7x": 2048}
 
 
 @dataclass(frozen=True)
@@ -75,6 +121,11 @@ class Slice:
     @property
     def is_cpu(self) -> bool:
         return self.name.startswith("cpu-")
+
+    @property
+    def devices(self) -> int:
+        """Number of JAX devices."""
+        return self.chips * (self.chip.devices if self.chip else 1)
 
     @property
     def chips_per_host(self) -> int:
@@ -104,7 +155,7 @@ def slice_of(name: str) -> Slice:
     found = re.fullmatch(r"([a-z0-9]+)-(\d+)", name.strip().lower())
     if not found or int(found[2]) < 1:
         raise ConfigError(f"slice must be a name such as v5e-16, v6e-8 or v5p-8, got {name!r}")
-    generation = {"v5litepod": "v5e", "tpuv5e": "v5e"}.get(found[1], found[1])
+    generation = {"v5litepod": "v5e", "tpuv5e": "v5e", "tpu7x": "v7x"}.get(found[1], found[1])
     count = int(found[2])
     chip = CHIPS.get(generation)
     if chip is None:
@@ -114,7 +165,7 @@ def slice_of(name: str) -> Slice:
         raise ConfigError(f"slice {name!r}: {generation} comes as {', '.join(f'{generation}-{n}' for n in sizes)}")
     chips = count // chip.per_name
     shape = "x".join(map(str, _torus(chips, chip.dims)))
-    return Slice(f"{generation}-{count}", chips, chip, f"{generation}:{shape}")
+    return Slice(f"{generation}-{count}", chips, chip, f"{chip.libtpu}:{shape}")
 
 
 def chip_of_kind(kind: str) -> Chip | None:
@@ -125,7 +176,7 @@ def chip_of_kind(kind: str) -> Chip | None:
 def slice_sizes(generation: str) -> list[int]:
     """The numbers in the names of a generation's usual slices: powers of two, ascending."""
     chip = CHIPS[generation]
-    # A v5p host has four chips, and no slice is smaller than a host.
+    # A host of a three-dimensional torus has four chips, and no slice is smaller than a host.
     smallest = 1 if chip.dims == 2 else 4
     chips = [2**n for n in range(13) if smallest <= 2**n <= _MAX_CHIPS[generation] and (chip.dims == 3 or n != 1)]
     return [n * chip.per_name for n in chips]
@@ -139,7 +190,7 @@ def slice_of_topology(topology: str, accelerator_type: str) -> Slice | None:
     if chip is None or not re.fullmatch(r"\d+(x\d+)*", topology):
         return None
     chips = math.prod(map(int, topology.split("x")))
-    return Slice(f"{generation}-{chips * chip.per_name}", chips, chip, f"{generation}:{topology}")
+    return Slice(f"{generation}-{chips * chip.per_name}", chips, chip, f"{chip.libtpu}:{topology}")
 
 
 def _torus(chips: int, dims: int) -> list[int]:

@@ -36,8 +36,9 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     """Collect all facts about one request's program.
 
     Keys: `devices`, `mesh`, `default_mesh` (None if the request gives a mesh), `counts`, `bytes` (on one device, by
-    part), `uneven_bytes`, `adapter_bytes` and `rows`. A compiled program adds `memory`, `compile_s`, `compile_cpu_s`,
-    `square_arrays` and `cost`. A refused one adds `refusal` and `refused_bytes`.
+    part), `frozen_bytes`, `adapter_bytes`, `optimizer_bytes` and `state_bytes` (of all devices), `uneven_bytes` and
+    `rows`. A compiled program adds `memory`, `compile_s`, `compile_cpu_s`, `square_arrays` and `cost`. A refused one
+    adds `refusal` and `refused_bytes`.
     """
     devices = _devices(request)
     optimizer = KerasOptimizer(request["optimizer"])
@@ -74,8 +75,10 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
             "optimizer": _on_one_device(state["opt"]),
             "batch": _on_one_device(batch),
         },
+        "frozen_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen)),
         "uneven_bytes": _uneven_bytes(frozen, mesh),
         "adapter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in state["params"].values()),
+        "optimizer_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state["opt"])),
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         "largest_array_bytes": max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen)),
         "rows": rows,
@@ -108,7 +111,7 @@ def _compiled(model: CausalLM, optimizer, state, frozen, batch, micro: int) -> d
     seconds, cpu_seconds = time.monotonic() - started[0], time.process_time() - started[1]
     memory, text = compiled.memory_analysis(), compiled.as_text()
     seq_len = batch["token_ids"].shape[1]
-    sizes = ("argument", "output", "alias", "temp", "generated_code")
+    sizes = ("argument", "output", "alias", "temp", "generated_code", "host_temp")
     return {
         "compile_s": round(seconds, 1),
         "compile_cpu_s": round(cpu_seconds, 1),
@@ -125,7 +128,8 @@ def _devices(request: Mapping[str, Any]) -> list:
     # libtpu assumes four chips per host unless told otherwise; a slice of one host may have fewer, or eight.
     sizes = [int(size) for size in request["topology"].partition(":")[2].split("x")]
     one = {"chips_per_host_bounds": (*sizes, 1, 1)[:3]} if request["hosts"] == 1 else {}
-    return list(topologies.get_topology_desc(request["topology"], "tpu", **one).devices)
+    config = {"chip_config_name": request["chip_config"]} if request["chip_config"] else {}
+    return list(topologies.get_topology_desc(request["topology"], "tpu", **one, **config).devices)
 
 
 def _on_one_device(tree: Any) -> int:
@@ -158,6 +162,8 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
     heads = [v for v in tables if v.path.endswith("reverse_embeddings")] or tables
     of_block = [sum(nbytes(v) for v in block.variables if v in ports) for block in model.chain.blocks]
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    attends = [attention.layer_of(block) for block in model.chain.blocks if attention.attends(block)]
+    in_attention = IdentitySet(v for layer in attends for v in layer.variables)
     settings = [attention.settings_of(block) for block in model.chain.blocks if attention.attends(block)]
     return Counts(
         blocks=int(sum(multiplied(v) for v in blocks)),
@@ -177,6 +183,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         experts_bytes=sum(nbytes(v) for v in shares if v in ports),
         experts=math.gcd(*(count for count, _ in routing)),
         sent=config["hidden_size"] * sum(chosen for _, chosen in routing),
+        mixing=int(sum(multiplied(v) for v in blocks if v in in_attention)),
     )
 
 

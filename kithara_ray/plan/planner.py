@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,18 +87,18 @@ def plan(
         PlanError: compilation failed for a reason other than memory.
     """
     where = slice if isinstance(slice, Slice) else slice_of(slice)
-    rows = _Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
+    rows = Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
     own = {"routed": routed, "router_aux_loss_coef": router_aux_loss_coef or 0.0}
     computation = ModelOptions(precision=precision, remat=remat, **own)
-    request = _request(base, where, rows, lora or LoraConfig(), optimizer, mesh, computation)
-    why = _why_not_compiled(where, compile)
+    request = request_of(base, where, rows, lora or LoraConfig(), optimizer, mesh, computation)
+    why = why_not_compiled(where, compile)
     request |= {"compile": why is None, "topology": where.topology if why is None and not where.is_cpu else None}
     found = _facts(request, where, cache, timeout_s)
     return assemble(request, where, found, why, price_per_chip_hour, tokens_per_epoch)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The input of a step on one device.
 
     Attributes:
@@ -120,16 +120,16 @@ class _Rows:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"plan: {name} must be an integer >= 1, got {value!r}")
 
-    def on(self, where: Slice) -> "_Rows":
+    def on(self, where: Slice) -> "Rows":
         """A copy with the sequence length that this slice's program uses, and with `predictions` filled in."""
         seq_len = self.seq_len if where.is_cpu else -(-self.seq_len // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
         return dataclasses.replace(self, seq_len=seq_len, predictions=min(self.predictions or seq_len, seq_len))
 
 
-def _request(
+def request_of(
     base: str | Path | Mapping[str, Any],
     where: Slice,
-    rows: _Rows,
+    rows: Rows,
     lora: LoraConfig,
     optimizer: tuple[str, Any] | None,
     mesh: MeshShape | None,
@@ -142,8 +142,9 @@ def _request(
     kind, optimizer_config = optimizer or ("keras", _ADAMW)
     return {
         "config": config,
-        "devices": where.chips,
+        "devices": where.devices,
         "hosts": where.hosts,
+        "chip_config": where.chip.config if where.chip else None,
         **dataclasses.asdict(rows.on(where)),
         # A plan needs no values.
         "lora": dataclasses.replace(converted(lora, config), added_rows=None).recorded(),
@@ -186,7 +187,8 @@ def _configured_dtype(config: Mapping[str, Any]) -> str:
     return next((dtype for dtype in given if dtype), "bfloat16")
 
 
-def _why_not_compiled(where: Slice, compile: bool) -> str | None:
+def why_not_compiled(where: Slice, compile: bool = True) -> str | None:
+    """The reason why no program is compiled for this slice here; None if one is."""
     if where.is_cpu and compile:
         return None
     if not compile:
@@ -202,28 +204,52 @@ def _why_not_compiled(where: Slice, compile: bool) -> str | None:
 
 
 def _facts(request: dict[str, Any], where: Slice, cache: bool, timeout_s: float) -> dict[str, Any]:
-    kept = urls.cache_dir() / "plans" / f"{_key(request, where)}.json"
-    if cache and kept.is_file():
-        return json.loads(kept.read_text()) | {"cached": True}
+    (found,) = facts_of_all([(request, where)], cache, timeout_s)
+    return checked(found)
+
+
+def checked(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts, or raise the error that stands in their place."""
+    if "config_error" in found:
+        kind, message = found["config_error"]
+        raise (UnsupportedError if kind == "UnsupportedError" else ConfigError)(message)
+    return found
+
+
+def facts_of_all(asked: Sequence[tuple[dict[str, Any], Slice]], cache: bool, timeout_s: float) -> list[dict[str, Any]]:
+    """Return the facts of each request, or its `config_error`; one process finds all that are not cached.
+
+    Several requests must all be estimates: a process compiles for one slice only.
+    """
+    kept = [urls.cache_dir() / "plans" / f"{_key(request, where)}.json" for request, where in asked]
+    found = [json.loads(file.read_text()) | {"cached": True} if cache and file.is_file() else {} for file in kept]
+    missing = [number for number, known in enumerate(found) if not known]
+    if not missing:
+        return found
+    requests = [asked[number] for number in missing]
+    for number, made in zip(missing, _run(requests, timeout_s), strict=True):
+        found[number] = made
+        if cache and "config_error" not in made:
+            kept[number].parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept[number], json.dumps(made).encode())  # several plans may run at the same time
+    return found
+
+
+def _run(asked: Sequence[tuple[dict[str, Any], Slice]], timeout_s: float) -> list[dict[str, Any]]:
+    """Answer all requests in one process, which has as many devices as the largest slice."""
+    largest, where = max(asked, key=lambda pair: pair[1].devices)
     with tempfile.TemporaryDirectory(prefix="kithara-plan-") as directory:
-        asked, answered = Path(directory, "request.json"), Path(directory, "result.json")
-        asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "kithara_ray.plan.program", str(asked), str(answered)]
+        given, answered = Path(directory, "requests.json"), Path(directory, "results.json")
+        given.write_text(json.dumps([request for request, _ in asked]))
+        command = [sys.executable, "-m", "kithara_ray.plan.program", str(given), str(answered)]
         try:
-            done = subprocess.run(command, env=_environment(request, where), capture_output=True, timeout=timeout_s)
+            done = subprocess.run(command, env=_environment(largest, where), capture_output=True, timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
             raise PlanError(f"the step did not compile for {where.name} within {timeout_s:g} s") from error
         if done.returncode or not answered.is_file():
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise PlanError(f"the step did not compile for {where.name}: {said[-1] if said else 'no message'}")
-        found = json.loads(answered.read_text())
-    if "config_error" in found:
-        kind, message = found["config_error"]
-        raise (UnsupportedError if kind == "UnsupportedError" else ConfigError)(message)
-    if cache:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, json.dumps(found).encode())  # several plans may run at the same time
-    return found
+        return json.loads(answered.read_text())
 
 
 def _environment(request: Mapping[str, Any], where: Slice) -> dict[str, str]:
@@ -231,7 +257,7 @@ def _environment(request: Mapping[str, Any], where: Slice) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_FLAGS"))}
     env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     if request["topology"] is None:
-        return env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={where.chips}"}
+        return env | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={where.devices}"}
     return env | {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": where.accelerator_type,

@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from kithara_ray.model.options import KEEPS_ATTENTION, fuses_backward
-from kithara_ray.plan import terms
-from kithara_ray.plan.chips import CHIPS, Slice, slice_of, slice_sizes
+from kithara_ray.plan import lines, terms
+from kithara_ray.plan.chips import CHIPS, HOST_BYTES_PER_S, Slice, slice_of, slice_sizes
+from kithara_ray.plan.lines import gib
 from kithara_ray.plan.terms import Counts
 
-_GIB = 2**30
 # Memory of a worker process before it holds an array: python, jax, keras, keras-hub and Ray.
 _PROCESS_BYTES = 1_000_000_000
-# Upper bound: no chip has more VMEM.
-_MOST_VMEM_BYTES = 2**27
 
 
 class Hbm(TypedDict):
@@ -42,6 +40,7 @@ class Plan:
         bytes_by_expert_axis: for a mixture of experts, `fsdp_minimum` for each size of the mesh's axis `expert`; the
             other devices of a slice are on `fsdp`.
         default_mesh: figures by which the mesh was chosen, see `DefaultMesh.told`; None for a mesh that was given.
+        chosen: the settings that the planner chose, see `chooser.told`; None if it chose none.
         compiled: whether the TPU's compiler compiled this exact step; if not, memory is an estimate.
         estimated_because: reason for the estimate; None where the step was compiled or refused.
         fits: None where the chip's memory is not known.
@@ -54,14 +53,15 @@ class Plan:
         collective_bytes_per_step: bytes that one chip receives, by kind, their `total`, and `fsdp_minimum`: every
             weight that the mesh splits once forward and once backward, and the adapter's gradients once. With an axis
             `expert`, experts stay where they are and tokens move.
-        step_time_s: lower bounds by part: compute, hbm, interconnect.
+        step_time_s: lower bounds by part: compute, hbm, interconnect, and host for arrays that are kept in its memory.
         step_time_s_bound: the largest of them; `bound_by` names it.
         tokens_per_step: tokens of one step, padding included.
         compile_s, compile_cpu_s: wall-clock time, and CPU time of all the compiler's threads. The latter does not
             depend on other work of the machine.
         square_arrays: number of shapes in the program with two dims of the row's length. A width of that size counts
             too.
-        host: ram_bytes_load of a host; disk_bytes of the base, of an adapter and of a merged export.
+        host: of one host, ram_bytes_load; kept_bytes, which its chips' blocks keep in its memory; disk_bytes of the
+            base, of an adapter and of a merged export.
         cost: per_hour, per_million_tokens and per_epoch at the bound, in the price's currency; None without a price.
     """
 
@@ -95,6 +95,7 @@ class Plan:
     bytes_by_expert_axis: dict[str, float] = field(default_factory=dict)
     cost: dict[str, float | None] | None = None
     default_mesh: dict[str, Any] | None = None
+    chosen: dict[str, Any] | None = None
     advice: list[str] = field(default_factory=list)
 
     def json(self) -> str:
@@ -105,8 +106,8 @@ class Plan:
         hbm = self.hbm_bytes_per_chip
         label = "" if self.compiled or self.refusal else " (estimated)"
         if hbm["available"] is None:
-            return f"needs {_gib(hbm['total'])} GiB per chip of {self.slice}{label}"
-        needs = f"needs {_gib(hbm['total'])} of {_gib(hbm['available'])} GiB per chip of {self.slice}{label}"
+            return f"needs {gib(hbm['total'])} GiB per chip of {self.slice}{label}"
+        needs = f"needs {gib(hbm['total'])} of {gib(hbm['available'])} GiB per chip of {self.slice}{label}"
         return needs if self.fits else f"{needs}: try {', or '.join(self.advice)}"
 
     def table(self):
@@ -114,7 +115,7 @@ class Plan:
         from rich.table import Table
 
         table = Table(title=self.verdict(), show_header=False, title_justify="left")
-        for name, value in _rows(self):
+        for name, value in lines.rows(self):
             table.add_row(name, value)
         return table
 
@@ -137,7 +138,9 @@ def assemble(
     collectives = _collectives(request, found, counts)
     per_chip = flops["program"] * tokens / found["devices"]
     traffic = found["cost"]["hbm_bytes"] if "cost" in found else None
-    times = _times(where, per_chip, traffic, collectives)
+    offloaded = _offloaded(request, found, counts)
+    micro = request["gradient_accumulation_steps"]
+    times = _times(where, per_chip, traffic, collectives, 2 * micro * offloaded)
     bound = max(times.values(), default=None)
     peak = where.chip.flops_per_s if where.chip else None
     model_flops = terms.model_flops_per_token(flops, request["remat"], seq_len) * tokens / found["devices"]
@@ -173,7 +176,7 @@ def assemble(
         compile_s=found.get("compile_s"),
         compile_cpu_s=found.get("compile_cpu_s"),
         square_arrays=found.get("square_arrays"),
-        host=_host(found, where, counts),
+        host=_host(found, where, counts) | {"kept_bytes": offloaded * where.devices // where.hosts},
         adapter_bytes=found["adapter_bytes"],
         checkpoint_bytes=found["state_bytes"],
         uneven_bytes=found.get("uneven_bytes", 0),
@@ -241,7 +244,17 @@ def _collectives(request, found, counts: Counts) -> dict[str, float]:
     return {**kinds, "total": sum(kinds.values()), "fsdp_minimum": least}
 
 
-def _times(where: Slice, flops: float, traffic: float | None, collectives: Mapping[str, float]) -> dict[str, float]:
+def _offloaded(request, found, counts: Counts) -> int:
+    """Bytes of what one chip's blocks keep in its host's memory; they go there once a micro-batch, and come back."""
+    if "memory" in found:
+        return found["memory"]["host_temp"]
+    rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
+    return terms.host_bytes(counts, request["seq_len"], rows, _width(request), request["remat"])
+
+
+def _times(
+    where: Slice, flops: float, traffic: float | None, collectives: Mapping[str, float], host: float
+) -> dict[str, float]:
     if where.chip is None:
         return {}
     times = {
@@ -250,6 +263,8 @@ def _times(where: Slice, flops: float, traffic: float | None, collectives: Mappi
     }
     if traffic is not None:
         times["hbm"] = traffic / where.chip.hbm_bytes_per_s
+    if host:
+        times["host"] = host / HOST_BYTES_PER_S
     return times
 
 
@@ -284,7 +299,7 @@ def _advice(request, where: Slice, found, hbm: Hbm, counts: Counts) -> list[str]
 
     def fits(rest: float, slice: Slice = where) -> bool:
         assert slice.chip is not None  # a run that does not fit has a known chip, and so have larger slices
-        return split * (where.chips / slice.chips if are_split else 1) + rest <= slice.chip.hbm_bytes
+        return split * (where.devices / slice.devices if are_split else 1) + rest <= slice.chip.hbm_bytes
 
     tried = []
     if request["remat"] in KEEPS_ATTENTION:
@@ -309,87 +324,3 @@ def _larger(where: Slice) -> Iterator[str]:
             is_larger = size // chip.per_name > where.chips if chip is where.chip else True
             if is_larger and chip.hbm_bytes >= where.chip.hbm_bytes:
                 yield f"{chip.name}-{size}"
-
-
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / _GIB:.2f}" if nbytes < _GIB else f"{nbytes / _GIB:.1f}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _rows(plan: Plan):
-    """Yield the name and value of each line of the table."""
-    hbm, flops = plan.hbm_bytes_per_chip, plan.flops_per_token
-    kind = "compiled" if plan.compiled else "refused by the compiler" if plan.refusal else "estimated"
-    settings = plan.settings
-    yield (
-        "model",
-        f"{settings['model_type']}, {settings['parameters'] / 1e9:.2f} G parameters, "
-        f"{settings['trainable'] / 1e6:.2f} M trained (rank {settings['lora_rank']}), {settings['precision']}",
-    )
-    micro = settings["gradient_accumulation_steps"]
-    yield (
-        "step",
-        f"{settings['per_device_batch_size']} rows a chip"
-        + (f", {micro} times" if micro > 1 else "")
-        + f", of {settings['seq_len']:,} positions: {plan.tokens_per_step:,} tokens; remat {settings['remat']}",
-    )
-    yield (
-        "slice",
-        f"{plan.slice}: {_count(plan.chips, 'chip')}, {_count(plan.hosts, 'host')}, mesh "
-        + " ".join(f"{axis}={size}" for axis, size in plan.mesh.items()),
-    )
-    if plan.default_mesh:
-        yield "", plan.default_mesh["why"]
-    yield "how it is known", kind + (f": {plan.estimated_because}" if plan.estimated_because else "")
-    if plan.refusal:
-        yield "", plan.refusal
-    kept = hbm["kept_activations"]
-    # Only a TPU's program has VMEM; an estimate counts these inputs among the temporaries.
-    may_be_in_vmem = plan.compiled and hbm["available"] is not None and kept <= _MOST_VMEM_BYTES
-    parts: dict[str, Any] = {**hbm}
-    for name in ("frozen", "adapter", "optimizer", "batch", "temporaries"):
-        yield f"HBM per chip: {name}", f"{parts[name] / _GIB:.3f} GiB"
-    if plan.uneven_bytes:
-        yield (
-            "    copies, there",
-            f"{plan.uneven_bytes / _GIB:.3f} GiB: {plan.chips} chips do not divide these weights",
-        )
-    yield "    kept inputs of blocks", f"{kept / _GIB:.3f} GiB, there{' or in VMEM' if may_be_in_vmem else ''}"
-    for name in ("program", "total"):
-        if parts[name] is not None:
-            yield f"HBM per chip: {name}", f"{parts[name] / _GIB:.3f} GiB"
-    yield (
-        "FLOPs per token",
-        f"{flops['program'] / 1e9:.2f} G; ideal {flops['total'] / 1e9:.2f} G: "
-        + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in flops.items() if name not in ("total", "program")),
-    )
-    moved = plan.collective_bytes_per_step
-    yield (
-        "moved to each chip",
-        f"{moved['total'] / 1e9:.2f} GB a step (at least {moved['fsdp_minimum'] / 1e9:.2f} on this mesh): "
-        + (
-            ", ".join(f"{k} {v / 1e9:.2f}" for k, v in moved.items() if k not in ("total", "fsdp_minimum"))
-            or "estimated"
-        ),
-    )
-    if plan.bytes_by_expert_axis:
-        least = (f"expert={size} {nbytes / 1e9:.2f}" for size, nbytes in plan.bytes_by_expert_axis.items())
-        yield "    at least, GB, with", ", ".join(least)
-    if plan.step_time_s_bound:
-        times = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in plan.step_time_s.items())
-        yield "step time", f">= {plan.step_time_s_bound * 1e3:.0f} ms, bound by {plan.bound_by} ({times})"
-        yield "tokens/s", f"<= {plan.tokens_per_s_bound:,.0f}; MFU <= {plan.mfu_bound:.0%}"
-    if plan.compile_s is not None:
-        yield "compile", f"{plan.compile_s:.0f} s on this machine"
-    yield (
-        "host",
-        f"RAM to load {plan.host['ram_bytes_load'] / 1e9:.1f} GB, base {plan.host['disk_bytes_base'] / 1e9:.1f} GB",
-    )
-    yield "adapter, checkpoint", f"{plan.adapter_bytes / 1e6:.1f} MB, {plan.checkpoint_bytes / 1e6:.1f} MB"
-    if plan.cost:
-        shown = (("per_hour", "an hour"), ("per_million_tokens", "a million tokens"), ("per_epoch", "an epoch"))
-        known = [f"{plan.cost[name]:.4g} {what}" for name, what in shown if plan.cost[name] is not None]
-        yield "cost", f"{', '.join(known)}, at the bound; a real run takes longer"

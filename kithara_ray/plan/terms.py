@@ -10,7 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kithara_ray.model.options import KEEPS_ATTENTION, chunk_length, fuses_backward, groups_of
+from kithara_ray.model.options import (
+    KEEPS_ATTENTION,
+    KEEPS_INPUTS,
+    KEEPS_PROJECTIONS,
+    OFFLOAD,
+    chunk_length,
+    fuses_backward,
+    groups_of,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Counts:
         experts_bytes: bytes of the experts' kernels.
         experts: number of experts of a mixture, of several their greatest common divisor; 0 without experts.
         sent: elements of a token that are sent to its experts, over all mixtures.
+        mixing: elements of the matrices of attention, which are part of `blocks`.
     """
 
     blocks: int
@@ -55,6 +64,7 @@ class Counts:
     experts_bytes: int = 0
     experts: int = 0
     sent: int = 0
+    mixing: int = 0
 
 
 def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) -> dict[str, float]:
@@ -65,23 +75,34 @@ def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) 
     """
     attended = sum(heads * width * seen_pairs(seq_len, window) / seq_len for heads, width, window in counts.attention)
     share = predictions / seq_len
-    again = _FORWARD_AGAIN[remat]
+    again = _forward_again(counts, remat)
     terms = {
         "forward": 2.0 * counts.blocks,
         "backward": 2.0 * counts.blocks,
         "recompute": 2.0 * counts.blocks * again,
         "attention": 2.0 * attended * _attention_products(remat, seq_len),
-        "lora": 2.0 * (counts.lora - counts.idle) * (3 + again),
+        "lora": 2.0 * (counts.lora - counts.idle) * _lora_passes(remat),
         "head": 4.0 * counts.head * share,
     }
     return terms | {"total": sum(terms.values())}
 
 
-# How often a policy runs a block's forward pass again.
-_FORWARD_AGAIN = {"block": 1, "attention": 1, "dots": 0, "nested": 2}
+# How often a policy runs a block's forward pass again; of attention's own products those in `_KEEPS_PRODUCTS` none.
+_FORWARD_AGAIN = {"block": 1, "attention": 1, "projections": 1, "offload": 1, "dots": 0, "nested": 2}
 # Products of attention's size: the scores and the weighted sum forward; backward the scores again, the gradient of the
 # softmax, and those of q, k and v. Two kernels instead of one compute the scores and the softmax's gradient twice.
 _FORWARD, _BACKWARD_FUSED, _BACKWARD_SPLIT = 2, 5, 7
+
+
+def _forward_again(counts: Counts, remat: str) -> float:
+    """Return how often a block's products run again, the mean over all of them."""
+    kept = counts.mixing / counts.blocks if remat in KEEPS_PROJECTIONS else 0.0
+    return max(0.0, _FORWARD_AGAIN[remat] - kept)
+
+
+def _lora_passes(remat: str) -> int:
+    """Return how often factors are multiplied: forward, backward for two gradients, and again."""
+    return 3 + _FORWARD_AGAIN[remat]
 
 
 def _attention_products(remat: str, seq_len: int) -> int:
@@ -92,7 +113,7 @@ def _attention_products(remat: str, seq_len: int) -> int:
 
 def model_flops_per_token(terms: Mapping[str, float], remat: str, seq_len: int) -> float:
     """FLOPs that count for MFU: those of the model, without recomputation."""
-    lora = terms["lora"] * 3 / (3 + _FORWARD_AGAIN[remat])
+    lora = terms["lora"] * 3 / _lora_passes(remat)
     attention = terms["attention"] * (_FORWARD + _BACKWARD_FUSED) / _attention_products(remat, seq_len)
     return terms["forward"] + terms["backward"] + terms["head"] + lora + attention
 
@@ -163,13 +184,29 @@ def estimated_temporaries(
 
 
 def kept_bytes(counts: Counts, seq_len: int, rows: int, activation_bytes: int, remat: str) -> int:
-    """Bytes, on one device, of block inputs and attention's residuals that are kept for the backward pass."""
-    blocks = counts.layers
-    if remat in KEEPS_ATTENTION:
-        # The output in activations' width, and a float32 of each head.
-        of_token = sum(heads * (width * activation_bytes + 4) for heads, width, _ in counts.attention)
-        return rows * seq_len * (blocks * counts.hidden * activation_bytes + of_token)
+    """Bytes, on one device, of what blocks keep for the backward pass in the device's memory."""
+    return 0 if remat == OFFLOAD else _kept_bytes(counts, seq_len, rows, activation_bytes, remat)
+
+
+def host_bytes(counts: Counts, seq_len: int, rows: int, activation_bytes: int, remat: str) -> int:
+    """Bytes of what the blocks on one device keep in its host's memory."""
+    return _kept_bytes(counts, seq_len, rows, activation_bytes, remat) if remat == OFFLOAD else 0
+
+
+def _kept_bytes(counts: Counts, seq_len: int, rows: int, activation_bytes: int, remat: str) -> int:
     if remat == "nested":
         groups = groups_of(counts.steps)
-        blocks = groups + counts.layers // groups
-    return blocks * rows * seq_len * counts.hidden * activation_bytes
+        return (groups + counts.layers // groups) * rows * seq_len * counts.hidden * activation_bytes
+    width = counts.layers * counts.hidden
+    attended = sum(heads * head_width for heads, head_width, _ in counts.attention)
+    heads = sum(heads for heads, _, _ in counts.attention)
+    # Queries, keys and values: what attention's matrices give from `hidden` numbers, without its last matrix.
+    inputs = max(0, counts.mixing // counts.hidden - attended)
+    elements = width
+    elements += attended if remat in KEEPS_ATTENTION else 0
+    elements += inputs if remat in KEEPS_INPUTS else 0
+    elements += width if remat in KEEPS_PROJECTIONS else 0
+    # Each matrix takes about `hidden` numbers: of the few that take more, the results are fewer than counted.
+    elements += counts.blocks // counts.hidden if remat == "dots" else 0
+    # The logarithm of each head's normaliser is a float32.
+    return rows * seq_len * (elements * activation_bytes + (4 * heads if remat in KEEPS_ATTENTION else 0))

@@ -239,7 +239,9 @@ def _plan_rows(run: Mapping, steps: Sequence[Mapping]) -> list[dict]:
     bound, speed = plan.get("step_time_s_bound"), plan.get("tokens_per_s_bound")
     mfu, measured = plan.get("mfu_bound"), middle("mfu")
     step = middle("step_time_s")
+    chosen = plan.get("chosen")
     return [
+        *([{"name": "settings that the planner chose", "plan": chosen["why"], "found": ""}] if chosen else []),
         {"name": f"memory of a chip ({plan.get('slice')})", "plan": gib(hbm.get("total")), "found": gib(peak)},
         {
             "name": "seconds a step (the plan's is a lower bound)",

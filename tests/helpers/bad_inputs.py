@@ -32,7 +32,7 @@ setting("a setting of another optimizer", "AdamW has no such setting", "optimize
 setting("steps and epochs", "one of steps and epochs, got steps=1 and epochs=2", "trainer.epochs", 2)
 setting("no steps", "steps must be an integer >= 1, got 0", "trainer.steps", 0)
 setting("an interval of 0", "log_steps_interval must be an integer >= 1", "trainer.log_steps_interval", 0)
-setting("remat", "remat must be one of block, attention, dots", "trainer.remat", "all")
+setting("remat", "remat must be one of auto, block, attention", "trainer.remat", "all")
 setting("a batch of 0", "per_device_batch_size must be", "train_dataloader.per_device_batch_size", 0)
 setting("a GPU", "use_gpu: cannot be given in YAML here", "scaling_config.use_gpu", True)
 setting("a mesh of nothing", "mesh axes must be >= 1", "trainer.mesh", {"data": 0})

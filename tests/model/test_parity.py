@@ -150,7 +150,7 @@ PERIODS |= dict.fromkeys(["qwen3_moe", "smollm3"], (2,)) | dict(gemma4_text=(3,)
 PERIODS |= dict.fromkeys(["gemma4 experts", "gemma4_unified", "gemma4_unified_text"], (2,))
 PERIODS |= dict.fromkeys(["cohere2", "exaone4", "olmo3"], (2,)) | dict.fromkeys(["ernie4_5_moe", "glm4_moe"], (1, 1))
 PERIODS |= dict.fromkeys(RECURRENT, (2,))
-ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "dots")} | {
+ALL_SCANS = {remat: dict(remat=remat) for remat in ("block", "attention", "projections", "offload", "dots")} | {
     "unstacked factors": dict(stack_factors=False)
 }
 SCANS = {"gemma2": ALL_SCANS, "gemma4_text": {"block": ALL_SCANS["block"]}, "llama": ALL_SCANS}

@@ -14,12 +14,11 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.causal_lm import build
-from kithara_ray.plan import plan, planner, report, slice_of, terms
+from kithara_ray.plan import plan, planner, slice_of, terms
 from kithara_ray.plan.chips import CHIPS, slice_of_topology, slice_sizes
 from kithara_ray.plan.report import assemble
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.mesh import make_mesh
-from kithara_ray.sharding.shape import MeshShape
 
 CONFIG = dict(SIZES["gemma2"], model_type="gemma2", vocab_size=VOCABULARY, rms_norm_eps=1e-6)
 T = 32
@@ -34,6 +33,9 @@ T = 32
         ("v6e-32", 32, "v6e:4x8", "v6e-32"),
         ("v5p-8", 4, "v5p:2x2x1", "v5p-8"),
         ("v5p-64", 32, "v5p:2x4x4", "v5p-64"),
+        ("v4-16", 8, "v4:2x2x2", "v4-16"),
+        ("v7x-8", 4, "tpu7x:2x2x1", "tpu7x-8"),
+        ("tpu7x-32", 16, "tpu7x:2x2x4", "tpu7x-32"),
     ],
 )
 def test_slices(name, chips, topology, accelerator):
@@ -48,7 +50,13 @@ def test_slices_that_are_not_there():
         slice_of("v5e-12")
     assert slice_of("v9z-4").chip is None
     assert slice_of_topology("4x4", "TPU-V5LITEPOD") == slice_of("v5e-16")
-    assert slice_of_topology("2x2x2", "TPU-V4") is None
+    assert slice_of_topology("2x2x2", "TPU-V4") == slice_of("v4-16")
+    assert slice_of_topology("2x2x1", "TPU-V7X") == slice_of("v7x-8")
+    assert slice_of_topology("2x2x2", "TPU-V3") is None
+
+
+def test_a_chip_of_v7x_is_two_devices():
+    assert [slice_of(name).devices for name in ("v7x-8", "v4-8", "v5p-8", "v5e-8", "cpu-4")] == [8, 4, 4, 8, 4]
 
 
 # --- whole plans -----------------------------------------------------------------------------------------------------
@@ -152,19 +160,6 @@ def test_without_the_compiler_it_is_an_estimate_and_says_so(estimated):
     assert estimated.cost["per_hour"] == 8.0
     seconds = estimated.step_time_s_bound * 10**6 / estimated.tokens_per_step
     assert estimated.cost["per_epoch"] == pytest.approx(8.0 * seconds / 3600)
-
-
-@pytest.mark.long
-def test_weights_that_the_chips_do_not_divide_are_copied_in_part():
-    """Qwen2.5-7B's queries have a bias of (28, 128): 256 chips hold it in 128 parts, twice each; 2 blocks, 2 bytes."""
-    config = dict(
-        model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=2, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=152064, rms_norm_eps=1e-6, tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
-    made = plan(config, "v5e-256", 128, mesh=MeshShape(fsdp=256), compile=False, cache=False)
-    assert made.fits
-    assert made.uneven_bytes == 2 * 28 * 128 * 2 // 256
-    assert any(name == "    copies, there" for name, _ in report._rows(made))
 
 
 def _facts(**changes):

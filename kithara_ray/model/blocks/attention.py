@@ -37,9 +37,10 @@ _MIN_TILE = 128
 _MIN_QUERIES = 64
 _MAX_BLOCKS = 8
 # Names of the arrays that `remat` may keep: rotated queries and keys, and values; attention's output, and on a TPU the
-# logarithm of its normaliser, from which the backward kernel restores the softmax.
+# logarithm of its normaliser, from which the backward kernel restores the softmax; the result of the last product.
 INPUTS = "attention inputs"
 RESIDUALS = "attention residuals"
+RESULT = "attention result"
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 # State while a block is traced in parts: the list that records its attention's output, or the output to return.
@@ -321,7 +322,8 @@ def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh, remat: str = "bl
     for block in blocks:
         if not attends(block):
             continue
-        layer = _layer_of(block)
+        layer = layer_of(block)
+        layer.call = partial(_with_name, layer.call)
         if type(layer).__name__ == _OWN:
             layer.attend = partial(_attended, attend)
             continue
@@ -341,11 +343,12 @@ def segments_in(arguments: Mapping[str, Any]) -> Any:
 
 def settings_of(block: keras.layers.Layer) -> Settings:
     """The parameters of a decoder block's attention."""
-    layer = _layer_of(block)
+    layer = layer_of(block)
     return _SETTINGS[type(layer).__name__](block, layer)
 
 
-def _layer_of(block: keras.layers.Layer) -> keras.layers.Layer:
+def layer_of(block: keras.layers.Layer) -> keras.layers.Layer:
+    """The layer of a decoder block that holds attention and its products. Raises UnsupportedError."""
     layer = next((layer for layer in keras_compat.all_layers(block) if type(layer).__name__ in _SETTINGS), None)
     if layer is None:
         raise UnsupportedError(f"the attention of {type(block).__name__} is not known")
@@ -394,6 +397,14 @@ def _attended(attend: Callable, query, key, value, segments_BT, settings: Settin
         return checkpoint_name(output, RESIDUALS) if attend is xla_attention else output
 
     return mixed(compute)
+
+
+def _with_name(call: Callable, *args, **kwargs):
+    """Call an attention layer, and name its result, which may come with a cache."""
+    result = call(*args, **kwargs)
+    if isinstance(result, tuple):
+        return checkpoint_name(result[0], RESULT), *result[1:]
+    return checkpoint_name(result, RESULT)
 
 
 # Attention of decoders of ours on any device, until `install` gives them their mesh's.

@@ -23,19 +23,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+from jax.ad_checkpoint import checkpoint_name
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks import attention, balance, experts
 from kithara_ray.model.blocks.dropout import dropping
 from kithara_ray.model.identity import IdentityMap
-from kithara_ray.model.options import groups_of
+from kithara_ray.model.options import OFFLOAD, groups_of
 
 Gather = Callable[[keras.Variable, Any], jax.Array]
 
+# Name of a block's input, which `remat` may move to the host.
+_INPUT = "block input"
+_PROJECTIONS = (attention.INPUTS, attention.RESIDUALS, attention.RESULT)
 _POLICIES = {
     "block": None,
     "attention": jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
+    "projections": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS),
+    OFFLOAD: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT, *_PROJECTIONS],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(attention.INPUTS, attention.RESIDUALS, experts.PRODUCTS),
@@ -273,6 +284,8 @@ def _run_section(
     place, period, steps = how.place, section.period, section.steps
 
     def call(block, with_keys, given, x, values, key):
+        if how.remat == OFFLOAD:
+            x = checkpoint_name(x, _INPUT)
         own = zip(block.variables, values, strict=True)
         pairs = [(variable, how.gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from kithara_ray.orchestration.driver.phases import Phases
+from kithara_ray.orchestration.preflight.memory_fit import Fit
 from kithara_ray.orchestration.request.facts import mesh_axes
 from kithara_ray.orchestration.request.run_request import RunRequest
 
@@ -104,6 +105,13 @@ class Progress:
         line = f"mesh {' '.join(f'{axis}={size}' for axis, size in axes.items())}: {request.default_mesh['why']}"
         logger.info("%s", line)
         self._note(line)
+
+    def chosen(self, fit: Fit) -> None:
+        """Tell the settings that the planner chose, if it chose any."""
+        if fit.plan is not None and fit.plan.get("chosen"):
+            line = f"chosen: {fit.plan['chosen']['why']}"
+            logger.info("%s", line)
+            self._note(line)
 
     def _follow(self) -> None:
         while not self._stop.wait(_POLL_S):

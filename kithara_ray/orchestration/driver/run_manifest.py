@@ -69,6 +69,10 @@ class RunManifest:
         """The run's directory on the head node, or a URL; None if only Ray's own file system reaches it."""
         return None if self._request.group.run_config.storage_filesystem else self._request.directory
 
+    def settle(self, request: RunRequest) -> None:
+        """Take over the settings of a request whose open ones have been chosen."""
+        self.content["settings"] = settings(request)
+
     def begin(self, coordinator: ActorHandle, request: RunRequest, spec: RunSpec, tokenizer: Mapping[str, Any]) -> None:
         """Write the manifest before the first step.
 

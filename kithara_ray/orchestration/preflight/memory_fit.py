@@ -20,7 +20,7 @@ from kithara_ray.sharding.shape import MeshShape
 logger = logging.getLogger(__name__)
 
 # Memory of a node that one compile of a large model takes.
-_TASK_BYTES = 3 * 2**30
+TASK_BYTES = 3 * 2**30
 # Above this share of the chip's memory, an estimate is not trusted and the step is compiled.
 _SURE = 0.6
 
@@ -52,7 +52,7 @@ def slice_of_run(scaling: ScalingConfig, platform: str) -> tuple[Slice, int] | N
     return where, get_tpu_num_slices_for_workers(**shape, **sizes)
 
 
-def _planned_on(request: RunRequest) -> tuple[Slice, int] | None:
+def planned_on(request: RunRequest) -> tuple[Slice, int] | None:
     """Return the slice that a run is planned for, and the number of slices; None for a run that is not planned."""
     if request.model.lora is None or request.model.quantize is not None:
         return None
@@ -61,7 +61,7 @@ def _planned_on(request: RunRequest) -> tuple[Slice, int] | None:
 
 def check_auto(request: RunRequest) -> None:
     """Raise ConfigError for a run whose "auto" batch the planner cannot find."""
-    if _planned_on(request) is not None:
+    if planned_on(request) is not None:
         return
     if request.model.lora is None or request.model.quantize is not None:
         what = "trains all weights" if request.model.lora is None else "holds its base as int8"
@@ -81,7 +81,7 @@ def fit(request: RunRequest, shape_TK: tuple[int, int]) -> Fit:
     Raises:
         ConfigError: the run does not fit (the message says what to try), or "auto" with an unknown slice.
     """
-    rows, found = request.train.per_device_batch_size, _planned_on(request)
+    rows, found = request.train.per_device_batch_size, planned_on(request)
     if isinstance(rows, str):
         check_auto(request)
     if found is None:
@@ -150,7 +150,7 @@ def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str,
         points: points of the sweep, each with slice, seq_len and rank.
     """
 
-    @ray.remote(num_cpus=1, memory=_TASK_BYTES, max_retries=0)
+    @ray.remote(num_cpus=1, memory=TASK_BYTES, max_retries=0)
     def task(point: Mapping[str, Any]) -> Plan:
         lora = dataclasses.replace(settings["lora"], r=point["rank"])
         return largest_batch(base, point["slice"], point["seq_len"], **{**settings, "lora": lora})

@@ -11,8 +11,8 @@ from kithara_ray.orchestration.cluster.worker_group import WorkerGroup
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.sharding.shape import AXES, MeshShape, axes_told
 
-# Accelerators on which one chip is one JAX device.
-_ONE_DEVICE_A_CHIP = ("TPU-V4", "TPU-V5P", "TPU-V5LITEPOD", "TPU-V6E")
+# JAX devices of a chip, by Ray's name of the accelerator.
+_DEVICES_OF_CHIP = {"TPU-V4": 1, "TPU-V5P": 1, "TPU-V5LITEPOD": 1, "TPU-V6E": 1, "TPU-V7X": 2}
 
 
 def count_devices(request: RunRequest) -> int | None:
@@ -26,8 +26,9 @@ def devices_of(group: WorkerGroup) -> int | None:
     if env["JAX_PLATFORMS"].split(",")[0] == "cpu":
         found = re.search(r"--xla_force_host_platform_device_count=(\d+)", env.get("XLA_FLAGS", ""))
         return workers * int(found.group(1) if found else 1)
-    if scaling.use_tpu and scaling.accelerator_type in _ONE_DEVICE_A_CHIP:
-        return int(workers * ray_compat.resources_per_worker(scaling).get("TPU", 0)) or None
+    if scaling.use_tpu and scaling.accelerator_type in _DEVICES_OF_CHIP:
+        chips = int(workers * ray_compat.resources_per_worker(scaling).get("TPU", 0))
+        return chips * _DEVICES_OF_CHIP[scaling.accelerator_type] or None
     return None
 
 

@@ -46,7 +46,8 @@ class StepSettings:
     Attributes:
         optimizer: ("keras", config) or ("optax", transformation).
         mesh: axes of the device mesh; None until the checks choose it, see `preflight.mesh`.
-        remat: values that the blocks keep for the backward pass, one of `kithara_ray.model.options.REMAT`.
+        remat: values that the blocks keep for the backward pass, one of `kithara_ray.model.options.REMAT`; "auto" until
+            `preflight.choice` has filled it in.
         micro_batches: parts of a step's rows that go through the model one after the other.
         seed: seed of the initial factors and of dropout.
         on_nan: "stop" or "skip", for a step whose loss or gradient is not finite.

@@ -128,7 +128,7 @@ TRAINER = {
     "a callback alone": (dict(callbacks=Callback()), ConfigError, "callbacks must be a list, got Callback"),
     "a lock": (dict(callbacks=[Locked()]), ConfigError, "callback Locked .* cannot be pickled .* open files"),
     "checkpointer": (dict(checkpointer=object()), ConfigError, "checkpointer must be a Checkpointer, got object"),
-    "remat": (dict(remat="all"), ConfigError, "remat must be one of block, attention, dots, nested, got 'all'"),
+    "remat": (dict(remat="all"), ConfigError, "remat must be one of auto, block, attention, .*, got 'all'"),
     "a GPU": (dict(scaling_config=ScalingConfig(use_gpu=True)), UnsupportedError, "use_gpu=True"),
     "elastic": (dict(scaling_config=ScalingConfig(num_workers=(1, 2))), UnsupportedError, "a fixed number of workers"),
 }

@@ -14,7 +14,7 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.orchestration.preflight import memory_fit
 from kithara_ray.orchestration.preflight.checks import check_devices
 from kithara_ray.plan import planner, slice_of
-from kithara_ray.plan.chips import slice_sizes
+from kithara_ray.plan.chips import CHIPS, slice_sizes
 
 # Eight blocks of 8.6 billion parameters: their weights alone do not fit.
 HUGE = dict(
@@ -33,12 +33,12 @@ def test_what_cannot_fit_is_refused_with_what_to_try(tmp_path, monkeypatch):
         memory_fit.check(HUGE, where, 512, 1, {})
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v6e", "v5p"])
+@pytest.mark.parametrize("generation", CHIPS)
 def test_hosts_are_the_workers_that_ray_makes_of_a_slice(generation):
     for size in slice_sizes(generation):
         where = slice_of(f"{generation}-{size}")
         topology = where.topology.partition(":")[2]
-        workers, each = get_tpu_worker_resources(topology, f"TPU-{where.chip.accelerator.upper()}")
+        workers, each = get_tpu_worker_resources(topology, f"TPU-{where.chip.ray}")
         assert (workers, each["TPU"]) == (where.hosts, where.chips_per_host), where.name
 
 
