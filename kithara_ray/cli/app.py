@@ -208,9 +208,14 @@ def plan(
         str | None, typer.Option(help="Sequence lengths, separated by commas; default: the dataset's.")
     ] = None,
     rank: Annotated[str | None, typer.Option(help="LoRA ranks, separated by commas; default: the model's.")] = None,
-    price: Annotated[float | None, typer.Option(help="Per chip and hour, for the cost.")] = None,
+    price: Annotated[str | None, typer.Option(help="Per chip and hour; with --best also v5e=1.2,v6e=2.7.")] = None,
     epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of the data set, for the cost of an epoch.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Do not compile.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Compare all slices, or --slices, by time and price.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="With --best: tokens to train; default: the dataset's.")] = None,
+    length: Annotated[int | None, typer.Option(help="With --tokens: tokens of a sample.")] = None,
+    hours: Annotated[float | None, typer.Option(help="With --best: the longest time.")] = None,
+    dollars: Annotated[float | None, typer.Option(help="With --best and --price: the highest cost.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Compute memory needs and best speed of CONFIG on a TPU slice with the TPU's compiler; no TPU is needed.
@@ -218,12 +223,19 @@ def plan(
     The command reads the base's config.json, and the headers of its weights if there are any.
 
     Example: kithara-ray plan my_run.yaml --slice v5e-16
+
+    Example: kithara-ray plan my_run.yaml --best --tokens 10000000 --length 900 --hours 4 --price 1.2
     """
     _driver_environment()
+    from kithara_ray.cli import best as offers
     from kithara_ray.cli import plan
 
-    options = plan.Options(slice, slices, seq, rank, price, epoch_tokens, compile=not estimate)
-    made = plan.run(config, overrides or (), options)
+    if best:
+        wanted = offers.Options(slices, tokens, length, hours, dollars, price, compile=not estimate)
+        made = offers.run(config, overrides or (), wanted)
+    else:
+        options = plan.Options(slice, slices, seq, rank, price, epoch_tokens, compile=not estimate)
+        made = plan.run(config, overrides or (), options)
     typer.echo(made.json()) if as_json else Console(soft_wrap=True).print(made.table())
     if made.fits is False:
         raise typer.Exit(1)

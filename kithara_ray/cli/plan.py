@@ -13,9 +13,10 @@ from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.families.tensors import expected_tensors
 from kithara_ray.model.lora.targets import all_linear, linear
-from kithara_ray.model.options import AUTO, REMAT_DEFAULT
+from kithara_ray.model.options import AUTO
 from kithara_ray.plan import Plan, Slice, choose, plan, slice_of
 from kithara_ray.plan.chips import slice_of_topology
+from kithara_ray.plan.chooser import settled_remat
 from kithara_ray.plan.planner import config_of, why_not_compiled
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.shape import MeshShape
@@ -117,7 +118,7 @@ def run(path: str | Path, overrides: Sequence[str], options: Options) -> Plan | 
     from kithara_ray.orchestration.preflight.memory_fit import sweep
 
     start_ray()
-    settings |= {"remat": REMAT_DEFAULT} if settings["remat"] == AUTO else {}
+    settings |= {"remat": settled_remat(settings["remat"])}
     return Sweep(points, sweep(base, points, settings))
 
 
@@ -127,7 +128,7 @@ def _one(base: Any, where: Slice, seq_len: int, rows: int | str, settings: dict[
     is_open = remat == AUTO or settings["mesh"] is None
     if is_open and where.chip is not None and why_not_compiled(where, compile) is None:
         return choose(base, where, seq_len, rows, **{name: settings[name] for name in settings if name != "compile"})
-    settings = settings | {"remat": REMAT_DEFAULT if remat == AUTO else remat}
+    settings = settings | {"remat": settled_remat(remat)}
     if rows != AUTO:
         return plan(base, where, seq_len, int(rows), **settings)
     return largest_batch(base, where, seq_len, **settings)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kithara_ray.errors import ConfigError, PlanError
-from kithara_ray.model.options import AUTO, REMAT
+from kithara_ray.model.options import AUTO, REMAT, REMAT_DEFAULT
 from kithara_ray.plan import planner
 from kithara_ray.plan.chips import Slice, slice_of
 from kithara_ray.plan.estimates import Variant, open_meshes, variants
@@ -120,6 +120,11 @@ def choose(
     alike, block = variants(base, where, seq_len, pair, settings)
     saves = 1 - _time(alike)[0] / _time(block)[0]
     return dataclasses.replace(best, chosen=told(best, saves, tried, slices))
+
+
+def settled_remat(remat: str) -> str:
+    """The policy of a run for which nothing can be compiled: the default in the place of "auto"."""
+    return REMAT_DEFAULT if remat == AUTO else remat
 
 
 def decide(estimates: Sequence[Plan], compiled: Callable[[int], Plan]) -> tuple[Plan, list[Plan]]:

@@ -11,7 +11,7 @@ from kithara_ray.model.options import AUTO, REMAT, ModelOptions
 from kithara_ray.plan.chips import Slice
 from kithara_ray.plan.planner import Rows, checked, facts_of_all, request_of
 from kithara_ray.plan.report import Plan, assemble
-from kithara_ray.sharding.shape import MeshShape
+from kithara_ray.sharding.shape import AXES, MeshShape, axes_told
 
 # The mesh that holds all weights on every device.
 WHOLE = MeshShape(data=-1, fsdp=1)
@@ -140,12 +140,18 @@ def _request(base: Any, where: Slice, seq_len: int, settings: Mapping[str, Any])
 
 
 def _is_whole(mesh: MeshShape, where: Slice) -> bool:
-    return mesh.resolve(where.devices)[1:] == (1, 1)
+    return mesh.resolve(where.devices)[0] == where.devices
 
 
 def _on(found: Mapping[str, Any], mesh: MeshShape, devices: int) -> dict[str, Any]:
     """The same facts for another mesh, as if it divided all arrays evenly."""
-    data, fsdp, tensor = mesh.resolve(devices)
-    held = {name: found[f"{name}_bytes"] // (fsdp * tensor) for name in ("frozen", "adapter", "optimizer")}
-    axes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return {**found, "devices": devices, "mesh": axes, "bytes": {**found["bytes"], **held}, "uneven_bytes": 0}
+    axes = dict(zip(AXES, mesh.resolve(devices), strict=True))
+    ways = devices // axes["data"]
+    held = {name: found[f"{name}_bytes"] // ways for name in ("frozen", "adapter", "optimizer")}
+    return {
+        **found,
+        "devices": devices,
+        "mesh": axes_told(axes),
+        "bytes": {**found["bytes"], **held},
+        "uneven_bytes": 0,
+    }

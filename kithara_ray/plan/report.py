@@ -247,7 +247,7 @@ def _collectives(request, found, counts: Counts) -> dict[str, float]:
 def _offloaded(request, found, counts: Counts) -> int:
     """Bytes of what one chip's blocks keep in its host's memory; they go there once a micro-batch, and come back."""
     if "memory" in found:
-        return found["memory"]["host_temp"]
+        return found["memory"].get("host_temp", 0)
     rows = request["per_device_batch_size"] * found["mesh"]["tensor"]
     return terms.host_bytes(counts, request["seq_len"], rows, _width(request), request["remat"])
 
@@ -317,9 +317,9 @@ def _advice(request, where: Slice, found, hbm: Hbm, counts: Counts) -> list[str]
 
 
 def _larger(where: Slice) -> Iterator[str]:
-    """Yield slices with more chips, then those whose chips have more memory, the smallest first."""
+    """Yield slices with more chips, then those whose chips have more memory, in the order of `CHIPS`."""
     assert where.chip is not None
-    for chip in sorted(CHIPS.values(), key=lambda chip: (chip is not where.chip, chip.hbm_bytes)):
+    for chip in sorted(CHIPS.values(), key=lambda chip: chip is not where.chip):
         for size in slice_sizes(chip.name):
             is_larger = size // chip.per_name > where.chips if chip is where.chip else True
             if is_larger and chip.hbm_bytes >= where.chip.hbm_bytes:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
+from kithara_ray.model.blocks.kept import INPUTS, RESIDUALS, with_named_result
 from kithara_ray.model.options import FUSED_KEYS, fuses_backward
 from kithara_ray.sharding.mesh import BATCH_AXES
 
@@ -36,11 +37,6 @@ _MIN_TILE = 128
 # Limits of XLA's blocks of queries: shorter blocks make products inefficient, and more blocks slow compilation down.
 _MIN_QUERIES = 64
 _MAX_BLOCKS = 8
-# Names of the arrays that `remat` may keep: rotated queries and keys, and values; attention's output, and on a TPU the
-# logarithm of its normaliser, from which the backward kernel restores the softmax; the result of the last product.
-INPUTS = "attention inputs"
-RESIDUALS = "attention residuals"
-RESULT = "attention result"
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 # State while a block is traced in parts: the list that records its attention's output, or the output to return.
@@ -323,7 +319,7 @@ def install(blocks: tuple[keras.layers.Layer, ...], mesh: Mesh, remat: str = "bl
         if not attends(block):
             continue
         layer = layer_of(block)
-        layer.call = partial(_with_name, layer.call)
+        layer.call = partial(with_named_result, layer.call)
         if type(layer).__name__ == _OWN:
             layer.attend = partial(_attended, attend)
             continue
@@ -397,14 +393,6 @@ def _attended(attend: Callable, query, key, value, segments_BT, settings: Settin
         return checkpoint_name(output, RESIDUALS) if attend is xla_attention else output
 
     return mixed(compute)
-
-
-def _with_name(call: Callable, *args, **kwargs):
-    """Call an attention layer, and name its result, which may come with a cache."""
-    result = call(*args, **kwargs)
-    if isinstance(result, tuple):
-        return checkpoint_name(result[0], RESULT), *result[1:]
-    return checkpoint_name(result, RESULT)
 
 
 # Attention of decoders of ours on any device, until `install` gives them their mesh's.

@@ -25,11 +25,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from kithara_ray.model.blocks import exchange
+from kithara_ray.model.blocks.kept import PRODUCTS
 from kithara_ray.sharding.mesh import BATCH_AXES
-
-# Name of the first products' results, which `remat` may keep. The last product's result is never needed again: rows are
-# weighed before it.
-PRODUCTS = "experts' products"
 
 # The batch's segment ids while a block is traced; None where all tokens are real.
 _SEGMENTS: ContextVar[jax.Array | None] = ContextVar("segments of experts", default=None)

@@ -29,30 +29,11 @@ from kithara_ray.errors import UnsupportedError
 from kithara_ray.model import keras_compat
 from kithara_ray.model.blocks import attention, balance, experts
 from kithara_ray.model.blocks.dropout import dropping
+from kithara_ray.model.blocks.kept import INPUT, POLICIES
 from kithara_ray.model.identity import IdentityMap
 from kithara_ray.model.options import OFFLOAD, groups_of
 
 Gather = Callable[[keras.Variable, Any], jax.Array]
-
-# Name of a block's input, which `remat` may move to the host.
-_INPUT = "block input"
-_PROJECTIONS = (attention.INPUTS, attention.RESIDUALS, attention.RESULT)
-_POLICIES = {
-    "block": None,
-    "attention": jax.checkpoint_policies.save_only_these_names(attention.RESIDUALS),
-    "projections": jax.checkpoint_policies.save_only_these_names(*_PROJECTIONS),
-    OFFLOAD: jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[_INPUT, *_PROJECTIONS],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention.INPUTS, attention.RESIDUALS, experts.PRODUCTS),
-    ),
-    "nested": None,
-}
 
 # Attributes that LoRA sets on a layer and that differ between otherwise equal layers.
 _OWN_NAMES = ("lora_number",)
@@ -285,7 +266,7 @@ def _run_section(
 
     def call(block, with_keys, given, x, values, key):
         if how.remat == OFFLOAD:
-            x = checkpoint_name(x, _INPUT)
+            x = checkpoint_name(x, INPUT)
         own = zip(block.variables, values, strict=True)
         pairs = [(variable, how.gather(variable, value)) for variable, value in own]
         with keras.StatelessScope(state_mapping=pairs), dropping(key):
@@ -298,7 +279,7 @@ def _run_section(
     def rematerialised(block, with_keys, x, values, key, given, kept):
         given = {name: kept[v.block] if isinstance(v, KeysOf) else v for name, v in given.items()}
         run = functools.partial(call, block, with_keys, given)
-        return jax.checkpoint(run, policy=_POLICIES[how.remat])(x, values, key)
+        return jax.checkpoint(run, policy=POLICIES[how.remat])(x, values, key)
 
     same, different = zip(*(_common(kwargs[at : steps * period : period]) for at in range(period)), strict=True)
     last_key, keys = None, None

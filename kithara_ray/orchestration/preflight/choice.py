@@ -12,11 +12,11 @@ from typing import Any
 import ray
 
 from kithara_ray.errors import ConfigError, PlanError
-from kithara_ray.model.options import AUTO, REMAT_DEFAULT
 from kithara_ray.orchestration.cluster.remote import remote_get
 from kithara_ray.orchestration.preflight import memory_fit
 from kithara_ray.orchestration.request.run_request import RunRequest
 from kithara_ray.plan import Plan, choose, planner
+from kithara_ray.plan.chooser import settled_remat
 from kithara_ray.sharding.shape import MeshShape
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ def fit(request: RunRequest, shape_TK: tuple[int, int]) -> tuple[RunRequest, mem
         ConfigError: the run does not fit (the message says what to try), or "auto" rows with an unknown slice.
     """
     open_mesh = request.step.mesh is None or request.default_mesh is not None
-    if request.step.remat != AUTO and not open_mesh:
-        return request, memory_fit.fit(request, shape_TK)
     plain = settled(request)
+    if plain is request and not open_mesh:
+        return request, memory_fit.fit(request, shape_TK)
     planned = memory_fit.planned_on(request)
     if planned is None:
         return plain, memory_fit.fit(plain, shape_TK)
@@ -77,9 +77,10 @@ def choices(base: Any, points: Sequence[tuple[str, int, int]], settings: Mapping
 
 def settled(request: RunRequest) -> RunRequest:
     """The request with the default policy in the place of "auto"."""
-    if request.step.remat != AUTO:
+    remat = settled_remat(request.step.remat)
+    if remat == request.step.remat:
         return request
-    return dataclasses.replace(request, step=dataclasses.replace(request.step, remat=REMAT_DEFAULT))
+    return dataclasses.replace(request, step=dataclasses.replace(request.step, remat=remat))
 
 
 def _with(request: RunRequest, best: Plan, slices: int | None) -> RunRequest:

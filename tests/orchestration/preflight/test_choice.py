@@ -65,7 +65,7 @@ def test_open_settings_of_a_slice_are_chosen_and_told(asked_of_the_planner):
     )  # fmt: skip
     assert (settled.step.remat, settled.step.mesh) == ("dots", MeshShape(data=-1, fsdp=1))
     told = settings(settled)["trainer"]
-    assert (told["remat"], told["mesh"]) == ("dots", {"data": -1, "fsdp": 1, "tensor": 1})
+    assert (told["remat"], told["mesh"]) == ("dots", {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1})
     assert fit.rows_per_device == 4
     assert fit.plan["chosen"] == {"why": "it is the fastest"}
     assert settled.default_mesh["why"] == "the planner chose it: it is the fastest"

@@ -98,6 +98,7 @@ def test_the_planner_is_asked_for_what_the_request_says(monkeypatch):
         "precision": "float32",
         "gradient_accumulation_steps": 5,
         "predictions": 24,
+        "router_aux_loss_coef": 0.0,
     }
 
 
