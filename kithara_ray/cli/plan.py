@@ -1,5 +1,6 @@
 """Run `kithara-ray plan`: convert a run's YAML to the arguments of a plan, for one slice or a sweep."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kithara_ray import config as configuration
-from kithara_ray.errors import ConfigError, UnsupportedError
+from kithara_ray.errors import ConfigError
 from kithara_ray.hf.lora_checks import ALL_LINEAR
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.families.tensors import expected_tensors
@@ -41,7 +42,7 @@ class Sweep:
         return any(made.fits for made in self.plans)
 
     @property
-    def smallest(self) -> dict[tuple[int, int], str]:
+    def smallest(self) -> dict[tuple[int, int | None], str]:
         return smallest_that_fits(self.points, self.plans)
 
     def json(self) -> str:
@@ -57,7 +58,7 @@ class Sweep:
         )
         for point, made in zip(self.points, self.plans, strict=True):
             hbm = made.hbm_bytes_per_chip
-            known = [str(point["seq_len"]), str(point["rank"]), point["slice"]]
+            known = [str(point["seq_len"]), str(point["rank"] or "all weights"), point["slice"]]
             needs = f"{hbm['total'] / 2**30:.1f} of {hbm['available'] / 2**30:.1f}" if hbm["available"] else "unknown"
             if not made.fits:
                 table.add_row(*known, "does not fit" if hbm["available"] else "unknown", needs, "", "", "", "")
@@ -107,11 +108,11 @@ def run(path: str | Path, overrides: Sequence[str], options: Options) -> Plan | 
     settings |= {"price_per_chip_hour": _price(options.price), "tokens_per_epoch": options.epoch_tokens}
     settings |= {"compile": options.compile}
     seq_lens = _numbers("--seq", options.seq) or [given.train_dataloader.dataset.max_seq_len]
-    ranks = _numbers("--rank", options.rank) or [settings["lora"].r]
+    ranks: Sequence[int | None] = _ranks(options.rank, settings["lora"])
     names = _names(options.slice, options.slices, given)
     if options.slices is None and len(seq_lens) == len(ranks) == 1:
-        lora = LoraConfig(**{**vars(settings["lora"]), "r": ranks[0]})
-        settings["lora"] = lora
+        if ranks[0] is not None:
+            settings["lora"] = dataclasses.replace(settings["lora"], r=ranks[0])
         return _one(base, slice_of(names[0]), seq_lens[0], rows, settings)
     points = grid(names, seq_lens, ranks)
     from kithara_ray.orchestration.cluster.connection import start_ray
@@ -141,26 +142,37 @@ def arguments_of(given: configuration.Config) -> tuple[str, Any, dict[str, Any]]
     model = given.model.given()
     if model.get("adapter") is not None:
         raise ConfigError("plan: model.adapter has its own LoRA settings; give lora_rank and target_modules instead")
-    if model.get("lora_rank") is None:
-        raise UnsupportedError("plan: a run that trains all weights is not planned; give model.lora_rank")
-    base_config, _ = config_of(model["preset_handle"])
-    lora = LoraConfig(
-        r=model["lora_rank"],
-        target_modules=_targets(model.get("target_modules", LoraConfig.target_modules), base_config),
-        **{name: model[name] for name in _LORA if model.get(name) is not None},
-    )
     trainer = given.trainer.given()
     mesh = trainer.get("mesh")
     settings = {
-        "lora": lora,
+        "lora": _lora(model),
+        "train_weights": model.get("lora_rank") is None,
         "optimizer": portable(given.optimizer.build(given.trainer.steps or 1)),
         "mesh": MeshShape(**mesh.given()) if mesh is not None else None,
     }
     same = ("remat", "gradient_accumulation_steps", "router_aux_loss_coef")
     settings |= {name: trainer[name] for name in same if name in trainer}
     settings.setdefault("remat", AUTO)
-    settings |= {"precision": model["precision"]} if "precision" in model else {}
+    settings |= {name: model[name] for name in ("precision", "quantize") if name in model}
     return model["preset_handle"], given.train_dataloader.per_device_batch_size, settings
+
+
+def _ranks(given: str | None, lora: LoraConfig | None) -> Sequence[int | None]:
+    if lora is None and given is not None:
+        raise ConfigError(f"--rank {given}: this run trains all weights; give model.lora_rank for an adapter")
+    return _numbers("--rank", given) or [lora and lora.r]
+
+
+def _lora(model: Mapping[str, Any]) -> LoraConfig | None:
+    """The LoRA settings of a run's `model`; None if it trains all weights."""
+    if model.get("lora_rank") is None:
+        return None
+    base_config, _ = config_of(model["preset_handle"])
+    return LoraConfig(
+        r=model["lora_rank"],
+        target_modules=_targets(model.get("target_modules", LoraConfig.target_modules), base_config),
+        **{name: model[name] for name in _LORA if model.get(name) is not None},
+    )
 
 
 def _targets(given: str | Sequence[str], config: Mapping[str, Any]) -> str | tuple[str, ...]:

@@ -16,7 +16,7 @@ from kithara_ray.sharding.shape import AXES, MeshShape, axes_told
 # The mesh that holds all weights on every device.
 WHOLE = MeshShape(data=-1, fsdp=1)
 # Arguments of `plan` that are options of the model.
-_OF_MODEL = ("precision", "routed", "router_aux_loss_coef")
+_OF_MODEL = ("precision", "quantize", "train_weights", "routed", "router_aux_loss_coef")
 _WHY = "it is one of many candidates"
 _TIMEOUT_S = 3600.0
 

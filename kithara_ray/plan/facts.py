@@ -43,18 +43,23 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     devices = _devices(request)
     optimizer = KerasOptimizer(request["optimizer"])
 
+    lora = None if request["lora"] is None else LoraConfig(**request["lora"])
+
     def built(shape: MeshShape) -> tuple[CausalLM, Any, Any]:
         model = build(
             request["config"],
-            LoraConfig(**request["lora"]),
+            lora,
             make_mesh(shape, devices),
             request["precision"],
             remat=request["remat"],
+            quantize=request["quantize"],
+            train_weights=lora is None,
             routed=request["routed"],
             router_aux_loss_coef=request["router_aux_loss_coef"],
             stack_factors=is_elementwise("keras", request["optimizer"]),
         )
-        return model, step.abstract_state(model, optimizer), model.abstract_frozen(_dtypes(request["base_dtype"]))
+        state = step.abstract_state(model, optimizer)
+        return model, state, [] if lora is None else model.abstract_frozen(_dtypes(request["base_dtype"]))
 
     asked, chosen = request["mesh"], None
     model, state, frozen = built(MeshShape() if asked is None else MeshShape(**asked))
@@ -68,19 +73,19 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
         "devices": mesh.size,
         "mesh": axes_told(mesh.shape),
         "default_mesh": chosen and chosen.told(),
-        "counts": dataclasses.asdict(counts_of(model, request["config"])),
+        "counts": dataclasses.asdict(counts_of(model, request["config"], _nbytes(frozen or state["params"]))),
         "bytes": {
             "frozen": _on_one_device(frozen),
             "adapter": _on_one_device(state["params"]),
             "optimizer": _on_one_device(state["opt"]),
             "batch": _on_one_device(batch),
         },
-        "frozen_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen)),
+        "frozen_bytes": _nbytes(frozen),
         "uneven_bytes": _uneven_bytes(frozen, mesh),
-        "adapter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in state["params"].values()),
-        "optimizer_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state["opt"])),
-        "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-        "largest_array_bytes": max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen)),
+        "adapter_bytes": _nbytes(state["params"]),
+        "optimizer_bytes": _nbytes(state["opt"]),
+        "state_bytes": _nbytes(state),
+        "largest_array_bytes": max(map(_nbytes, jax.tree.leaves([frozen, state["params"]]))),
         "rows": rows,
     }
     return found | (_compiled(model, optimizer, state, frozen, batch, micro) if request["compile"] else {})
@@ -88,8 +93,11 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _state_bytes(state: Mapping[str, Any], frozen: Any) -> int:
     """Count the whole state as `default_mesh` does, from the built model's arrays."""
-    nbytes = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    return nbytes(frozen) + NUMBERS_OF_TRAINED * nbytes(state["params"])
+    return _nbytes(frozen) + NUMBERS_OF_TRAINED * _nbytes(state["params"])
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _dtypes(given: str | Mapping[str, str]) -> np.dtype | dict[str, np.dtype]:
@@ -143,8 +151,12 @@ def _uneven_bytes(frozen: Any, mesh: Mesh) -> int:
     return _on_one_device(uneven) - sum(leaf.size * leaf.dtype.itemsize for leaf in uneven) // ways
 
 
-def counts_of(model, config: Mapping[str, Any]) -> Counts:
-    """Count the elements that a token is multiplied with; only the experts that a token is sent to count."""
+def counts_of(model, config: Mapping[str, Any], held_bytes: int | None = None) -> Counts:
+    """Count the elements that a token is multiplied with; only the experts that a token is sent to count.
+
+    Args:
+        held_bytes: bytes of all weights as the run holds them; None for those that the base stores.
+    """
     config = completed(family_of(config), text_of(config))
     in_blocks = IdentitySet(variable for block in model.chain.blocks for variable in block.variables)
     size = lambda variable: math.prod(variable.shape)  # noqa: E731
@@ -174,6 +186,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         layers=len(model.chain.blocks),
         steps=model.chain.steps,
         weights_bytes=sum(nbytes(v) for v in ports),
+        held_bytes=held_bytes,
         blocks_bytes=sum(of_block),
         widest_bytes=max(of_block),
         intermediate=int(max([config.get("intermediate_size") or 4 * config["hidden_size"], *of_experts])),
@@ -183,6 +196,7 @@ def counts_of(model, config: Mapping[str, Any]) -> Counts:
         experts_bytes=sum(nbytes(v) for v in shares if v in ports),
         experts=math.gcd(*(count for count, _ in routing)),
         sent=config["hidden_size"] * sum(chosen for _, chosen in routing),
+        trains_weights=model.trains_weights,
         mixing=int(sum(multiplied(v) for v in blocks if v in in_attention)),
     )
 

@@ -22,10 +22,13 @@ def rows(plan) -> Iterator[tuple[str, str]]:
     hbm, flops = plan.hbm_bytes_per_chip, plan.flops_per_token
     kind = "compiled" if plan.compiled else "refused by the compiler" if plan.refusal else "estimated"
     settings = plan.settings
+    rank = settings["lora_rank"]
+    trained = "all trained" if rank is None else f"{settings['trainable'] / 1e6:.2f} M trained (rank {rank})"
+    held = f", kernels as {settings['quantize']}" if settings["quantize"] else ""
     yield (
         "model",
         f"{settings['model_type']}, {settings['parameters'] / 1e9:.2f} G parameters, "
-        f"{settings['trainable'] / 1e6:.2f} M trained (rank {settings['lora_rank']}), {settings['precision']}",
+        f"{trained}, {settings['precision']}{held}",
     )
     micro = settings["gradient_accumulation_steps"]
     yield (

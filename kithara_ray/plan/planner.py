@@ -51,6 +51,8 @@ def plan(
     mesh: MeshShape | None = None,
     remat: str = "block",
     precision: str = "mixed_bfloat16",
+    quantize: str | None = None,
+    train_weights: bool = False,
     gradient_accumulation_steps: int = 1,
     predictions: int | None = None,
     routed: bool | None = None,
@@ -73,6 +75,8 @@ def plan(
         optimizer: ("keras", its serialised configuration); AdamW by default. An optax transformation is a closed
             function. The plan assumes AdamW for it, whose state is as large as that of most optimizers.
         mesh: axes of the device mesh; None takes the default of a run on this slice, see `default_mesh`.
+        quantize: storage of the frozen kernels, one of `options.QUANTIZATIONS`; None keeps the base's dtype.
+        train_weights: all weights are trained, without LoRA.
         predictions: K, trained tokens per row; all of them by default.
         routed: False plans a mixture that computes every expert for every token, to compare with; None plans the step
             that training runs.
@@ -89,6 +93,7 @@ def plan(
     where = slice if isinstance(slice, Slice) else slice_of(slice)
     rows = Rows(seq_len, per_device_batch_size, gradient_accumulation_steps, predictions)
     own = {"routed": routed, "router_aux_loss_coef": router_aux_loss_coef or 0.0}
+    own |= {"quantize": quantize, "train_weights": train_weights}
     computation = ModelOptions(precision=precision, remat=remat, **own)
     request = request_of(base, where, rows, lora or LoraConfig(), optimizer, mesh, computation)
     why = why_not_compiled(where, compile)
@@ -146,8 +151,7 @@ def request_of(
         "hosts": where.hosts,
         "chip_config": where.chip.config if where.chip else None,
         **dataclasses.asdict(rows.on(where)),
-        # A plan needs no values.
-        "lora": dataclasses.replace(converted(lora, config), added_rows=None).recorded(),
+        "lora": None if options.train_weights else _recorded(lora, config),
         "optimizer": optimizer_config if kind == "keras" else _ADAMW,
         "mesh": None if mesh is None else dataclasses.asdict(mesh),
         # The default mesh depends on it. A plan does not know the memory of CPU devices.
@@ -156,8 +160,14 @@ def request_of(
         "routed": options.routed,
         "router_aux_loss_coef": options.router_aux_loss_coef,
         "precision": options.precision,
+        "quantize": options.quantize,
         "base_dtype": "bfloat16" if options.precision == "bfloat16" else stored,
     }
+
+
+def _recorded(lora: LoraConfig, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The LoRA settings as plain data, without the values of added rows."""
+    return dataclasses.replace(converted(lora, config), added_rows=None).recorded()
 
 
 def config_of(base: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str | dict[str, str]]:

@@ -154,9 +154,9 @@ def assemble(
         settings={
             "model_type": request["config"].get("model_type"),
             "parameters": counts.parameters,
-            "trainable": counts.lora,
+            "trainable": counts.parameters if counts.trains_weights else counts.lora,
             **{name: request[name] for name in _SETTINGS},
-            "lora_rank": request["lora"]["r"],
+            "lora_rank": request["lora"] and request["lora"]["r"],
         },
         compiled="memory" in found,
         estimated_because=why,
@@ -187,7 +187,7 @@ def assemble(
 
 
 _SETTINGS = (
-    "seq_len", "predictions", "per_device_batch_size", "gradient_accumulation_steps", "remat", "precision",
+    "seq_len", "predictions", "per_device_batch_size", "gradient_accumulation_steps", "remat", "precision", "quantize",
 )  # fmt: skip
 
 
@@ -206,6 +206,8 @@ def _hbm(request, where: Slice, found, counts: Counts) -> Hbm:
         refused = found.get("refused_bytes") or {}
         shape = request["seq_len"], rows, found["mesh"]["tensor"], width
         estimate = int(terms.estimated_temporaries(counts, *shape, request["remat"]))
+        # Gradients; a LoRA adapter's are nothing beside the rest.
+        estimate += found["bytes"]["adapter"] if counts.trains_weights else 0
         parts |= {"temporaries": refused.get("temporaries") or estimate, "program": None}
         total = refused.get("total") or arguments + parts["temporaries"]
     available = where.chip.hbm_bytes if where.chip else None

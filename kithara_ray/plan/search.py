@@ -42,16 +42,16 @@ def _power_of_two(count: int) -> int:
     return min(_MAX_ROWS // 2, 2 ** (max(1, int(count)).bit_length() - 1))
 
 
-def grid(slices: Sequence[str], seq_lens: Sequence[int], ranks: Sequence[int]) -> list[dict[str, Any]]:
-    """The points of a sweep, the smallest slice first."""
+def grid(slices: Sequence[str], seq_lens: Sequence[int], ranks: Sequence[int | None]) -> list[dict[str, Any]]:
+    """The points of a sweep, the smallest slice first; a run that trains all weights has the rank None."""
     ordered = sorted(slices, key=lambda name: (slice_of(name).chips, name))
     points = itertools.product(seq_lens, ranks, ordered)
     return [{"slice": name, "seq_len": seq_len, "rank": rank} for seq_len, rank, name in points]
 
 
-def smallest_that_fits(points: Iterable[Mapping[str, Any]], plans: Iterable[Plan]) -> dict[tuple[int, int], str]:
+def smallest_that_fits(points: Iterable[Mapping[str, Any]], plans: Iterable[Plan]) -> dict[tuple[int, int | None], str]:
     """Map (seq_len, rank) to the slice of fewest chips on which one row per chip fits."""
-    found: dict[tuple[int, int], str] = {}
+    found: dict[tuple[int, int | None], str] = {}
     for point, made in zip(points, plans, strict=True):
         if made.fits:
             found.setdefault((point["seq_len"], point["rank"]), point["slice"])

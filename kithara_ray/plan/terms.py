@@ -3,7 +3,7 @@
     N  parameters that a token is multiplied with    r  rank    T  positions of a row    K  predictions of a row
 
 All FLOPs are per token; a multiply-add counts as two. With frozen weights the backward pass computes the gradient of
-each product's input but not of its weight: 2N, the same as forward.
+each product's input but not of its weight: 2N, the same as forward. It computes both if all weights are trained: 4N.
 """
 
 import math
@@ -34,7 +34,7 @@ class Counts:
             state do besides products with matrices is not counted; for qwen3_5 it is 1 % of a token's FLOPs.
         hidden: width between blocks.
         layers: number of decoder blocks; `steps` is the number of steps of the scan over them.
-        weights_bytes: bytes of all frozen arrays, as stored.
+        weights_bytes: bytes of all weights, as the base stores them.
         blocks_bytes: bytes of the frozen arrays in decoder blocks.
         widest_bytes: bytes of the frozen arrays of the largest decoder block.
         intermediate: elements per token of the widest activation inside a block.
@@ -45,6 +45,8 @@ class Counts:
         experts: number of experts of a mixture, of several their greatest common divisor; 0 without experts.
         sent: elements of a token that are sent to its experts, over all mixtures.
         mixing: elements of the matrices of attention, which are part of `blocks`.
+        trains_weights: True if all weights are trained.
+        held_bytes: bytes of all weights as the run holds them, if these are not `weights_bytes`.
     """
 
     blocks: int
@@ -65,6 +67,8 @@ class Counts:
     experts: int = 0
     sent: int = 0
     mixing: int = 0
+    trains_weights: bool = False
+    held_bytes: int | None = None
 
 
 def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) -> dict[str, float]:
@@ -75,14 +79,14 @@ def flops_per_token(counts: Counts, seq_len: int, predictions: int, remat: str) 
     """
     attended = sum(heads * width * seen_pairs(seq_len, window) / seq_len for heads, width, window in counts.attention)
     share = predictions / seq_len
-    again = _forward_again(counts, remat)
+    again, gradients = _forward_again(counts, remat), 2 if counts.trains_weights else 1
     terms = {
         "forward": 2.0 * counts.blocks,
-        "backward": 2.0 * counts.blocks,
+        "backward": 2.0 * counts.blocks * gradients,
         "recompute": 2.0 * counts.blocks * again,
         "attention": 2.0 * attended * _attention_products(remat, seq_len),
         "lora": 2.0 * (counts.lora - counts.idle) * _lora_passes(remat),
-        "head": 4.0 * counts.head * share,
+        "head": 2.0 * counts.head * share * (1 + gradients),
     }
     return terms | {"total": sum(terms.values())}
 
@@ -141,9 +145,11 @@ def least_collective_bytes(
 ) -> float:
     """Least bytes that a step moves to each device: every weight that is split and gathered, once forward and once
     backward; the adapter's gradients once over all devices; and with an axis `expert` the tokens, to their experts and
-    back, in each pass over a block.
+    back, in each pass over a block. If all weights are trained, each device receives the sums of its own part's
+    gradients.
 
     Args:
+        adapter_bytes: bytes of all trained arrays.
         mesh: the sizes of the mesh's axes.
         tokens: tokens of one device in a step.
         activation_bytes: bytes of one element of a token.
@@ -151,9 +157,12 @@ def least_collective_bytes(
     devices, expert = math.prod(mesh.values()), mesh.get("expert", 1)
     split = devices // mesh["data"]
     weights, of_experts, gradients = (2 * (parts - 1) / parts for parts in (split, split // expert, devices))
-    gathered = weights * (counts.weights_bytes - counts.experts_bytes) + of_experts * counts.experts_bytes / expert
+    held = counts.weights_bytes if counts.held_bytes is None else counts.held_bytes
+    gathered = weights * (held - counts.experts_bytes) + of_experts * counts.experts_bytes / expert
     passes = 2 + _FORWARD_AGAIN[remat]
     sent = 2 * passes * tokens * counts.sent * activation_bytes * (expert - 1) / expert
+    if counts.trains_weights:
+        return 1.5 * gathered + sent + 2 * (mesh["data"] - 1) / mesh["data"] * adapter_bytes / split
     return gathered + sent + gradients * adapter_bytes
 
 

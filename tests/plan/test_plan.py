@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import SIZES, VOCABULARY
 
@@ -14,11 +16,13 @@ from kithara_ray.errors import ConfigError
 from kithara_ray.hf.checkpoint import BaseCheckpoint
 from kithara_ray.hf.lora_config import LoraConfig
 from kithara_ray.model.causal_lm import build
-from kithara_ray.plan import plan, planner, slice_of, terms
+from kithara_ray.plan import lines, plan, planner, slice_of, terms
 from kithara_ray.plan.chips import CHIPS, slice_of_topology, slice_sizes
 from kithara_ray.plan.report import assemble
 from kithara_ray.plan.search import grid, largest_batch, smallest_that_fits
 from kithara_ray.sharding.mesh import make_mesh
+from kithara_ray.train import step
+from kithara_ray.train.optimizer import KerasOptimizer
 
 CONFIG = dict(SIZES["gemma2"], model_type="gemma2", vocab_size=VOCABULARY, rms_norm_eps=1e-6)
 T = 32
@@ -76,13 +80,40 @@ def on_cpu(cache):
     return plan(CONFIG, "cpu-4", T, lora=LoraConfig(r=4), precision="float32")
 
 
+@pytest.mark.parametrize("given", [{"train_weights": True}, {"quantize": "nf4", "lora": LoraConfig(r=4)}], ids=str)
+def test_other_runs_than_lora_on_floats(given):
+    """All weights trained, or a base of four bits: the memory is that of the step compiled here."""
+    made = plan(CONFIG, "cpu-4", T, precision="float32", cache=False, **given)
+    lora, optimizer = given.get("lora"), KerasOptimizer(planner._ADAMW)
+    options = {"train_weights": lora is None, "quantize": given.get("quantize")}
+    model = build(CONFIG, lora, make_mesh(), "float32", **options)
+    state = step.abstract_state(model, optimizer)
+    frozen = [] if lora is None else model.abstract_frozen(np.dtype("bfloat16"))
+    on_one = lambda tree: sum(  # noqa: E731
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+    hbm = made.hbm_bytes_per_chip
+    assert (hbm["frozen"], hbm["adapter"], hbm["optimizer"]) == tuple(
+        map(on_one, (frozen, state["params"], state["opt"]))
+    )
+    assert made.compiled
+    batch = step.abstract_batch(model, 4, T, T)
+    memory = step.compile_step(model, optimizer, state, frozen, batch).memory_analysis()
+    assert hbm["temporaries"] == memory.temp_size_in_bytes
+    flops, least = made.flops_per_token, made.collective_bytes_per_step["fsdp_minimum"]
+    ratio = 2.0 if lora is None else 1.0
+    assert flops["backward"] == ratio * flops["forward"]
+    assert 1.0 <= flops["program"] / flops["total"] < 1.1
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([frozen, state["params"]]))
+    moved = 3 / 4 * 3 * whole if lora is None else 3 / 4 * 2 * whole
+    assert least == pytest.approx(moved)
+    assert made.settings["trainable"] == model.num_trained
+    assert "all trained" in str(list(lines.rows(made))) or lora is not None
+
+
 def test_the_program_is_the_one_that_training_runs(on_cpu, cache):
     """Its memory is what the step compiled here says, part by part."""
     import keras
-    import numpy as np
-
-    from kithara_ray.train import step
-    from kithara_ray.train.optimizer import KerasOptimizer
 
     mesh = make_mesh(devices=jax.devices()[:4])
     model = build(CONFIG, LoraConfig(r=4), mesh, "float32")

@@ -54,8 +54,6 @@ def slice_of_run(scaling: ScalingConfig, platform: str) -> tuple[Slice, int] | N
 
 def planned_on(request: RunRequest) -> tuple[Slice, int] | None:
     """Return the slice that a run is planned for, and the number of slices; None for a run that is not planned."""
-    if request.model.lora is None or request.model.quantize is not None:
-        return None
     return slice_of_run(request.group.scaling_config, request.group.platform)
 
 
@@ -63,9 +61,6 @@ def check_auto(request: RunRequest) -> None:
     """Raise ConfigError for a run whose "auto" batch the planner cannot find."""
     if planned_on(request) is not None:
         return
-    if request.model.lora is None or request.model.quantize is not None:
-        what = "trains all weights" if request.model.lora is None else "holds its base as int8"
-        raise ConfigError(f'per_device_batch_size="auto": only LoRA runs are planned, and this one {what}')
     raise ConfigError(
         'per_device_batch_size="auto" is found for a known TPU slice (use_tpu=True with topology and '
         "accelerator_type); give a number here"
@@ -108,8 +103,8 @@ def check(base: Any, where: Slice, seq_len: int, rows: int, settings: Mapping[st
     made = plan(base, where, seq_len, rows, compile=False, **settings)
     hbm, available = made.hbm_bytes_per_chip, made.hbm_bytes_per_chip["available"]
     assert available is not None  # a slice that Ray knows has known chips
-    # Only the weights' size is exact; the rest of an estimate decides nothing.
-    if hbm["frozen"] > available:
+    # Only the state's size is exact; the rest of an estimate decides nothing.
+    if hbm["frozen"] + hbm["adapter"] + hbm["optimizer"] > available:
         raise ConfigError(_refusal(made))
     if hbm["total"] > _SURE * available:
         try:
@@ -133,6 +128,8 @@ def settings_of(request: RunRequest, shape_TK: tuple[int, int], slices: int = 1)
         mesh = dataclasses.replace(mesh, data=mesh.data // slices)
     return {
         "lora": request.model.lora,
+        "train_weights": request.model.lora is None,
+        "quantize": request.model.quantize,
         "optimizer": step.optimizer,
         "mesh": mesh,
         "remat": step.remat,
@@ -147,12 +144,12 @@ def sweep(base: Any, points: Sequence[Mapping[str, Any]], settings: Mapping[str,
     """Find `largest_batch` of every point in parallel tasks.
 
     Args:
-        points: points of the sweep, each with slice, seq_len and rank.
+        points: points of the sweep, each with slice, seq_len and rank, which is None without LoRA.
     """
 
     @ray.remote(num_cpus=1, memory=TASK_BYTES, max_retries=0)
     def task(point: Mapping[str, Any]) -> Plan:
-        lora = dataclasses.replace(settings["lora"], r=point["rank"])
+        lora = settings["lora"] and dataclasses.replace(settings["lora"], r=point["rank"])
         return largest_batch(base, point["slice"], point["seq_len"], **{**settings, "lora": lora})
 
     return [remote_get(reference) for reference in [task.remote(point) for point in points]]

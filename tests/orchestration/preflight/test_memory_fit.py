@@ -42,24 +42,21 @@ def test_hosts_are_the_workers_that_ray_makes_of_a_slice(generation):
         assert (workers, each["TPU"]) == (where.hosts, where.chips_per_host), where.name
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, 'per_device_batch_size="auto" is found for a known TPU slice .* give a number here'),
-        ({"scaling": V5E_4, "model": {"lora": None}}, "only LoRA runs are planned, and this one trains all weights"),
-        (
-            {"scaling": V5E_4, "model": {"quantize": "int8"}},
-            "only LoRA runs are planned, .* holds its base as int8",
-        ),
-    ],
-)
-def test_auto_needs_a_run_that_is_planned(given, message):
+def test_auto_needs_a_run_that_is_planned():
     """It is refused by the checks, before rows are tokenised; a number of rows is taken as it is."""
-    asked = request(train=loader("auto"), **given)
+    asked, message = request(train=loader("auto")), "is found for a known TPU slice .* give a number here"
     for refuse in (check_devices, lambda asked: memory_fit.fit(asked, (64, 64))):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=f'per_device_batch_size="auto" {message}'):
             refuse(asked)
-    assert memory_fit.fit(request(train=loader(3), **given), (64, 64)) == memory_fit.Fit(3, None)
+    assert memory_fit.fit(request(train=loader(3)), (64, 64)) == memory_fit.Fit(3, None)
+
+
+@pytest.mark.parametrize("model", [{"lora": None}, {"quantize": "nf4"}], ids=str)
+def test_runs_without_lora_or_on_integers_are_planned(model):
+    asked = request(V5E_4, model=model)
+    assert memory_fit.planned_on(asked)[0].name == "v5e-4"
+    settings = memory_fit.settings_of(asked, (64, 64))
+    assert (settings["train_weights"], settings["quantize"]) == ("lora" in model, model.get("quantize"))
 
 
 @dataclass
@@ -92,6 +89,8 @@ def test_the_planner_is_asked_for_what_the_request_says(monkeypatch):
     assert (type(seq_len), type(settings["predictions"])) == (int, int)
     assert settings == {
         "lora": LORA,
+        "train_weights": False,
+        "quantize": None,
         "optimizer": ("keras", {}),
         "mesh": MeshShape(data=1, tensor=2),  # of one slice of two
         "remat": "dots",
