@@ -152,7 +152,7 @@ def test_a_choice_for_a_slice_is_compiled():
     (estimate,) = variants(
         CONFIG, slice_of("v5e-4"), 128, [Variant("offload", MeshShape(), 1)], {"lora": LoraConfig(r=4)}
     )
-    assert 0.5 < found.host["kept_bytes"] / estimate.host["kept_bytes"] < 4  # tiled: rows of few elements are padded
+    assert 0.5 < found.host["kept_bytes"] / estimate.host["kept_bytes"] < 8  # heads of 16 numbers are padded to 128
     assert found.step_time_s["host"] > 0
 
 
