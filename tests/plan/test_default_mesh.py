@@ -117,7 +117,7 @@ def test_the_devices_of_a_worker_share_its_memory(monkeypatch):
 def test_what_is_given_or_not_known_is_left(monkeypatch):
     asked = request(V5E_16, step={"mesh": MeshShape(tensor=4)})
     assert with_mesh(asked, None) is asked
-    unknown = request(V5E_4 | {"accelerator_type": "TPU-V4", "topology": "2x2x1"})
+    unknown = request(V5E_4 | {"accelerator_type": "TPU-V3", "topology": "2x2x1"})
     assert with_mesh(unknown, None) is unknown
     nowhere = request({"num_workers": 2})
     assert with_mesh(nowhere, SimpleNamespace(ram_of_worker=lambda group: None)) is nowhere

@@ -84,8 +84,9 @@ def _observe_router(router: Any, scores_of: Callable[[jax.Array], jax.Array], ch
     """Record the load from the router's logits; a token goes to the experts of the highest scores."""
     call = router.call
 
-    def observed(hidden_states):
-        logits = call(hidden_states)
+    def observed(hidden_states, **given):
+        # Keras tells a layer whose own `call` asks for it if it trains.
+        logits = call(hidden_states, **given)
         measures, loads = _KEPT.get()
         if measures:
             real_BT = experts.real_tokens(logits.shape[:-1])
