@@ -206,7 +206,8 @@ def _facts(**changes):
 
 _REQUEST = {
     "config": {"model_type": "llama"}, "seq_len": 4096, "predictions": 4096, "per_device_batch_size": 1,
-    "gradient_accumulation_steps": 1, "remat": "block", "precision": "mixed_bfloat16", "lora": {"r": 16},
+    "gradient_accumulation_steps": 1, "remat": "block", "precision": "mixed_bfloat16", "quantize": None,
+    "lora": {"r": 16},
 }  # fmt: skip
 
 

@@ -73,8 +73,9 @@ class Slot:
     @property
     def parts(self) -> tuple[int, ...]:
         """For each dim, the number of parts that it may be cut into: four-bit weights of a group stay on one device."""
-        in_groups = self.storage is not None and self.storage.grouped is not None
-        return self.storage.scales(self.shape)[0] if in_groups else self.shape
+        if self.storage is None or self.storage.grouped is None:
+            return self.shape
+        return self.storage.scales(self.shape)[0]
 
     def scales_sharding(self, sharding: NamedSharding) -> NamedSharding:
         """Split the scales as their channels or groups are split."""

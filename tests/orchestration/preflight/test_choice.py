@@ -61,6 +61,7 @@ def test_open_settings_of_a_slice_are_chosen_and_told(asked_of_the_planner):
         {
             "lora": LORA, "optimizer": ("keras", {}), "mesh": None, "remat": "auto", "precision": "float32",
             "gradient_accumulation_steps": 1, "predictions": 24, "slices": 2, "router_aux_loss_coef": 0.0,
+            "train_weights": False, "quantize": None,
         },
     )  # fmt: skip
     assert (settled.step.remat, settled.step.mesh) == ("dots", MeshShape(data=-1, fsdp=1))
