@@ -82,7 +82,9 @@ def offers(
     found: dict[str, Offer] = {}
     for point, plans in zip(points, layouts(base, points, settings), strict=True):
         best = fastest(plans)
-        for way in data if best is not None else ():
+        if best is None:
+            continue
+        for way in data:
             if way.seq_len != point.seq_len:
                 continue
             offer = offer_of(best, way, tokens, prices)

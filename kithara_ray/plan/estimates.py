@@ -145,7 +145,7 @@ def _is_whole(mesh: MeshShape, where: Slice) -> bool:
 
 def _on(found: Mapping[str, Any], mesh: MeshShape, devices: int) -> dict[str, Any]:
     """The same facts for another mesh, as if it divided all arrays evenly."""
-    axes = dict(zip(AXES, mesh.resolve(devices), strict=True))
+    axes: dict[str, int] = dict(zip(AXES, mesh.resolve(devices), strict=True))
     ways = devices // axes["data"]
     held = {name: found[f"{name}_bytes"] // ways for name in ("frozen", "adapter", "optimizer")}
     return {

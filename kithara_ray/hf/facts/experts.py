@@ -25,8 +25,8 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 _PARAMETER = re.compile(rf"^(.*\.experts)\.({GATE_UP}|{DOWN})$")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight$")
 # For each matrix of an expert: the parameter that holds it, and the half of its rows.
-_MATRICES = {"gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1), "down_proj": (DOWN, None)}
-_MATRICES |= {"w1": _MATRICES["gate_proj"], "w3": _MATRICES["up_proj"], "w2": _MATRICES["down_proj"]}
+_GATE, _UP, _DOWN = (GATE_UP, 0), (GATE_UP, 1), (DOWN, None)
+_MATRICES = {"gate_proj": _GATE, "up_proj": _UP, "down_proj": _DOWN, "w1": _GATE, "w3": _UP, "w2": _DOWN}
 _ROUTERS = ("gate", "router")
 _WEIGHT = ".weight"
 # Model types for which PEFT takes the former names of an expert's layers, here gate, up and down, for the parameters;

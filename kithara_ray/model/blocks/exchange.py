@@ -66,7 +66,7 @@ jax.tree_util.register_dataclass(Received)
 
 # Computes the results of sorted rows, (R, D), from the rows, their factors (R,), their order, and the experts' arrays;
 # what it returns for rows of no expert is ignored.
-Products = Callable[[jax.Array, jax.Array, Received, Any], jax.Array]
+Products = Callable[..., jax.Array]
 
 
 def exchanged(
@@ -87,7 +87,8 @@ def exchanged(
         trained, frozen: the experts' arrays of this device, (F, ...); only `trained` get a gradient.
     """
     ways = jax.lax.axis_size(AXIS)
-    size = rows_of_round(*factors_CK.shape, ways)
+    tokens, chosen = factors_CK.shape
+    size = rows_of_round(tokens, chosen, ways)
     sent_XF = rows.counts_E.reshape(ways, -1)
     counts = sent_XF, jax.lax.all_to_all(sent_XF, AXIS, 0, 0)
     most = jnp.max(jnp.sum(sent_XF, axis=1))

@@ -194,7 +194,7 @@ Around = tuple[jax.Array, list[dict[str, Any]], Callable[[jax.Array], jax.Array]
 
 def around(backbone: keras.Model, chain: Chain, inputs: Mapping[str, jax.Array]) -> Around:
     """Return the first block's input, each call's keyword arguments, and a function from the last block to the end."""
-    known = IdentityMap((symbolic, inputs[symbolic.name]) for symbolic in backbone.inputs)
+    known: IdentityMap[Any, Any] = IdentityMap((symbolic, inputs[symbolic.name]) for symbolic in backbone.inputs)
     nodes = [node for node in keras_compat.nodes_of(backbone) if not node.is_input]
     number_of = IdentityMap((block, number) for number, block in enumerate(chain.blocks))
     calls = {number_of[node.operation]: node for node in nodes if node.operation in number_of}

@@ -60,7 +60,7 @@ class ModelArrays:
     mesh: Mesh
     options: ModelOptions
     base_slots: Sequence[base_weights.BaseSlot] = ()
-    experts: IdentitySet[keras.Variable] = field(default_factory=IdentitySet)
+    experts: IdentitySet[keras.Variable] = field(default_factory=lambda: IdentitySet[keras.Variable]())
 
     @property
     def precision(self) -> str:
