@@ -122,11 +122,7 @@ def by_torch(directory, adapter, adapter_directory, balanced):
     return Case(directory, adapter, loss.item(), gradients, routed)
 
 
-# Not compared yet with factors of their experts; test_delta_rule.py has the recurrent state's gradients.
-LEFT_OUT = {"gemma4 experts", "minimax_m2", "qwen2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"}
-
-
-@pytest.mark.parametrize("family", mostly_long(SHORT_FAMILIES, SIZES.keys() - LEFT_OUT))
+@pytest.mark.parametrize("family", mostly_long(SHORT_FAMILIES, SIZES))
 def test_loss_and_gradients_of_packed_samples(family, cases):
     assert_gradients(family, cases)
 
