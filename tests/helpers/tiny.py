@@ -114,8 +114,8 @@ def write_model(directory: Path, family: str, **fields) -> Path:
             # and its gradients of smollm3 1.1e-5, of gemma4_text 2.3e-5.
             # torch's logits differ by 2e-4 between a recurrent state in chunks and one token by token.
             # With 2.5, logits of a packed row of qwen2_5_vl were 1.1e-4 from those of its samples, in values of 6.
-            # With 2.5 and an adapter, one row of ministral3 in its wrapper was 3.9e-4 off without LLVM's optimisations, and
-            # within 2e-4 with them.
+            # With 2.5 and an adapter, one row of ministral3 in its wrapper was 3.9e-4 off without LLVM's optimisations,
+            # and within 2e-4 with them.
             low = family in {*MIXTURES, *OWN, "mistral3 ministral3", "qwen2_5_vl", "smollm3"} or "gemma4" in family
             gain = 1.0 if family in RECURRENT else 1.5 if low else 2.5
             std = 0.3 if "norm" in name else gain / np.sqrt(parameter.shape[-1])
