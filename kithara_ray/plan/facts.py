@@ -42,7 +42,6 @@ def facts(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     devices = _devices(request)
     optimizer = KerasOptimizer(request["optimizer"])
-
     lora = None if request["lora"] is None else LoraConfig(**request["lora"])
 
     def built(shape: MeshShape) -> tuple[CausalLM, Any, Any]:

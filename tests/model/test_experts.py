@@ -31,7 +31,7 @@ MESHES = {
     "two by two experts": (MeshShape(fsdp=2, expert=2), ["apart"]),
     "experts split inside": (MeshShape(fsdp=1, expert=2, tensor=2), ["halves", "turns"]),
 }
-# Those on which the kernels' gradients are compared too, and the kernels' own gradients in `grouped` are not needed.
+# The kernels' gradients are compared on these as well; the others do not need the ones that `grouped` computes.
 WITH_KERNELS = {"two by two experts", "experts split inside"}
 # One row is padded at its end, and one is nothing else.
 REAL = np.ones((B, T), np.int32)

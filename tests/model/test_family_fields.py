@@ -62,7 +62,7 @@ def test_fields_that_a_config_leaves_out_are_those_of_transformers(family):
     given = dict(model_type=family, num_hidden_layers=9, use_sliding_window=True)
     ours = completed(FAMILIES[family], given)
     theirs = AutoConfig.for_model(**given).to_dict()
-    # What converters look for under the name of before.
+    # Converters look for these under their former names.
     theirs.setdefault("num_experts", theirs.get("num_local_experts"))
     assert ours == {name: theirs[name] for name in ours}
 

@@ -141,7 +141,7 @@ def test_all_variants_are_estimated_of_one_model(monkeypatch):
 
 @pytest.mark.long
 def test_a_choice_for_a_slice_is_compiled():
-    """What a block keeps is in the host's memory, as the compiler counts it and as the estimate says."""
+    """A block keeps its arrays in the host's memory, by the compiler's count and by the estimate."""
     found = choose(CONFIG, "v5e-4", 128, lora=LoraConfig(r=4), remat="offload", mesh=MeshShape())
     assert (found.compiled, found.fits) == (True, True)
     assert (found.settings["remat"], found.mesh) == ("offload", {"data": 1, "fsdp": 4, "tensor": 1})

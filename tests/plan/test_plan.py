@@ -217,7 +217,7 @@ def _refused(gib: float, where: str = "v5e-4", **request):
 
 
 def test_the_least_bytes_moved_with_an_axis_for_experts():
-    """By hand, on four devices: 8 experts of 10 bytes, 40 other bytes, 100 tokens of 3 elements in 4 bytes."""
+    """Four devices, counted by hand: 8 experts of 10 bytes, 40 other bytes, 100 tokens of 3 elements in 4 bytes."""
     counts = terms.Counts(1, 1, 1, (), 3, 1, 1, 120, 120, 120, 1, 120, experts_bytes=80, experts=8, sent=3)
     found = terms.bytes_by_expert_axis(counts, {"data": 1, "fsdp": 4, "tensor": 1}, 8, 100, 4, "block")
     sent = 2 * 3 * 100 * 3 * 4
